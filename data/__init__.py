@@ -1,0 +1,1 @@
+"""Data: what the pictures are, in which order they come, and how they are varied."""

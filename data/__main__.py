@@ -1,0 +1,144 @@
+"""`python -m data`: look at a data set, count it, or cache it before a job needs it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from data.augment import KINDS, Augment
+from data.cache import cache_dir
+from data.files import printable
+from data.sources import DATASETS, Source, choose_dataset, load_source
+from errors import UserError
+
+ROWS, COLUMNS = 8, 8  # of the sheet: a picture per row, an epoch per column
+PREVIEW_WIDTH = 96  # characters, at most
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one of show, stats, prepare; exit status 2 after an error the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        name, sentence = choose_dataset(options.dataset, options.data_dir)
+        print(sentence)
+        source = load_source(
+            name,
+            data_dir=options.data_dir,
+            image_size=options.image_size,
+            skip_bad_images=options.skip_bad_images,
+            seed=options.seed,
+        )
+        options.run(source, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = ", ".join(DATASETS)
+    common.add_argument(
+        "--dataset", default="auto", help=f"{names}, a folder, a file or a hub name (default auto)"
+    )
+    common.add_argument("--data-dir", metavar="FOLDER", help="where a local copy lies")
+    common.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images")
+    common.add_argument("--skip-bad-images", action="store_true", help="leave damaged ones out")
+    common.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser("python -m data", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="show|stats|prepare")
+
+    def add(name: str, run: object, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, parents=[common], help=summary, description=summary, allow_abbrev=False
+        )
+        command.set_defaults(run=run)
+        return command
+
+    show = add("show", _show, "write a sheet of augmented pictures: one per row, epochs as columns")
+    show.add_argument("--augment", default="crop", choices=KINDS)
+    show.add_argument("--epoch", type=int, default=0, help="the first column (default 0)")
+    show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="FILE")
+    add("stats", _stats, "count images per class; print mean, std, shape and fingerprint")
+    add("prepare", _prepare, "decode the data set into the cache")
+    return parser
+
+
+def _show(source: Source, options: argparse.Namespace) -> None:
+    from PIL import Image
+
+    if source.task != "classification":
+        raise UserError(f"{source.name} has no pictures to show: try --dataset digits.")
+    images = source.train.images[:ROWS]
+    augment = Augment(
+        kind=options.augment,
+        image_size=options.image_size or images.shape[-1],
+        mean=source.mean,
+        std=source.std,
+        seed=options.seed,
+        no_flip=source.no_flip,
+    )
+    mean, std = (torch.tensor(values)[:, None, None] for values in (source.mean, source.std))
+    columns = []
+    for epoch in range(options.epoch, options.epoch + COLUMNS):
+        normalised = augment.train(images, torch.arange(len(images)), epoch)
+        columns.append(torch.cat(list(normalised * std + mean), dim=1))
+    pixels = (torch.cat(columns, dim=2) * 255).round().clamp(0, 255).to(torch.uint8)
+    sheet = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    try:
+        sheet.save(options.out)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot write {printable(options.out)}: {error}; try --out sheet.png"
+        ) from None
+    if sys.stdout.isatty() and "utf" in (sys.stdout.encoding or "").lower():
+        print(half_blocks(sheet))
+    print(f"{printable(options.out)}: {sheet.width}x{sheet.height} pixels")
+
+
+def half_blocks(image: object) -> str:
+    """A Pillow image as coloured text: each character shows two pixels, one above the other."""
+    width = min(image.width, PREVIEW_WIDTH)
+    height = max(2, round(image.height * width / image.width) // 2 * 2)
+    pixels = image.convert("RGB").resize((width, height)).load()
+    lines = []
+    for y in range(0, height, 2):
+        cells = (
+            "\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1])
+            for x in range(width)
+        )
+        lines.append("".join(cells) + "\x1b[0m")
+    return "\n".join(lines)
+
+
+def _stats(source: Source, options: argparse.Namespace) -> None:
+    print(f"train {len(source.train)}, test {len(source.test)}, ", end="")
+    print(f"each {tuple(source.train.images.shape[1:])} {source.train.images.dtype}")
+    if source.classes:
+        train, test = (
+            torch.bincount(split.labels, minlength=len(source.classes)).tolist()
+            for split in (source.train, source.test)
+        )
+        names = [printable(name) for name in source.classes]
+        width = max(map(len, names))
+        for name, in_train, in_test in zip(names, train, test, strict=True):
+            print(f"  {name:<{width}} {in_train:>8} {in_test:>8}")
+        print("mean", *(f"{value:.4f}" for value in source.mean))
+        print("std ", *(f"{value:.4f}" for value in source.std))
+    print(f"fingerprint {source.fingerprint}")
+    _report_skipped(source)
+
+
+def _prepare(source: Source, options: argparse.Namespace) -> None:
+    print(f"{len(source.train)} + {len(source.test)} images ready; cache: {printable(cache_dir())}")
+    _report_skipped(source)
+
+
+def _report_skipped(source: Source) -> None:
+    if source.skipped:
+        print(f"{len(source.skipped)} images left out:", *source.skipped[:10], sep="\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

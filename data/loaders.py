@@ -1,0 +1,67 @@
+"""The two DataLoaders that Accelerate prepares, over data that stays where the device reads it."""
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.order import EvaluationBatchSampler, GlobalBatchSampler
+from data.sources import ImageSet
+
+EVALUATION_BATCH = 128  # images per forward and process: the same shape on any number of them
+
+
+class Resident(Dataset):
+    """Images in memory, handed out a batch per indexing operation.
+
+    A batch is {"images", "labels", "indices", "weights"}; index -1 is padding and weighs 0.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Tensor) -> dict[str, Tensor]:
+        places = indices.clamp(min=0)
+        return {
+            "images": self.images[places],
+            "labels": self.labels[places],
+            "indices": indices,
+            "weights": (indices >= 0).long(),
+        }
+
+
+def place(images: ImageSet, device: torch.device) -> tuple[Resident, torch.device]:
+    """The data set on the device if it takes less than a third of its free memory, else here."""
+    home = torch.device("cpu")
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if images.images.numel() * images.images.element_size() < free / 3:
+            home = device
+    return Resident(images.images.to(home), images.labels.to(home)), home
+
+
+def build_train_loader(
+    images: ImageSet, batch_size: int, seed: int, device: torch.device
+) -> tuple[DataLoader, GlobalBatchSampler]:
+    """Global batches in keyed order; `sampler.start(epoch, step)` before each pass."""
+    data, home = place(images, device)
+    sampler = GlobalBatchSampler(len(data), batch_size, seed, device=home)
+    return _loader(data, sampler, home, device), sampler
+
+
+def build_test_loader(images: ImageSet, num_processes: int, device: torch.device) -> DataLoader:
+    """Every image once, in equal batches on all processes; padding weighs 0."""
+    data, home = place(images, device)
+    sampler = EvaluationBatchSampler(len(data), EVALUATION_BATCH * num_processes)
+    return _loader(data, sampler, home, device)
+
+
+def _loader(data: Resident, sampler, home: torch.device, device: torch.device) -> DataLoader:
+    return DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=lambda batch: batch,
+        pin_memory=home.type == "cpu" and device.type == "cuda",
+    )

@@ -1,0 +1,313 @@
+"""Checkpoints: whole or not there. Progress, save in the background, newest valid, load.
+
+`step-000123.partial/` -> safetensors and JSON, each fsynced -> MANIFEST.json (bytes and blake2b of
+every file) -> rename -> fsync of the parent -> prune. No pickle anywhere, no random state: order,
+augmentation and dropout are functions of (seed, epoch, step, shard).
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distributed import faults
+from errors import UserError
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts updates; `evaluated` is the step last evaluated."""
+
+    step: int = 0
+    evaluated: int = 0
+    best: float | None = None  # of the split that chooses
+    best_epoch: float = 0
+    best_step: int = 0
+    best_metrics: dict = field(default_factory=dict)  # on the test split, at the best epoch
+    metrics_rows: int = 0
+    seconds: float = 0.0  # of training and evaluation, over all lives
+    last: dict = field(default_factory=dict)  # the latest evaluation's metrics
+    sums: list[float] = field(default_factory=list)  # what the next metrics row adds up
+
+
+# --- what is saved: plain CPU tensors, taken in one go -------------------------------------------
+
+
+def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str, dict[str, Tensor]]:
+    """Host copies of all state, file name -> tensors; the only part a step has to wait for."""
+
+    def host(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True).contiguous()
+
+    files = {"model": {k: host(v) for k, v in model.state_dict().items()}}
+    files["optimizer"] = {
+        f"{name}|{key}": host(value if torch.is_tensor(value) else torch.tensor(value))
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+        if value is not None
+    }
+    if average is not None:
+        files["ema"] = {k: host(v) for k, v in average.state_dict().items()}
+    if scaler is not None:
+        numbers = {k: float(v) for k, v in scaler.state_dict().items()}
+        files["scaler"] = {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
+    return files
+
+
+@torch.no_grad()
+def restore(files: dict[str, dict[str, Tensor]], model, optimizer, average=None, scaler=None):
+    """Put captured state back into existing objects, keeping their devices and memory layouts."""
+    copy_state(model, files["model"], "model")
+    if average is not None:
+        copy_state(average, files["ema"], "averaged model")
+    parameters = dict(model.named_parameters())
+    for key, value in files["optimizer"].items():
+        name, _, field_name = key.partition("|")
+        p = parameters[name]
+        if value.shape == p.shape:
+            value = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        else:
+            value = value.to(p.device)
+        optimizer.state[p][field_name] = value
+    if scaler is not None and "scaler" in files:
+        scaler.load_state_dict({
+            k: int(v) if k.startswith(("growth_interval", "_growth")) else float(v)
+            for k, v in files["scaler"].items()
+        })  # fmt: skip
+
+
+def copy_state(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    mine = model.state_dict()
+    wrong = [k for k in mine if k not in tensors or tensors[k].shape != mine[k].shape]
+    wrong += [k for k in tensors if k not in mine]
+    if wrong:
+        raise UserError(
+            f"this checkpoint belongs to another {what}: {', '.join(wrong[:3])} "
+            f"{'and others ' if len(wrong) > 3 else ''}do not fit"
+        )
+    for name, tensor in mine.items():
+        tensor.copy_(tensors[name])
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+    """A safetensors file, complete on the disk under its name or not there at all."""
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=metadata)
+    partial.chmod(0o644)  # safetensors makes 0600: colleagues could not read it
+    sync(partial)
+    partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or, where the system allows it, a folder."""
+    with contextlib.suppress(PermissionError):  # Windows: a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def write_checkpoint(folder: Path, files: dict, progress: Progress, facts: dict) -> Path:
+    """Write one checkpoint and return its final path; leaves nothing behind when it fails."""
+    target = folder / f"step-{progress.step:09d}"
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        faults.hit("save:begin", progress.step)
+        for name, tensors in files.items():
+            path = partial / f"{name}.safetensors"
+            save_file(tensors, path)
+            path.chmod(0o644)
+            sync(path)
+            faults.hit("save:written", progress.step)
+        path = partial / "progress.json"
+        path.write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        sync(path)
+        manifest = {
+            "format": FORMAT,
+            "step": progress.step,
+            "facts": facts,
+            "files": {
+                p.name: {"bytes": p.stat().st_size, "blake2b": digest_of(p)}
+                for p in sorted(partial.iterdir())
+            },
+        }
+        faults.hit("save:manifest", progress.step)
+        path = partial / MANIFEST
+        path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        sync(path)
+        sync(partial)
+        old = target.with_name(target.name + ".replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():  # the same step again, with a later phase: rename cannot overwrite
+            target.rename(old)
+        partial.rename(target)
+        faults.hit("save:renamed", progress.step)
+        sync(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep`; called only after a newer one is whole on the disk."""
+    for path in visible(folder)[keep:]:
+        doomed = path.with_name(path.name + ".removed")
+        with contextlib.suppress(OSError):
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    faults.hit("save:pruned")
+
+
+def sweep(folder: Path) -> int:
+    """Remove what interrupted saves left; only the owner of the run's lock may."""
+    count = 0
+    for path in folder.glob("step-*.replaced"):
+        whole = path.with_name(path.name.removesuffix(".replaced"))
+        if not whole.exists():
+            path.rename(whole)
+    for path in folder.glob("step-*.*"):
+        shutil.rmtree(path, ignore_errors=True)
+        count += 1
+    return count
+
+
+class Writer:
+    """Writes checkpoints in a background thread of the main process; one save in flight."""
+
+    def __init__(self, folder: Path, keep: int, on_done: Callable[[str], None]):
+        self.folder, self.keep, self.on_done = folder, keep, on_done
+        self.error = ""  # why the latest save failed; "" once one succeeds
+        self._thread: threading.Thread | None = None
+
+    def start(self, files: dict, progress: Progress, facts: dict, also=()) -> None:
+        """Begin a save of captured state; `also` are (path, tensors, metadata) to write with it."""
+        self.wait()
+        progress = Progress(**asdict(progress))
+        self._thread = threading.Thread(
+            target=self._run, args=(files, progress, facts, also), name="checkpoint-writer"
+        )
+        self._thread.start()
+
+    def _run(self, files, progress, facts, also) -> None:
+        began = time.monotonic()
+        try:
+            for path, tensors, metadata in also:
+                save_tensors(path, tensors, metadata)
+            target = write_checkpoint(self.folder, files, progress, facts)
+            prune(self.folder, self.keep)
+            self.error = ""
+            self.on_done(f"saved {target.name} in {time.monotonic() - began:.1f} s")
+        except Exception as error:
+            self.error = explain_failure(error, self.folder, files)
+            self.on_done(self.error)
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def explain_failure(error: Exception, folder: Path, files: dict) -> str:
+    """Why a save failed, in words; a full disk hides behind several exception types."""
+    need = sum(t.numel() * t.element_size() for part in files.values() for t in part.values())
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        free = 0
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or (isinstance(error, SafetensorError) and free < need):
+        return (
+            f"checkpoint not saved: needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB free in "
+            f"{folder}; the previous one stays"
+        )
+    return f"checkpoint not saved in {folder} ({error}); the previous one stays"
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def visible(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest step first; stray files do not count."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def verify(path: Path) -> dict:
+    """The manifest of a checkpoint whose bytes are all as written; ValueError says what is not."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, listed = manifest["format"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{MANIFEST} is missing or damaged") from None
+    if version > FORMAT:
+        raise UserError(
+            f"{path} was written by a newer version (format {version}, this one reads {FORMAT}); "
+            "update the program"
+        )
+    for name, expected in listed.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"{name} is missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
+        if digest_of(file) != expected["blake2b"]:
+            raise ValueError(f"{name} was changed after it was written (checksum)")
+    return manifest
+
+
+def newest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and its manifest; damaged ones are skipped with a reason.
+
+    None where there is none at all; an error where all are damaged, never a silent fresh start.
+    """
+    candidates = visible(folder)
+    for path in candidates:
+        try:
+            return path, verify(path)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            warn(f"{path.name} is damaged, going back to the one before: {error}")
+    if candidates:
+        raise UserError(
+            f"none of the {len(candidates)} checkpoints in {folder} is whole; "
+            "start over with --fresh (the old files are kept aside)"
+        )
+    return None
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]:
+    """All tensors and the progress of a verified checkpoint."""
+    files = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
+    content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    known = {k: v for k, v in content.items() if k in Progress.__dataclass_fields__}
+    return files, Progress(**known)

@@ -1,0 +1,153 @@
+"""Stop requests: signals, the STOP file, the time limit -> all processes leave at the same step.
+
+A signal handler only sets a flag. Each call of `poll` is one beat that all processes share; every
+K beats (about a second) an asynchronous vote on a gloo group of its own starts, and all processes
+act on it at the beat where the next vote starts, so nobody waits and everybody stops together.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+STOP_FILE, TIME_LIMIT, SIGNAL, ORPHAN, SAVE_FAILED = 1, 2, 3, 4, 5
+REASONS = {
+    STOP_FILE: "the STOP file",
+    TIME_LIMIT: "the time limit (--max-time)",
+    SIGNAL: "a stop signal",
+    ORPHAN: "the launcher is gone",
+    SAVE_FAILED: "a checkpoint could not be written",
+}
+
+
+class StopVote:
+    """Collects stop requests of this process and agrees on them with the others."""
+
+    def __init__(self, interval: float = 1.0):
+        self.interval = interval
+        self.code = 0
+        self.signal_name = ""
+        self.deadline: float | None = None
+        self.save_every: float | None = None  # seconds between checkpoints, on the main clock
+        self.save_agreed = False  # set for all processes at the same beat; the loop clears it
+        self.stop_file: Path | None = None
+        self.group = None
+        self.is_main = True
+        self._parent = os.getppid() if launched() else None
+        self._last_save = time.monotonic()
+        self._first_interrupt = 0.0
+        self._beats = 0
+        self._next = 0
+        self._pending = None
+        self._last_vote = time.monotonic()
+        self._beats_per_vote = 1
+
+    def install(self) -> "StopVote":
+        """Take over the stop signals; the first thing a process does."""
+        for name in SIGNALS:
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                with contextlib.suppress(ValueError, OSError):
+                    signal.signal(getattr(signal, name), self._on_signal)
+        return self
+
+    def connect(self, num_processes: int, is_main: bool, limit: float) -> None:
+        """Vote with the other processes from now on."""
+        self.is_main = is_main
+        if num_processes > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit))
+
+    def _on_signal(self, number, frame) -> None:
+        # SLURM and an agent may both send TERM in the same millisecond: a second signal is no
+        # "now". Only a person at a terminal who presses Ctrl-C again two seconds later means it.
+        now = time.monotonic()
+        if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
+            if self._first_interrupt and now - self._first_interrupt > 2:
+                os._exit(130)
+            self._first_interrupt = self._first_interrupt or now
+        self.signal_name = self.signal_name or signal.Signals(number).name
+        self.code = max(self.code, SIGNAL)
+
+    def request(self, code: int) -> None:
+        self.code = max(self.code, code)
+
+    def _look(self) -> int:
+        """This process's own wish."""
+        if self.is_main and self.stop_file is not None and self.stop_file.exists():
+            self.request(STOP_FILE)
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.request(TIME_LIMIT)
+        if self._parent is not None and os.getppid() != self._parent:
+            self.request(ORPHAN)
+        return self.code
+
+    def _save_is_due(self) -> bool:
+        return self.save_every is not None and time.monotonic() - self._last_save > self.save_every
+
+    def saved(self) -> None:
+        """The loop has saved: the clock of the next checkpoint starts."""
+        self.save_agreed, self._last_save = False, time.monotonic()
+
+    def poll(self) -> int:
+        """One shared beat: 0, or the agreed reason; the same answer on every process."""
+        if self.group is None:
+            now = time.monotonic()
+            if now - self._last_vote > 0.2:  # the file and the clock need no look at each step
+                self._last_vote = now
+                self._look()
+                self.save_agreed = self.save_agreed or self._save_is_due()
+            return self.code
+        agreed = 0
+        if self._beats == self._next:
+            agreed = self._collect()
+            self._start()
+        self._beats += 1
+        return agreed
+
+    def ask_all(self) -> int:
+        """A vote that waits for everyone: at the end of phases that have no beats."""
+        if self.group is None:
+            return self._look()
+        agreed = self._collect()
+        self._start()
+        return max(agreed, self._collect())
+
+    def _start(self) -> None:
+        now = time.monotonic()
+        per_beat = (now - self._last_vote) / self._beats_per_vote
+        self._last_vote = now
+        wish = int(min(max(1.0, self.interval / max(per_beat, 1e-6)), 10_000))
+        mine = [self._look(), 0, 0]
+        if self.is_main:
+            mine[1:] = wish, int(self._save_is_due())
+        ballot = torch.tensor(mine, dtype=torch.int64)
+        work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self._pending = (work, ballot)
+        self._next = self._beats + self._beats_per_vote
+
+    def _collect(self) -> int:
+        if self._pending is None:
+            return 0
+        work, ballot = self._pending
+        self._pending = None
+        work.wait()
+        code, self._beats_per_vote, save = ballot.tolist()
+        self.code = max(self.code, code)
+        self.save_agreed = self.save_agreed or bool(save)
+        return code
+
+    def why(self, code: int) -> str:
+        """The agreed reason in words."""
+        name = f" ({self.signal_name})" if code == SIGNAL and self.signal_name else ""
+        return REASONS.get(code, "a stop request") + name
+
+
+def launched() -> bool:
+    """Whether a launcher stands above this process, whose death must not leave us behind."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

@@ -1,0 +1,164 @@
+"""Names a dead or stuck process: heartbeats, stack dumps, and who is to blame.
+
+Every process writes `crash/heartbeat-<rank>.json` every few seconds from a thread of its own. Who
+stands still for longer than the limit (LOCKSTEP_STALL, 300 s) dumps its stacks, and the process
+that is least far, or whose heartbeat stopped, is named: not the innocent one that waits for it.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+PHASES = ("start", "data", "step", "evaluate", "save", "end")
+BEAT_SECONDS = 2.0
+
+
+class Watch:
+    """This process's place in the run, told to the others through files."""
+
+    def __init__(self, rank: int, num_processes: int):
+        self.rank, self.num_processes = rank, num_processes
+        self.phase, self.step = "start", 0
+        self.folder: Path | None = None
+        self.limit = float(os.environ.get("LOCKSTEP_STALL", "300"))
+        self.on_beat = lambda: None
+        self._since = time.monotonic()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def at(self, phase: str, step: int) -> None:
+        """The loop says where it is; costs no more than three assignments."""
+        self.phase, self.step, self._since = phase, step, time.monotonic()
+
+    def start(self, folder: Path) -> None:
+        self.folder = folder / "crash"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (f"heartbeat-{self.rank}.json", f"rank-{self.rank}.txt"):
+            (self.folder / name).unlink(missing_ok=True)
+        self._beat()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave without a trace: a crash folder that stays tells of a crash."""
+        self._stop.set()
+        if self._thread is None:
+            return
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            (self.folder / f"heartbeat-{self.rank}.json").unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _run(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            self._beat()
+            self.on_beat()
+            if time.monotonic() - self._since > self.limit:
+                self._stalled()
+
+    def _beat(self) -> None:
+        place = {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": self.phase,
+            "step": self.step,
+            "still": round(time.monotonic() - self._since, 1),
+            "time": time.time(),
+        }
+        path = self.folder / f"heartbeat-{self.rank}.json"
+        with contextlib.suppress(OSError):
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(place), encoding="utf-8")
+            partial.replace(path)
+
+    def _stalled(self) -> None:
+        """Dump every thread's stack, name the culprit, and end: a hang must not last."""
+        with contextlib.suppress(OSError), (self.folder / f"rank-{self.rank}.txt").open("w") as f:
+            f.write(f"stood still for {self.limit:.0f} s in phase {self.phase}, step {self.step}\n")
+            faulthandler.dump_traceback(f, all_threads=True)
+        time.sleep(2 * BEAT_SECONDS)  # let the others write theirs
+        told = self.blame() or f"rank {self.rank} stood still at step {self.step}"
+        print(f"\n{told}\nstacks of all processes: {self.folder}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def blame(self) -> str:
+        """Which process is dead, frozen or behind, in one sentence; '' if none can be told."""
+        places = {}
+        for path in (self.folder or Path()).glob("heartbeat-*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                place = json.loads(path.read_text(encoding="utf-8"))
+                places[place["rank"]] = place
+        for rank in range(self.num_processes):
+            place = places.get(rank)
+            if rank == self.rank or place is None:
+                continue
+            where = (
+                f"rank {rank} on {place['host']} (pid {place['pid']}) {{}} at step "
+                f"{place['step']}, phase {place['phase']}"
+            )
+            report = self.folder / f"rank-{rank}.txt"
+            if report.exists() and "Traceback" in report.read_text(errors="replace"):
+                last = report.read_text(errors="replace").strip().splitlines()[-1]
+                return where.format("failed") + f": {last}"
+            if place["host"] == socket.gethostname() and not alive(place["pid"]):
+                return where.format("died without a word (killed, or out of memory)")
+            if time.time() - place["time"] > 4 * BEAT_SECONDS:
+                return where.format("is frozen (no heartbeat)")
+        if self.num_processes > 1 and len(places) == self.num_processes:
+            last = min(places.values(), key=lambda p: (p["step"], PHASES.index(p["phase"])))
+            others = [p for p in places.values() if p is not last]
+            if all((p["step"], p["phase"]) != (last["step"], last["phase"]) for p in others):
+                return (
+                    f"rank {last['rank']} on {last['host']} (pid {last['pid']}) is stuck at step "
+                    f"{last['step']}, phase {last['phase']}; the others wait for it"
+                )
+        return ""
+
+    def report(self, error: BaseException) -> str:
+        """Write this process's crash report; the sentence to print last."""
+        text = "".join(traceback.format_exception(error))
+        own = f"rank {self.rank} on {socket.gethostname()} failed at step {self.step}, phase "
+        own += f"{self.phase}: {type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            own += (
+                "\nout of memory: try a smaller --batch-size, or more --accumulate (the same "
+                "result in smaller pieces), or a smaller --image-size"
+            )
+        if peer_failed(error):
+            time.sleep(1.5)  # the one that failed first may still be writing its report
+            blamed = self.blame()
+            if blamed:
+                return f"rank {self.rank} ends too, because {blamed}"
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                (self.folder / f"rank-{self.rank}.txt").write_text(f"{own}\n\n{text}")
+                own += f"\nthe traceback is in {self.folder / f'rank-{self.rank}.txt'}"
+        return own
+
+
+def peer_failed(error: BaseException) -> bool:
+    """Whether an error only says that another process went away."""
+    words = ("connection closed by peer", "connection reset", "timed out waiting", "broken pipe")
+    words += ("remote process", "nccl", "gloo")
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this host still runs (a zombie does not)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True

@@ -1,0 +1,226 @@
+"""The architectures: one table in lesson order, name -> where it is, minimum image size, recipe.
+
+This file imports no torch, so that the command line can read the table at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from errors import UserError
+from models.own_file import call_with_known_arguments, check_own_file, is_own_file, load_own_class
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TORCHVISION = "torchvision:"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """What the trainer knows about a model before it is built.
+
+    target: "module:Class" in this folder, "torchvision:name" or "path/to/file.py:Class".
+    recipe: values of TrainConfig fields when training starts from scratch.
+    finetune: values that replace those of the recipe when it starts from pretrained weights.
+    pretrained: torchvision's name of the ImageNet weights; "" where there are none.
+    """
+
+    target: str
+    min_image_size: int
+    summary: str
+    recipe: dict[str, object]
+    finetune: dict[str, object] = field(default_factory=dict)
+    pretrained: str = ""
+    task: str = "classification"
+
+
+# Learning rates belong to the batch size beside them; warmup is in epochs.
+_ADAMW: dict[str, object] = {
+    "image_size": 32,
+    "batch_size": 64,
+    "epochs": 10,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 0.01,
+    "schedule": "cosine",
+    "warmup": 0.5,
+    "augment": "crop",
+}
+_FINETUNE: dict[str, object] = {
+    "image_size": 224,
+    "batch_size": 32,
+    "epochs": 5,
+    "optimizer": "adamw",
+    "lr": 1e-4,
+    "augment": "resized_crop",
+    "label_smoothing": 0.0,
+}
+# AlexNet and VGG have no batch norm: SGD, small steps, as in their papers.
+_FINETUNE_SGD: dict[str, object] = _FINETUNE | {
+    "optimizer": "sgd",
+    "lr": 0.005,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+}
+
+MODELS: dict[str, ModelEntry] = {
+    "linear_regression": ModelEntry(
+        target="linear_regression:LinearRegression",
+        min_image_size=1,
+        summary="the first lesson: y = wx + b, on points of a line",
+        recipe={
+            "batch_size": 30,
+            "epochs": 300,
+            "optimizer": "sgd",
+            "lr": 0.01,
+            "momentum": 0.0,
+            "weight_decay": 0.0,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "augment": "none",
+        },
+        task="regression",
+    ),
+    "my_cnn": ModelEntry(
+        target="my_cnn:MyCNN",
+        min_image_size=1,
+        summary="the homework: one convolution, one linear layer over the whole map",
+        # A step of Adam moves every weight by lr, and a logit sums 800,000 of them at 224.
+        recipe=_ADAMW | {"image_size": 224, "epochs": 5, "lr": 1e-5, "augment": "flip"},
+    ),
+    "alexnet": ModelEntry(
+        target="alexnet:AlexNet",
+        min_image_size=63,
+        summary="2012, Krizhevsky et al. (one-column form of 2014): deep nets win ImageNet",
+        recipe=_ADAMW | {"image_size": 64, "epochs": 12, "lr": 5e-4},
+        finetune=_FINETUNE_SGD,
+        pretrained="alexnet",
+    ),
+    "vgg11": ModelEntry(
+        target="vgg:vgg11",
+        min_image_size=32,
+        summary="2014, Simonyan & Zisserman (column A): only 3x3 convolutions",
+        recipe=_ADAMW | {"epochs": 30, "lr": 3e-4, "warmup": 1.0},
+        finetune=_FINETUNE_SGD,
+        pretrained="vgg11",
+    ),
+    "vgg16": ModelEntry(
+        target="vgg:vgg16",
+        min_image_size=32,
+        summary="2014, Simonyan & Zisserman (column D): deeper, still only 3x3",
+        recipe=_ADAMW | {"epochs": 30, "lr": 3e-4, "warmup": 1.0},
+        finetune=_FINETUNE_SGD,
+        pretrained="vgg16",
+    ),
+    "resnet18": ModelEntry(
+        target="resnet:resnet18",
+        min_image_size=8,
+        summary="2015, He et al.: shortcuts; with the 3x3 first layer for small images",
+        recipe={
+            "image_size": 32,
+            "batch_size": 128,
+            "epochs": 30,
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "schedule": "cosine",
+            "warmup": 1.0,
+            "augment": "crop",
+            "label_smoothing": 0.1,
+        },
+    ),
+    "googlenet": ModelEntry(
+        target="torchvision:googlenet",
+        min_image_size=32,
+        summary="2014, Szegedy et al.: parallel branches, two auxiliary heads (0.3)",
+        recipe=_ADAMW | {"image_size": 96, "epochs": 30, "warmup": 1.0},
+        finetune=_FINETUNE,
+        pretrained="googlenet",
+    ),
+    "inception_v3": ModelEntry(
+        target="torchvision:inception_v3",
+        min_image_size=75,
+        summary="2015, Szegedy et al.: factorised convolutions, an auxiliary head (0.4)",
+        recipe=_ADAMW | {"image_size": 96, "epochs": 30, "warmup": 1.0, "label_smoothing": 0.1},
+        finetune=_FINETUNE | {"image_size": 299},
+        pretrained="inception_v3",
+    ),
+    "efficientnet_b0": ModelEntry(
+        target="torchvision:efficientnet_b0",
+        min_image_size=32,
+        summary="2019, Tan & Le: depth, width and resolution scaled together",
+        recipe=_ADAMW | {"image_size": 64, "epochs": 30, "warmup": 1.0, "label_smoothing": 0.1},
+        finetune=_FINETUNE,
+        pretrained="efficientnet_b0",
+    ),
+}
+
+
+def lookup(name: str) -> ModelEntry:
+    """The entry of a model in the table, of "torchvision:<name>" or of "path/to/file.py:Class"."""
+    if name in MODELS:
+        return MODELS[name]
+    if name.startswith(TORCHVISION):
+        return _torchvision_entry(name.removeprefix(TORCHVISION))
+    if is_own_file(name):
+        check_own_file(name)
+        return ModelEntry(name, min_image_size=1, summary="your own module", recipe=_ADAMW)
+    raise UserError(
+        f"--model {name}: no such model{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}, "
+        "any classifier of torchvision as torchvision:<name>, your own as path/to/file.py:ClassName"
+    )
+
+
+def did_you_mean(word: str, known: object) -> str:
+    """' (did you mean alexnet?)', or '' when nothing known is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
+    """The model, initialised from torch's global generator: seed that for repeatable weights."""
+    entry = lookup(name)
+    if entry.task == "classification" and image_size < entry.min_image_size:
+        raise UserError(
+            f"--image-size {image_size}: {name} needs at least {entry.min_image_size}; "
+            f"type --image-size {max(entry.min_image_size, int(entry.recipe['image_size']))}"
+        )
+    module, _, attribute = entry.target.rpartition(":")
+    if is_own_file(entry.target):
+        make = load_own_class(entry.target)
+    elif module == "torchvision":
+        zoo = importlib.import_module("models.torchvision_zoo")
+        make = partial(zoo.build_from_torchvision, attribute)
+    else:
+        make = getattr(importlib.import_module(f"models.{module}"), attribute)
+    return call_with_known_arguments(
+        make, {"num_classes": num_classes, "image_size": image_size}, name
+    )
+
+
+def _torchvision_entry(name: str) -> ModelEntry:
+    for entry in MODELS.values():
+        if entry.target == TORCHVISION + name:
+            return entry
+    from torchvision import models as zoo
+
+    known = zoo.list_models(module=zoo)  # this module alone: the classifiers
+    if name not in known:
+        raise UserError(
+            f"--model {TORCHVISION}{name}: torchvision has no classifier of that name"
+            f"{did_you_mean(name, known)}; it has {', '.join(known)}"
+        )
+    return ModelEntry(
+        target=TORCHVISION + name,
+        min_image_size=max(zoo.get_model_weights(name).DEFAULT.meta["min_size"]),
+        summary="from torchvision",
+        recipe=_ADAMW | {"image_size": 224},
+        finetune=_FINETUNE,
+        pretrained=name,
+    )

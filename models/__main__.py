@@ -1,0 +1,115 @@
+"""python -m models: the table of models; python -m models alexnet: its layers."""
+
+import argparse
+import sys
+from typing import Any
+
+from errors import UserError
+from models import MODELS, build_model, lookup
+from models.own_file import is_own_file
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
+    parser.add_argument("model", nargs="?", help="a name of the table, torchvision:..., file.py:..")
+    parser.add_argument("--image-size", type=int, help="pixels; default: that of the recipe")
+    parser.add_argument("--classes", type=int, default=10)
+    arguments = parser.parse_args()
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a file or a pipe has no width; cut nothing
+    try:
+        if arguments.model is None:
+            console.print(table_of_models(arguments.classes))
+        else:
+            console.print(table_of_layers(arguments.model, arguments.image_size, arguments.classes))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def table_of_models(num_classes: int) -> Any:
+    import torch
+    from rich.table import Table
+
+    table = Table("model", title=f"Models for {num_classes} classes, in lesson order")
+    for heading in ("parameters", "from size"):
+        table.add_column(heading, justify="right")
+    table.add_column("recipe from scratch")
+    table.add_column("what it is")
+    for name, entry in MODELS.items():
+        image_size = int(entry.recipe.get("image_size", 1))
+        with torch.device("meta"):  # shapes without numbers: no memory, no time
+            model = build_model(name, num_classes=num_classes, image_size=image_size)
+        recipe = entry.recipe
+        images = f"{image_size} px, " if entry.task == "classification" else ""
+        table.add_row(
+            name,
+            f"{count(model.parameters()):,}",
+            f"{entry.min_image_size} px" if entry.task == "classification" else "-",
+            f"{images}{recipe['optimizer']} {recipe['lr']:g}, "
+            f"batch {recipe['batch_size']}, {recipe['epochs']} epochs",
+            entry.summary,
+        )
+    return table
+
+
+def table_of_layers(name: str, image_size: int | None, num_classes: int) -> Any:
+    """Layers in the order in which they run in training, auxiliary heads included."""
+    import torch
+    from rich.table import Table
+    from torch import nn
+
+    entry = lookup(name)
+    if image_size is None:
+        image_size = int(entry.recipe.get("image_size", 1))
+    # A learner's forward may make tensors of its own, which must then hold numbers.
+    device = torch.device("cpu" if is_own_file(entry.target) else "meta")
+    with device:
+        model = build_model(name, num_classes=num_classes, image_size=image_size)
+        shape = (2, 3, image_size, image_size) if entry.task == "classification" else (2, 1)
+        inputs = torch.zeros(shape)
+
+    table = Table("layer", "kind", title=f"{name} at {image_size} px, {num_classes} classes")
+    for heading in ("output", "parameters", "multiply-adds"):
+        table.add_column(heading, justify="right")
+    total = 0
+
+    def add_row(path: str, layer: nn.Module, output: torch.Tensor) -> None:
+        nonlocal total
+        size = output[0].numel()  # of one image
+        weights_per_output = 0
+        if isinstance(layer, nn.Conv2d):
+            weights_per_output = layer.weight[0].numel()
+        elif isinstance(layer, nn.Linear):
+            weights_per_output = layer.in_features
+        total += size * weights_per_output
+        table.add_row(
+            path,
+            type(layer).__name__,
+            " x ".join(map(str, output.shape[1:])),
+            f"{count(layer.parameters()):,}",
+            f"{size * weights_per_output:,}",
+        )
+
+    for path, layer in model.named_modules():
+        if not any(True for _ in layer.children()):
+            layer.register_forward_hook(
+                lambda layer, _, output, path=path: add_row(path, layer, output)
+            )
+    with torch.no_grad():
+        model(inputs)
+    table.add_section()
+    table.add_row("total", "", "", f"{count(model.parameters()):,}", f"{total:,}")
+    return table
+
+
+def count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""A learner's own module: a class in any Python file, named path/to/file.py:ClassName."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+
+def is_own_file(name: str) -> bool:
+    """Does the name mean a file (with or without its class)?"""
+    return name.endswith(".py") or ".py:" in name
+
+
+def check_own_file(name: str) -> None:
+    """UserError unless the file is there, is Python and speaks of the class. Runs nothing."""
+    path, class_name = _split(name)
+    if not path.is_file():
+        raise UserError(f"--model {name}: there is no file {path} (looked in {Path.cwd()})")
+    source = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}; mend the file") from None
+    classes = [node.name for node in statements if isinstance(node, ast.ClassDef)]
+    # A class that the file imports from elsewhere is in its text, though not among its classes.
+    if not class_name or class_name not in source:
+        raise _no_such_class(name, classes)
+
+
+def load_own_class(name: str) -> type:
+    """The class, from the file run as a module; its folder is on sys.path meanwhile."""
+    path, class_name = _split(name)
+    # A prefix of our own, for a file may be called data.py or torch.py.
+    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up by name
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+        line = f", line {frames[-1].lineno}" if frames else ""
+        raise UserError(
+            f"{path}{line}: the file cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise _no_such_class(name, [k for k, v in vars(module).items() if inspect.isclass(v)])
+    from torch import nn
+
+    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+        raise UserError(
+            f"--model {name}: {class_name} is not an nn.Module; "
+            f"write class {class_name}(nn.Module) and call super().__init__() in its __init__"
+        )
+    return found
+
+
+def call_with_known_arguments(make: Callable, known: dict[str, Any], name: str) -> Any:
+    """make(**the known arguments that it takes); UserError if it needs others."""
+    parameters = inspect.signature(make).parameters
+    needed = [
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and p.name not in known
+    ]
+    if needed:
+        raise UserError(
+            f"--model {name}: __init__ needs {', '.join(needed)}, which nobody gives; "
+            f"write a default (def __init__(self, num_classes, {needed[0]}=...)); "
+            "only num_classes and image_size are passed"
+        )
+    return make(**{key: value for key, value in known.items() if key in parameters})
+
+
+def _split(name: str) -> tuple[Path, str]:
+    path, _, class_name = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
+    return Path(path).expanduser(), class_name
+
+
+def _no_such_class(name: str, classes: list[str]) -> UserError:
+    path, class_name = _split(name)
+    near = difflib.get_close_matches(class_name, classes, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    given = f"there is no class {class_name} in the file{hint}" if class_name else "name a class"
+    listed = f"it has {', '.join(classes)}" if classes else "it has no class at all"
+    return UserError(f"--model {name}: {given}; {listed}; type {path}:ClassName")

@@ -1,0 +1,35 @@
+"""Adaptive average pooling whose backward is deterministic on every device."""
+
+import torch
+from torch import nn
+
+
+class AdaptivePool(nn.Module):
+    """nn.AdaptiveAvgPool2d as two matrix products; nothing at all when the size already matches.
+
+    The CUDA backward of nn.AdaptiveAvgPool2d adds with atomics, in an order that changes, and
+    raises under torch.use_deterministic_algorithms.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        height, width = maps.shape[-2:]
+        if (height, width) == (self.size, self.size):
+            return maps
+        rows = averaging_matrix(height, self.size, maps)
+        columns = averaging_matrix(width, self.size, maps)
+        return rows @ maps @ columns.T  # (N, C, size, size)
+
+    def extra_repr(self) -> str:
+        return str(self.size)
+
+
+def averaging_matrix(size: int, bins: int, like: torch.Tensor) -> torch.Tensor:
+    """(bins, size): row i averages positions floor(i size/bins) to ceil((i+1) size/bins) - 1."""
+    bin_index = torch.arange(bins, device=like.device)[:, None]
+    position = torch.arange(size, device=like.device)
+    start, stop = bin_index * size // bins, ((bin_index + 1) * size + bins - 1) // bins
+    return ((position >= start) & (position < stop)).to(like.dtype) / (stop - start)

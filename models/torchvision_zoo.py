@@ -1,0 +1,44 @@
+"""Any classifier of torchvision, untrained, with torchvision's own state_dict keys."""
+
+from typing import Any
+
+from torch import nn
+
+from models.pooling import AdaptivePool
+
+# The auxiliary heads: their share of the loss (as in the papers) and their modules.
+AUXILIARY = {"googlenet": (0.3, ("aux1", "aux2")), "inception_v3": (0.4, ("AuxLogits",))}
+
+
+def build_from_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """torchvision's model; with auxiliary heads it returns (logits, aux, ...) in training mode."""
+    from torchvision.models import get_model
+
+    options: dict[str, Any] = {}
+    if name in AUXILIARY:
+        # transform_input maps ImageNet's normalisation to the one that the published weights
+        # expect; always on, so that the same weights mean the same wherever they come from.
+        options = {"aux_logits": True, "init_weights": True, "transform_input": True}
+    elif name.startswith("vit_"):
+        options = {"image_size": image_size}  # a position embedding for each patch
+    model = get_model(name, weights=None, num_classes=num_classes, **options)
+    if name in AUXILIARY:
+        model.auxiliary_weight, model.auxiliary_heads = AUXILIARY[name]
+        model.register_forward_hook(_plain_tuple)
+    # torchvision draws these heads so wide that with ten classes the first loss is 5 to 6, not 2.3.
+    if name == "inception_v3":
+        model.fc.reset_parameters()
+        model.AuxLogits.register_forward_pre_hook(_at_least_17_wide)
+    elif name.startswith("efficientnet"):
+        model.classifier[-1].reset_parameters()
+    return model
+
+
+def _plain_tuple(model: nn.Module, inputs: tuple, outputs: Any) -> Any:
+    return tuple(outputs) if isinstance(outputs, tuple) else outputs
+
+
+def _at_least_17_wide(head: nn.Module, inputs: tuple) -> Any:
+    """The auxiliary head of Inception fits maps of 299-pixel images; smaller ones are stretched."""
+    (maps,) = inputs
+    return (AdaptivePool(17)(maps),) if min(maps.shape[-2:]) < 17 else inputs

@@ -1,0 +1,247 @@
+"""Weights from elsewhere: ImageNet's, a file's; the head that does not fit; a frozen backbone."""
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from errors import UserError
+from models import lookup
+
+REACH_SECONDS = 4.0  # name resolution can block for a minute where nothing answers
+
+
+def imagenet_reach(name: str) -> tuple[bool, str]:
+    """Can ImageNet weights of this model be had, and a sentence that says where or why not.
+
+    Looks into torch hub's cache first, then asks the server within four seconds.
+    """
+    if not lookup(name).pretrained:
+        return False, f"there are no ImageNet weights for {name}{_same_net_in_torchvision(name)}"
+    url, file = _imagenet_url(name), _imagenet_file(name)
+    if file.is_file():
+        return True, f"ImageNet weights for {name} are in torch hub's cache ({file})"
+    # A process of its own: a blocked name resolution cannot be interrupted within ours.
+    # urllib honours HTTPS_PROXY and NO_PROXY.
+    ask = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], method='HEAD'))"
+    command = [sys.executable, "-c", ask, url]
+    try:
+        asked = subprocess.run(command, capture_output=True, timeout=REACH_SECONDS, text=True)
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {REACH_SECONDS:g} seconds"
+    else:
+        if asked.returncode == 0:
+            return True, f"ImageNet weights for {name} can be downloaded ({url})"
+        reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return False, (
+        f"ImageNet weights for {name} are not in torch hub's cache and cannot be downloaded "
+        f"({reason}); set HTTPS_PROXY if you need one, or fetch {url} elsewhere, put it into "
+        f"{file.parent} and run again"
+    )
+
+
+def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
+    """Loads "imagenet" or a .pth / .safetensors file into the model; a sentence about what came.
+
+    A head for another number of classes stays as initialised; any other difference is a
+    UserError and leaves the model as it was. Never executes code from a file. Processes that
+    share a torch hub cache should not download together: let one go first.
+    """
+    if weights == "imagenet":
+        file = _fetch_imagenet(name)
+        origin = f"ImageNet weights of {name}"
+    else:
+        file = Path(weights).expanduser()
+        origin = f"weights from {weights}"
+    own = model.state_dict()
+    loaded = {_key(key, own): value for key, value in _read(file).items()}
+    if lookup(name).pretrained.startswith("densenet"):  # published under their names of 2017
+        loaded = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in loaded.items()}
+
+    fresh = [head for head in head_prefixes(model, name) if _other_classes(head, loaded, own)]
+    given = {k: v for k, v in loaded.items() if not k.startswith(tuple(fresh))}
+    missing = [k for k in own if k not in given and not k.startswith(tuple(fresh))]
+    unexpected = [k for k in given if k not in own]
+    shapes = [
+        f"{k} ({_shape(v)} in the file, {_shape(own[k])} in the model)"
+        for k, v in given.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    problems = [
+        f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for what, keys in (
+            ("missing:", missing),
+            ("not in the model:", unexpected),
+            ("other shapes:", shapes),
+        )
+        if keys
+    ]
+    if problems:
+        raise UserError(
+            f"--weights {weights} does not fit --model {name}: {'; '.join(problems)}; "
+            "name the model (and --image-size) that these weights were trained with"
+        )
+    model.load_state_dict(given, strict=False)
+    if not fresh:
+        return f"{origin}, all {len(given)} tensors"
+    heads = ", ".join(head.removesuffix(".") for head in fresh)
+    theirs = loaded[_head_key(fresh[0], own)].shape[0]
+    return f"{origin}; they know {theirs} classes, so the head for {num_classes} is new ({heads})"
+
+
+def imagenet_classes() -> list[str]:
+    """The 1,000 class names in the order of the published weights' logits."""
+    from torchvision.models import AlexNet_Weights
+
+    return list(AlexNet_Weights.DEFAULT.meta["categories"])
+
+
+def head_prefixes(model: nn.Module, name: str) -> tuple[str, ...]:
+    """Parameter-name prefixes of the classification head(s): the last module with parameters.
+
+    The same rule finds the last layer of each auxiliary head. "" means the model itself.
+    """
+    tops = ("", *getattr(model, "auxiliary_heads", ()))
+    heads = []
+    for top in tops:
+        prefix = f"{top}." if top else ""
+        layers = [
+            prefix + path
+            for path, module in model.get_submodule(top).named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        ]
+        if not layers:
+            raise UserError(f"--model {name}: no layer of it has a parameter, nothing can learn")
+        heads.append(f"{layers[-1]}." if layers[-1] else "")
+    return tuple(heads)
+
+
+def freeze_backbone(model: nn.Module, name: str) -> None:
+    """Leaves only the head trainable. What is frozen stays in eval mode, also after train().
+
+    Otherwise batch norm would go on learning its statistics, and dropout would blur the features.
+    """
+    heads = head_prefixes(model, name)
+    frozen = [p for key, p in model.named_parameters() if not key.startswith(heads)]
+    if not frozen:
+        raise UserError(
+            f"--freeze backbone: {name} has no layers besides its head, so nothing would be "
+            "frozen; leave --freeze out"
+        )
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    _hold_in_eval(model, "", heads)
+
+
+def _hold_in_eval(module: nn.Module, prefix: str, heads: tuple[str, ...]) -> None:
+    for child_name, child in module.named_children():
+        path = f"{prefix}{child_name}."
+        if path in heads:
+            continue
+        if any(head.startswith(path) for head in heads):
+            _hold_in_eval(child, path, heads)
+        else:
+            child.eval()
+            # On the module itself: whatever wraps the model later still asks it through train().
+            child.train = MethodType(_stay_in_eval, child)
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def _same_net_in_torchvision(name: str) -> str:
+    return "; torchvision:resnet18 has them" if name == "resnet18" else ""
+
+
+def _imagenet_url(name: str) -> str:
+    from torchvision.models import get_model_weights
+
+    return get_model_weights(lookup(name).pretrained).DEFAULT.url
+
+
+def _imagenet_file(name: str) -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", _imagenet_url(name).rpartition("/")[2])
+
+
+def _fetch_imagenet(name: str) -> Path:
+    reachable, sentence = imagenet_reach(name)
+    if not reachable:
+        raise UserError(f"--weights imagenet: {sentence}")
+    file, url = _imagenet_file(name), _imagenet_url(name)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checksum = re.search(r"-([0-9a-f]{8,})\.", file.name)  # published names end in it
+        try:
+            torch.hub.download_url_to_file(
+                url, str(file), hash_prefix=checksum and checksum[1], progress=False
+            )
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--weights imagenet: {url} did not arrive ({error})") from error
+    return file
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file by name, on the CPU."""
+    if file.is_dir():
+        raise UserError(f"--weights {file} is a folder; type {file / 'model.safetensors'}")
+    if not file.is_file():
+        raise UserError(f"--weights {file}: there is no such file (nor is it the word imagenet)")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(file)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # the error below says it better
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has errors of its own, and all mean the same here
+        raise UserError(
+            f"--weights {file} cannot be read: it is damaged, or holds more than tensors, and code "
+            "in a weights file is never run; save torch.save(model.state_dict(), 'weights.pth') "
+            "or a .safetensors file"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not (isinstance(state, dict) and state) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
+        raise UserError(
+            f"--weights {file} is no table of tensors by name; save model.state_dict() into it"
+        )
+    return state
+
+
+def _key(key: str, own: dict[str, torch.Tensor]) -> str:
+    """The key without what DistributedDataParallel and torch.compile put in front of it."""
+    return key if key in own else re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+
+
+def _head_key(head: str, own: dict[str, torch.Tensor]) -> str:
+    return next(key for key in own if key.startswith(head))
+
+
+def _other_classes(
+    head: str, loaded: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> bool:
+    """Does the file's head differ in its number of classes, and in nothing else?"""
+    if not head:
+        return False
+    theirs = {k: v.shape for k, v in loaded.items() if k.startswith(head)}
+    ours = {k: v.shape for k, v in own.items() if k.startswith(head)}
+    return (
+        theirs.keys() == ours.keys()
+        and theirs != ours
+        and all(len(s) and len(ours[k]) and s[1:] == ours[k][1:] for k, s in theirs.items())
+    )
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

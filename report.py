@@ -1,0 +1,202 @@
+"""Everything a person sees on the screen: in a terminal a live bar, in a file plain lines."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def clean(text: object) -> str:
+    """Text from outside (class names, paths) without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def duration(seconds: float) -> str:
+    """12s, 4m10s, 3h05m."""
+    seconds = int(seconds + 0.5)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+class Report:
+    """Speaks for the main process; on the others every method is silent."""
+
+    def __init__(self, enabled: bool = True, console: Console | None = None):
+        self.enabled = enabled
+        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.log: Console | None = None
+        self._bar: Progress | None = None
+        self._task = None
+
+    def attach(self, folder: Path) -> None:
+        """From now on also into the run's train.log, as plain lines."""
+        if self.enabled:
+            file = (folder / "train.log").open("a", encoding="utf-8")
+            self.log = Console(file=file, width=100, no_color=True, soft_wrap=True)
+
+    def show(self, thing, style: str | None = None) -> None:
+        """Print text or a rich table; text is never read as markup."""
+        if not self.enabled:
+            return
+        if isinstance(thing, str):
+            thing = Text(thing, style=style or "")
+        self.console.print(thing)
+        if self.log is not None:
+            self.log.print(thing)
+            self.log.file.flush()
+
+    def warn(self, text: str) -> None:
+        self.show(f"warning: {clean(text)}", "bold yellow")
+
+    def shout(self, title: str, text: str) -> None:
+        """A warning no one can miss."""
+        self.show(Panel(Text(clean(text)), title=title, border_style="bold yellow"))
+
+    def start_panel(self, title: str, rows: list[tuple[str, str]], settings: list[tuple]) -> None:
+        """What will run: facts, then each setting that is no default, with its origin."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column()
+        for name, value in rows:
+            table.add_row(name, Text(clean(value)))
+        if settings:
+            table.add_row("", "")
+            for name, value, origin in settings:
+                words = Text(clean(value)).append(f"  ({clean(origin)})", style="dim")
+                table.add_row(Text(clean(name), style="cyan"), words)
+        self.show(Panel(table, title=title, title_align="left", border_style="blue", expand=False))
+
+    # --- while it runs --------------------------------------------------------------------------
+
+    def open_bar(self, total: int, done: int, epoch: str) -> None:
+        if not (self.enabled and self.console.is_terminal):
+            return
+        self.close_bar()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"), console=self.console, transient=True,
+            refresh_per_second=4,
+        )  # fmt: skip
+        self._task = self._bar.add_task(epoch, total=total, completed=done, line="")
+        self._bar.start()
+
+    def advance(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def train_line(self, row: dict, total_steps: int, eta: float) -> None:
+        """One metrics row of training: beside the bar in a terminal, a plain line in a file."""
+        words = (
+            f"loss {row['train/loss']:.4f}  lr {row['lr']:.3g}  "
+            f"{row['speed/images_per_second']:,.0f} img/s  ETA {duration(eta)}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, line=words)
+        line = f"  step {row['step']}/{total_steps}  {words}"
+        if self.enabled and not self.console.is_terminal:
+            self.show(line)
+        elif self.enabled and self.log is not None:
+            self.log.print(Text(line))
+            self.log.file.flush()
+
+    def epoch_line(self, text: str, better: bool) -> None:
+        self.close_bar()
+        self.show(text, "green" if better else None)
+
+    # --- at the end -----------------------------------------------------------------------------
+
+    def class_table(self, classes: list[str], confusion: list[list[int]]) -> None:
+        """Accuracy per class and what each is most often taken for."""
+        table = Table(title="test images per class", title_justify="left")
+        table.add_column("class")
+        for name in ("images", "right", "accuracy"):
+            table.add_column(name, justify="right")
+        table.add_column("most often taken for")
+        for index, row in enumerate(confusion):
+            total, right = sum(row), row[index]
+            others = [(count, other) for other, count in enumerate(row) if other != index and count]
+            taken = max(others, default=None, key=lambda pair: pair[0])
+            table.add_row(
+                Text(clean(classes[index])), str(total), str(right),
+                percent(right / total) if total else "-",
+                Text(f"{clean(classes[taken[1]])} ({taken[0]})" if taken else ""),
+            )  # fmt: skip
+        self.show(table)
+
+    def end_panel(self, title: str, rows: list[tuple[str, str]], good: bool) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column()
+        for name, value in rows:
+            table.add_row(name, Text(clean(value)))
+        style = "green" if good else "yellow"
+        self.show(Panel(table, title=title, title_align="left", border_style=style, expand=False))
+
+    def close(self) -> None:
+        self.close_bar()
+        if self.log is not None:
+            self.log.file.close()
+            self.log = None
+
+
+class Chrono:
+    """Images per second and time left; the first steps (warm-up, compile) do not count."""
+
+    WARMUP_STEPS = 2
+
+    def __init__(self, clock=time.monotonic):
+        self.clock = clock
+        self.steps = 0
+        self._began: float | None = None
+        self._mark = clock()
+        self._window = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        self._window += 1
+        if self.steps == self.WARMUP_STEPS:
+            self._began = self.clock()
+
+    def speed(self, batch_size: int) -> float:
+        """Images per second since the last call."""
+        now = self.clock()
+        value = self._window * batch_size / max(now - self._mark, 1e-9)
+        self._mark, self._window = now, 0
+        return value
+
+    def pause(self, seconds: float) -> None:
+        """Leave out what was no training: evaluation, saving."""
+        self._mark += seconds
+        if self._began is not None:
+            self._began += seconds
+
+    def left(self, steps: int) -> float:
+        """Seconds that so many further steps take at the speed so far; 0 where unknown."""
+        timed = self.steps - self.WARMUP_STEPS
+        if self._began is None or timed < 1:
+            return 0.0
+        return (self.clock() - self._began) / timed * steps
+
+
+def quiet_libraries() -> None:
+    """Third-party chatter that tells a user nothing."""
+    for name in ("accelerate", "torch.distributed", "PIL", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)

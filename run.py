@@ -1,0 +1,819 @@
+"""One life of a run: what stands around the loop. Start, resume, record, save, stop, end."""
+
+import hashlib
+import math
+import os
+import sys
+import time
+from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from config import Settings, TrainConfig, plan_batch, recipe_of, seconds, to_json
+from data.augment import Augment
+from data.keyed_random import mix
+from data.loaders import build_test_loader, build_train_loader
+from data.order import split_validation
+from data.sources import ImageSet, Source, choose_dataset, load_source
+from distributed import faults
+from distributed.accelerator import (
+    build_accelerator,
+    code_fingerprint,
+    describe,
+    end,
+    main_decides,
+    model_fingerprint,
+    refuse_disagreement,
+    wait_limit,
+)
+from distributed.checkpoint import (
+    Progress,
+    Writer,
+    capture,
+    newest_valid,
+    read_checkpoint,
+    restore,
+    save_tensors,
+    sweep,
+)
+from distributed.shards import Guard, Shards, seed_dropout
+from distributed.stop import SAVE_FAILED, StopVote
+from distributed.watch import Watch
+from errors import UserError
+from models import build_model, lookup
+from models.weights import freeze_backbone, imagenet_reach, load_weights
+from optim import WeightAverage, lr_at, set_lr
+from report import Chrono, Report, duration, percent, quiet_libraries
+from run_dir import (
+    RunDir,
+    describe_environment,
+    fresh_name,
+    launch_command,
+    set_aside,
+    write_json,
+)
+from tasks import build_task
+
+DROPOUT, WEIGHTS = 101, 102  # streams of `mix`, beside those of data/keyed_random.py
+FINISHED, STOPPED, FAILED = 0, 75, 1  # exit status; 2 is a user's error
+LIVES_WITHOUT_PROGRESS = 3
+
+
+class Run:
+    """Everything one process holds while it trains, and what is done around the loop."""
+
+    def __init__(self, settings: Settings):
+        quiet_libraries()
+        self.began = time.monotonic()
+        self.stop = StopVote().install()
+        self.accelerator, settings = build_accelerator(settings)
+        accelerator = self.accelerator
+        self.is_main = accelerator.is_main_process
+        self.report = Report(enabled=self.is_main)
+        self.stop.connect(accelerator.num_processes, self.is_main, wait_limit())
+        self.watch = Watch(accelerator.process_index, accelerator.num_processes)
+        self.folder: RunDir | None = None
+        self.writer: Writer | None = None
+        self.life = 0
+        self.stop_reason = 0
+        self.progress = Progress()
+        self.trackers = []
+        self.settings = settings
+        self.actions = settings.actions
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.settings.config
+
+    # --- before the loop ------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Decide what depends on disk, network and clock once, and enter the run's folder."""
+        decided = main_decides(self.accelerator, self._look_at_the_world)
+        self.settings = self.settings.with_layer("recipe", decided["recipe"])
+        for origin, values in decided["layers"].items():
+            self.settings = self.settings.with_layer(origin, values, before=decided["before"])
+        if not self.actions.dry_run and not self.actions.find_lr:
+            folder = main_decides(self.accelerator, self._enter_folder)
+            self.folder = self.folder or RunDir(Path(folder))
+            self.settings = self.settings.with_layer("run folder", {"run_dir": folder})
+            self.report.attach(self.folder.folder)
+            self.stop.stop_file = self.folder.folder / "STOP"
+            self.watch.start(self.folder.folder)
+            if self.is_main:
+                self.watch.on_beat = self.folder.beat
+        self.life = main_decides(self.accelerator, self._count_life)
+        faults.configure(self.accelerator.process_index, self.life)
+        faults.hit("start")
+        if self.config.max_time:
+            self.stop.deadline = self.began + seconds(self.config.max_time)
+
+    def _look_at_the_world(self) -> dict:
+        """Main process: which data, which weights; what the user typed always wins."""
+        config, layers = self.config, {}
+        dataset, told = choose_dataset(config.dataset, config.data_dir)
+        entry = lookup(config.model)
+        if entry.task == "regression" and config.dataset == "auto":
+            dataset, told = "line", ""
+        if config.dataset == "auto":
+            if dataset == "digits":
+                self.report.shout("training on digits, not on CIFAR-10", told)
+            layers["available"] = {"dataset": dataset}
+        weights, why = config.weights, ""
+        if weights == "auto":
+            weights = "none"
+            if config.model == "alexnet" and entry.finetune:
+                reached, why = imagenet_reach(config.model)
+                weights = "imagenet" if reached else "none"
+                if not reached:
+                    self.report.warn(f"starting from scratch: {why}")
+            layers.setdefault("available", {})["weights"] = weights
+        elif weights == "imagenet":
+            reached, why = imagenet_reach(config.model)
+            if not reached:
+                raise UserError(f"--weights imagenet: {why}")
+        if dataset == "digits":  # a moved or mirrored digit of 8 pixels is another digit
+            layers["data set"] = {"augment": "none"}
+        before = next((o for o in ("saved run", "--debug") if o in self.settings.layers), "")
+        before = before or next((o for o in self.settings.layers if o.startswith("file")), "flag")
+        typed = {"augment"} if self.settings.asked("augment") else set()
+        layers = {o: {k: v for k, v in d.items() if k not in typed} for o, d in layers.items()}
+        if ("available" in layers and config.dataset == "auto") or config.weights == "auto":
+            # "auto" may have been typed; what it turned out to be stands above it
+            self.settings = self.settings.with_layer("flag", {})
+        return {"layers": layers, "recipe": recipe_of(config.model, weights), "before": before}
+
+    def _enter_folder(self) -> str:
+        config = self.config
+        if config.run_dir is None:
+            name = "debug" if self.actions.debug else config.model
+            folder = fresh_name(Path("runs"), name, config.dataset)
+        else:
+            folder = Path(config.run_dir)
+            if self.actions.fresh:
+                aside = set_aside(folder)
+                if aside is not None:
+                    self.report.show(f"the old run is now {aside}")
+        run_dir = RunDir(folder)
+        run_dir.open()
+        self.folder = run_dir
+        (folder / "STOP").unlink(missing_ok=True)
+        sweep(run_dir.checkpoints)
+        return str(folder)
+
+    def _count_life(self) -> int:
+        return int(self.folder.read_status().get("life", -1)) + 1 if self.folder else 0
+
+    def load_data(self) -> Source:
+        """The data set, the batch plan, loaders, augmentation."""
+        config, accelerator = self.config, self.accelerator
+        faults.hit("data")
+        source = load_source(
+            config.dataset, data_dir=config.data_dir, image_size=config.image_size,
+            skip_bad_images=config.skip_bad_images, seed=config.seed,
+        )  # fmt: skip
+        entry = lookup(config.model)
+        if entry.task != source.task:
+            fits = "--dataset line" if entry.task == "regression" else "an image data set"
+            raise UserError(
+                f"--model {config.model} is for {entry.task}, the data set {source.name} is for "
+                f"{source.task}; give it {fits}"
+            )
+        train, test = limited(source.train, config.limit), limited(source.test, config.limit)
+        self.validation_loader = None
+        if config.val_fraction:
+            keep, held_out = split_validation(len(train), config.val_fraction, config.seed)
+            validation = ImageSet(train.images[held_out], train.labels[held_out])
+            train = ImageSet(train.images[keep], train.labels[keep])
+            loader = build_test_loader(validation, accelerator.num_processes, accelerator.device)
+            self.validation_loader = accelerator.prepare(loader)
+        self.plan = plan_batch(self.settings, accelerator.num_processes, len(train))
+        self.source, self.num_train, self.num_test = source, len(train), len(test)
+        decided = {"batch_size": self.plan.batch_size, "shards": str(self.plan.shards)}
+        changed = {k: v for k, v in decided.items() if v != getattr(config, k)}
+        self.settings = self.settings.with_layer("batch plan", changed)
+        self.train_loader, self.sampler = build_train_loader(
+            train, self.plan.batch_size, config.seed, accelerator.device
+        )
+        self.test_loader = build_test_loader(test, accelerator.num_processes, accelerator.device)
+        self.augment = Augment(
+            config.augment, config.image_size, source.mean, source.std, config.seed,
+            cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
+            alternating_flip=config.alternating_flip, no_flip=source.no_flip,
+        )  # fmt: skip
+        self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.warmup_steps = round(config.warmup * self.steps_per_epoch)
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        self.log_every = config.log_every or max(1, min(50, self.steps_per_epoch // 10))
+        every = config.checkpoint_every
+        self.save_steps = self.steps_per_epoch if every == "epoch" else 0
+        self.save_steps = int(every) if every.isdigit() else self.save_steps
+        self.stop.save_every = None if self.save_steps else seconds(every)
+        return source
+
+    def build_model(self) -> torch.nn.Module:
+        """The model with its starting weights, tried on two images before anything is written."""
+        config, source, device = self.config, self.source, self.accelerator.device
+        seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
+        num_classes = max(1, len(source.classes))
+        model = build_model(config.model, num_classes=num_classes, image_size=config.image_size)
+        self.weights_told = ""
+        if config.weights not in ("none", "auto"):
+            with self.accelerator.local_main_process_first():  # one downloads, the others read
+                self.weights_told = load_weights(model, config.model, config.weights, num_classes)
+        if config.freeze == "backbone":
+            freeze_backbone(model, config.model)
+        self.task = build_task(source.task, num_classes, config.label_smoothing, model)
+        self.channels_last = ".py:" not in config.model and source.task == "classification"
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        model = model.to(device, memory_format=layout)
+        self._try(model)
+        if config.compile:
+            model.compile(dynamic=False)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        return model
+
+    def inputs(self, images: torch.Tensor) -> torch.Tensor:
+        """Augmented images on the device, in the memory layout that the model has."""
+        images = images.to(self.accelerator.device, non_blocking=True)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def _try(self, model: torch.nn.Module) -> None:
+        """One forward and backward of a copy: errors of a learner's model, time, unused weights."""
+        train, size = self.train_loader.dataset, min(self.plan.micro_batch_size, 64)
+        trial, size = deepcopy(model).train(), max(2, size)
+        indices = torch.arange(size) % len(train)
+        batch = train.__getitems__(indices.to(train.labels.device))
+        try:
+            for attempt in range(1 if self.actions.debug else 2):
+                began = time.monotonic()
+                images = self.inputs(self.augment.train(batch["images"], batch["indices"], 0))
+                labels = batch["labels"].to(images.device)
+                with self.accelerator.autocast():
+                    loss = self.task.loss(trial(images), labels)
+                loss.backward()
+                if images.device.type == "cuda":
+                    torch.cuda.synchronize()
+                self.seconds_per_image = (time.monotonic() - began) / size
+                if attempt == 0 and self.seconds_per_image * size > 2:
+                    break
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            if self.actions.debug or "out of memory" in str(error):
+                raise
+            shape = tuple(batch["images"].shape)
+            raise UserError(
+                f"--model {self.config.model}: fails on {size} images {shape} at --image-size "
+                f"{self.config.image_size}: {str(error).splitlines()[0]}; "
+                "python train.py --debug with the same flags shows where"
+            ) from None
+        unused = [n for n, p in trial.named_parameters() if p.requires_grad and p.grad is None]
+        if unused and len(unused) == sum(p.requires_grad for p in trial.parameters()):
+            raise UserError(
+                f"--model {self.config.model}: no parameter gets a gradient; does forward use "
+                "its layers, without .detach() or torch.no_grad()?"
+            )
+        if unused:
+            self.report.warn(
+                f"{', '.join(unused[:5])} of {self.config.model} never get a gradient and stay "
+                "as they are: does forward use them?"
+            )
+            for name, p in model.named_parameters():
+                p.requires_grad_(p.requires_grad and name not in unused)
+
+    def ready(self, model, optimizer, train_loader, test_loader) -> None:
+        """Take what Accelerate prepared; build what needs it."""
+        self.model, self.optimizer = model, optimizer
+        self.train_loader, self.test_loader = train_loader, test_loader
+        self.bare = self.accelerator.unwrap_model(model)
+        seed = self.config.seed
+        self.shards = Shards(
+            self.accelerator, model, self.plan,
+            lambda step, shard: mix(seed, DROPOUT, step, shard), self.config.bitwise,
+        )  # fmt: skip
+        device = self.accelerator.device
+        self.guard = Guard(device, optimizer.optimizer, self.config.on_nonfinite == "skip")
+        self.sums = torch.zeros(self.plan.shards, device=device)
+        self.parameters = self.shards.parameters
+        self.chrono = Chrono()
+        self.facts = {
+            "data": self.source.fingerprint,
+            "model": model_fingerprint(self.bare),
+            "code": code_fingerprint(Path(self.config.model.partition(".py:")[0] + ".py")),
+        }
+        settings = hashlib.blake2b(to_json(self.settings).encode(), digest_size=8).hexdigest()
+        refuse_disagreement(self.accelerator, {**self.facts, "settings": settings})
+
+    def resume(self) -> None:
+        """Go on where the newest whole checkpoint stands, or at step 0."""
+        found = None
+        if self.folder is not None:
+            found = main_decides(
+                self.accelerator, lambda: newest_valid(self.folder.checkpoints, self.report.warn)
+            )
+        if found is not None:
+            path, manifest = found
+            self._refuse_other_data(manifest["facts"], path)
+            files, self.progress = read_checkpoint(path)
+            restore(files, self.bare, self.optimizer.optimizer, self._average(), self._scaler())
+            self.sums = torch.tensor(self.progress.sums, device=self.sums.device)
+            if len(self.sums) != self.plan.shards:
+                self.sums = torch.zeros(self.plan.shards, device=self.sums.device)
+        if self.folder is None or not self.is_main:
+            return
+        self._refuse_crash_loop()
+        self.folder.keep_metrics(self.progress.metrics_rows)
+        if self.life == 0 or not (self.folder.folder / "config.json").exists():
+            command = launch_command(list(self.settings.argv), self.accelerator.num_processes)
+            facts = describe_environment({"devices": describe(self.accelerator), **self.facts})
+            self.folder.write_birth(to_json(self.settings), command, facts)
+            classes = {"classes": self.source.classes, "mean": self.source.mean}
+            write_json(self.folder.folder / "classes.json", {**classes, "std": self.source.std})
+        else:
+            self.folder.write_config(to_json(self.settings))
+        self.folder.link_latest()
+        self.writer = Writer(self.folder.checkpoints, self.config.keep, self._save_told)
+        self.folder.status(
+            status="running", life=self.life, step=self.progress.step, reason="",
+            resumed_at=self.progress.step, pid=os.getpid(),
+        )  # fmt: skip
+
+    def _refuse_other_data(self, facts: dict, path: Path) -> None:
+        if facts.get("data") != self.facts["data"] and "dataset" not in self.actions.allow_change:
+            raise UserError(
+                f"the data are not those this run was trained on (fingerprint {facts.get('data')}, "
+                f"now {self.facts['data']}); bring the old data back, start a new run, or add "
+                "--allow-change dataset"
+            )
+        if facts.get("code") != self.facts["code"]:
+            self.report.warn(
+                "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
+            )
+
+    def _refuse_crash_loop(self) -> None:
+        """Automatic restarts end when several lives in a row died without a new checkpoint."""
+        old = self.folder.read_status()
+        died = old.get("status") in ("running", "failed")
+        stuck = died and old.get("resumed_at") == self.progress.step
+        deaths = int(old.get("deaths", 0)) + 1 if stuck else 0
+        automatic = any(
+            os.environ.get(name, "0") not in ("", "0")
+            for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        )
+        if automatic and deaths >= LIVES_WITHOUT_PROGRESS:
+            told = (
+                f"{deaths} lives in a row died after step {self.progress.step} without a new "
+                "checkpoint"
+            )
+            self.folder.status(status="failed", reason=told, deaths=deaths)
+            raise UserError(f"{told}; see {self.folder.folder / 'crash'} and start it by hand")
+        self.folder.status(deaths=deaths)
+
+    def _average(self):
+        return self.average.model if self.average else None
+
+    def _scaler(self):
+        return self.accelerator.scaler if self.config.mixed_precision == "fp16" else None
+
+    # --- what the loop asks ---------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch (from 0) that the next step belongs to."""
+        return self.progress.step // self.steps_per_epoch
+
+    def is_over(self) -> bool:
+        done = self.progress.step >= self.last_step and not self.evaluation_is_due()
+        return bool(self.stop_reason) or done
+
+    def evaluation_is_due(self) -> bool:
+        step, per_epoch = self.progress.step, self.steps_per_epoch
+        at_end = step >= self.last_step
+        due = step % (per_epoch * self.config.eval_every) == 0 or at_end
+        return due and step > self.progress.evaluated
+
+    def batches(self):
+        """The rest of this epoch's global batches, each process's slice of them."""
+        first = self.progress.step % self.steps_per_epoch
+        self.sampler.start(self.epoch, first)
+        self.report.open_bar(
+            self.steps_per_epoch, first, f"epoch {self.epoch + 1}/{self.config.epochs}"
+        )
+        self.watch.at("data", self.progress.step)
+        for batch in self.train_loader:
+            faults.hit("step", self.progress.step)
+            self.watch.at("step", self.progress.step)
+            yield batch
+            self.watch.at("data", self.progress.step)
+            if self.stop_reason or self.progress.step >= self.last_step:
+                break
+
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return lr_at(
+            self.progress.step, peak=self.config.lr, schedule=self.config.schedule,
+            total_steps=self.total_steps, warmup_steps=self.warmup_steps,
+        )  # fmt: skip
+
+    def set_lr(self) -> None:
+        set_lr(self.optimizer.optimizer, self.lr())
+
+    def mix(self, images, labels, indices):
+        """Mixup and cutmix, within one shard; labels become soft (n, classes) where they are on."""
+        if not (self.augment.mixup or self.augment.cutmix):
+            return images, labels
+        return self.augment.mix(images, labels, indices, self.epoch, self.task.num_classes)
+
+    def gradients_are_bad(self) -> torch.Tensor | None:
+        """Clip; tell the optimizer to leave the weights alone if a number is not finite."""
+        if faults.hit("backward", self.progress.step):
+            self.parameters[0].grad.fill_(math.nan)
+        if self._scaler() is not None:
+            self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        if self._scaler() is not None:  # fp16 overflows now and then; its scaler skips the update
+            return None
+        return self.guard.check(norm, self.sums.sum(), self.progress.step)
+
+    def step_done(self) -> None:
+        """After each update: count it, write a row, save, vote."""
+        progress = self.progress
+        progress.step += 1
+        self.chrono.step()
+        at_end = progress.step % self.steps_per_epoch == 0 or progress.step == self.last_step
+        if progress.step % self.log_every == 0 or at_end:
+            self._write_row()
+        elif self.accelerator.device.type == "cpu":
+            self._stop_if_numbers_are_bad()
+        self.report.advance((progress.step - 1) % self.steps_per_epoch + 1)
+        self.beat()
+        due = self.stop.save_agreed or (self.save_steps and progress.step % self.save_steps == 0)
+        if due and not self.stop_reason:
+            self.save()
+
+    def beat(self) -> bool:
+        """One vote beat, in training and in evaluation; whether to leave."""
+        self.stop_reason = self.stop_reason or self.stop.poll()
+        return bool(self.stop_reason)
+
+    def _write_row(self) -> None:
+        sums = self._stop_if_numbers_are_bad(self.window())
+        shown = (self.progress.step - 1) % self.log_every + 1
+        images = self.plan.batch_size * min(
+            shown, (self.progress.step - 1) % self.steps_per_epoch + 1
+        )
+        self.sums.zero_()
+        row = {
+            "step": self.progress.step,
+            "epoch": (self.progress.step - 1) // self.steps_per_epoch + 1,
+            "train/loss": math.fsum(sums) / images,
+            "lr": lr_at(
+                self.progress.step - 1, peak=self.config.lr, schedule=self.config.schedule,
+                total_steps=self.total_steps, warmup_steps=self.warmup_steps,
+            ),
+            "speed/images_per_second": self.chrono.speed(self.plan.batch_size),
+        }  # fmt: skip
+        self.record(row)
+        if self.is_main:
+            left = self.chrono.left(self.last_step - self.progress.step)
+            self.report.train_line(row, self.last_step, left)
+
+    def window(self) -> list[float]:
+        """Each shard's loss sum since the last row: the same list on every number of processes."""
+        sums = self.sums
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.clone(), reduction="sum")
+        return sums.tolist()
+
+    def record(self, row: dict) -> None:
+        """A row for metrics.jsonl, the truth, and for the trackers, its copies."""
+        self.progress.metrics_rows += 1
+        if self.is_main and self.folder is not None:
+            self.folder.append_metrics(row)
+            self.folder.status(step=self.progress.step)
+            for tracker in self.trackers:
+                tracker.log(row)
+
+    def _stop_if_numbers_are_bad(self, passed=None):
+        report = self.guard.report()
+        if not self.guard.must_stop(report):
+            return passed
+        step = report["bad_step"]
+        everyone = self.accelerator.gather(
+            torch.tensor([report["bad_loss"]], device=self.accelerator.device)
+        ).tolist()
+        ranks = [rank for rank, bad in enumerate(everyone) if bad >= 0]
+        self.sampler.start(step // self.steps_per_epoch, step % self.steps_per_epoch)
+        indices = next(iter(self.sampler)).tolist()
+        where = f"in the loss on rank {ranks}" if ranks else "in the gradient"
+        if self.is_main and self.folder is not None:
+            found = {"step": step, "ranks": ranks, "indices": indices}
+            (self.folder.folder / "crash").mkdir(exist_ok=True)
+            write_json(self.folder.folder / "crash" / "nonfinite.json", found)
+        raise NumbersGoneBad(
+            f"a number that is not finite appeared {where} at step {step} "
+            f"(learning rate {self.lr():.3g}, samples {indices[:8]}...); the weights before it "
+            "are kept. Try a lower --lr, --grad-clip 1, or --mixed-precision bf16 instead of fp16"
+        )
+
+    def evaluated_model(self) -> torch.nn.Module:
+        """What is evaluated and kept: the averaged weights if there are any, else the model's."""
+        self.shards.broadcast_buffers()
+        if self.average is None:
+            return self.bare
+        self.average.copy_buffers(self.bare)
+        return self.average.model
+
+    def evaluation_loaders(self) -> list:
+        """(split, loader): the validation part, if there is one, and the test split."""
+        self.watch.at("evaluate", self.progress.step)
+        loaders = [("test", self.test_loader)]
+        if self.validation_loader is not None:
+            loaders.insert(0, ("val", self.validation_loader))
+        return loaders
+
+    def keep(self, results: dict[str, dict] | None) -> None:
+        """Record an evaluation, remember the best, save the best weights; None: it was left."""
+        if results is None:
+            return
+        progress, task = self.progress, self.task
+        progress.evaluated = progress.step
+        progress.last = results["test"]
+        epoch = progress.step / self.steps_per_epoch
+        epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
+        row = {"step": progress.step, "epoch": epoch}
+        for split, metrics in results.items():
+            row |= {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, float)}
+        chosen = results.get("val", results["test"])[task.best_is]
+        better = task.better(chosen, progress.best)
+        if better:
+            progress.best, progress.best_epoch = chosen, epoch
+            progress.best_step, progress.best_metrics = progress.step, results["test"]
+        self.record(row)
+        self._epoch_line(row, epoch, better)
+        if self.is_main and self.folder is not None:
+            if better:
+                self._save_weights("model.safetensors")
+            self.folder.status(step=progress.step, best=progress.best)
+
+    def _save_weights(self, name: str) -> None:
+        """The evaluated weights with all that prediction needs, readable without this program."""
+        model = self.average.model if self.average else self.bare
+        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        metadata = {
+            "model": self.config.model, "step": str(self.progress.step), "format": "pt",
+            "dataset": self.config.dataset, "image_size": str(self.config.image_size),
+        }  # fmt: skip
+        try:
+            save_tensors(self.folder.folder / name, tensors, metadata)
+        except Exception as error:
+            self.report.warn(f"{name} could not be written ({error}); training goes on")
+
+    def _epoch_line(self, row: dict, epoch: float, better: bool) -> None:
+        words = [f"epoch {epoch}/{self.config.epochs}"]
+        for split in ("val", "test"):
+            if f"{split}/loss" in row:
+                words.append(f"{split} loss {row[f'{split}/loss']:.4f}")
+            if f"{split}/accuracy" in row:
+                words.append(f"accuracy {percent(row[f'{split}/accuracy'])}")
+            if f"{split}/r2" in row:
+                words.append(f"R2 {row[f'{split}/r2']:.4f}")
+        best = self.progress.best
+        words.append(f"best {percent(best)}" if self.task.best_is == "accuracy" else "")
+        left = self.chrono.left(self.last_step - self.progress.step)
+        words.append(f"ETA {duration(left)}" if left else "")
+        quiet = self.config.epochs > 40 and epoch % max(1, self.config.epochs // 20)
+        if not (quiet and not self.is_over()):
+            self.report.epoch_line("  ".join(filter(None, words)), better)
+
+    # --- saving and ending ----------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint of this step: a copy to host memory now, the disk in the background."""
+        began = time.monotonic()
+        self.watch.at("save", self.progress.step)
+        self.shards.broadcast_buffers()
+        self.progress.sums = self.window()
+        if self.average is not None:
+            self.average.copy_buffers(self.bare)
+        if self.writer is not None:
+            self.writer.wait()
+            self.progress.seconds += time.monotonic() - self.began
+            self.began = time.monotonic()
+            files = capture(self.bare, self.optimizer.optimizer, self._average(), self._scaler())
+            self.writer.start(files, self.progress, self.facts)
+        self.stop.saved()
+        self.saved_step = (self.progress.step, self.progress.evaluated)
+        self.chrono.pause(time.monotonic() - began)
+
+    def _save_told(self, told: str) -> None:
+        """From the writer's thread: a failed save is on the screen and in the status at once."""
+        failed = self.writer.error
+        if failed:
+            self.report.warn(failed)
+        self.folder.status(last_save_error=failed)
+
+    def finish(self) -> int:
+        """The last save, the final report, status and summary; returns the exit status."""
+        self.watch.at("end", self.progress.step)
+        self.report.close_bar()
+        if getattr(self, "saved_step", None) != (self.progress.step, self.progress.evaluated):
+            self.save()
+        failed = ""
+        if self.writer is not None:
+            self.writer.wait()
+            failed = self.writer.error
+            if failed:  # once more: the disk may have room again
+                self.save()
+                self.writer.wait()
+                failed = self.writer.error
+        code = STOPPED if self.stop_reason else FINISHED
+        failed = main_decides(self.accelerator, lambda: failed)
+        if failed:
+            self.stop_reason, code = SAVE_FAILED, FAILED
+        if self.is_main:
+            self._finish_main(code, failed)
+        end(self.accelerator)
+        self.watch.stop()
+        self.report.close()
+        if code == STOPPED and restarts_left():
+            return FINISHED  # an agent would count any other status as a failure, and restart
+        return code
+
+    def _finish_main(self, code: int, failed: str) -> None:
+        progress, folder = self.progress, self.folder.folder
+        why = failed or (self.stop.why(self.stop_reason) if self.stop_reason else "")
+        status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
+        self._save_weights("last.safetensors")
+        best, last = progress.best_metrics, progress.last
+        summary = {
+            "status": status, "reason": why, "dataset": self.config.dataset,
+            "model": self.config.model, "step": progress.step,
+            "epoch": progress.step / self.steps_per_epoch, "seconds": progress.seconds,
+            "best_chosen_on": "validation" if self.validation_loader else "test",
+            "best/epoch": progress.best_epoch, "best/step": progress.best_step,
+            "life": self.life, "skipped_images": len(self.source.skipped),
+            "skipped_updates": self.guard.report()["skipped"],
+        }  # fmt: skip
+        summary |= {f"test/{k}": v for k, v in last.items() if isinstance(v, float)}
+        summary |= {f"best/test/{k}": v for k, v in best.items() if isinstance(v, float)}
+        write_json(folder / "summary.json", summary)
+        for tracker in self.trackers:
+            tracker.finish()
+        rows = []
+        if "accuracy" in best:
+            self.report.class_table(list(self.source.classes), best["confusion"])
+            split = "validation part" if self.validation_loader else "test split"
+            rows.append(("last", f"{percent(last['accuracy'])} of {last['images']} test images"))
+            told = f"{percent(best['accuracy'])} at epoch {progress.best_epoch}"
+            rows.append(("best", f"{told} (best epoch chosen on the {split})"))
+        elif best:
+            rows.append(("test", f"loss {last['loss']:.4f}, R2 {last['r2']:.4f}"))
+            learned = {k: v.flatten().tolist() for k, v in self.bare.state_dict().items()}
+            rows += [(k, f"{v[0]:.4f}") for k, v in learned.items() if len(v) == 1]
+        rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
+        rows.append(("folder", str(folder)))
+        title = "finished"
+        if code == STOPPED:
+            title = f"stopped at step {progress.step}: {why}"
+            rows.append(("go on", f"python train.py --resume {folder}"))
+        elif code == FAILED:
+            title = f"ended without its last checkpoint: {failed}"
+        else:
+            if self.source.task == "classification":
+                rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
+            rows.append(("repeat", f"sh {folder / 'command.sh'}"))
+        self.report.end_panel(title, rows, good=code == FINISHED)
+        self.folder.status(status=status, reason=why, step=progress.step)
+        self.folder.close()
+
+    def failed(self, error: BaseException) -> str:
+        """Tell what went wrong: into crash/, status.json and the returned last words."""
+        self.report.close_bar()
+        told = str(error) if isinstance(error, NumbersGoneBad) else self.watch.report(error)
+        if self.writer is not None:
+            self.writer.wait()
+        if self.is_main and self.folder is not None:
+            self.folder.status(status="failed", reason=told.splitlines()[0])
+        return told
+
+    # --- what is shown before the first step ----------------------------------------------------
+
+    def show_start(self) -> None:
+        """The start panel: what will run, and every setting that is not the default."""
+        config, plan, accelerator = self.config, self.plan, self.accelerator
+        total = sum(p.numel() for p in self.bare.parameters())
+        trainable = sum(p.numel() for p in self.parameters)
+        held = "" if trainable == total else f", {trainable:,} of them train"
+        batch = (
+            f"{plan.batch_size} = {plan.num_processes} process{'es' * (plan.num_processes > 1)} x "
+            f"{plan.shards_per_process} shard{'s' * (plan.shards_per_process > 1)} x "
+            f"{plan.micro_batch_size} images"
+        )
+        left = self.last_step - self.progress.step
+        per_step = self.seconds_per_image * plan.batch_size / plan.num_processes
+        per_test = self.seconds_per_image * self.num_test / 3 / plan.num_processes
+        epochs = left / self.steps_per_epoch
+        expected = left * per_step + math.ceil(epochs / config.eval_every) * per_test
+        rows = [
+            ("model", f"{config.model}, {total:,} parameters{held}"),
+            ("weights", self.weights_told or "from scratch"),
+            (
+                "data",
+                f"{config.dataset}: {self.num_train:,} training, {self.num_test:,} test images",
+            ),
+            ("devices", f"{describe(accelerator)}, precision {config.mixed_precision}"),
+            ("batch", batch),
+            (
+                "steps",
+                f"{self.last_step} ({self.steps_per_epoch} an epoch, {config.epochs} epochs)",
+            ),
+            ("time", f"about {duration(expected)}"),
+            ("folder", config.run_dir or "none (dry run)"),
+        ]
+        if self.progress.step:
+            best = self.progress.best
+            told = f", best {percent(best)}" if best and self.task.best_is == "accuracy" else ""
+            rows.insert(0, ("resumed", f"at step {self.progress.step}, epoch {self.epoch}{told}"))
+        hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
+        changed = [
+            (f.name, str(getattr(config, f.name)), self.settings.origin(f.name))
+            for f in fields(TrainConfig)
+            if f.name not in hidden and getattr(config, f.name) != f.default
+        ]
+        self.report.start_panel("lockstep", rows, changed)
+        for note in (plan.note, self._notes()):
+            if note:
+                self.report.warn(note)
+        if expected > 1800 and accelerator.device.type == "cpu":
+            self.report.show(
+                f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
+                f"--dataset {config.dataset} --limit 2000 --epochs 2"
+            )
+
+    def _notes(self) -> str:
+        if self.config.num_workers:
+            return "--num-workers is ignored: the images are in memory and augmented on the device"
+        if self.source.skipped:
+            return f"{len(self.source.skipped)} images cannot be read and are left out"
+        return ""
+
+
+class NumbersGoneBad(RuntimeError):
+    """A loss or gradient that is not finite; every process raises it at the same step."""
+
+
+def limited(images: ImageSet, limit: int) -> ImageSet:
+    if not limit:
+        return images
+    return ImageSet(images.images[:limit], images.labels[:limit])
+
+
+def restarts_left() -> bool:
+    """Whether an elastic agent stands above us that would restart a process with status 75."""
+    most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < most
+
+
+def guarded(main, settings: Settings) -> int:
+    """Run main(run); every ending is a sentence, told once, and an exit status."""
+    run = None
+    try:
+        run = Run(settings)
+        return main(run)
+    except UserError as error:
+        if run is None or run.is_main:
+            if run is None and os.environ.get("RANK", "0") != "0":
+                return 2
+            print(error, file=sys.stderr, flush=True)
+            if run is not None and run.folder is not None:
+                run.folder.abandon()
+        return 2
+    except Exception as error:
+        if settings.actions.debug:
+            from rich.traceback import install
+
+            install(show_locals=True)
+            raise
+        told = run.failed(error) if run is not None else f"{type(error).__name__}: {error}"
+        tell_agent(error)
+        if not isinstance(error, NumbersGoneBad) or run.is_main:
+            print(f"\n{told}", file=sys.stderr, flush=True)
+        # Not through the interpreter's end: a process group whose peer is gone would wait there.
+        sys.stdout.flush()
+        os._exit(FAILED)
+
+
+def tell_agent(error: BaseException) -> None:
+    """Leave the error where torchrun looks for it, so that its report names the right process."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)

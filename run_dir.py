@@ -1,0 +1,272 @@
+"""What a run leaves on disk, checkpoints aside: folder, lock, status, metrics, summary."""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader (or a crash) sees the old or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path, default=None):
+    """The content of a JSON file, or the default where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+
+
+def fresh_name(root: Path, model: str, dataset: str) -> Path:
+    """The first unused runs/<model>-<dataset>-<n>, claimed by creating it."""
+
+    def plain(text: str) -> str:
+        stem = Path(text.replace(":", "/")).name or "data"
+        return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
+
+    for number in range(1, 100_000):
+        folder = root / f"{plain(model)}-{plain(dataset)}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{root} cannot hold a run ({error.strerror}); name a folder with --run-dir"
+            ) from None
+        return folder
+    raise UserError(f"{root} is full of runs; name a folder with --run-dir")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move an old run out of the way of --fresh; nothing is deleted."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not (folder / "config.json").exists():
+        return None
+    for number in range(1, 10_000):
+        target = folder.with_name(f"{folder.name}.old-{number}")
+        if not target.exists():
+            folder.rename(target)
+            return target
+    raise UserError(f"{folder}: too many old runs beside it; remove some")
+
+
+class RunDir:
+    """The folder of one run, owned by the main process. Methods write; none of them reads a clock
+    twice or computes: what they are given is what stands in the files."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.metrics_file = folder / "metrics.jsonl"
+        self._lock = None
+
+    def open(self) -> None:
+        """Create or enter the folder, refuse a foreign one, take the lock."""
+        folder = self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            entries = {p.name for p in folder.iterdir()} - {"lock", "slurm.log", "train.log"}
+            if entries and "config.json" not in entries and "status.json" not in entries:
+                raise UserError(
+                    f"{folder} holds files that are no run ({sorted(entries)[0]}, ...); "
+                    "choose an empty folder for --run-dir"
+                )
+            probe = folder / ".probe"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}); choose another --run-dir"
+            ) from None
+        self._take_lock()
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def _take_lock(self) -> None:
+        path = self.folder / "lock"
+        job = os.environ.get("SLURM_JOB_ID", "")
+        file = path.open("a+", encoding="utf-8")
+        file.seek(0)
+        text = file.read()
+        with contextlib.suppress(ValueError):
+            owner = json.loads(text) if text else {}
+        owner = owner if text and isinstance(owner, dict) else {}
+        told = (
+            f"{self.folder} is in use by process {owner.get('pid')} on {owner.get('host')} "
+            f"since {owner.get('since')}"
+            + (f" (job {owner['job']})" if owner.get("job") else "")
+            + "; wait for it, stop it with `touch STOP` in that folder, or choose another --run-dir"
+        )
+        if fcntl is not None:
+            try:  # lockf, unlike flock, is not inherited by forked workers that outlive the owner
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(told) from None
+        elsewhere = owner.get("host") not in (None, socket.gethostname())
+        same_job = job and owner.get("job") == job
+        age = time.time() - path.stat().st_mtime if text else STALE_SECONDS
+        if elsewhere and not same_job and age < STALE_SECONDS and not owner.get("released"):
+            raise UserError(told)
+        self._lock = file  # held open: closing it, or a second open, would give the lock away
+        self._owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": job,
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        self._write_lock()
+
+    def _write_lock(self, **extra) -> None:
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(json.dumps({**self._owner, **extra}))
+        self._lock.flush()
+
+    def beat(self) -> None:
+        """Keep the lock's heartbeat fresh, for jobs on hosts that do not share POSIX locks."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self._lock.name)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._write_lock(released=True)
+            self._lock.close()
+            self._lock = None
+
+    # --- status, metrics, summary -------------------------------------------------------------
+
+    def status(self, **values) -> None:
+        """Merge into status.json: what scripts read, since launchers mangle exit codes."""
+        old = read_json(self.folder / "status.json", {})
+        write_json(self.folder / "status.json", {**old, **values})
+
+    def read_status(self) -> dict:
+        return read_json(self.folder / "status.json", {})
+
+    def append_metrics(self, row: dict) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def keep_metrics(self, rows: int) -> None:
+        """Cut metrics.jsonl to the rows a checkpoint knew: later ones will be written again."""
+        lines = self.metrics_lines()
+        if len(lines) > rows:
+            write_text(self.metrics_file, "".join(line + "\n" for line in lines[:rows]))
+
+    def metrics_lines(self) -> list[str]:
+        try:
+            text = self.metrics_file.read_text(encoding="utf-8")
+        except OSError:
+            return []
+        return [line for line in text.split("\n") if line.endswith("}")]
+
+    def read_metrics(self) -> list[dict]:
+        return [json.loads(line) for line in self.metrics_lines()]
+
+    def write_birth(self, config_json: str, command: list[str], environment: dict) -> None:
+        """config.json, command.sh and environment.json."""
+        write_text(self.folder / "config.json", config_json + "\n")
+        script = "#!/bin/sh\n# repeats this run, from the repository's folder\n" + shlex.join(
+            command
+        )
+        write_text(self.folder / "command.sh", script + "\n")
+        write_json(self.folder / "environment.json", environment)
+
+    def write_config(self, config_json: str) -> None:
+        write_text(self.folder / "config.json", config_json + "\n")
+
+    def abandon(self) -> None:
+        """Remove the folder again if no run was born in it."""
+        if (self.folder / "config.json").exists():
+            return
+        self.close()
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in ("lock", "train.log", "status.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def link_latest(self) -> None:
+        """runs/latest -> this run, where the system allows links."""
+        link = self.folder.parent / "latest"
+        with contextlib.suppress(OSError):
+            if link.is_symlink() or not link.exists():
+                partial = link.with_name(f"latest.{os.getpid()}")
+                partial.symlink_to(self.folder.name, target_is_directory=True)
+                partial.replace(link)
+
+
+def launch_command(argv: list[str], num_processes: int) -> list[str]:
+    """The argument vector that repeats this run, with its launcher and process count."""
+    if num_processes == 1:
+        return ["python", "train.py", *argv]
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if nodes == 1:
+        return ["torchrun", "--nproc-per-node", str(num_processes), "train.py", *argv]
+    return ["sbatch", f"--nodes={nodes}", "launch/slurm.sbatch", *argv]
+
+
+def describe_environment(extra: dict) -> dict:
+    """Versions, commit, host and job: what a stranger needs to repeat the run. No secrets: the
+    environment's variables are not dumped, only the named few."""
+    packages = {}
+    for name in ("torch", "torchvision", "accelerate", "datasets", "numpy", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=5
+            )
+            return done.stdout.strip() if done.returncode == 0 else ""
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "packages": packages,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT", ""),
+        **extra,
+    }
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,131 @@
+"""What a batch means: loss and metrics of classification and of regression."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
+# order of addition, hence on every number of processes.
+LOSS_UNIT = 2**-20
+LARGEST_LOSS = 2.0**20
+
+
+def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A model's answer as (logits, auxiliary logits): some models have extra heads in training."""
+    if isinstance(outputs, tuple | list):
+        return outputs[0], tuple(o for o in outputs[1:] if o is not None)
+    return outputs, ()
+
+
+class Classification:
+    """Cross entropy; top-1, top-5 and a confusion matrix as integer counts."""
+
+    name = "classification"
+    best_is = "accuracy"
+
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0, auxiliary: float = 0.3):
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.auxiliary = auxiliary
+
+    def loss(self, outputs, labels: Tensor) -> Tensor:
+        """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
+        logits, extra = split_outputs(outputs)
+        loss = F.cross_entropy(
+            logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        for head in extra:
+            loss = loss + self.auxiliary * F.cross_entropy(
+                head.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
+            )
+        return loss
+
+    def new_counts(self, device) -> Tensor:
+        """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`."""
+        return torch.zeros(4 + self.num_classes**2, dtype=torch.int64, device=device)
+
+    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
+        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
+        logits = split_outputs(outputs)[0].float()
+        loss = F.cross_entropy(logits, labels, reduction="none").clamp(max=LARGEST_LOSS)
+        loss = loss.nan_to_num(nan=LARGEST_LOSS)
+        # The rank of the true class, ties counted against us; the same for every batch shape.
+        true = logits.gather(1, labels[:, None])
+        higher = (logits > true).sum(1)
+        tied_before = ((logits == true) & (self._classes(logits) < labels[:, None])).sum(1)
+        rank = torch.where(true[:, 0].isnan(), self.num_classes, higher + tied_before)
+        predicted = logits.argmax(1)
+        counts[0] += ((loss / LOSS_UNIT).round().long() * weights).sum()
+        counts[1] += ((rank == 0) * weights).sum()
+        counts[2] += ((rank < 5) * weights).sum()
+        counts[3] += weights.sum()
+        cells = labels * self.num_classes + predicted
+        counts[4:].scatter_add_(0, cells, weights)
+
+    def _classes(self, logits: Tensor) -> Tensor:
+        return torch.arange(logits.shape[1], device=logits.device)[None]
+
+    def metrics(self, counts: Tensor) -> dict:
+        """Counters of all processes together -> metrics, per-class accuracy and the matrix."""
+        loss, top1, top5, images = counts[:4].tolist()
+        matrix = counts[4:].view(self.num_classes, self.num_classes)  # rows: true class
+        return {
+            "loss": loss * LOSS_UNIT / images,
+            "accuracy": top1 / images,
+            "top5": top5 / images,
+            "images": images,
+            "confusion": matrix.tolist(),
+        }
+
+    def better(self, new: float, old: float | None) -> bool:
+        return old is None or new > old
+
+
+class Regression:
+    """Mean squared error and R2, from exact sums in units of 2**-20."""
+
+    name = "regression"
+    best_is = "loss"
+    num_classes = 1
+
+    def loss(self, outputs, targets: Tensor) -> Tensor:
+        """Squared error summed over the samples; a shape that would broadcast is an error."""
+        predictions = split_outputs(outputs)[0]
+        if predictions.shape != targets.shape:
+            raise ValueError(
+                f"the model answers {tuple(predictions.shape)} where the targets are "
+                f"{tuple(targets.shape)}; a difference of the two would broadcast to something else"
+            )
+        return F.mse_loss(predictions.float(), targets, reduction="sum")
+
+    def new_counts(self, device) -> Tensor:
+        return torch.zeros(4, dtype=torch.int64, device=device)
+
+    def count(self, counts: Tensor, outputs, targets: Tensor, weights: Tensor) -> None:
+        predictions = split_outputs(outputs)[0].float()
+        if predictions.shape != targets.shape:
+            self.loss(outputs, targets)
+        squares = ((predictions - targets) ** 2).sum(1).clamp(max=LARGEST_LOSS)
+        values = (squares.nan_to_num(nan=LARGEST_LOSS), targets.sum(1), (targets**2).sum(1))
+        for place, value in enumerate(values):
+            counts[place] += ((value / LOSS_UNIT).round().long() * weights).sum()
+        counts[3] += weights.sum()
+
+    def metrics(self, counts: Tensor) -> dict:
+        squares, total, total_squares = (x * LOSS_UNIT for x in counts[:3].tolist())
+        images = int(counts[3])
+        spread = total_squares - total**2 / images
+        return {
+            "loss": squares / images,
+            "r2": 1 - squares / spread if spread > 0 else 0.0,
+            "images": images,
+        }
+
+    def better(self, new: float, old: float | None) -> bool:
+        return old is None or new < old
+
+
+def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module):
+    if name == "regression":
+        return Regression()
+    return Classification(num_classes, label_smoothing, getattr(model, "auxiliary_weight", 0.3))

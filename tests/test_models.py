@@ -1,0 +1,550 @@
+"""Every model of the table learns, equals its published twin, and says what is wrong with a name.
+
+pytest tests/test_models.py              the small ones
+pytest tests/test_models.py -m slow      the big ones
+"""
+
+import copy
+import http.server
+import math
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from errors import UserError
+from models import MODELS, build_model, lookup, weights
+from models.pooling import AdaptivePool
+from models.weights import freeze_backbone, head_prefixes, imagenet_reach, load_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+SLOW = {"vgg11", "vgg16", "inception_v3", "googlenet"}
+CLASSIFIERS = [name for name, entry in MODELS.items() if entry.task == "classification"]
+
+
+def marked(names: list[str]) -> list:
+    return [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in names]
+
+
+def seeded(name: str, num_classes: int = 10, image_size: int | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    size = image_size or max(32, MODELS[name].min_image_size if name in MODELS else 32)
+    return build_model(name, num_classes=num_classes, image_size=size)
+
+
+def images_for(name: str, n: int = 4) -> torch.Tensor:
+    size = max(32, lookup(name).min_image_size)
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# The laws of the table
+
+
+@pytest.mark.parametrize("name", marked(CLASSIFIERS))
+def test_a_fresh_model_knows_nothing_and_every_parameter_gets_a_gradient(name):
+    model, images = seeded(name), images_for(name)
+    outputs = model.train()(images)
+    assert isinstance(outputs, tuple) == hasattr(model, "auxiliary_weight")
+    if isinstance(outputs, tuple):
+        assert type(outputs) is tuple and len(outputs) == 1 + len(model.auxiliary_heads)
+    else:
+        outputs = (outputs,)
+    assert all(logits.shape == (4, 10) for logits in outputs)
+    losses = [F.cross_entropy(logits, torch.arange(4)) for logits in outputs]
+    assert all(abs(loss.item() - math.log(10)) < 1.0 for loss in losses), losses
+    sum(losses).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    with torch.no_grad():
+        assert model.eval()(images).shape == (4, 10)
+
+
+@pytest.mark.parametrize("name", marked(list(MODELS)))
+def test_the_same_seed_gives_the_same_weights(name):
+    first, second = seeded(name).state_dict(), seeded(name).state_dict()
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", marked(CLASSIFIERS))
+def test_the_minimum_image_size_of_the_table_is_enough_and_less_is_refused(name):
+    entry = MODELS[name]
+    with torch.device("meta"):
+        model = build_model(name, num_classes=10, image_size=entry.min_image_size)
+        model.train()(torch.zeros(2, 3, entry.min_image_size, entry.min_image_size))
+    if entry.min_image_size > 1:
+        with pytest.raises(UserError, match=f"needs at least {entry.min_image_size}; type --image"):
+            build_model(name, num_classes=10, image_size=entry.min_image_size - 1)
+
+
+def test_alexnet_cannot_do_with_less_than_its_minimum_image_size():
+    with torch.device("meta"), pytest.raises(RuntimeError, match="too small"):
+        build_model("alexnet", num_classes=10, image_size=63)(torch.zeros(2, 3, 62, 62))
+
+
+def test_linear_regression_is_one_weight_and_one_bias():
+    model = build_model("linear_regression", num_classes=1, image_size=1)
+    weight, bias = model.state_dict().values()
+    points = torch.randn(5, 1)
+    assert torch.allclose(model(points), points * weight + bias)
+
+
+def test_softmax_is_left_to_the_loss():
+    for name in CLASSIFIERS:
+        with torch.device("meta"):
+            model = build_model(name, num_classes=10, image_size=96)
+        assert not any(isinstance(m, (nn.Softmax, nn.LogSoftmax)) for m in model.modules()), name
+
+
+def test_recipes_start_from_pretrained_weights_only_where_there_are_some():
+    for name, entry in MODELS.items():
+        assert bool(entry.finetune) == bool(entry.pretrained), name
+        assert entry.finetune.keys() <= entry.recipe.keys() | {"momentum", "label_smoothing"}, name
+
+
+# Equal to torchvision
+
+
+@pytest.mark.parametrize("name", marked(["alexnet", "vgg11", "vgg16"]))
+@pytest.mark.parametrize("size", [64, 100])
+def test_our_weights_are_torchvisions_and_give_the_same_logits(name, size):
+    from torchvision.models import get_model
+
+    ours, theirs = seeded(name).eval(), get_model(name, num_classes=10).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+
+
+def test_resnet18_has_torchvisions_names_and_all_shapes_but_the_first():
+    from torchvision.models import get_model
+
+    ours = {k: v.shape for k, v in seeded("resnet18").state_dict().items()}
+    theirs = {k: v.shape for k, v in get_model("resnet18", num_classes=10).state_dict().items()}
+    assert list(ours) == list(theirs)
+    assert [key for key in ours if ours[key] != theirs[key]] == ["conv1.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_models_with_auxiliary_heads_keep_torchvisions_keys(name):
+    from torchvision.models import get_model
+
+    theirs = get_model(name, weights=None, num_classes=10, aux_logits=True, init_weights=True)
+    assert list(seeded(name).state_dict()) == list(theirs.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (6, 6), (7, 7), (13, 9), (14, 6), (15, 31)])
+@pytest.mark.parametrize("size", [1, 6, 7])
+def test_adaptive_pool_equals_torchs(shape, size):
+    maps = torch.randn(2, 5, *shape, dtype=torch.float64, requires_grad=True)
+    ours, theirs = AdaptivePool(size)(maps), nn.AdaptiveAvgPool2d(size)(maps)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    weight = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((y * weight).sum(), maps)[0] for y in (ours, theirs)]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_adaptive_pool_does_nothing_when_the_size_matches():
+    maps = torch.randn(2, 5, 6, 6)
+    assert AdaptivePool(6)(maps) is maps
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("alexnt", r"did you mean alexnet\?\); known: linear_regression, my_cnn, alexnet, vgg11"),
+        ("xyzzy", "no such model; known"),
+        ("torchvision:resnt50", r"did you mean resnet50\?"),
+        ("nowhere/net.py:Net", "there is no file"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_what_would_work(name, says):
+    with pytest.raises(UserError, match=says):
+        lookup(name)
+
+
+def test_any_classifier_of_torchvision_can_be_named():
+    entry = lookup("torchvision:squeezenet1_1")
+    assert entry.pretrained == "squeezenet1_1" and entry.recipe["image_size"] == 224
+    model = build_model("torchvision:squeezenet1_1", num_classes=7, image_size=64)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    assert lookup("torchvision:googlenet") is MODELS["googlenet"]
+
+
+def test_naming_models_imports_no_torch():
+    code = (
+        "import sys, models; models.lookup('alexnet'); models.MODELS; "
+        "sys.exit(bool({'torch', 'torchvision', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# A learner's own file
+
+NET = """
+from torch import nn
+import layer_of_mine
+
+class MyNet(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+        self.fc = layer_of_mine.make(4, num_classes)
+
+    def forward(self, images):
+        return self.fc(self.features(images).mean(dim=(2, 3)))
+
+class Picky(nn.Module):
+    def __init__(self, num_classes, width, depth=3):
+        super().__init__()
+
+class Sized(nn.Linear):
+    def __init__(self, image_size=1):
+        super().__init__(image_size, 1)
+
+class Bare(nn.Module):
+    pass
+
+class Plain:
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    tmp_path.joinpath("layer_of_mine.py").write_text("from torch.nn import Linear as make\n")
+    path = tmp_path / "my_net.py"
+    path.write_text(NET)
+    return str(path)
+
+
+def test_a_learners_own_module_is_built_from_its_file(own):
+    before = list(sys.path)
+    model = build_model(f"{own}:MyNet", num_classes=5, image_size=32)
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    assert sys.path == before
+    assert lookup(f"{own}:MyNet").min_image_size == 1
+
+
+def test_a_learners_class_gets_what_its_init_takes_and_no_more(own):
+    assert build_model(f"{own}:Sized", num_classes=5, image_size=9).in_features == 9
+    assert not list(build_model(f"{own}:Bare", num_classes=5, image_size=9).children())
+
+
+@pytest.mark.parametrize(
+    ("class_name", "says"),
+    [
+        ("MyNett", r"no class MyNett in the file \(did you mean MyNet\?\); it has MyNet, Picky"),
+        ("features", "no class features in the file; it has"),
+        ("Plain", r"Plain is not an nn.Module; write class Plain\(nn.Module\)"),
+        ("Picky", r"__init__ needs width, which nobody gives; write a default"),
+    ],
+)
+def test_a_class_that_cannot_be_a_model_is_told_why(own, class_name, says):
+    with pytest.raises(UserError, match=says):
+        build_model(f"{own}:{class_name}", num_classes=5, image_size=32)
+
+
+def test_a_file_without_a_class_name_is_answered_with_its_classes(own):
+    with pytest.raises(UserError, match=r"name a class; it has MyNet, .*type .*my_net\.py:Class"):
+        lookup(own)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("class Net:\n    def (", "line 2: .*mend the file"),
+        ("x = 1\nimport no_such_package\nclass Net: ...", "line 2: .*No module named 'no_such_pac"),
+        ("import sys\n\nsys.exit(3)\nclass Net: ...", "line 3: .*SystemExit: 3"),
+    ],
+)
+def test_a_file_that_does_not_run_is_named_with_its_line(tmp_path, text, says):
+    path = tmp_path / "net.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        build_model(f"{path}:Net", num_classes=5, image_size=32)
+
+
+# Weights from a file
+
+
+def small_net(num_classes: int = 5, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_model("my_cnn", num_classes=num_classes, image_size=4)
+
+
+@pytest.mark.parametrize("form", ["plain", "ddp", "compiled", "both", "nested", "model", "safe"])
+def test_weights_come_back_from_every_usual_form_of_file(tmp_path, form):
+    state, path = small_net(seed=1).state_dict(), tmp_path / "weights.pth"
+    prefix = {"ddp": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod."}.get(form, "")
+    saved = {prefix + key: value for key, value in state.items()}
+    if form == "safe":
+        from safetensors.torch import save_file
+
+        path = tmp_path / "weights.safetensors"
+        save_file(saved, path)
+    elif form in ("nested", "model"):
+        key = "state_dict" if form == "nested" else "model"
+        torch.save({key: saved, "epoch": 3}, path)
+    else:
+        torch.save(saved, path)
+    model = small_net()
+    assert "all 4 tensors" in load_weights(model, "my_cnn", str(path), 5)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_head_for_other_classes_stays_fresh_and_is_said(tmp_path):
+    torch.save(small_net(num_classes=7, seed=1).state_dict(), tmp_path / "seven.pth")
+    model, fresh, other = small_net(), small_net(), small_net(seed=1)
+    said = load_weights(model, "my_cnn", str(tmp_path / "seven.pth"), 5)
+    assert "they know 7 classes, so the head for 5 is new (fc)" in said
+    assert torch.equal(model.fc.weight, fresh.fc.weight)
+    assert torch.equal(model.conv.weight, other.conv.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pop("conv.bias"), "missing: conv.bias"),
+        (lambda s: s.update(extra=torch.zeros(1)), "not in the model: extra"),
+        (lambda s: s.update({"conv.bias": torch.zeros(3)}), r"conv.bias \(3 in the file, 16 in"),
+        (lambda s: s.update({"fc.weight": torch.zeros(5, 9)}), r"fc.weight \(5x9 in the file"),
+        (lambda s: s.update({f"a{i}": torch.zeros(1) for i in range(9)}), "a0, a1, a2 and 6 more"),
+    ],
+)
+def test_weights_that_do_not_fit_are_listed_and_change_nothing(tmp_path, change, says):
+    state = small_net(seed=1).state_dict()
+    change(state)
+    torch.save(state, tmp_path / "odd.pth")
+    model = small_net()
+    with pytest.raises(UserError, match=says):
+        load_weights(model, "my_cnn", str(tmp_path / "odd.pth"), 5)
+    assert torch.equal(model.conv.weight, small_net().conv.weight)
+
+
+class Trap:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_code_planted_in_a_weights_file_is_never_run(tmp_path, form):
+    path, mark = tmp_path / "planted.pth", tmp_path / "executed"
+    if form == "torch":
+        torch.save({"state_dict": Trap(mark)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Trap(mark)))
+    with pytest.raises(UserError, match=r"cannot be read: .* never run"):
+        load_weights(small_net(), "my_cnn", str(path), 5)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Trap(mark)))
+    assert mark.exists()  # the trap was a live one
+
+
+def test_a_file_that_holds_no_weights_is_named(tmp_path):
+    tmp_path.joinpath("cut.safetensors").write_bytes(b"\x10")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for given, says in (
+        ("cut.safetensors", "cannot be read: it is damaged"),
+        ("list.pth", "no table of tensors by name"),
+        ("none.pth", "there is no such file"),
+        ("", "is a folder; type .*model.safetensors"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_weights(small_net(), "my_cnn", str(tmp_path / given), 5)
+
+
+# ImageNet weights
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty torch hub cache; its folder for files."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    return tmp_path / "hub/checkpoints"
+
+
+def test_imagenet_weights_are_found_in_the_cache_and_keep_a_fresh_head(hub):
+    name = "torchvision:squeezenet1_1"
+    torch.manual_seed(1)
+    published = build_model(name, num_classes=1000, image_size=64)
+    torch.save(published.state_dict(), weights._imagenet_file(name))
+    reachable, sentence = imagenet_reach(name)
+    assert reachable and "cache" in sentence
+
+    model = seeded(name, num_classes=10, image_size=64)
+    said = load_weights(model, name, "imagenet", 10)
+    assert "ImageNet weights" in said and "the head for 10 is new (classifier.1)" in said
+    assert torch.equal(model.features[0].weight, published.features[0].weight)
+    fresh = seeded(name, num_classes=10, image_size=64)
+    assert torch.equal(model.classifier[1].weight, fresh.classifier[1].weight)
+
+    whole = seeded(name, num_classes=1000, image_size=64)
+    assert "all" in load_weights(whole, name, "imagenet", 1000)
+    assert torch.equal(whole.classifier[1].weight, published.classifier[1].weight)
+
+
+def test_imagenet_weights_out_of_reach_are_said_quietly(hub, monkeypatch, capfd):
+    monkeypatch.setattr(weights, "REACH_SECONDS", 2.0)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections, never answers
+        for variable in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        reachable, sentence = imagenet_reach("alexnet")
+        assert not reachable and "no answer within 2 seconds" in sentence
+    with pytest.raises(UserError, match=r"cannot be downloaded .*refused.*set HTTPS_PROXY"):
+        load_weights(small_net(), "alexnet", "imagenet", 5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_imagenet_weights_are_downloaded_when_a_server_has_them(hub, tmp_path, monkeypatch):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments, directory=str(tmp_path))
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    name = "torchvision:squeezenet1_1"
+    published = build_model(name, num_classes=1000, image_size=64)
+    torch.save(published.state_dict(), tmp_path / "tiny.pth")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/tiny.pth"
+        monkeypatch.setattr(weights, "_imagenet_url", lambda name: url)
+        assert imagenet_reach(name) == (
+            True,
+            f"ImageNet weights for {name} can be downloaded ({url})",
+        )
+        load_weights(seeded(name, image_size=64), name, "imagenet", 10)
+        server.shutdown()
+    assert (hub / "tiny.pth").is_file()
+
+
+def test_a_model_without_imagenet_weights_says_so():
+    assert imagenet_reach("my_cnn") == (False, "there are no ImageNet weights for my_cnn")
+    with pytest.raises(UserError, match="no ImageNet weights for resnet18; torchvision:resnet18"):
+        load_weights(small_net(), "resnet18", "imagenet", 5)
+
+
+def test_the_lessons_corgi_has_its_name():
+    classes = weights.imagenet_classes()
+    assert len(classes) == 1000 and classes[263] == "Pembroke"
+
+
+# Heads and frozen backbones
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("my_cnn", ("fc.",)),
+        ("alexnet", ("classifier.6.",)),
+        ("vgg16", ("classifier.6.",)),
+        ("resnet18", ("fc.",)),
+        ("googlenet", ("fc.", "aux1.fc2.", "aux2.fc2.")),
+        ("inception_v3", ("fc.", "AuxLogits.fc.")),
+        ("efficientnet_b0", ("classifier.1.",)),
+        ("torchvision:squeezenet1_1", ("classifier.1.",)),
+        ("torchvision:vit_b_16", ("heads.head.",)),
+        ("torchvision:densenet121", ("classifier.",)),
+        ("torchvision:swin_t", ("head.",)),
+    ],
+)
+def test_the_heads_are_the_layers_with_one_row_per_class(name, heads):
+    with torch.device("meta"):
+        model = build_model(name, num_classes=10, image_size=224)
+    assert head_prefixes(model, name) == heads
+    state = model.state_dict()
+    assert all(state[head + "weight"].shape[0] == 10 for head in heads)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_frozen_backbone_learns_nothing_and_stays_in_eval_mode(wrapped):
+    model = seeded("efficientnet_b0")
+    freeze_backbone(model, "efficientnet_b0")
+    model = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    if wrapped:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        training = nn.parallel.DistributedDataParallel(model) if wrapped else model
+        training.eval()
+        training.train()
+        images = images_for("efficientnet_b0")
+        first, second = training(images), training(images)
+        assert torch.equal(first, second)  # no dropout, no stochastic depth
+        first.sum().backward()
+    finally:
+        if wrapped:
+            dist.destroy_process_group()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    trained = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"classifier.1.weight", "classifier.1.bias"}
+    assert model.training and model.classifier[1].training
+    assert not any(m.training for m in model.features.modules())
+
+
+def test_a_learners_backbone_can_be_frozen_up_to_its_last_layer(own):
+    model = build_model(f"{own}:MyNet", num_classes=5, image_size=32)
+    freeze_backbone(model, own)
+    model.train()
+    assert [k for k, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+    assert model.training and not model.features[1].training and not model.features[2].training
+
+
+def test_freezing_everything_is_refused(own):
+    for name in ("linear_regression", f"{own}:Sized"):
+        model = build_model(name, num_classes=5, image_size=4)
+        with pytest.raises(UserError, match=r"no layers besides its head, .* leave --freeze out"):
+            freeze_backbone(model, name)
+    with pytest.raises(UserError, match="nothing can learn"):
+        freeze_backbone(nn.ReLU(), "relu")
+
+
+# python -m models
+
+
+def show(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "models", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_the_printed_table_names_every_model():
+    shown = show()
+    assert shown.returncode == 0, shown.stderr
+    assert all(name in shown.stdout for name in MODELS)
+    assert "57,044,810" in shown.stdout  # AlexNet's parameters for ten classes
+
+
+def test_the_printed_layers_add_up_to_the_published_numbers():
+    shown = show("alexnet", "--image-size", "224", "--classes", "1000")
+    assert "61,100,840" in shown.stdout and "714,188,480" in shown.stdout
+    assert "192 x 27 x 27" in shown.stdout
+
+
+def test_a_wrong_name_on_the_command_line_is_one_sentence():
+    shown = show("alexnt")
+    assert shown.returncode == 2 and "did you mean alexnet?" in shown.stderr
+    assert "Traceback" not in shown.stderr
