@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 5.0  # in a file; every row is in metrics.jsonl anyway
 
 
 def clean(text: object) -> str:
@@ -36,26 +39,30 @@ class Report:
 
     def __init__(self, enabled: bool = True, console: Console | None = None):
         self.enabled = enabled
-        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.console = console or Console(
+            highlight=False, width=None if sys.stdout.isatty() else 100
+        )
         self.log: Console | None = None
         self._bar: Progress | None = None
         self._task = None
+        self._last_line = -SECONDS_BETWEEN_LINES
 
     def attach(self, folder: Path) -> None:
         """From now on also into the run's train.log, as plain lines."""
         if self.enabled:
             file = (folder / "train.log").open("a", encoding="utf-8")
-            self.log = Console(file=file, width=100, no_color=True, soft_wrap=True)
+            self.log = Console(file=file, width=100, no_color=True, highlight=False)
 
     def show(self, thing, style: str | None = None) -> None:
         """Print text or a rich table; text is never read as markup."""
         if not self.enabled:
             return
-        if isinstance(thing, str):
+        line = isinstance(thing, str)  # a line is never broken: it can be searched and copied
+        if line:
             thing = Text(thing, style=style or "")
-        self.console.print(thing)
+        self.console.print(thing, soft_wrap=line)
         if self.log is not None:
-            self.log.print(thing)
+            self.log.print(thing, soft_wrap=line)
             self.log.file.flush()
 
     def warn(self, text: str) -> None:
@@ -110,12 +117,11 @@ class Report:
         )
         if self._bar is not None:
             self._bar.update(self._task, line=words)
-        line = f"  step {row['step']}/{total_steps}  {words}"
-        if self.enabled and not self.console.is_terminal:
-            self.show(line)
-        elif self.enabled and self.log is not None:
-            self.log.print(Text(line))
-            self.log.file.flush()
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        self.show(f"  step {row['step']}/{total_steps}  {words}")
 
     def epoch_line(self, text: str, better: bool) -> None:
         self.close_bar()
@@ -200,3 +206,4 @@ def quiet_libraries() -> None:
     """Third-party chatter that tells a user nothing."""
     for name in ("accelerate", "torch.distributed", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")

@@ -1,6 +1,7 @@
 """One life of a run: what stands around the loop. Start, resume, record, save, stop, end."""
 
 import hashlib
+import json
 import math
 import os
 import sys
@@ -10,11 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from config import Settings, TrainConfig, plan_batch, recipe_of, seconds, to_json
 from data.augment import Augment
 from data.keyed_random import mix
-from data.loaders import build_test_loader, build_train_loader
+from data.loaders import EVALUATION_BATCH, build_test_loader, build_train_loader
 from data.order import split_validation
 from data.sources import ImageSet, Source, choose_dataset, load_source
 from distributed import faults
@@ -32,6 +35,7 @@ from distributed.checkpoint import (
     Progress,
     Writer,
     capture,
+    copy_state,
     newest_valid,
     read_checkpoint,
     restore,
@@ -43,6 +47,7 @@ from distributed.stop import SAVE_FAILED, StopVote
 from distributed.watch import Watch
 from errors import UserError
 from models import build_model, lookup
+from models.__main__ import table_of_layers
 from models.weights import freeze_backbone, imagenet_reach, load_weights
 from optim import WeightAverage, lr_at, set_lr
 from report import Chrono, Report, duration, percent, quiet_libraries
@@ -87,6 +92,10 @@ class Run:
     def config(self) -> TrainConfig:
         return self.settings.config
 
+    @property
+    def writes_nothing(self) -> bool:
+        return self.actions.dry_run or self.actions.find_lr or self.actions.eval_only
+
     # --- before the loop ------------------------------------------------------------------------
 
     def open(self) -> None:
@@ -95,7 +104,7 @@ class Run:
         self.settings = self.settings.with_layer("recipe", decided["recipe"])
         for origin, values in decided["layers"].items():
             self.settings = self.settings.with_layer(origin, values, before=decided["before"])
-        if not self.actions.dry_run and not self.actions.find_lr:
+        if not self.writes_nothing:
             folder = main_decides(self.accelerator, self._enter_folder)
             self.folder = self.folder or RunDir(Path(folder))
             self.settings = self.settings.with_layer("run folder", {"run_dir": folder})
@@ -182,6 +191,8 @@ class Run:
                 f"{source.task}; give it {fits}"
             )
         train, test = limited(source.train, config.limit), limited(source.test, config.limit)
+        if self.actions.dry_run:
+            test = limited(test, 2 * EVALUATION_BATCH * accelerator.num_processes)
         self.validation_loader = None
         if config.val_fraction:
             keep, held_out = split_validation(len(train), config.val_fraction, config.seed)
@@ -207,6 +218,8 @@ class Run:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.warmup_steps = round(config.warmup * self.steps_per_epoch)
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        if self.actions.dry_run:
+            self.last_step = 1
         self.log_every = config.log_every or max(1, min(50, self.steps_per_epoch // 10))
         every = config.checkpoint_every
         self.save_steps = self.steps_per_epoch if every == "epoch" else 0
@@ -231,6 +244,10 @@ class Run:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=layout)
         self._try(model)
+        if self.actions.debug:
+            torch.autograd.set_detect_anomaly(True)
+            layers = table_of_layers(config.model, config.image_size, num_classes)
+            self.report.show(layers)
         if config.compile:
             model.compile(dynamic=False)
         self.average = WeightAverage(model, config.ema) if config.ema else None
@@ -247,10 +264,11 @@ class Run:
         """One forward and backward of a copy: errors of a learner's model, time, unused weights."""
         train, size = self.train_loader.dataset, min(self.plan.micro_batch_size, 64)
         trial, size = deepcopy(model).train(), max(2, size)
+        self.seconds_per_image = math.inf
         indices = torch.arange(size) % len(train)
         batch = train.__getitems__(indices.to(train.labels.device))
         try:
-            for attempt in range(1 if self.actions.debug else 2):
+            for _ in range(1 if self.actions.debug else 2):  # the first one also warms up
                 began = time.monotonic()
                 images = self.inputs(self.augment.train(batch["images"], batch["indices"], 0))
                 labels = batch["labels"].to(images.device)
@@ -259,8 +277,9 @@ class Run:
                 loss.backward()
                 if images.device.type == "cuda":
                     torch.cuda.synchronize()
-                self.seconds_per_image = (time.monotonic() - began) / size
-                if attempt == 0 and self.seconds_per_image * size > 2:
+                took = (time.monotonic() - began) / size
+                self.seconds_per_image = min(took, self.seconds_per_image)
+                if took * size > 5:
                     break
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             if self.actions.debug or "out of memory" in str(error):
@@ -307,10 +326,16 @@ class Run:
         }
         settings = hashlib.blake2b(to_json(self.settings).encode(), digest_size=8).hexdigest()
         refuse_disagreement(self.accelerator, {**self.facts, "settings": settings})
+        if "LOCKSTEP_RECORD" in os.environ:
+            from recorder import attach
+
+            attach(self, os.environ["LOCKSTEP_RECORD"])
 
     def resume(self) -> None:
         """Go on where the newest whole checkpoint stands, or at step 0."""
         found = None
+        if self.actions.eval_only:
+            self._load_best()
         if self.folder is not None:
             found = main_decides(
                 self.accelerator, lambda: newest_valid(self.folder.checkpoints, self.report.warn)
@@ -323,8 +348,29 @@ class Run:
             self.sums = torch.tensor(self.progress.sums, device=self.sums.device)
             if len(self.sums) != self.plan.shards:
                 self.sums = torch.zeros(self.plan.shards, device=self.sums.device)
-        if self.folder is None or not self.is_main:
+        if self.folder is not None:
+            main_decides(self.accelerator, self._begin_life)
+        self.stop_reason = self.stop.ask_all()  # a stop may have been asked for while we started
+
+    def _load_best(self) -> None:
+        """For --eval-only: the run's best weights, if a run is named; else those of --weights."""
+        path = Path(self.config.run_dir or "") / "model.safetensors"
+        if self.config.run_dir is None:
+            if not self.weights_told:
+                raise UserError(
+                    "--eval-only needs what to evaluate: --resume runs/NAME, or --weights FILE"
+                )
             return
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError):
+            raise UserError(f"--eval-only: {path} is missing or cannot be read") from None
+        copy_state(self.bare, tensors, "model")
+        self.average = None
+        self.weights_told = str(path)
+
+    def _begin_life(self) -> None:
+        """Main process: the files that say this run is alive again."""
         self._refuse_crash_loop()
         self.folder.keep_metrics(self.progress.metrics_rows)
         if self.life == 0 or not (self.folder.folder / "config.json").exists():
@@ -567,10 +613,12 @@ class Run:
         """The evaluated weights with all that prediction needs, readable without this program."""
         model = self.average.model if self.average else self.bare
         tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        metadata = {
-            "model": self.config.model, "step": str(self.progress.step), "format": "pt",
-            "dataset": self.config.dataset, "image_size": str(self.config.image_size),
+        told = {
+            "model": self.config.model, "image_size": self.config.image_size,
+            "classes": self.source.classes, "mean": self.source.mean, "std": self.source.std,
+            "dataset": self.config.dataset, "step": self.progress.step,
         }  # fmt: skip
+        metadata = {"lockstep": json.dumps(told)}  # one key: safetensors keeps no order of several
         try:
             save_tensors(self.folder.folder / name, tensors, metadata)
         except Exception as error:
@@ -620,10 +668,31 @@ class Run:
             self.report.warn(failed)
         self.folder.status(last_save_error=failed)
 
+    def show_evaluation(self, results: dict[str, dict] | None) -> int:
+        """What --eval-only prints; nothing is written."""
+        if results is None:
+            return STOPPED
+        rows = []
+        for split, metrics in results.items():
+            numbers = (f"{k} {v:.6g}" for k, v in metrics.items() if isinstance(v, float))
+            rows.append((split, f"{metrics['images']} images: {', '.join(numbers)}"))
+        if "confusion" in results["test"]:
+            self.report.class_table(list(self.source.classes), results["test"]["confusion"])
+        self.report.end_panel(f"evaluated {self.weights_told}", rows, good=True)
+        end(self.accelerator)
+        return FINISHED
+
     def finish(self) -> int:
         """The last save, the final report, status and summary; returns the exit status."""
         self.watch.at("end", self.progress.step)
         self.report.close_bar()
+        if self.folder is None:
+            rows = [("tried", "one step and two evaluation batches; nothing was written")]
+            epoch = self.seconds_per_image * self.num_train / self.plan.num_processes
+            rows.append(("epoch", f"about {duration(epoch)} of training"))
+            self.report.end_panel("dry run: all is well", rows, good=True)
+            end(self.accelerator)
+            return FINISHED
         if getattr(self, "saved_step", None) != (self.progress.step, self.progress.evaluated):
             self.save()
         failed = ""
@@ -738,7 +807,12 @@ class Run:
             ("time", f"about {duration(expected)}"),
             ("folder", config.run_dir or "none (dry run)"),
         ]
-        if self.progress.step:
+        if self.progress.step >= self.last_step and not self.evaluation_is_due():
+            longer = "--epochs N trains longer, --fresh starts over"
+            rows.insert(
+                0, ("finished", f"this run is finished at step {self.progress.step}; {longer}")
+            )
+        elif self.progress.step:
             best = self.progress.best
             told = f", best {percent(best)}" if best and self.task.best_is == "accuracy" else ""
             rows.insert(0, ("resumed", f"at step {self.progress.step}, epoch {self.epoch}{told}"))

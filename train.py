@@ -1,11 +1,13 @@
 """The run, told in order: main(), train_one_epoch(), evaluate()."""
 
+import signal
 import sys
 
 if __name__ == "__main__":  # before torch is imported: --help and a typo cost no more than a blink
     from config import parse_or_exit
 
     SETTINGS = parse_or_exit(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 
@@ -23,6 +25,8 @@ def main(run: Run) -> int:
     run.ready(*run.accelerator.prepare(model, optimizer, run.train_loader, run.test_loader))
     run.resume()
     run.show_start()
+    if run.actions.eval_only:
+        return run.show_evaluation(evaluate(run))
 
     while not run.is_over():
         if not run.evaluation_is_due():

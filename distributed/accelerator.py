@@ -63,7 +63,6 @@ def build_accelerator(settings: Settings) -> tuple[Accelerator, Settings]:
         mixed_precision=precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         step_scheduler_with_optimizer=False,
-        log_with=[],
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=limit),
             # Buffers are broadcast by shards.py, where a model needs it; see there.

@@ -111,7 +111,7 @@ class Shards:
         """Rank 0's buffers on every process: before each evaluation and each save."""
         if self.accelerator.num_processes == 1:
             return
-        for kind in {b.dtype for b in self.buffers}:
+        for kind in dict.fromkeys(b.dtype for b in self.buffers):  # a set has no order to share
             same = [b for b in self.buffers if b.dtype == kind]
             flat = torch.cat([b.flatten() for b in same])
             dist.broadcast(flat, src=0)

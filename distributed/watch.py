@@ -1,6 +1,6 @@
 """Names a dead or stuck process: heartbeats, stack dumps, and who is to blame.
 
-Every process writes `crash/heartbeat-<rank>.json` every few seconds from a thread of its own. Who
+Every process writes `crash/heartbeat-<rank>.json` every second from a thread of its own. Who
 stands still for longer than the limit (LOCKSTEP_STALL, 300 s) dumps its stacks, and the process
 that is least far, or whose heartbeat stopped, is named: not the innocent one that waits for it.
 """
@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 PHASES = ("start", "data", "step", "evaluate", "save", "end")
-BEAT_SECONDS = 2.0
+BEAT_SECONDS = 1.0
 
 
 class Watch:
@@ -84,7 +84,7 @@ class Watch:
         with contextlib.suppress(OSError), (self.folder / f"rank-{self.rank}.txt").open("w") as f:
             f.write(f"stood still for {self.limit:.0f} s in phase {self.phase}, step {self.step}\n")
             faulthandler.dump_traceback(f, all_threads=True)
-        time.sleep(2 * BEAT_SECONDS)  # let the others write theirs
+        time.sleep(3 * BEAT_SECONDS)  # let the others write theirs
         told = self.blame() or f"rank {self.rank} stood still at step {self.step}"
         print(f"\n{told}\nstacks of all processes: {self.folder}", file=sys.stderr, flush=True)
         os._exit(1)
@@ -110,7 +110,7 @@ class Watch:
                 return where.format("failed") + f": {last}"
             if place["host"] == socket.gethostname() and not alive(place["pid"]):
                 return where.format("died without a word (killed, or out of memory)")
-            if time.time() - place["time"] > 4 * BEAT_SECONDS:
+            if time.time() - place["time"] > 8 * BEAT_SECONDS:
                 return where.format("is frozen (no heartbeat)")
         if self.num_processes > 1 and len(places) == self.num_processes:
             last = min(places.values(), key=lambda p: (p["step"], PHASES.index(p["phase"])))

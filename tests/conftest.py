@@ -1,0 +1,49 @@
+"""What all tests share: no network, one thread, tiny learners' models, real launches."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+PLAIN = '''
+from torch import nn
+
+class Net(nn.Module):
+    """No batch norm, no dropout."""
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(16 * 16, num_classes),
+        )
+    def forward(self, x):
+        return self.body(x)
+'''
+FULL = '''
+from torch import nn
+
+class Net(nn.Module):
+    """Batch norm and dropout."""
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(16 * 16, num_classes),
+        )
+    def forward(self, x):
+        return self.body(x)
+'''
+
+
+@pytest.fixture(scope="session")
+def nets(tmp_path_factory) -> Path:
+    """A folder with two learners' files, plain.py:Net and full.py:Net, for images of 16 pixels."""
+    folder = tmp_path_factory.mktemp("nets")
+    (folder / "plain.py").write_text(PLAIN)
+    (folder / "full.py").write_text(FULL)
+    return folder

@@ -1,0 +1,92 @@
+"""The laws through real processes: the same run anywhere, every test image once."""
+
+import json
+
+import pytest
+from launches import losses, rows, train
+
+from recorder import read
+
+LAW = ["--model", "plain.py:Net", "--dataset", "digits", "--image-size", "16", "--limit", "1000"]
+LAW += ["--batch-size", "64", "--epochs", "2", "--max-steps", "24", "--augment", "crop", "--lr"]
+LAW += ["0.05", "--optimizer", "sgd", "--shards", "4", "--threads", "1", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def runs(nets):
+    """The same run on one process, two under torchrun and two under accelerate launch."""
+    ways = {
+        "one": dict(processes=1, accumulate=4, launcher="python"),
+        "torchrun": dict(processes=2, accumulate=2, launcher="torchrun"),
+        "accelerate": dict(processes=2, accumulate=2, launcher="accelerate"),
+    }
+    for name, way in ways.items():
+        done = train(
+            [*LAW, "--run-dir", name, "--accumulate", way["accumulate"]],
+            nets, way["processes"], way["launcher"], LOCKSTEP_RECORD=f"{name}-record",
+        )  # fmt: skip
+        assert done.status == 0, done.out
+    return nets
+
+
+@pytest.mark.parametrize("way", ["torchrun", "accelerate"])
+def test_two_processes_see_the_same_samples_pixels_and_losses_as_one(runs, way):
+    ours, updates = read(runs / "one-record")
+    theirs, their_updates = read(runs / f"{way}-record")
+    assert len(ours) == 24 * 4 and ours.keys() == theirs.keys()
+    for key in ours:
+        assert ours[key]["indices"] == theirs[key]["indices"]
+        assert ours[key]["pixels"] == theirs[key]["pixels"]
+        assert theirs[key]["loss"] == pytest.approx(ours[key]["loss"], rel=2e-5)
+    for step, row in updates.items():
+        assert their_updates[step]["norm"] == pytest.approx(row["norm"], rel=1e-5)
+    assert losses(runs / way) == pytest.approx(losses(runs / "one"), rel=1e-6)
+
+
+def test_the_epoch_boundary_was_crossed_and_the_two_epochs_differ_in_order_and_pixels(runs):
+    shards, _ = read(runs / "one-record")
+    first = [shards[0, s]["indices"] for s in range(4)]
+    second = [shards[15, s]["indices"] for s in range(4)]
+    assert first != second
+    seen = [i for step in range(15) for s in range(4) for i in shards[step, s]["indices"]]
+    assert len(seen) == len(set(seen)) == 960
+
+
+@pytest.mark.parametrize("way", ["torchrun", "accelerate"])
+def test_every_test_image_counts_once_on_any_number_of_processes(runs, way):
+    def answers(name):
+        return [r for r in rows(runs / name) if "test/accuracy" in r]
+
+    assert len(answers("one")) == 2
+    for ours, theirs in zip(answers("one"), answers(way), strict=True):
+        assert ours["test/accuracy"] == theirs["test/accuracy"]
+        assert theirs["test/loss"] == pytest.approx(ours["test/loss"], rel=1e-6)
+        assert (ours["test/accuracy"] * 355) == pytest.approx(round(ours["test/accuracy"] * 355))
+    assert json.loads((runs / way / "summary.json").read_text())["status"] == "finished"
+
+
+def test_101_evaluation_images_over_two_processes_count_101(nets):
+    arguments = ["--model", "full.py:Net", "--dataset", "digits", "--image-size", "16"]
+    arguments += ["--limit", "101", "--batch-size", "20", "--epochs", "1", "--ema", "0.9"]
+    for processes, name in ((1, "once"), (2, "twice")):
+        done = train([*arguments, "--shards", "2", "--run-dir", name], nets, processes)
+        assert done.status == 0, done.out
+        progress = sorted((nets / name / "checkpoints").glob("step-*"))[-1] / "progress.json"
+        last = json.loads(progress.read_text())["last"]
+        assert last["images"] == 101
+        assert sum(map(sum, last["confusion"])) == 101
+    one, two = (rows(nets / name)[-1] for name in ("once", "twice"))
+    assert one["test/accuracy"] == two["test/accuracy"]
+    assert one["test/loss"] == pytest.approx(two["test/loss"], rel=1e-5)
+
+
+def test_processes_that_do_not_know_of_each_other_are_an_error(nets):
+    done = train([*LAW, "--run-dir", "lonely"], nets, SLURM_NTASKS="2", SLURM_STEP_ID="0")
+    assert done.status == 2
+    assert "do not know of each other" in done.out and "Traceback" not in done.out
+
+
+def test_a_user_error_is_one_sentence_on_two_processes(nets):
+    done = train(["--model", "plain.py:Net", "--dataset", "cifar10", "--run-dir", "none"], nets, 2)
+    assert done.status != 0
+    assert done.out.count("CIFAR10_DIR") == 1 and not (nets / "none").exists()
