@@ -1,5 +1,6 @@
 """Everything a person sees on the screen: in a terminal a live bar, in a file plain lines."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -62,8 +63,9 @@ class Report:
             thing = Text(thing, style=style or "")
         self.console.print(thing, soft_wrap=line)
         if self.log is not None:
-            self.log.print(thing, soft_wrap=line)
-            self.log.file.flush()
+            with contextlib.suppress(OSError):  # a full disk must not end the run
+                self.log.print(thing, soft_wrap=line)
+                self.log.file.flush()
 
     def warn(self, text: str) -> None:
         self.show(f"warning: {clean(text)}", "bold yellow")
@@ -159,7 +161,8 @@ class Report:
     def close(self) -> None:
         self.close_bar()
         if self.log is not None:
-            self.log.file.close()
+            with contextlib.suppress(OSError):
+                self.log.file.close()
             self.log = None
 
 

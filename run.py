@@ -1,5 +1,6 @@
 """One life of a run: what stands around the loop. Start, resume, record, save, stop, end."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -85,6 +86,7 @@ class Run:
         self.stop_reason = 0
         self.progress = Progress()
         self.trackers = []
+        self._row_problem = ""
         self.settings = settings
         self.actions = settings.actions
 
@@ -542,10 +544,21 @@ class Run:
         """A row for metrics.jsonl, the truth, and for the trackers, its copies."""
         self.progress.metrics_rows += 1
         if self.is_main and self.folder is not None:
-            self.folder.append_metrics(row)
-            self.folder.status(step=self.progress.step)
+            problem = self.folder.append_metrics(row)
+            if problem and not self._row_problem:
+                self.report.warn(
+                    f"metrics.jsonl cannot be written ({problem}); rows wait in memory"
+                )
+            self._row_problem = problem
+            self.tell_status(step=self.progress.step)
             for tracker in self.trackers:
                 tracker.log(row)
+
+    def tell_status(self, **values) -> None:
+        """Into status.json, which is worth no crash where the disk is full."""
+        if self.is_main and self.folder is not None:
+            with contextlib.suppress(OSError):
+                self.folder.status(**values)
 
     def _stop_if_numbers_are_bad(self, passed=None):
         report = self.guard.report()
@@ -607,7 +620,7 @@ class Run:
         if self.is_main and self.folder is not None:
             if better:
                 self._save_weights("model.safetensors")
-            self.folder.status(step=progress.step, best=progress.best)
+            self.tell_status(step=progress.step, best=progress.best)
 
     def _save_weights(self, name: str) -> None:
         """The evaluated weights with all that prediction needs, readable without this program."""
@@ -666,7 +679,7 @@ class Run:
         failed = self.writer.error
         if failed:
             self.report.warn(failed)
-        self.folder.status(last_save_error=failed)
+        self.tell_status(last_save_error=failed)
 
     def show_evaluation(self, results: dict[str, dict] | None) -> int:
         """What --eval-only prints; nothing is written."""
@@ -733,7 +746,10 @@ class Run:
         }  # fmt: skip
         summary |= {f"test/{k}": v for k, v in last.items() if isinstance(v, float)}
         summary |= {f"best/test/{k}": v for k, v in best.items() if isinstance(v, float)}
-        write_json(folder / "summary.json", summary)
+        try:
+            write_json(folder / "summary.json", summary)
+        except OSError as error:
+            self.report.warn(f"summary.json cannot be written ({error})")
         for tracker in self.trackers:
             tracker.finish()
         rows = []
@@ -760,7 +776,7 @@ class Run:
                 rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
             rows.append(("repeat", f"sh {folder / 'command.sh'}"))
         self.report.end_panel(title, rows, good=code == FINISHED)
-        self.folder.status(status=status, reason=why, step=progress.step)
+        self.tell_status(status=status, reason=why, step=progress.step)
         self.folder.close()
 
     def failed(self, error: BaseException) -> str:
@@ -769,8 +785,7 @@ class Run:
         told = str(error) if isinstance(error, NumbersGoneBad) else self.watch.report(error)
         if self.writer is not None:
             self.writer.wait()
-        if self.is_main and self.folder is not None:
-            self.folder.status(status="failed", reason=told.splitlines()[0])
+        self.tell_status(status="failed", reason=told.splitlines()[0])
         return told
 
     # --- what is shown before the first step ----------------------------------------------------

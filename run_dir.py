@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -25,12 +26,15 @@ STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader (or a crash) sees the old or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{threading.get_ident()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content) -> None:
@@ -89,6 +93,10 @@ class RunDir:
         self.checkpoints = folder / "checkpoints"
         self.metrics_file = folder / "metrics.jsonl"
         self._lock = None
+        self._one_at_a_time = (
+            threading.Lock()
+        )  # the checkpoint writer's thread tells its status too
+        self._pending: list[str] = []
 
     def open(self) -> None:
         """Create or enter the folder, refuse a foreign one, take the lock."""
@@ -168,15 +176,26 @@ class RunDir:
 
     def status(self, **values) -> None:
         """Merge into status.json: what scripts read, since launchers mangle exit codes."""
-        old = read_json(self.folder / "status.json", {})
-        write_json(self.folder / "status.json", {**old, **values})
+        with self._one_at_a_time:
+            old = read_json(self.folder / "status.json", {})
+            write_json(self.folder / "status.json", {**old, **values})
 
     def read_status(self) -> dict:
         return read_json(self.folder / "status.json", {})
 
-    def append_metrics(self, row: dict) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def append_metrics(self, row: dict) -> str:
+        """Add a row; where the disk is full it waits in memory for the next one. Returns why."""
+        self._pending.append(json.dumps(row) + "\n")
+        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.writelines(self._pending)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.metrics_file, size)  # no half rows
+            return str(error)
+        self._pending.clear()
+        return ""
 
     def keep_metrics(self, rows: int) -> None:
         """Cut metrics.jsonl to the rows a checkpoint knew: later ones will be written again."""

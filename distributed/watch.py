@@ -101,16 +101,15 @@ class Watch:
             if rank == self.rank or place is None:
                 continue
             where = (
-                f"rank {rank} on {place['host']} (pid {place['pid']}) {{}} at step "
+                f"rank {rank} on {place['host']} (pid {place['pid']}) {{}}, last seen at step "
                 f"{place['step']}, phase {place['phase']}"
             )
             report = self.folder / f"rank-{rank}.txt"
             if report.exists() and "Traceback" in report.read_text(errors="replace"):
-                last = report.read_text(errors="replace").strip().splitlines()[-1]
-                return where.format("failed") + f": {last}"
+                return report.read_text(errors="replace").splitlines()[0]
             if place["host"] == socket.gethostname() and not alive(place["pid"]):
                 return where.format("died without a word (killed, or out of memory)")
-            if time.time() - place["time"] > 8 * BEAT_SECONDS:
+            if time.time() - place["time"] > 5 * BEAT_SECONDS:
                 return where.format("is frozen (no heartbeat)")
         if self.num_processes > 1 and len(places) == self.num_processes:
             last = min(places.values(), key=lambda p: (p["step"], PHASES.index(p["phase"])))

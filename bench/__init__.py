@@ -1,0 +1,1 @@
+"""Measurements and proofs: what the trainer claims, run on your machine."""

@@ -1,0 +1,168 @@
+"""Is it the same run on 1, 2 and 4 processes? `python -m bench.verify --model resnet18`.
+
+Runs the ordinary trainer on each number of processes, and a control on one process whose weights
+start one unit in the last place away. Index streams and augmented pixels must be equal; losses,
+gradient norms, final weights and evaluation must agree within 1e-6 at the first step and within
+three times the control's distance after it. Prints the first divergence and its class: data,
+augmentation, forward, reduction or evaluation. Exit status 0: the same run; 1: not.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from recorder import read
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FIRST_STEP = 1e-6  # relative; before the first update only the order of additions differs
+TIMES_CONTROL = 3.0
+
+
+def launch(folder: Path, name: str, processes: int, plant: str, flags: list[str]) -> Path:
+    """One run of the ordinary trainer; its folder, with what it recorded in `record`."""
+    run = folder / name
+    words = [sys.executable, "-m"]
+    if processes > 1:
+        words += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    words += ["bench.planted", plant, "--", *flags, "--run-dir", str(run)]
+    env = os.environ | {"LOCKSTEP_RECORD": str(folder / f"{name}-record")}
+    env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    log = folder / f"{name}.log"
+    with log.open("w") as file:
+        done = subprocess.run(words, cwd=REPOSITORY, env=env, stdout=file, stderr=file)
+    if done.returncode != 0:
+        raise SystemExit(f"the run on {processes} processes failed:\n{log.read_text()[-3000:]}")
+    return run
+
+
+def relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(a), abs(b), 1e-30)
+
+
+def step_losses(shards: dict) -> dict[int, float]:
+    steps: dict[int, list[float]] = {}
+    for (step, _), row in sorted(shards.items()):
+        steps.setdefault(step, []).append(row["loss"])
+    return {step: math.fsum(values) for step, values in steps.items()}
+
+
+def length(tensors) -> float:
+    """The Euclidean norm of all numbers of all tensors."""
+    return math.sqrt(math.fsum(float(t.double().pow(2).sum()) for t in tensors))
+
+
+def weight_distance(a: Path, b: Path) -> dict[str, float]:
+    """Relative distance of all weights and of all running statistics at the end of two runs."""
+    newest = [sorted((run / "checkpoints").glob("step-*"))[-1] for run in (a, b)]
+    result = {}
+    for file in sorted(p.name for p in newest[0].glob("*.safetensors") if "optim" not in p.name):
+        one, two = (load_file(path / file) for path in newest)
+        for kind in ("weights", "statistics"):
+            names = [n for n in one if ("running_" in n) == (kind == "statistics")]
+            names = [n for n in names if one[n].is_floating_point()]
+            if names:
+                apart = math.sqrt(
+                    sum(float((one[n] - two[n]).double().pow(2).sum()) for n in names)
+                )
+                size = math.sqrt(sum(float(one[n].double().pow(2).sum()) for n in names))
+                result[f"{file.removesuffix('.safetensors')} {kind}"] = apart / max(size, 1e-30)
+    return result
+
+
+def evaluations(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row["test/loss"] for row in map(json.loads, lines) if "test/loss" in row]
+
+
+def distances(base: Path, other: Path) -> tuple[dict[str, list[float]], str]:
+    """Distance series by class, and the first exact difference of data or pixels ('' if none)."""
+    (ours, our_updates), (theirs, their_updates) = (read(f"{run}-record") for run in (base, other))
+    first = ""
+    if ours.keys() != theirs.keys():
+        first = f"data: {len(theirs)} shards were computed instead of {len(ours)}"
+    for key in sorted(ours.keys() & theirs.keys()):
+        if first:
+            break
+        where = f"step {key[0]}, shard {key[1]}"
+        if ours[key]["indices"] != theirs[key]["indices"]:
+            first = f"data: other samples at {where}"
+        elif ours[key]["pixels"] != theirs[key]["pixels"]:
+            first = f"augmentation: other pixels at {where}"
+    losses = step_losses(ours), step_losses(theirs)
+    series = {
+        "forward": [relative(losses[0][s], losses[1].get(s, math.inf)) for s in losses[0]],
+        "reduction": [
+            relative(row["norm"], their_updates.get(step, {"norm": math.inf})["norm"])
+            for step, row in sorted(our_updates.items())
+        ],
+        "evaluation": [
+            relative(a, b) for a, b in zip(evaluations(base), evaluations(other), strict=True)
+        ],
+    }
+    for name, value in weight_distance(base, other).items():
+        series[f"final {name}"] = [value]
+    return series, first
+
+
+def judge(series: dict, control: dict) -> tuple[str, float]:
+    """The first divergence in words ('' if none), and the largest multiple of the control."""
+    found, worst = "", 0.0
+    for name, values in series.items():
+        reach = 0.0
+        for step, value in enumerate(values):
+            reach = max(reach, control[name][step])
+            exact = step == 0 and name in ("forward", "reduction")
+            allowed = FIRST_STEP if exact else max(TIMES_CONTROL * reach, FIRST_STEP)
+            worst = max(worst, value / max(reach, FIRST_STEP / TIMES_CONTROL))
+            if not value <= allowed and not found:
+                found = f"{name}: {value:.2e} at place {step}, allowed {allowed:.2e}"
+    return found, worst
+
+
+def verify(model: str, processes: list[int], steps: int, plant: str, extra: list[str]) -> int:
+    shards = max(processes)
+    flags = ["--model", model, "--dataset", "synthetic", "--limit", str(32 * steps), "--seed", "1"]
+    flags += ["--batch-size", str(8 * shards), "--shards", str(shards), "--epochs", "2"]
+    flags += ["--max-steps", str(steps), "--ema", "0.9", "--threads", "1", "--warmup", "0"]
+    flags += ["--augment", "crop", "--max-time", "1h", *extra]
+    status = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        base = launch(folder, "base", 1, "none", flags)
+        control, _ = distances(base, launch(folder, "control", 1, "ulp", flags))
+        for count in processes:
+            if count == 1 and plant == "none":
+                continue
+            other = launch(folder, f"on-{count}", count, plant, flags)
+            series, first = distances(base, other)
+            found, worst = judge(series, control)
+            verdict = first or found or "the same run"
+            status = max(status, int(bool(first or found)))
+            print(f"{model} on {count} processes, {shards} shards, {steps} steps: {verdict}")
+            for name, values in series.items():
+                reach = max(control[name])
+                print(f"    {name:18} largest {max(values):.2e}   control {reach:.2e}")
+            print(f"    largest multiple of the control: {worst:.1f}")
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--processes", default="1,2,4", help="numbers of processes to compare")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--plant", default="none", help="plant a fault: see bench/planted.py")
+    arguments, extra = parser.parse_known_args()
+    processes = [int(n) for n in arguments.processes.split(",")]
+    return verify(arguments.model, processes, arguments.steps, arguments.plant, extra)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

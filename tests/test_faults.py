@@ -1,0 +1,136 @@
+"""Faults injected into real processes: nothing is lost, and the right one is blamed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from launches import SMALL, command, finish, newest, rows, start, train, wait_for
+
+RUN = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--epochs", "3"]
+
+
+def test_an_exception_in_one_rank_is_the_last_thing_told(nets):
+    began = time.monotonic()
+    done = train(
+        [*RUN, "--run-dir", "raise"], nets, 2, LOCKSTEP_FAULT="raise@step=5,rank=1"
+    )  # fmt: skip
+    assert done.status != 0 and time.monotonic() - began < 90
+    assert "rank 1 on" in done.out and "planned fault at step, step 5" in done.out
+    assert (nets / "raise" / "crash" / "rank-1.txt").read_text().count("Traceback") >= 1
+    assert "Traceback" not in done.out.split("torch/distributed/elastic")[0]
+    assert json.loads((nets / "raise" / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_rank_that_leaves_early_with_status_0_is_named_and_the_run_is_not_finished(nets):
+    done = train([*RUN, "--run-dir", "early"], nets, 2, LOCKSTEP_FAULT="exit0@step=5,rank=1")
+    assert "because rank 1 on" in done.out, done.out
+    assert json.loads((nets / "early" / "status.json").read_text())["status"] == "failed"
+
+
+def test_out_of_memory_says_what_to_try(nets):
+    done = train([*RUN, "--run-dir", "oom"], nets, LOCKSTEP_FAULT="oom@step=5")
+    assert done.status == 1 and "--accumulate" in done.last_lines
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_number_gone_bad_stops_all_before_the_update_and_names_step_and_samples(nets, processes):
+    name = f"nan-{processes}"
+    arguments = [*RUN, "--run-dir", name, "--checkpoint-every", "6"]
+    done = train(arguments, nets, processes, LOCKSTEP_FAULT="nan@point=backward,step=6")
+    assert done.status == 1
+    assert "at step 6" in done.out and "--grad-clip 1" in done.out
+    found = json.loads((nets / name / "crash" / "nonfinite.json").read_text())
+    assert found["step"] == 6 and len(found["indices"]) == 64
+    assert newest(nets / name).name == "step-000000006"
+    done = train(arguments, nets, processes)
+    assert done.status == 0 and "at step 6" in done.out, done.out
+
+
+def test_skipping_leaves_the_weights_alone_counts_and_goes_on(nets):
+    arguments = [*RUN, "--on-nonfinite", "skip", "--run-dir", "skip"]
+    done = train(arguments, nets, LOCKSTEP_FAULT="nan@point=backward,step=0")
+    assert done.status == 0, done.out
+    assert json.loads((nets / "skip" / "summary.json").read_text())["skipped_updates"] == 1
+    done = train(
+        [*RUN, "--on-nonfinite", "skip", "--run-dir", "always"], nets,
+        LOCKSTEP_FAULT="nan@point=backward",
+    )  # fmt: skip
+    assert done.status == 1 and "not finite" in done.out
+
+
+def test_a_second_job_in_the_same_folder_is_refused_and_the_first_unharmed(nets):
+    arguments = [*RUN, "--run-dir", "shared", "--epochs", "200"]
+    process, log = start(command(arguments), nets)
+    wait_for(lambda: (nets / "shared" / "metrics.jsonl").exists(), process, log)
+    second = train(arguments, nets)
+    assert second.status == 2 and f"process {process.pid} on" in second.out, second.out
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    third = train(["--resume", "shared", "--max-steps", "3"], nets)
+    assert third.status == 0, third.out
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(nets):
+    fault = "enospc@point=save:written,step=8"
+    done = train(
+        [*RUN, "--run-dir", "full", "--checkpoint-every", "4"], nets, LOCKSTEP_FAULT=fault
+    )  # fmt: skip
+    assert done.status == 0 and "checkpoint not saved" in done.out, done.out
+    names = [p.name for p in (nets / "full" / "checkpoints").iterdir()]
+    assert "step-000000008" not in names and not [n for n in names if "partial" in n]
+    assert json.loads((nets / "full" / "status.json").read_text())["last_save_error"] == ""
+
+
+def test_a_last_save_that_fails_is_said_in_message_and_status(nets):
+    code = (
+        "import resource, signal, os, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", code, *command([*RUN, "--run-dir", "limit"])]
+    done = finish(*start(words, nets))
+    assert done.status == 1 and "ended without its last checkpoint" in done.out, done.out
+    status = json.loads((nets / "limit" / "status.json").read_text())
+    assert status["status"] == "failed" and "not saved" in status["reason"]
+
+
+@pytest.mark.slow
+def test_a_frozen_or_stuck_process_is_named_not_the_one_that_waits(nets):
+    for action, words in (("hang", "rank 1 on"), ("stop", "is frozen")):
+        process, log = start(
+            command([*RUN, "--run-dir", action], 2), nets, LOCKSTEP_STALL="8",
+            LOCKSTEP_FAULT=f"{action}@step=6,rank=1,seconds=600",
+        )  # fmt: skip
+        done = finish(process, log, 150)
+        assert done.status != 0 and words in done.out, done.out
+        assert "rank 1" in done.out and list((nets / action / "crash").glob("rank-*.txt"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_fails_before_the_first_batch(nets):
+    (nets / "locked").mkdir(mode=0o500)
+    done = train([*RUN, "--run-dir", "locked"], nets)
+    assert done.status == 2 and "cannot be written" in done.out
+
+
+def test_the_metrics_have_each_step_once_after_a_crash(nets):
+    arguments = [*RUN, "--run-dir", "once", "--checkpoint-every", "5"]
+    train(arguments, nets, LOCKSTEP_FAULT="kill@step=13")
+    assert train(arguments, nets).status == 0
+    steps = [r["step"] for r in rows(nets / "once") if "train/loss" in r]
+    assert steps == list(range(1, 31))
+
+
+def test_help_and_a_typo_answer_without_torch():
+    for words in (["--help"], ["--modle", "x"]):
+        script = f"import sys, runpy; sys.argv = ['train.py', *{words!r}]\n"
+        script += "try: runpy.run_path('train.py', run_name='__main__')\n"
+        script += "except SystemExit: pass\nassert 'torch' not in sys.modules"
+        from launches import REPOSITORY
+
+        done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,118 @@
+"""Stop anywhere, go on exactly: killed runs equal undisturbed ones, bit for bit."""
+
+import json
+
+import pytest
+from launches import SMALL, losses, rows, same_weights, train
+
+COMMON = [*SMALL, "--limit", "640", "--epochs", "3", "--augment", "crop", "--checkpoint-every", "7"]
+VARIANTS = {
+    "sgd-accumulate": ["--optimizer", "sgd", "--lr", "0.05", "--accumulate", "2"],
+    "adamw-bf16-ema": [
+        "--optimizer", "adamw", "--lr", "0.004", "--ema", "0.9", "--grad-clip", "1",
+        "--mixed-precision", "bf16",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_killed_at_any_step_equals_the_undisturbed_one_bit_for_bit(nets, variant):
+    arguments = ["--model", "full.py:Net", *COMMON, *VARIANTS[variant]]
+    whole, broken = f"{variant}-whole", f"{variant}-broken"
+    done = train([*arguments, "--run-dir", whole], nets, LOCKSTEP_RECORD=f"{whole}-record")
+    assert done.status == 0, done.out
+    for fault in ("kill@step=3", "kill@step=17", "kill@point=save:written,step=21", "term@step=24"):
+        done = train([*arguments, "--run-dir", broken], nets, LOCKSTEP_FAULT=fault)
+        assert done.status == (75 if "term" in fault else -9), done.out
+    assert "stopped at step 25" in done.out
+    done = train([*arguments, "--run-dir", broken], nets, LOCKSTEP_RECORD=f"{broken}-record")
+    assert done.status == 0 and "at step 25" in done.out, done.out
+    assert rows(nets / broken) == rows(nets / whole)
+    assert same_weights(nets / whole, nets / broken) == []
+    for name in ("model.safetensors", "last.safetensors"):
+        assert (nets / whole / name).read_bytes() == (nets / broken / name).read_bytes()
+    ours = (nets / f"{whole}-record" / "rank-0.jsonl").read_text().splitlines()
+    theirs = (nets / f"{broken}-record" / "rank-0.jsonl").read_text().splitlines()
+    assert theirs == ours[-len(theirs) :] and len(theirs) >= 5
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_processes_one_of_them_killed_continue_bit_for_bit_and_the_victim_is_named(
+    nets, victim
+):
+    arguments = ["--model", "full.py:Net", *COMMON, "--optimizer", "sgd", "--lr", "0.05"]
+    whole, broken = "two-whole", f"two-broken-{victim}"
+    if not (nets / whole).exists():
+        done = train([*arguments, "--run-dir", whole], nets, 2)
+        assert done.status == 0, done.out
+    done = train(
+        [*arguments, "--run-dir", broken], nets, 2, LOCKSTEP_FAULT=f"kill@step=17,rank={victim}"
+    )
+    assert done.status != 0
+    assert f"because rank {victim} on" in done.out and "died without a word" in done.out, done.out
+    done = train([*arguments, "--run-dir", broken], nets, 2)
+    assert done.status == 0, done.out
+    assert rows(nets / broken) == rows(nets / whole)
+    assert same_weights(nets / whole, nets / broken) == []
+
+
+def test_a_run_continues_on_another_number_of_processes_that_divides_its_shards(nets):
+    arguments = ["--model", "plain.py:Net", *COMMON, "--shards", "4", "--optimizer", "sgd"]
+    done = train([*arguments, "--run-dir", "elastic-whole"], nets)
+    assert done.status == 0, done.out
+    for processes, fault in ((4, "term@step=8,rank=2"), (1, "term@step=19"), (2, "")):
+        done = train([*arguments, "--run-dir", "elastic"], nets, processes, LOCKSTEP_FAULT=fault)
+        assert "finished" in done.out or "stopped at step" in done.out, done.out
+    assert json.loads((nets / "elastic" / "status.json").read_text())["life"] == 2
+    assert losses(nets / "elastic") == pytest.approx(losses(nets / "elastic-whole"), rel=1e-5)
+    done = train(["--resume", "elastic", "--epochs", "4"], nets, 3)
+    assert "3 processes cannot share 4 shards evenly; numbers that can: 1, 2, 4" in done.out
+
+
+def test_a_finished_run_says_so_and_conflicting_flags_are_listed(nets):
+    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "128", "--epochs", "1"]
+    assert train([*arguments, "--run-dir", "done"], nets).status == 0
+    before = rows(nets / "done")
+    done = train(["--resume", "done"], nets)
+    assert done.status == 0 and "this run is finished at step 2" in done.out
+    assert rows(nets / "done") == before
+    done = train(["--resume", "done", "--lr", "0.7", "--seed", "3"], nets)
+    assert (
+        done.status == 2 and "--lr 0.7 (the run has 0.001)" in done.out and "--seed 3" in done.out
+    )
+    longer = train(
+        ["--resume", "done", "--epochs", "2", "--lr", "0.7", "--allow-change", "lr"], nets
+    )
+    assert longer.status == 0 and rows(nets / "done")[: len(before)] == before
+    assert len(rows(nets / "done")) > len(before)
+
+
+def test_changed_data_are_noticed_before_training_goes_on(nets):
+    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "128", "--epochs", "2"]
+    assert train([*arguments, "--run-dir", "data", "--max-steps", "2"], nets).status == 0
+    manifest = sorted((nets / "data" / "checkpoints").glob("step-*"))[-1] / "MANIFEST.json"
+    content = json.loads(manifest.read_text())
+    content["facts"]["data"] = "0123456789abcdef"
+    manifest.write_text(json.dumps(content))
+    done = train([*arguments, "--run-dir", "data"], nets)
+    assert done.status == 2 and "the data are not those this run was trained on" in done.out
+
+
+def test_damaged_checkpoints_are_skipped_with_the_reason_and_none_valid_is_an_error(nets):
+    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "256", "--epochs", "3"]
+    arguments += ["--checkpoint-every", "4", "--run-dir", "damaged"]
+    assert train([*arguments, "--max-steps", "9"], nets).status == 0
+    checkpoints = sorted((nets / "damaged" / "checkpoints").glob("step-*"))
+    with (checkpoints[-1] / "model.safetensors").open("r+b") as file:
+        file.seek(300)
+        byte = file.read(1)
+        file.seek(300)
+        file.write(bytes([byte[0] ^ 1]))
+    done = train(arguments, nets, LOCKSTEP_FAULT="kill@step=9")
+    assert "checksum" in done.out and "at step 8" in done.out, done.out
+    for path in (nets / "damaged" / "checkpoints").glob("step-*"):
+        (path / "optimizer.safetensors").unlink()
+    done = train(arguments, nets)
+    assert done.status == 2 and "--fresh" in done.out and "Traceback" not in done.out
+    done = train([*arguments, "--fresh"], nets)
+    assert done.status == 0 and (nets / "damaged.old-1" / "config.json").exists()

@@ -1,0 +1,116 @@
+"""Stop requests through real processes: all save one agreed step, and nothing is orphaned."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from launches import (
+    SMALL,
+    children_with,
+    command,
+    finish,
+    newest,
+    rows,
+    same_weights,
+    start,
+    train,
+    wait_for,
+)  # fmt: skip
+
+LONG = ["--model", "full.py:Net", *SMALL, "--epochs", "400", "--checkpoint-every", "1000"]
+
+
+def begin(nets, name, processes=1, launcher="", extra=(), **environment):
+    """A run that would take minutes, once it has made a few steps."""
+    arguments = [*LONG, "--run-dir", name, *extra]
+    process, log = start(command(arguments, processes, launcher), nets, **environment)
+    wait_for(lambda: (nets / name / "metrics.jsonl").exists(), process, log)
+    return process, log
+
+
+def stopped(nets, name, reason) -> int:
+    """The step a stopped run saved, after checking what it left."""
+    status = json.loads((nets / name / "status.json").read_text())
+    assert status["status"] == "stopped" and reason in status["reason"], status
+    assert newest(nets / name).name == f"step-{status['step']:09d}"
+    assert children_with(name) == []
+    return status["step"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_each_signal_saves_and_exits_75_at_once_and_twice_is_once(nets, name):
+    process, log = begin(nets, f"signal-{name}")
+    process.send_signal(getattr(signal, name))
+    process.send_signal(getattr(signal, name))
+    done = finish(process, log, 60)
+    assert done.status == 75 and "Traceback" not in done.out, done.out
+    step = stopped(nets, f"signal-{name}", name)
+    assert f"stopped at step {step}" in done.out
+    assert f"python train.py --resume signal-{name}" in done.last_lines
+
+
+def test_a_stop_file_ends_two_processes_at_the_same_step_and_they_go_on_exactly(nets):
+    process, log = begin(nets, "stop-file", 2, extra=["--epochs", "30"])
+    (nets / "stop-file" / "STOP").touch()
+    done = finish(process, log, 90)
+    step = stopped(nets, "stop-file", "STOP file")
+    assert f"stopped at step {step}" in done.out
+    limit = str(step + 12)
+    done = train(["--resume", "stop-file", "--max-steps", limit], nets, 2)
+    assert done.status == 0, done.out
+    whole = [*LONG, "--run-dir", "unstopped", "--epochs", "30", "--max-steps", limit]
+    assert train(whole, nets, 2).status == 0
+    assert rows(nets / "stop-file") == rows(nets / "unstopped")
+    assert same_weights(nets / "stop-file", nets / "unstopped") == []
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_one_rank_that_hears_a_signal_is_enough(nets, launcher):
+    name = f"one-rank-{launcher}"
+    process, log = start(
+        command([*LONG, "--run-dir", name], 2, launcher), nets,
+        LOCKSTEP_FAULT="usr1@step=9,rank=1",
+    )  # fmt: skip
+    finish(process, log, 120)
+    stopped(nets, name, "a stop signal")
+
+
+def test_a_signal_to_torchrun_reaches_all_ranks(nets):
+    process, log = begin(nets, "agent", 2)
+    process.send_signal(signal.SIGTERM)
+    finish(process, log, 90)
+    stopped(nets, "agent", "SIGTERM")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_trainer_whose_launcher_was_killed_saves_and_ends(nets, processes):
+    name = f"orphan-{processes}"
+    process, _ = begin(nets, name, processes, "accelerate")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 60
+    while children_with(name) and time.monotonic() < end:
+        time.sleep(0.2)
+    stopped(nets, name, "the launcher is gone")
+
+
+def test_the_time_limit_stops_a_run_that_can_go_on(nets):
+    done = train([*LONG, "--run-dir", "limited", "--max-time", "8s"], nets)
+    assert done.status == 75, done.out
+    stopped(nets, "limited", "--max-time")
+
+
+@pytest.mark.parametrize("point", ["evaluate", "start", "save:written", "data"])
+def test_a_stop_is_honoured_in_every_phase(nets, point):
+    name = f"phase-{point.replace(':', '-')}"
+    arguments = [*LONG, "--run-dir", name, "--limit", "640", "--checkpoint-every", "10"]
+    done = train(arguments, nets, LOCKSTEP_FAULT=f"term@point={point}")
+    assert done.status == 75, done.out
+    step = stopped(nets, name, "SIGTERM")
+    assert step <= 21
+    if point == "evaluate":  # the broken-off evaluation leaves no row and is redone
+        assert not any("test/loss" in r for r in rows(nets / name))
+        done = train(["--resume", name, "--max-steps", str(step)], nets)
+        assert done.status == 0 and sum("test/loss" in r for r in rows(nets / name)) == 1
