@@ -247,6 +247,9 @@ def parse(argv: list[str]) -> Settings:
             problems.append(f"--allow-change {name}: not a setting{did_you_mean(name, HINTS)}")
     if problems:
         raise UserError("\n".join(problems))
+    for layer in (file_layer, flag_layer):  # "auto" leaves a value to the layers below
+        for name in [n for n, value in layer.items() if value == "auto"]:
+            del layer[name]
 
     typed = {**file_layer, **flag_layer}
     saved = {}
@@ -454,7 +457,7 @@ def refuse_conflicts(typed: dict, saved: dict, folder: Path, allowed: tuple[str,
     conflicts = [
         f"--{name.replace('_', '-')} {value} (the run has {saved[name]})"
         for name, value in typed.items()
-        if name in saved and value != saved[name] and value != "auto"
+        if name in saved and value != saved[name]
         and name not in MAY_CHANGE and name not in allowed
     ]  # fmt: skip
     if conflicts:

@@ -1,4 +1,4 @@
-"""What a user can get wrong, told as one sentence instead of a traceback."""
+"""What a user can get wrong, told as one sentence instead of a traceback; how a process ends."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The program prints it once, whatever the number of processes, and exits with status 2.
     """
+
+
+# Exit status of a process of ours; 130 is a second Ctrl-C at a terminal.
+FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from copy import deepcopy
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -46,12 +45,13 @@ from distributed.checkpoint import (
 from distributed.shards import Guard, Shards, seed_dropout
 from distributed.stop import SAVE_FAILED, StopVote
 from distributed.watch import Watch
-from errors import UserError
+from errors import FAILED, FINISHED, STOPPED, USER_ERROR, UserError
 from models import build_model, lookup
 from models.__main__ import table_of_layers
 from models.weights import freeze_backbone, imagenet_reach, load_weights
 from optim import WeightAverage, lr_at, set_lr
-from report import Chrono, Report, duration, percent, quiet_libraries
+from panels import show_epoch, write_ending
+from report import Chrono, Report, duration, quiet_libraries
 from run_dir import (
     RunDir,
     describe_environment,
@@ -63,7 +63,6 @@ from run_dir import (
 from tasks import build_task
 
 DROPOUT, WEIGHTS = 101, 102  # streams of `mix`, beside those of data/keyed_random.py
-FINISHED, STOPPED, FAILED = 0, 75, 1  # exit status; 2 is a user's error
 LIVES_WITHOUT_PROGRESS = 3
 
 
@@ -124,10 +123,11 @@ class Run:
     def _look_at_the_world(self) -> dict:
         """Main process: which data, which weights; what the user typed always wins."""
         config, layers = self.config, {}
-        dataset, told = choose_dataset(config.dataset, config.data_dir)
         entry = lookup(config.model)
-        if entry.task == "regression" and config.dataset == "auto":
-            dataset, told = "line", ""
+        asked = config.dataset
+        if asked == "auto" and entry.task == "regression":
+            asked = "line"
+        dataset, told = choose_dataset(asked, config.data_dir)
         if config.dataset == "auto":
             if dataset == "digits":
                 self.report.shout("training on digits, not on CIFAR-10", told)
@@ -149,11 +149,6 @@ class Run:
             layers["data set"] = {"augment": "none"}
         before = next((o for o in ("saved run", "--debug") if o in self.settings.layers), "")
         before = before or next((o for o in self.settings.layers if o.startswith("file")), "flag")
-        typed = {"augment"} if self.settings.asked("augment") else set()
-        layers = {o: {k: v for k, v in d.items() if k not in typed} for o, d in layers.items()}
-        if ("available" in layers and config.dataset == "auto") or config.weights == "auto":
-            # "auto" may have been typed; what it turned out to be stands above it
-            self.settings = self.settings.with_layer("flag", {})
         return {"layers": layers, "recipe": recipe_of(config.model, weights), "before": before}
 
     def _enter_folder(self) -> str:
@@ -616,13 +611,13 @@ class Run:
             progress.best, progress.best_epoch = chosen, epoch
             progress.best_step, progress.best_metrics = progress.step, results["test"]
         self.record(row)
-        self._epoch_line(row, epoch, better)
+        show_epoch(self, row, epoch, better)
         if self.is_main and self.folder is not None:
             if better:
-                self._save_weights("model.safetensors")
+                self.save_weights("model.safetensors")
             self.tell_status(step=progress.step, best=progress.best)
 
-    def _save_weights(self, name: str) -> None:
+    def save_weights(self, name: str) -> None:
         """The evaluated weights with all that prediction needs, readable without this program."""
         model = self.average.model if self.average else self.bare
         tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -636,23 +631,6 @@ class Run:
             save_tensors(self.folder.folder / name, tensors, metadata)
         except Exception as error:
             self.report.warn(f"{name} could not be written ({error}); training goes on")
-
-    def _epoch_line(self, row: dict, epoch: float, better: bool) -> None:
-        words = [f"epoch {epoch}/{self.config.epochs}"]
-        for split in ("val", "test"):
-            if f"{split}/loss" in row:
-                words.append(f"{split} loss {row[f'{split}/loss']:.4f}")
-            if f"{split}/accuracy" in row:
-                words.append(f"accuracy {percent(row[f'{split}/accuracy'])}")
-            if f"{split}/r2" in row:
-                words.append(f"R2 {row[f'{split}/r2']:.4f}")
-        best = self.progress.best
-        words.append(f"best {percent(best)}" if self.task.best_is == "accuracy" else "")
-        left = self.chrono.left(self.last_step - self.progress.step)
-        words.append(f"ETA {duration(left)}" if left else "")
-        quiet = self.config.epochs > 40 and epoch % max(1, self.config.epochs // 20)
-        if not (quiet and not self.is_over()):
-            self.report.epoch_line("  ".join(filter(None, words)), better)
 
     # --- saving and ending ----------------------------------------------------------------------
 
@@ -681,20 +659,6 @@ class Run:
             self.report.warn(failed)
         self.tell_status(last_save_error=failed)
 
-    def show_evaluation(self, results: dict[str, dict] | None) -> int:
-        """What --eval-only prints; nothing is written."""
-        if results is None:
-            return STOPPED
-        rows = []
-        for split, metrics in results.items():
-            numbers = (f"{k} {v:.6g}" for k, v in metrics.items() if isinstance(v, float))
-            rows.append((split, f"{metrics['images']} images: {', '.join(numbers)}"))
-        if "confusion" in results["test"]:
-            self.report.class_table(list(self.source.classes), results["test"]["confusion"])
-        self.report.end_panel(f"evaluated {self.weights_told}", rows, good=True)
-        end(self.accelerator)
-        return FINISHED
-
     def finish(self) -> int:
         """The last save, the final report, status and summary; returns the exit status."""
         self.watch.at("end", self.progress.step)
@@ -721,63 +685,13 @@ class Run:
         if failed:
             self.stop_reason, code = SAVE_FAILED, FAILED
         if self.is_main:
-            self._finish_main(code, failed)
+            write_ending(self, code, failed)
         end(self.accelerator)
         self.watch.stop()
         self.report.close()
         if code == STOPPED and restarts_left():
             return FINISHED  # an agent would count any other status as a failure, and restart
         return code
-
-    def _finish_main(self, code: int, failed: str) -> None:
-        progress, folder = self.progress, self.folder.folder
-        why = failed or (self.stop.why(self.stop_reason) if self.stop_reason else "")
-        status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
-        self._save_weights("last.safetensors")
-        best, last = progress.best_metrics, progress.last
-        summary = {
-            "status": status, "reason": why, "dataset": self.config.dataset,
-            "model": self.config.model, "step": progress.step,
-            "epoch": progress.step / self.steps_per_epoch, "seconds": progress.seconds,
-            "best_chosen_on": "validation" if self.validation_loader else "test",
-            "best/epoch": progress.best_epoch, "best/step": progress.best_step,
-            "life": self.life, "skipped_images": len(self.source.skipped),
-            "skipped_updates": self.guard.report()["skipped"],
-        }  # fmt: skip
-        summary |= {f"test/{k}": v for k, v in last.items() if isinstance(v, float)}
-        summary |= {f"best/test/{k}": v for k, v in best.items() if isinstance(v, float)}
-        try:
-            write_json(folder / "summary.json", summary)
-        except OSError as error:
-            self.report.warn(f"summary.json cannot be written ({error})")
-        for tracker in self.trackers:
-            tracker.finish()
-        rows = []
-        if "accuracy" in best:
-            self.report.class_table(list(self.source.classes), best["confusion"])
-            split = "validation part" if self.validation_loader else "test split"
-            rows.append(("last", f"{percent(last['accuracy'])} of {last['images']} test images"))
-            told = f"{percent(best['accuracy'])} at epoch {progress.best_epoch}"
-            rows.append(("best", f"{told} (best epoch chosen on the {split})"))
-        elif best:
-            rows.append(("test", f"loss {last['loss']:.4f}, R2 {last['r2']:.4f}"))
-            learned = {k: v.flatten().tolist() for k, v in self.bare.state_dict().items()}
-            rows += [(k, f"{v[0]:.4f}") for k, v in learned.items() if len(v) == 1]
-        rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
-        rows.append(("folder", str(folder)))
-        title = "finished"
-        if code == STOPPED:
-            title = f"stopped at step {progress.step}: {why}"
-            rows.append(("go on", f"python train.py --resume {folder}"))
-        elif code == FAILED:
-            title = f"ended without its last checkpoint: {failed}"
-        else:
-            if self.source.task == "classification":
-                rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
-            rows.append(("repeat", f"sh {folder / 'command.sh'}"))
-        self.report.end_panel(title, rows, good=code == FINISHED)
-        self.tell_status(status=status, reason=why, step=progress.step)
-        self.folder.close()
 
     def failed(self, error: BaseException) -> str:
         """Tell what went wrong: into crash/, status.json and the returned last words."""
@@ -787,72 +701,6 @@ class Run:
             self.writer.wait()
         self.tell_status(status="failed", reason=told.splitlines()[0])
         return told
-
-    # --- what is shown before the first step ----------------------------------------------------
-
-    def show_start(self) -> None:
-        """The start panel: what will run, and every setting that is not the default."""
-        config, plan, accelerator = self.config, self.plan, self.accelerator
-        total = sum(p.numel() for p in self.bare.parameters())
-        trainable = sum(p.numel() for p in self.parameters)
-        held = "" if trainable == total else f", {trainable:,} of them train"
-        batch = (
-            f"{plan.batch_size} = {plan.num_processes} process{'es' * (plan.num_processes > 1)} x "
-            f"{plan.shards_per_process} shard{'s' * (plan.shards_per_process > 1)} x "
-            f"{plan.micro_batch_size} images"
-        )
-        left = self.last_step - self.progress.step
-        per_step = self.seconds_per_image * plan.batch_size / plan.num_processes
-        per_test = self.seconds_per_image * self.num_test / 3 / plan.num_processes
-        epochs = left / self.steps_per_epoch
-        expected = left * per_step + math.ceil(epochs / config.eval_every) * per_test
-        rows = [
-            ("model", f"{config.model}, {total:,} parameters{held}"),
-            ("weights", self.weights_told or "from scratch"),
-            (
-                "data",
-                f"{config.dataset}: {self.num_train:,} training, {self.num_test:,} test images",
-            ),
-            ("devices", f"{describe(accelerator)}, precision {config.mixed_precision}"),
-            ("batch", batch),
-            (
-                "steps",
-                f"{self.last_step} ({self.steps_per_epoch} an epoch, {config.epochs} epochs)",
-            ),
-            ("time", f"about {duration(expected)}"),
-            ("folder", config.run_dir or "none (dry run)"),
-        ]
-        if self.progress.step >= self.last_step and not self.evaluation_is_due():
-            longer = "--epochs N trains longer, --fresh starts over"
-            rows.insert(
-                0, ("finished", f"this run is finished at step {self.progress.step}; {longer}")
-            )
-        elif self.progress.step:
-            best = self.progress.best
-            told = f", best {percent(best)}" if best and self.task.best_is == "accuracy" else ""
-            rows.insert(0, ("resumed", f"at step {self.progress.step}, epoch {self.epoch}{told}"))
-        hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
-        changed = [
-            (f.name, str(getattr(config, f.name)), self.settings.origin(f.name))
-            for f in fields(TrainConfig)
-            if f.name not in hidden and getattr(config, f.name) != f.default
-        ]
-        self.report.start_panel("lockstep", rows, changed)
-        for note in (plan.note, self._notes()):
-            if note:
-                self.report.warn(note)
-        if expected > 1800 and accelerator.device.type == "cpu":
-            self.report.show(
-                f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
-                f"--dataset {config.dataset} --limit 2000 --epochs 2"
-            )
-
-    def _notes(self) -> str:
-        if self.config.num_workers:
-            return "--num-workers is ignored: the images are in memory and augmented on the device"
-        if self.source.skipped:
-            return f"{len(self.source.skipped)} images cannot be read and are left out"
-        return ""
 
 
 class NumbersGoneBad(RuntimeError):
@@ -880,11 +728,11 @@ def guarded(main, settings: Settings) -> int:
     except UserError as error:
         if run is None or run.is_main:
             if run is None and os.environ.get("RANK", "0") != "0":
-                return 2
+                return USER_ERROR
             print(error, file=sys.stderr, flush=True)
             if run is not None and run.folder is not None:
                 run.folder.abandon()
-        return 2
+        return USER_ERROR
     except Exception as error:
         if settings.actions.debug:
             from rich.traceback import install

@@ -13,6 +13,7 @@ import torch
 
 from distributed import faults
 from optim import build_optimizer
+from panels import show_evaluation, show_start
 from run import Run, guarded
 
 
@@ -24,9 +25,9 @@ def main(run: Run) -> int:
     optimizer = build_optimizer(model, run.config)
     run.ready(*run.accelerator.prepare(model, optimizer, run.train_loader, run.test_loader))
     run.resume()
-    run.show_start()
+    show_start(run)
     if run.actions.eval_only:
-        return run.show_evaluation(evaluate(run))
+        return show_evaluation(run, evaluate(run))
 
     while not run.is_over():
         if not run.evaluation_is_due():

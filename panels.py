@@ -1,0 +1,154 @@
+"""What a run shows at its start, at each evaluation and at its end; what it sums up on disk."""
+
+import math
+from dataclasses import fields
+
+from config import TrainConfig
+from distributed.accelerator import describe, end
+from errors import FAILED, FINISHED, STOPPED
+from report import duration, percent
+from run_dir import write_json
+
+
+def show_start(run) -> None:
+    """The start panel: what will run, and every setting that is not the default."""
+    config, plan, accelerator = run.config, run.plan, run.accelerator
+    total = sum(p.numel() for p in run.bare.parameters())
+    trainable = sum(p.numel() for p in run.parameters)
+    held = "" if trainable == total else f", {trainable:,} of them train"
+    batch = (
+        f"{plan.batch_size} = {plan.num_processes} process{'es' * (plan.num_processes > 1)} x "
+        f"{plan.shards_per_process} shard{'s' * (plan.shards_per_process > 1)} x "
+        f"{plan.micro_batch_size} images"
+    )
+    left = run.last_step - run.progress.step
+    per_step = run.seconds_per_image * plan.batch_size / plan.num_processes
+    per_test = run.seconds_per_image * run.num_test / 3 / plan.num_processes
+    epochs = left / run.steps_per_epoch
+    expected = left * per_step + math.ceil(epochs / config.eval_every) * per_test
+    rows = [
+        ("model", f"{config.model}, {total:,} parameters{held}"),
+        ("weights", run.weights_told or "from scratch"),
+        ("data", f"{config.dataset}: {run.num_train:,} training, {run.num_test:,} test images"),
+        ("devices", f"{describe(accelerator)}, precision {config.mixed_precision}"),
+        ("batch", batch),
+        ("steps", f"{run.last_step} ({run.steps_per_epoch} an epoch, {config.epochs} epochs)"),
+        ("time", f"about {duration(expected)}"),
+        ("folder", config.run_dir or "none (dry run)"),
+    ]
+    if run.progress.step >= run.last_step and not run.evaluation_is_due():
+        longer = "--epochs N trains longer, --fresh starts over"
+        rows.insert(0, ("finished", f"this run is finished at step {run.progress.step}; {longer}"))
+    elif run.progress.step:
+        best = run.progress.best
+        told = f", best {percent(best)}" if best and run.task.best_is == "accuracy" else ""
+        rows.insert(0, ("resumed", f"at step {run.progress.step}, epoch {run.epoch}{told}"))
+    hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
+    changed = [
+        (f.name, str(getattr(config, f.name)), run.settings.origin(f.name))
+        for f in fields(TrainConfig)
+        if f.name not in hidden and getattr(config, f.name) != f.default
+    ]
+    run.report.start_panel("lockstep", rows, changed)
+    for note in (plan.note, _notes(run)):
+        if note:
+            run.report.warn(note)
+    if expected > 1800 and accelerator.device.type == "cpu":
+        run.report.show(
+            f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
+            f"--dataset {config.dataset} --limit 2000 --epochs 2"
+        )
+
+
+def _notes(run) -> str:
+    if run.config.num_workers:
+        return "--num-workers is ignored: the images are in memory and augmented on the device"
+    if run.source.skipped:
+        return f"{len(run.source.skipped)} images cannot be read and are left out"
+    return ""
+
+
+def show_epoch(run, row: dict, epoch: float, better: bool) -> None:
+    """One line that can be read from across the room; long runs show one in so many."""
+    words = [f"epoch {epoch}/{run.config.epochs}"]
+    for split in ("val", "test"):
+        if f"{split}/loss" in row:
+            words.append(f"{split} loss {row[f'{split}/loss']:.4f}")
+        if f"{split}/accuracy" in row:
+            words.append(f"accuracy {percent(row[f'{split}/accuracy'])}")
+        if f"{split}/r2" in row:
+            words.append(f"R2 {row[f'{split}/r2']:.4f}")
+    best = run.progress.best
+    words.append(f"best {percent(best)}" if run.task.best_is == "accuracy" else "")
+    left = run.chrono.left(run.last_step - run.progress.step)
+    words.append(f"ETA {duration(left)}" if left else "")
+    quiet = run.config.epochs > 40 and epoch % max(1, run.config.epochs // 20)
+    if not (quiet and not run.is_over()):
+        run.report.epoch_line("  ".join(filter(None, words)), better)
+
+
+def show_evaluation(run, results: dict[str, dict] | None) -> int:
+    """What --eval-only prints; nothing is written."""
+    if results is None:
+        return STOPPED
+    rows = []
+    for split, metrics in results.items():
+        numbers = (f"{k} {v:.6g}" for k, v in metrics.items() if isinstance(v, float))
+        rows.append((split, f"{metrics['images']} images: {', '.join(numbers)}"))
+    if "confusion" in results["test"]:
+        run.report.class_table(list(run.source.classes), results["test"]["confusion"])
+    run.report.end_panel(f"evaluated {run.weights_told}", rows, good=True)
+    end(run.accelerator)
+    return FINISHED
+
+
+def write_ending(run, code: int, failed: str) -> None:
+    """Main process: summary.json, the last weights, the table and the panel of the end."""
+    progress, folder = run.progress, run.folder.folder
+    why = failed or (run.stop.why(run.stop_reason) if run.stop_reason else "")
+    status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
+    run.save_weights("last.safetensors")
+    best, last = progress.best_metrics, progress.last
+    summary = {
+        "status": status, "reason": why, "dataset": run.config.dataset,
+        "model": run.config.model, "step": progress.step,
+        "epoch": progress.step / run.steps_per_epoch, "seconds": progress.seconds,
+        "best_chosen_on": "validation" if run.validation_loader else "test",
+        "best/epoch": progress.best_epoch, "best/step": progress.best_step,
+        "life": run.life, "skipped_images": len(run.source.skipped),
+        "skipped_updates": run.guard.report()["skipped"],
+    }  # fmt: skip
+    summary |= {f"test/{k}": v for k, v in last.items() if isinstance(v, float)}
+    summary |= {f"best/test/{k}": v for k, v in best.items() if isinstance(v, float)}
+    try:
+        write_json(folder / "summary.json", summary)
+    except OSError as error:
+        run.report.warn(f"summary.json cannot be written ({error})")
+    for tracker in run.trackers:
+        tracker.finish()
+    rows = []
+    if "accuracy" in best:
+        run.report.class_table(list(run.source.classes), best["confusion"])
+        split = "validation part" if run.validation_loader else "test split"
+        rows.append(("last", f"{percent(last['accuracy'])} of {last['images']} test images"))
+        told = f"{percent(best['accuracy'])} at epoch {progress.best_epoch}"
+        rows.append(("best", f"{told} (best epoch chosen on the {split})"))
+    elif best:
+        rows.append(("test", f"loss {last['loss']:.4f}, R2 {last['r2']:.4f}"))
+        learned = {k: v.flatten().tolist() for k, v in run.bare.state_dict().items()}
+        rows += [(k, f"{v[0]:.4f}") for k, v in learned.items() if len(v) == 1]
+    rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
+    rows.append(("folder", str(folder)))
+    title = "finished"
+    if code == STOPPED:
+        title = f"stopped at step {progress.step}: {why}"
+        rows.append(("go on", f"python train.py --resume {folder}"))
+    elif code == FAILED:
+        title = f"ended without its last checkpoint: {failed}"
+    else:
+        if run.source.task == "classification":
+            rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
+        rows.append(("repeat", f"sh {folder / 'command.sh'}"))
+    run.report.end_panel(title, rows, good=code == FINISHED)
+    run.tell_status(status=status, reason=why, step=progress.step)
+    run.folder.close()
