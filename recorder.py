@@ -2,7 +2,8 @@
 
 Attached from outside the loop, so the recorded run is the ordinary one. Each process appends JSON
 lines to FOLDER/rank-<n>.jsonl: {"step", "shard", "indices", "pixels", "loss"} for each of its
-shards and {"step", "norm", "weights"} for each update (rank 0).
+shards, {"evaluated", "state"} for each evaluation, a digest of the weights and buffers it used,
+and {"step", "norm", "weights"} for each update (rank 0).
 """
 
 import hashlib
@@ -38,11 +39,15 @@ def attach(run, folder: str) -> None:
             yield part
             loss = float(run.sums[shard] - before[shard])
             indices = part["indices"].tolist()
-            write({"step": step, "shard": shard, "indices": indices, "loss": loss, **seen})
+            row = {"step": step, "shard": shard, "indices": indices, "loss": loss}
+            write(row | {"pixels": seen["pixels"]})
 
     def before_forward(module, inputs):
         if module.training:
             seen["pixels"] = digest(inputs)
+        elif not torch.is_grad_enabled() and seen.get("evaluated") != run.progress.step:
+            seen["evaluated"] = run.progress.step
+            write({"evaluated": run.progress.step, "state": digest(module.state_dict().values())})
 
     def before_update(optimizer, args, kwargs):
         gradients = [p.grad for p in run.parameters if p.grad is not None]
@@ -55,19 +60,28 @@ def attach(run, folder: str) -> None:
             return shards(batch, step)
 
     run.shards.__class__ = Recorded
-    run.bare.register_forward_pre_hook(before_forward)
+    for module in (run.bare, *([run.average.model] if run.average else [])):
+        module.register_forward_pre_hook(before_forward)
     if run.is_main:
         run.optimizer.optimizer.register_step_pre_hook(before_update)
 
 
 def read(folder: str | Path) -> tuple[dict, dict]:
     """({(step, shard): row}, {step: row}) of all processes; a row written twice counts once."""
-    shards, updates = {}, {}
+    shards, updates, _ = read_all(folder)
+    return shards, updates
+
+
+def read_all(folder: str | Path) -> tuple[dict, dict, dict]:
+    """Like `read`, and {step: digests of what the processes evaluated with}."""
+    shards, updates, evaluated = {}, {}, {}
     for path in sorted(Path(folder).glob("rank-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if "shard" in row:
                 shards[row["step"], row["shard"]] = row
+            elif "evaluated" in row:
+                evaluated.setdefault(row["evaluated"], set()).add(row["state"])
             else:
                 updates[row["step"]] = row
-    return shards, updates
+    return shards, updates, evaluated

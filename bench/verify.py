@@ -18,11 +18,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from recorder import read
+from models import lookup
+from recorder import read_all
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIRST_STEP = 1e-6  # relative; before the first update only the order of additions differs
 TIMES_CONTROL = 3.0
+GENTLE = 0.02  # of the recipe's learning rate: at full rate rounding alone grows to percents
 
 
 def launch(folder: Path, name: str, processes: int, plant: str, flags: list[str]) -> Path:
@@ -83,7 +85,9 @@ def evaluations(run: Path) -> list[float]:
 
 def distances(base: Path, other: Path) -> tuple[dict[str, list[float]], str]:
     """Distance series by class, and the first exact difference of data or pixels ('' if none)."""
-    (ours, our_updates), (theirs, their_updates) = (read(f"{run}-record") for run in (base, other))
+    (ours, our_updates, _), (theirs, their_updates, evaluated) = (
+        read_all(f"{run}-record") for run in (base, other)
+    )
     first = ""
     if ours.keys() != theirs.keys():
         first = f"data: {len(theirs)} shards were computed instead of {len(ours)}"
@@ -95,6 +99,9 @@ def distances(base: Path, other: Path) -> tuple[dict[str, list[float]], str]:
             first = f"data: other samples at {where}"
         elif ours[key]["pixels"] != theirs[key]["pixels"]:
             first = f"augmentation: other pixels at {where}"
+    for step, states in sorted(evaluated.items()):
+        if len(states) > 1 and not first:
+            first = f"evaluation: the processes hold {len(states)} different models at step {step}"
     losses = step_losses(ours), step_losses(theirs)
     series = {
         "forward": [relative(losses[0][s], losses[1].get(s, math.inf)) for s in losses[0]],
@@ -127,11 +134,12 @@ def judge(series: dict, control: dict) -> tuple[str, float]:
 
 
 def verify(model: str, processes: list[int], steps: int, plant: str, extra: list[str]) -> int:
-    shards = max(processes)
+    shards = max(4, *processes)
+    lr = float(lookup(model).recipe["lr"]) * GENTLE
     flags = ["--model", model, "--dataset", "synthetic", "--limit", str(32 * steps), "--seed", "1"]
     flags += ["--batch-size", str(8 * shards), "--shards", str(shards), "--epochs", "2"]
     flags += ["--max-steps", str(steps), "--ema", "0.9", "--threads", "1", "--warmup", "0"]
-    flags += ["--augment", "crop", "--max-time", "1h", *extra]
+    flags += ["--augment", "crop", "--max-time", "1h", "--lr", str(lr), *extra]
     status = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

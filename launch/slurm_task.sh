@@ -1,0 +1,46 @@
+#!/bin/bash
+# One process of a SLURM job: learns its place from srun, then runs the command that follows.
+#   srun ... bash launch/slurm_task.sh python train.py --model alexnet
+set -u
+
+die() {
+    if [ "${SLURM_PROCID:-0}" = 0 ]; then echo "lockstep: $*" >&2; fi
+    exit 2
+}
+
+[ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ] && [ -n "${SLURM_STEP_NODELIST:-}" ] ||
+    die "slurm_task.sh was started without srun, so it has no rank; use sbatch launch/slurm.sbatch"
+
+# Of the step, not of the job; here, not in the batch shell, where every rank would read 0.
+tasks=${SLURM_STEP_TASKS_PER_NODE%%[(,]*}
+[ "$((tasks * SLURM_STEP_NUM_NODES))" = "$SLURM_STEP_NUM_TASKS" ] ||
+    die "the nodes have different numbers of tasks ($SLURM_STEP_TASKS_PER_NODE); give --ntasks-per-node"
+head=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+# The address: on some clusters node names do not resolve.
+address=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
+export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$tasks
+export GROUP_RANK=$SLURM_NODEID GROUP_WORLD_SIZE=$SLURM_STEP_NUM_NODES
+export MASTER_ADDR=${address:-$head}
+export MASTER_PORT=${LOCKSTEP_PORT:?slurm.sbatch tests a port on the head node and sets it}
+
+if [ "$GROUP_WORLD_SIZE" -gt 1 ] && [ -z "${GLOO_SOCKET_IFNAME:-}" ]; then
+    # Gloo would ask for the host's own name, which may not resolve, or only to 127.0.0.1.
+    way=$("${LOCKSTEP_PYTHON:-python}" launch/network.py way "$MASTER_ADDR") || exit 2
+    read -r _ _ interface <<<"$way"
+    if [ -n "$interface" ]; then export GLOO_SOCKET_IFNAME=$interface; fi
+fi
+
+trap : TERM INT USR1 USR2 # SLURM sends signals to every process: the command acts, this one waits
+"$@"
+code=$?
+if [ "$code" -ge 128 ]; then
+    echo "lockstep: rank $RANK on $SLURMD_NODENAME was killed by signal $((code - 128))" \
+        "$([ "$code" = 137 ] && echo '(kill -9, or out of memory)')" >&2
+elif [ "$code" != 0 ] && [ "$code" != 75 ]; then
+    echo "lockstep: rank $RANK on $SLURMD_NODENAME ended with exit status $code" >&2
+fi
+# srun kills the others as soon as this status arrives: first let them tell what they saw and end.
+[ "$code" = 0 ] || sleep "${LOCKSTEP_GRACE:-8}"
+exit "$code"
