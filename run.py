@@ -319,6 +319,7 @@ class Run:
         self.facts = {
             "data": self.source.fingerprint,
             "model": model_fingerprint(self.bare),
+            "order": self.sampler.fingerprint(),
             "code": code_fingerprint(Path(self.config.model.partition(".py:")[0] + ".py")),
         }
         settings = hashlib.blake2b(to_json(self.settings).encode(), digest_size=8).hexdigest()
@@ -392,6 +393,8 @@ class Run:
                 f"now {self.facts['data']}); bring the old data back, start a new run, or add "
                 "--allow-change dataset"
             )
+        if facts.get("order", self.facts["order"]) != self.facts["order"]:
+            self.report.warn("the order of the samples is no longer that of this checkpoint")
         if facts.get("code") != self.facts["code"]:
             self.report.warn(
                 "the code changed since this checkpoint: the run goes on, but no longer bit for bit"

@@ -133,7 +133,9 @@ def judge(series: dict, control: dict) -> tuple[str, float]:
     return found, worst
 
 
-def verify(model: str, processes: list[int], steps: int, plant: str, extra: list[str]) -> int:
+def verify(
+    model: str, processes: list[int], steps: int, plants: list[str], extra: list[str]
+) -> int:
     shards = max(4, *processes)
     lr = float(lookup(model).recipe["lr"]) * GENTLE
     flags = ["--model", model, "--dataset", "synthetic", "--limit", str(32 * steps), "--seed", "1"]
@@ -145,19 +147,21 @@ def verify(model: str, processes: list[int], steps: int, plant: str, extra: list
         folder = Path(temporary)
         base = launch(folder, "base", 1, "none", flags)
         control, _ = distances(base, launch(folder, "control", 1, "ulp", flags))
-        for count in processes:
-            if count == 1 and plant == "none":
-                continue
-            other = launch(folder, f"on-{count}", count, plant, flags)
-            series, first = distances(base, other)
-            found, worst = judge(series, control)
-            verdict = first or found or "the same run"
-            status = max(status, int(bool(first or found)))
-            print(f"{model} on {count} processes, {shards} shards, {steps} steps: {verdict}")
-            for name, values in series.items():
-                reach = max(control[name])
-                print(f"    {name:18} largest {max(values):.2e}   control {reach:.2e}")
-            print(f"    largest multiple of the control: {worst:.1f}")
+        for plant in plants:
+            for count in processes:
+                if count == 1 and plant == "none":
+                    continue
+                other = launch(folder, f"{plant}-on-{count}", count, plant, flags)
+                series, first = distances(base, other)
+                found, worst = judge(series, control)
+                status = max(status, int(bool(first or found)))
+                planted = "" if plant == "none" else f", planted fault: {plant}"
+                print(f"{model} on {count} processes, {shards} shards, {steps} steps{planted}")
+                print(f"    verdict: {first or found or 'the same run'}")
+                for name, values in series.items():
+                    reach = max(control[name])
+                    print(f"    {name:22} largest {max(values):.2e}   control {reach:.2e}")
+                print(f"    largest multiple of the control: {worst:.1f}", flush=True)
     return status
 
 
@@ -166,10 +170,11 @@ def main() -> int:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--processes", default="1,2,4", help="numbers of processes to compare")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--plant", default="none", help="plant a fault: see bench/planted.py")
+    parser.add_argument("--plant", default="none", help="faults of bench/planted.py")
     arguments, extra = parser.parse_known_args()
     processes = [int(n) for n in arguments.processes.split(",")]
-    return verify(arguments.model, processes, arguments.steps, arguments.plant, extra)
+    plants = arguments.plant.split(",")
+    return verify(arguments.model, processes, arguments.steps, plants, extra)
 
 
 if __name__ == "__main__":

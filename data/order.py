@@ -4,6 +4,7 @@ Batches are global: Accelerate (`split_batches=True`) gives each process its sli
 No class here may have a method called set_epoch: Accelerate would call it, with its own count.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -53,6 +54,13 @@ class GlobalBatchSampler:
                 order = torch.arange(self.n)
             self._cached = (self.epoch, order.to(self.device))
         return self._cached[1]
+
+    def fingerprint(self) -> str:
+        """A hash of the first epoch's order and of how it is cut into batches."""
+        order = permutation(self.seed, 0, self.n, ORDER) if self.shuffle else torch.arange(self.n)
+        digest = hashlib.blake2b(order.numpy().tobytes(), digest_size=8)
+        digest.update(str(self.batch_size).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.steps_per_epoch - self.first_step

@@ -1,0 +1,59 @@
+"""Are two runs the same experiment? `python -m bench.same runs/a runs/b` says what differs.
+
+Compares settings (placement and reporting aside), data, order, model and code by their
+fingerprints, and the packages' versions. Exit status 0: the same experiment; 1: not.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from config import MAY_CHANGE
+
+PLACEMENT = MAY_CHANGE - {"epochs", "max_steps", "eval_every", "tta"}
+MEANING = {
+    "data": "other training or test images",
+    "order": "another order of the samples (seed, number of images, batch size)",
+    "model": "another architecture",
+    "code": "another version of the program or of the model's file",
+}
+
+
+def read(folder: Path) -> tuple[dict, dict]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        return config, json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{folder} is no run that can be read ({error})") from None
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """A sentence for each thing that makes two runs different experiments."""
+    (config, facts), (other_config, other_facts) = read(one), read(two)
+    found = [
+        f"--{name.replace('_', '-')}: {config.get(name)} and {other_config.get(name)}"
+        for name in sorted(config.keys() | other_config.keys())
+        if name not in PLACEMENT and config.get(name) != other_config.get(name)
+    ]
+    for name, meaning in MEANING.items():
+        if facts.get(name) != other_facts.get(name):
+            found.append(f"{name}: {meaning} ({facts.get(name)} and {other_facts.get(name)})")
+    packages, others = facts.get("packages", {}), other_facts.get("packages", {})
+    for name in sorted(packages.keys() | others.keys()):
+        if packages.get(name) != others.get(name):
+            found.append(f"{name}: version {packages.get(name)} and {others.get(name)}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs=2, type=Path)
+    one, two = parser.parse_args().runs
+    found = differences(one, two)
+    print("\n".join(found) or f"{one} and {two} are the same experiment")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
