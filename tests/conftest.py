@@ -8,6 +8,11 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_addoption(parser):
+    parser.addoption("--rounds", type=int, default=20, help="lives of the chaos soak")
+
+
 PLAIN = '''
 from torch import nn
 

@@ -1,0 +1,104 @@
+"""What happened to a run, on one screen, and what to type: `python doctor.py runs/NAME`."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from distributed.checkpoint import verify, visible
+from distributed.watch import alive
+from errors import UserError
+from report import Report, clean, duration
+from run_dir import free_bytes, read_json
+
+
+def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
+    """(rows to show, what to type, whether all is well) of a run folder; changes nothing."""
+    status = read_json(folder / "status.json", {})
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise UserError(f"{folder} holds no run: it has no readable config.json")
+    rows = [("status", describe_status(folder, status))]
+    if status.get("reason"):
+        rows.append(("reason", status["reason"]))
+    rows.append(("lives", f"{status.get('life', 0) + 1}, the last from step {resumed(status)}"))
+    if status.get("last_save_error"):
+        rows.append(("last save", status["last_save_error"]))
+    whole, told = checkpoints(folder / "checkpoints")
+    rows += [("checkpoint", line) for line in told]
+    rows.append(("disk", f"{free_bytes(folder) / 1e9:.1f} GB free"))
+    rows += [("crash", line) for line in crashes(folder / "crash")]
+    state = rows[0][1].split(",")[0]
+    if state == "running":
+        return rows, f"to stop it: touch {folder / 'STOP'}", True
+    if state == "finished":
+        return rows, f"python predict.py PICTURE.png --run {folder}", True
+    if not whole and visible(folder / "checkpoints"):
+        return rows, f"python train.py --run-dir {folder} --fresh  (the old files stay)", False
+    return rows, f"python train.py --resume {folder}", state == "stopped"
+
+
+def resumed(status: dict) -> int:
+    return int(status.get("resumed_at", 0))
+
+
+def describe_status(folder: Path, status: dict) -> str:
+    """The status, corrected by whether its process is still there."""
+    state, step = status.get("status", "never started"), status.get("step", 0)
+    lock = folder / "lock"
+    if state != "running":
+        return f"{state}, step {step}"
+    quiet = time.time() - lock.stat().st_mtime if lock.exists() else float("inf")
+    if quiet > 10 and not alive(int(status.get("pid", 0)) or -1):
+        return f"died without a word, at step {step} or a little later"
+    return f"running, step {step}, last sign of life {duration(quiet)} ago"
+
+
+def checkpoints(folder: Path) -> tuple[int, list[str]]:
+    """How many are whole, and a line for each."""
+    whole, lines = 0, []
+    for path in visible(folder):
+        try:
+            verify(path)
+            whole += 1
+            size = sum(p.stat().st_size for p in path.iterdir())
+            lines.append(f"step {int(path.name[5:])}: whole, {size / 1e6:.0f} MB")
+        except ValueError as error:
+            lines.append(f"step {int(path.name[5:])}: damaged ({error})")
+    return whole, lines or ["none"]
+
+
+def crashes(folder: Path) -> list[str]:
+    """The first line of each process's report, and where the last heartbeats were."""
+    lines = []
+    for path in sorted(folder.glob("rank-*.txt")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines.append(f"{text.splitlines()[0] if text else 'empty report'}  ({path})")
+    for path in sorted(folder.glob("heartbeat-*.json")):
+        beat = read_json(path, {})
+        if not alive(int(beat.get("pid", 0)) or -1):
+            ago = duration(time.time() - beat.get("time", time.time()))
+            where = f"step {beat.get('step')}, phase {beat.get('phase')}"
+            lines.append(f"rank {beat.get('rank')} on {beat.get('host')}: {where}, {ago} ago")
+    bad = read_json(folder / "nonfinite.json")
+    if bad:
+        lines.append(f"not finite: {json.dumps(bad)[:160]}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", default="runs/latest", type=Path)
+    folder = parser.parse_args().run
+    try:
+        rows, advice, well = examine(folder)
+    except UserError as error:
+        print(clean(error), file=sys.stderr)
+        return 2
+    Report().end_panel(f"{folder}", [*rows, ("type", advice)], good=well)
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""doctor.py: what happened to a run, and what to type."""
+
+import subprocess
+import sys
+
+from launches import REPOSITORY, SMALL, newest, train
+
+
+def doctor(folder) -> tuple[int, str]:
+    words = [sys.executable, str(REPOSITORY / "doctor.py"), str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_doctor_tells_finished_died_damaged_and_foreign_folders_apart(nets):
+    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "256", "--epochs", "2"]
+    arguments += ["--checkpoint-every", "3", "--run-dir", "ill"]
+    train(arguments, nets, LOCKSTEP_FAULT="kill@step=7")
+    status, said = doctor(nets / "ill")
+    assert (status == 1 and "died without a word" in said) or "last sign of life" in said
+    assert "step 6: whole" in said and "step 3: whole" in said
+    (newest(nets / "ill") / "progress.json").write_text("{}")
+    assert "step 6: damaged (progress.json has 2 bytes" in doctor(nets / "ill")[1]
+    assert train(arguments, nets).status == 0
+    status, said = doctor(nets / "ill")
+    assert status == 0 and "finished, step 8" in said and "predict.py" in said
+    status, said = doctor(nets)
+    assert status == 2 and "holds no run" in said
