@@ -130,8 +130,8 @@ class Peers:
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise SystemExit(
-                        f"NO GO: {socket.gethostname()} cannot reach the head node at {head}:{port} "
-                        f"({error}); check firewall and address between the nodes"
+                        f"NO GO: {socket.gethostname()} cannot reach the head node at "
+                        f"{head}:{port} ({error}); check firewall and address"
                     ) from None
                 time.sleep(0.5)
 
@@ -162,7 +162,7 @@ class Peers:
 
 
 def shared_folder(peers: Peers, folder: Path) -> str:
-    """Whether all processes can write into the run's folder and see each other's files; '' if so."""
+    """Why not all processes can write near the run's folder and see each other's files, or ''."""
     place = existing(folder)
     token = peers.gather(uuid.uuid4().hex)[0]
     mine = place / f".preflight-{token}-{peers.rank}"
@@ -224,7 +224,7 @@ def judge(everyone: list[dict]) -> list[tuple[str, str, str]]:
     for check, remedy in (
         ("run folder", "choose a --run-dir on a disk that all nodes share"),
         ("room", "free some space, or choose another --run-dir"),
-        ("model and data", "on the login node: python -m data --dataset NAME fetches the data"),
+        ("model and data", "on the login node: python -m data prepare --dataset NAME fetches it"),
     ):
         told = next((f[check] for f in everyone if f.get(check)), "")
         row(check, first.get(f"{check} fine", "fine"), told, remedy)

@@ -234,8 +234,8 @@ def submit(argv: list[str]) -> int:
         own, arguments = argv, []
     options = build_parser().parse_args(own)
     if not arguments:
-        raise Problem("train.py's flags are missing: submit.py --nodes 1 --gpus 8 -- --model alexnet "
-                      "--dataset cifar10")  # fmt: skip
+        raise Problem("train.py's flags are missing: submit.py --nodes 1 --gpus 8 -- --model "
+                      "alexnet --dataset cifar10")  # fmt: skip
     check(options)
     settings = trainer_settings(arguments, options.python or sys.executable)
     check_settings(settings, options)

