@@ -11,7 +11,7 @@ import re
 import sys
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from errors import UserError
@@ -593,4 +593,3 @@ if __name__ == "__main__":
     shown = parse_or_exit(sys.argv[1:])
     for key, value in asdict(shown.config).items():
         print(f"{key:18} {value!s:24} {shown.origin(key)}")
-assert all(f.default is not MISSING for f in HINTS.values())  # the bare command must be a run

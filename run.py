@@ -372,7 +372,8 @@ class Run:
         self._refuse_crash_loop()
         self.folder.keep_metrics(self.progress.metrics_rows)
         if self.life == 0 or not (self.folder.folder / "config.json").exists():
-            command = launch_command(list(self.settings.argv), self.accelerator.num_processes)
+            gpus = self.accelerator.device.type == "cuda"
+            command = launch_command(list(self.settings.argv), self.accelerator.num_processes, gpus)
             facts = describe_environment({"devices": describe(self.accelerator), **self.facts})
             self.folder.write_birth(to_json(self.settings), command, facts)
             classes = {"classes": self.source.classes, "mean": self.source.mean}

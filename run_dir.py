@@ -103,8 +103,10 @@ class RunDir:
         folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            entries = {p.name for p in folder.iterdir()} - {"lock", "slurm.log", "train.log"}
-            if entries and "config.json" not in entries and "status.json" not in entries:
+            entries = {p.name for p in folder.iterdir()}
+            ours = bool(entries & {"config.json", "status.json", "lock"})  # a life may end early
+            entries -= {"slurm.log", "STOP"}
+            if entries and not ours:
                 raise UserError(
                     f"{folder} holds files that are no run ({sorted(entries)[0]}, ...); "
                     "choose an empty folder for --run-dir"
@@ -246,14 +248,16 @@ class RunDir:
                 partial.replace(link)
 
 
-def launch_command(argv: list[str], num_processes: int) -> list[str]:
+def launch_command(argv: list[str], num_processes: int, gpus: bool = False) -> list[str]:
     """The argument vector that repeats this run, with its launcher and process count."""
     if num_processes == 1:
         return ["python", "train.py", *argv]
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if nodes == 1:
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes)))
+    if per_node == num_processes:
         return ["torchrun", "--nproc-per-node", str(num_processes), "train.py", *argv]
-    return ["sbatch", f"--nodes={nodes}", "launch/slurm.sbatch", *argv]
+    kind = "gpus" if gpus else "ntasks"
+    nodes = [f"--nodes={num_processes // per_node}", f"--{kind}-per-node={per_node}"]
+    return ["sbatch", *nodes, "launch/slurm.sbatch", *argv]
 
 
 def describe_environment(extra: dict) -> dict:

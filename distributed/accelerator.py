@@ -38,6 +38,12 @@ def build_accelerator(settings: Settings) -> tuple[Accelerator, Settings]:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE") or "0"
+    if cpu and int(gpus) > 0:
+        raise UserError(
+            f"SLURM gave this node {gpus} GPUs but torch sees none, and would train on the CPU; "
+            "python launch/preflight.py tells why"
+        )
     if settings.actions.debug and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--debug is one process: start it as python train.py --debug")
 

@@ -68,14 +68,14 @@ def test_every_test_image_counts_once_on_any_number_of_processes(runs, way):
 def test_101_evaluation_images_over_two_processes_count_101(nets):
     arguments = ["--model", "full.py:Net", "--dataset", "digits", "--image-size", "16"]
     arguments += ["--limit", "101", "--batch-size", "20", "--epochs", "1", "--ema", "0.9"]
-    for processes, name in ((1, "once"), (2, "twice")):
+    for processes, name in ((1, "counted-1"), (2, "counted-2")):
         done = train([*arguments, "--shards", "2", "--run-dir", name], nets, processes)
         assert done.status == 0, done.out
         progress = sorted((nets / name / "checkpoints").glob("step-*"))[-1] / "progress.json"
         last = json.loads(progress.read_text())["last"]
         assert last["images"] == 101
         assert sum(map(sum, last["confusion"])) == 101
-    one, two = (rows(nets / name)[-1] for name in ("once", "twice"))
+    one, two = (rows(nets / name)[-1] for name in ("counted-1", "counted-2"))
     assert one["test/accuracy"] == two["test/accuracy"]
     assert one["test/loss"] == pytest.approx(two["test/loss"], rel=1e-5)
 

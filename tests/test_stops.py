@@ -52,7 +52,7 @@ def test_each_signal_saves_and_exits_75_at_once_and_twice_is_once(nets, name):
 
 
 def test_a_stop_file_ends_two_processes_at_the_same_step_and_they_go_on_exactly(nets):
-    process, log = begin(nets, "stop-file", 2, extra=["--epochs", "30"])
+    process, log = begin(nets, "stop-file", 2)
     (nets / "stop-file" / "STOP").touch()
     done = finish(process, log, 90)
     step = stopped(nets, "stop-file", "STOP file")
@@ -60,7 +60,7 @@ def test_a_stop_file_ends_two_processes_at_the_same_step_and_they_go_on_exactly(
     limit = str(step + 12)
     done = train(["--resume", "stop-file", "--max-steps", limit], nets, 2)
     assert done.status == 0, done.out
-    whole = [*LONG, "--run-dir", "unstopped", "--epochs", "30", "--max-steps", limit]
+    whole = [*LONG, "--run-dir", "unstopped", "--max-steps", limit]
     assert train(whole, nets, 2).status == 0
     assert rows(nets / "stop-file") == rows(nets / "unstopped")
     assert same_weights(nets / "stop-file", nets / "unstopped") == []
