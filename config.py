@@ -145,6 +145,7 @@ class TrainConfig:
     log_every: int = setting(
         0, "steps between lines; 0: about every ten seconds", group="run", low=0
     )
+    plots: bool = setting(True, "draw the run's pictures at its end", group="run")
     track: str = setting(
         "none", "also report to", group="run", choices=("none", "wandb", "tensorboard")
     )
@@ -153,7 +154,7 @@ class TrainConfig:
 # What a resumed run may change without being asked twice: length, placement and reporting.
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
-    | {"track", "data_dir", "num_workers", "accumulate", "run_dir", "tta"}
+    | {"track", "plots", "data_dir", "num_workers", "accumulate", "run_dir", "tta"}
 )
 DEBUG_PRESET = {
     "epochs": 1, "max_steps": 8, "limit": 512, "compile": False, "num_workers": 0,

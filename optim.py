@@ -42,6 +42,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     groups = [g for g in parameter_groups(model, config.weight_decay) if g["params"]]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    if config.optimizer == "muon":
+        groups = muon_groups(model, config.weight_decay)
+        return Muon(groups, lr=config.lr, momentum=config.momentum)
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     if config.momentum:  # zeros from the start: a first update that is skipped leaves no garbage
         for group in optimizer.param_groups:
@@ -54,6 +57,85 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group its learning rate; a group may scale it (`lr_scale`)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Groups for Muon: those that the model declares, else filters, other weights and 1-D ones.
+
+    Where a group's rate is scaled, its weight decay shrinks the weights as much as in the others.
+    """
+    if hasattr(model, "muon_groups"):
+        groups = model.muon_groups()
+    else:
+        weights, others = parameter_groups(model, weight_decay)
+        filters = [p for p in weights["params"] if p.ndim > 2]
+        matrices = [p for p in weights["params"] if p.ndim == 2]
+        groups = [{"params": filters, "orthogonal": True}, {"params": matrices}, others]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+        group.setdefault("weight_decay", weight_decay / group.get("lr_scale", 1.0))
+    return [group for group in groups if group["params"]]
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for convolutions (Jordan et al., 2024), SGD for the rest.
+
+    In a group with `orthogonal`, a filter (out, in, height, width) is a matrix of `out` rows, and
+    its update is its Nesterov momentum made orthogonal: every direction moves equally far, by lr.
+    `hold_length` keeps the filter's norm at sqrt(out), for filters that a norm layer follows.
+    The other groups take Nesterov SGD steps. Where `found_inf` (0-dim, on the device) is 1,
+    nothing changes.
+    """
+
+    found_inf: torch.Tensor | None = None
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0}
+        super().__init__(groups, defaults | {"orthogonal": False, "hold_length": False})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+
+    def _update(self, p: torch.Tensor, group: dict) -> None:
+        lr, decay, keep = group["lr"], group["weight_decay"], group["momentum"]
+        old = self.state[p]["momentum_buffer"]
+        gradient = p.grad if group["orthogonal"] else p.grad.add(p, alpha=decay)
+        momentum = gradient.add(old, alpha=keep)
+        change = gradient.add(momentum, alpha=keep)
+        weight = p
+        if group["orthogonal"]:
+            change = orthogonal(change.flatten(1)).view(p.shape)
+            scale = len(p) ** 0.5 / p.norm() if group["hold_length"] else 1 - lr * decay
+            weight = p * scale
+        weight = weight.sub(change, alpha=lr)
+        if self.found_inf is not None:
+            bad = self.found_inf > 0
+            momentum, weight = torch.where(bad, old, momentum), torch.where(bad, p, weight)
+        old.copy_(momentum)
+        p.copy_(weight)
+
+
+def orthogonal(matrix: torch.Tensor, steps: int = 3) -> torch.Tensor:
+    """About the nearest (semi-)orthogonal matrix (n, m): singular values of 0.7 to 1.2.
+
+    Newton-Schulz iterations whose polynomial is steep at 0 rather than exact at 1: three of them
+    are enough for a direction of an update (Jordan et al., 2024).
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    # bf16 is the fast matrix type of GPUs; most CPUs have none.
+    x = wide.bfloat16() if matrix.is_cuda else wide.float()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x if wide is matrix else x.T).to(matrix.dtype)
 
 
 class WeightAverage:

@@ -2,11 +2,16 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
+import torch
+
+import plots
 from config import TrainConfig
+from data.loaders import EVALUATION_BATCH
 from distributed.accelerator import describe, end
 from errors import FAILED, FINISHED, STOPPED
-from report import duration, percent
+from report import clean, duration, percent
 from run_dir import write_json
 
 
@@ -126,6 +131,11 @@ def write_ending(run, code: int, failed: str) -> None:
         run.report.warn(f"summary.json cannot be written ({error})")
     for tracker in run.trackers:
         tracker.finish()
+    try:
+        if run.config.plots and code == FINISHED:
+            draw_pictures(run, folder)
+    except Exception as error:  # pictures are worth no failed run
+        run.report.warn(f"not all pictures could be drawn: {type(error).__name__}: {error}")
     rows = []
     if "accuracy" in best:
         run.report.class_table(list(run.source.classes), best["confusion"])
@@ -152,3 +162,47 @@ def write_ending(run, code: int, failed: str) -> None:
     run.report.end_panel(title, rows, good=code == FINISHED)
     run.tell_status(status=status, reason=why, step=progress.step)
     run.folder.close()
+
+
+@torch.no_grad()
+def draw_pictures(run, folder: Path) -> None:
+    """curves.png, confusion.png, mistakes.png and samples.png, or line.png for a regression."""
+    rows = run.folder.read_metrics()
+    if not rows:
+        return
+    plots.curves(rows, folder / "curves.png")
+    model, test = run.evaluated_model().eval(), run.test_loader.dataset
+    if run.source.task == "regression":
+        inputs = test.images.to(run.accelerator.device)
+        lines = inputs.flatten().cpu(), test.labels.flatten().cpu(), model(inputs).flatten().cpu()
+        plots.line_fit(*lines, folder / "line.png")
+        return
+    classes = [clean(name) for name in run.source.classes]
+    if "confusion" in run.progress.best_metrics:
+        plots.confusion(run.progress.best_metrics["confusion"], classes, folder / "confusion.png")
+    first = torch.arange(min(32, run.num_train))
+    batch = run.train_loader.dataset.__getitems__(first)
+    images = run.augment.train(batch["images"], first, 0).float().cpu()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (run.source.mean, run.source.std))
+    shown = ((images * std + mean) * 255).clamp(0, 255).byte()
+    names = [classes[label] for label in batch["labels"].tolist()]
+    plots.sheet(shown, names, folder / "samples.png")
+    draw_mistakes(run, model, classes, folder / "mistakes.png")
+
+
+def draw_mistakes(run, model, classes: list[str], path: Path) -> None:
+    """The test images (of the first thousand) that the model is most wrongly sure of."""
+    test, wrong = run.test_loader.dataset, []
+    for indices in torch.arange(min(1000, run.num_test)).split(EVALUATION_BATCH):
+        batch = test.__getitems__(indices)
+        with run.accelerator.autocast():
+            logits = model(run.inputs(run.augment.evaluate(batch["images"])))
+        sure, guess = logits.float().softmax(1).cpu().max(1)
+        labels = batch["labels"].cpu()
+        for place in (guess != labels).nonzero().flatten().tolist():
+            told = f"{classes[labels[place]]}\nas {classes[guess[place]]} {percent(sure[place])}"
+            wrong.append((float(sure[place]), int(indices[place]), told))
+    worst = sorted(wrong, reverse=True)[:32]
+    if worst:
+        pictures = test.images[torch.tensor([index for _, index, _ in worst])].cpu()
+        plots.sheet(pictures, [told for _, _, told in worst], path)

@@ -149,6 +149,18 @@ class Report:
             )  # fmt: skip
         self.show(table)
 
+    def predictions(self, results: dict[str, list[tuple[str, float]]]) -> None:
+        """What predict.py found: a picture a block, the likeliest class first."""
+        table = Table("picture", "class")
+        table.add_column("confidence", justify="right")
+        for path, found in results.items():
+            for rank, (name, confidence) in enumerate(found):
+                first = Text(clean(path)) if rank == 0 else ""
+                style = "bold" if rank == 0 else "dim"
+                table.add_row(first, Text(clean(name), style=style), percent(confidence))
+            table.add_section()
+        self.show(table)
+
     def end_panel(self, title: str, rows: list[tuple[str, str]], good: bool) -> None:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")

@@ -2,12 +2,14 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import sys
 import time
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -61,6 +63,7 @@ from run_dir import (
     write_json,
 )
 from tasks import build_task
+from tracking import build_trackers
 
 DROPOUT, WEIGHTS = 101, 102  # streams of `mix`, beside those of data/keyed_random.py
 LIVES_WITHOUT_PROGRESS = 3
@@ -381,6 +384,10 @@ class Run:
         else:
             self.folder.write_config(to_json(self.settings))
         self.folder.link_latest()
+        self.trackers = build_trackers(
+            self.config.track, self.folder.folder, self.folder.folder.name,
+            asdict(self.config), self.report.warn,
+        )  # fmt: skip
         self.writer = Writer(self.folder.checkpoints, self.config.keep, self._save_told)
         self.folder.status(
             status="running", life=self.life, step=self.progress.step, reason="",
@@ -458,6 +465,12 @@ class Run:
             self.watch.at("data", self.progress.step)
             if self.stop_reason or self.progress.step >= self.last_step:
                 break
+
+    def endless_batches(self):
+        """Epoch after epoch, for trials that are no run."""
+        for epoch in itertools.count():
+            self.sampler.start(epoch)
+            yield from self.train_loader
 
     def lr(self) -> float:
         """The learning rate of the next step."""

@@ -1,4 +1,4 @@
-"""The run, told in order: main(), train_one_epoch(), evaluate()."""
+"""The run, told in order: main(), train_one_epoch(), train_step(), evaluate()."""
 
 import signal
 import sys
@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a typo cost n
 import torch
 
 from distributed import faults
+from lr_finder import find_lr
 from optim import build_optimizer
 from panels import show_evaluation, show_start
 from run import Run, guarded
@@ -28,6 +29,8 @@ def main(run: Run) -> int:
     show_start(run)
     if run.actions.eval_only:
         return show_evaluation(run, evaluate(run))
+    if run.actions.find_lr:
+        return find_lr(run, train_step)
 
     while not run.is_over():
         if not run.evaluation_is_due():
@@ -39,24 +42,29 @@ def main(run: Run) -> int:
 
 def train_one_epoch(run: Run) -> None:
     """Train on what is left of the epoch; stops early when all processes agreed to stop."""
-    model, optimizer, augment, task = run.model, run.optimizer, run.augment, run.task
-    model.train()
+    run.model.train()
     for batch in run.batches():  # this process's slice of the global batch
         run.set_lr()
-        for shard, part in enumerate(run.shards(batch, run.progress.step), run.shards.first):
-            images = run.inputs(augment.train(part["images"], part["indices"], run.epoch))
-            labels = part["labels"].to(images.device, non_blocking=True)
-            images, labels = run.mix(images, labels, part["indices"])
-            logits = model(images)
-            loss = task.loss(logits, labels)  # summed over the shard
-            run.accelerator.backward(loss * run.shards.scale)
-            run.sums[shard] += loss.detach()  # on the device: reading it each step would wait
-        skipped = run.gradients_are_bad()
-        optimizer.step()
-        optimizer.zero_grad()
-        if run.average is not None:
-            run.average.update(run.bare, skipped)
+        train_step(run, batch)
         run.step_done()
+
+
+def train_step(run: Run, batch: dict) -> None:
+    """One update of the weights: forward and backward for each shard, then the optimizer."""
+    model, optimizer, augment, task = run.model, run.optimizer, run.augment, run.task
+    for shard, part in enumerate(run.shards(batch, run.progress.step), run.shards.first):
+        images = run.inputs(augment.train(part["images"], part["indices"], run.epoch))
+        labels = part["labels"].to(images.device, non_blocking=True)
+        images, labels = run.mix(images, labels, part["indices"])
+        logits = model(images)
+        loss = task.loss(logits, labels)  # summed over the shard
+        run.accelerator.backward(loss * run.shards.scale)
+        run.sums[shard] += loss.detach()  # on the device: reading it each step would wait
+    skipped = run.gradients_are_bad()
+    optimizer.step()
+    optimizer.zero_grad()
+    if run.average is not None:
+        run.average.update(run.bare, skipped)
 
 
 @torch.no_grad()

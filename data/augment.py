@@ -7,6 +7,7 @@ give on a batch: they draw once per call.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Augment:
     mean and std are per channel, of pixels in 0..1. cutout is the side of a square in output
     pixels; mixup and cutmix are the alpha of Beta(alpha, alpha), 0 means off. alternating_flip
     mirrors each image in every second epoch instead of by chance (Jordan, 2024, arXiv:2404.00498).
-    no_flip leaves all flips out: mirrored digits are other things.
+    no_flip leaves all flips out: mirrored digits are other things. tta is the level of `vote`.
 
     Two-dimensional inputs are features of a regression and pass through unchanged.
     """
@@ -51,6 +52,7 @@ class Augment:
         cutmix: float = 0.0,
         alternating_flip: bool = False,
         no_flip: bool = False,
+        tta: int = 0,
     ) -> None:
         if kind not in KINDS:
             raise UserError(f"{kind!r} is not a kind of augmentation; known: {', '.join(KINDS)}")
@@ -58,6 +60,7 @@ class Augment:
         self.mean, self.std = tuple(mean), tuple(std)
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix
         self.alternating_flip, self.no_flip = alternating_flip, no_flip
+        self.tta = tta
 
     def train(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:  # (n, C, S, S)
         """Augmented, normalised float32 images of image_size from uint8 (n, C, H, W)."""
@@ -85,6 +88,24 @@ class Augment:
         if images.ndim == 2:
             return images
         return resize(self._normalise(images), self.image_size)
+
+    def vote(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """The model's logits (n, classes), averaged over views of each image at test time (tta).
+
+        Level 1 adds the mirror image; level 2 also both shifted by a pixel towards two opposite
+        corners (border reflected), which together weigh as much as the unshifted ones.
+        """
+        if not self.tta or images.ndim == 2:
+            return model(images)
+        views = [(1.0, images)]
+        if self.tta == 2:
+            height, width = images.shape[2:]
+            wider = F.pad(images, (1, 1, 1, 1), mode="reflect")
+            views = [(0.5, images), (0.25, wider[:, :, :height, :width])]
+            views.append((0.25, wider[:, :, 2:, 2:]))
+        if not self.no_flip:
+            views = [(w / 2, x) for w, view in views for x in (view, view.flip(3))]
+        return sum(weight * model(view) for weight, view in views)
 
     def mix(
         self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int, num_classes: int

@@ -159,6 +159,25 @@ MODELS: dict[str, ModelEntry] = {
         finetune=_FINETUNE,
         pretrained="efficientnet_b0",
     ),
+    "speednet": ModelEntry(
+        target="speednet:SpeedNet",
+        min_image_size=9,
+        summary="2024, Jordan: the small net of the CIFAR-10 speed records",
+        recipe={
+            "image_size": 32,
+            "batch_size": 2000,
+            "epochs": 8,
+            "optimizer": "muon",
+            "lr": 0.24,
+            "momentum": 0.6,
+            "weight_decay": 2e-6 * 2000 / 0.24,
+            "schedule": "linear",
+            "warmup": 0.0,
+            "augment": "translate",
+            "alternating_flip": True,
+            "label_smoothing": 0.2,
+        },
+    ),
 }
 
 

@@ -15,7 +15,7 @@ TIMEOUT = 240.0  # a launch takes 5 to 17 s on two quiet cores
 CLEAN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCKSTEP_FAULT", "LOCKSTEP_RECORD")
 SMALL = [
     "--dataset", "digits", "--image-size", "16", "--batch-size", "64", "--threads", "1",
-    "--log-every", "1",
+    "--log-every", "1", "--no-plots",
 ]  # fmt: skip
 
 

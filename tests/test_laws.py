@@ -9,7 +9,18 @@ from recorder import read
 
 LAW = ["--model", "plain.py:Net", "--dataset", "digits", "--image-size", "16", "--limit", "1000"]
 LAW += ["--batch-size", "64", "--epochs", "2", "--max-steps", "24", "--augment", "crop", "--lr"]
-LAW += ["0.05", "--optimizer", "sgd", "--shards", "4", "--threads", "1", "--log-every", "1"]
+LAW += [
+    "0.05",
+    "--optimizer",
+    "sgd",
+    "--shards",
+    "4",
+    "--threads",
+    "1",
+    "--log-every",
+    "1",
+    "--no-plots",
+]
 
 
 @pytest.fixture(scope="module")

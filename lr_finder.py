@@ -1,0 +1,69 @@
+"""`--find-lr`: loss against a rising learning rate, and a suggestion (Smith, 2017)."""
+
+import math
+from pathlib import Path
+
+import plots
+from distributed.accelerator import end
+from errors import FINISHED
+from optim import set_lr
+from report import Report
+
+LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100
+SMOOTHING = 0.85
+
+
+def suggest(rates: list[float], losses: list[float]) -> float:
+    """The rate where the smoothed loss falls most steeply per decade, before its minimum."""
+    lowest = min(range(len(losses)), key=losses.__getitem__)
+    falls = [losses[i + 1] - losses[i - 1] for i in range(1, max(2, lowest))]
+    if not falls:
+        return rates[0]
+    return rates[1 + min(range(len(falls)), key=falls.__getitem__)]
+
+
+def smooth(losses: list[float]) -> list[float]:
+    """An exponential average without the bias of its start."""
+    result, average = [], 0.0
+    for count, loss in enumerate(losses, 1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        result.append(average / (1 - SMOOTHING**count))
+    return result
+
+
+def find_lr(run, train_step) -> int:
+    """Train up to a hundred steps at rising rates; all processes take part, one tells."""
+    rates, raw = [], []
+    batches = run.endless_batches()
+    run.model.train()
+    for step in range(STEPS):
+        rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
+        set_lr(run.optimizer.optimizer, rate)
+        run.sums.zero_()
+        train_step(run, next(batches))
+        loss = math.fsum(run.window()) / run.plan.batch_size
+        best = min(smooth(raw), default=loss)
+        if not math.isfinite(loss) or (step > 10 and loss > 4 * best):
+            break
+        rates.append(rate)
+        raw.append(loss)
+        run.progress.step += 1
+    losses = smooth(raw)
+    suggestion = suggest(rates, losses)
+    if run.is_main:
+        tell(run.report, run.config, rates, losses, suggestion)
+    end(run.accelerator)
+    return FINISHED
+
+
+def tell(report: Report, config, rates: list, losses: list, suggestion: float) -> None:
+    """The table, the picture and what to type."""
+    path = Path("runs") / f"find-lr-{Path(config.model.replace(':', '-')).name}.png"
+    path.parent.mkdir(exist_ok=True)
+    plots.lr_curve(rates, losses, suggestion, path)
+    every = max(1, len(rates) // 12)
+    shown = list(zip(rates, losses, strict=True))[::every]
+    rows = [(f"{rate:.2e}", f"loss {loss:.4f}") for rate, loss in shown]
+    rows += [("picture", str(path)), ("suggested", f"--lr {suggestion:.2g}")]
+    rows.append(("optimizer", f"{config.optimizer}, batch {config.batch_size}; no run was made"))
+    report.end_panel("learning rate", rows, good=True)
