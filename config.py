@@ -143,7 +143,7 @@ class TrainConfig:
     )
     keep: int = setting(3, "newest checkpoints kept, besides the best model", group="run", low=2)
     log_every: int = setting(
-        0, "steps between lines; 0: about every ten seconds", group="run", low=0
+        0, "steps between rows of metrics.jsonl; 0: ten an epoch", group="run", low=0
     )
     plots: bool = setting(True, "draw the run's pictures at its end", group="run")
     track: str = setting(
@@ -164,6 +164,7 @@ GROUPS = {
     "what": "what to train", "length": "how long", "batch": "batch", "optimizer": "optimizer",
     "images": "images", "machine": "machine", "run": "what it leaves",
 }  # fmt: skip
+NUMBER = re.compile("[0-9]+")  # "²".isdigit() is true
 HINTS = {f.name: f for f in fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
 
@@ -188,6 +189,7 @@ class Settings:
     layers: Mapping[str, Mapping[str, object]]
     actions: Actions = Actions()
     argv: tuple[str, ...] = ()
+    typed: Mapping[str, object] = field(default_factory=dict)  # in this life or an earlier one
 
     @property
     def config(self) -> TrainConfig:
@@ -246,6 +248,13 @@ def parse(argv: list[str]) -> Settings:
     for name in actions.allow_change:
         if name not in HINTS:
             problems.append(f"--allow-change {name}: not a setting{did_you_mean(name, HINTS)}")
+    for layer in (flag_layer, file_layer):
+        if "model" in layer:
+            try:
+                lookup(str(layer["model"]))
+            except UserError as error:
+                problems.append(str(error))
+            break
     if problems:
         raise UserError("\n".join(problems))
     for layer in (file_layer, flag_layer):  # "auto" leaves a value to the layers below
@@ -253,10 +262,15 @@ def parse(argv: list[str]) -> Settings:
             del layer[name]
 
     typed = {**file_layer, **flag_layer}
-    saved = {}
+    saved, asked = {}, {}
     folder = known_run_dir(typed, actions)
     if folder is not None and not actions.fresh and (folder / "config.json").is_file():
-        saved = read_saved(folder)
+        saved, asked = read_saved(folder)
+        for layer in (file_layer, flag_layer):  # the same command again: what it led to stays
+            for name in [n for n, value in layer.items() if asked.get(n, None) == value]:
+                if name in saved and name not in MAY_CHANGE:
+                    del layer[name]
+        typed = {**file_layer, **flag_layer}
         refuse_conflicts(typed, saved, folder, actions.allow_change)
     if folder is not None:
         saved["run_dir"] = str(folder)
@@ -270,7 +284,7 @@ def parse(argv: list[str]) -> Settings:
     if file_layer:
         layers[f"file {given['config']}"] = file_layer
     layers["flag"] = flag_layer
-    settings = Settings(layers=layers, actions=actions, argv=tuple(argv))
+    settings = Settings(layers, actions, tuple(argv), {**asked, **typed})
     check(settings)
     return settings
 
@@ -284,8 +298,15 @@ def recipe_of(model: str, weights: str) -> dict[str, object]:
     return recipe
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one sentence, without its page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; see python train.py --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
         description="Train an image classifier: the same run on one process or many.",
         allow_abbrev=False,
@@ -359,9 +380,11 @@ def convert(name: str, value, shown: str, into: dict, problems: list[str]) -> No
             value = float(value)
             if value != value or value in (float("inf"), float("-inf")):
                 raise ValueError
+        elif not isinstance(value, str | int | float):
+            raise ValueError
         else:
             value = str(value)
-            if name not in ("data_dir", "run_dir", "config") and any(c < " " for c in value):
+            if any(c < " " for c in value):
                 raise ValueError
     except (TypeError, ValueError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -388,7 +411,10 @@ def read_yaml(path: Path) -> dict[str, object]:
 
     def mapping(loader, node):
         keys = [loader.construct_object(key) for key, _ in node.value]
-        twice = {str(k) for k in keys if keys.count(k) > 1}
+        if not all(isinstance(key, str) for key in keys):
+            raise UserError(f"--config {path}: must be lines like `lr: 0.05`")
+        keys = [key.replace("-", "_") for key in keys]
+        twice = {k for k in keys if keys.count(k) > 1}
         if twice:
             raise UserError(f"--config {path}: {', '.join(sorted(twice))} stands there twice")
         return {
@@ -396,6 +422,10 @@ def read_yaml(path: Path) -> dict[str, object]:
             for k, (_, v) in zip(keys, node.value, strict=True)
         }
 
+    def whole(loader, node):  # YAML 1.1 would make 5400 of 1:30:00
+        return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+    Strict.add_constructor("tag:yaml.org,2002:int", whole)
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)  # a SafeLoader
@@ -419,6 +449,10 @@ def known_run_dir(typed: dict, actions: Actions) -> Path | None:
     """
     if actions.resume is not None:
         folder = Path(actions.resume)
+        if typed.get("run_dir") and Path(str(typed["run_dir"])) != folder:
+            raise UserError(
+                f"--resume {folder} and --run-dir {typed['run_dir']} name two folders: drop one"
+            )
         if not (folder / "config.json").is_file():
             others = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
             near = difflib.get_close_matches(folder.name, others, n=1)
@@ -443,11 +477,14 @@ def known_run_dir(typed: dict, actions: Actions) -> Path | None:
     return None
 
 
-def read_saved(folder: Path) -> dict[str, object]:
+def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """What a run's settings became, and what was typed for it in any of its lives."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {name: value for name, value in content["config"].items() if name in HINTS}
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = {name: value for name, value in content["config"].items() if name in HINTS}
+        TrainConfig(**saved)
+        return saved, dict(content.get("asked", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{folder / 'config.json'} cannot be read; mend it, or start over with --fresh"
         ) from None
@@ -479,14 +516,16 @@ def check(settings: Settings) -> None:
         )
     for name in ("max_time", "checkpoint_every"):
         value = getattr(c, name)
-        if value and not (name == "checkpoint_every" and (value == "epoch" or value.isdigit())):
+        if value and not (
+            name == "checkpoint_every" and (value == "epoch" or NUMBER.fullmatch(value))
+        ):
             try:
                 seconds(value)
             except UserError as error:
                 problems.append(f"--{name.replace('_', '-')} {error}")
-    if c.checkpoint_every.isdigit() and int(c.checkpoint_every) < 1:
+    if NUMBER.fullmatch(c.checkpoint_every) and int(c.checkpoint_every) < 1:
         problems.append("--checkpoint-every 0: must be at least 1 step")
-    if c.shards != "auto" and not (c.shards.isdigit() and int(c.shards) > 0):
+    if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
         problems.append(f"--shards {c.shards}: must be auto or a whole number from 1")
     if c.bitwise and c.mixed_precision == "fp16":
         problems.append("--bitwise --mixed-precision fp16: choose bf16 or no")
@@ -571,7 +610,8 @@ def to_json(settings: Settings) -> str:
     """config.json: the values and where each came from."""
     config = asdict(settings.config)
     origins = {name: settings.origin(name) for name in config}
-    return json.dumps({"version": __version__, "config": config, "origins": origins}, indent=2)
+    content = {"version": __version__, "config": config, "origins": origins}
+    return json.dumps({**content, "asked": dict(settings.typed)}, indent=2)
 
 
 def speaks() -> bool:

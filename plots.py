@@ -8,7 +8,9 @@ MOST_NAMES = 30  # classes whose names still fit beside a confusion matrix
 
 def plain(text: object) -> str:
     """A name from outside as matplotlib may draw it: no math markup, no control characters."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)).replace("$", r"\$")
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text)).replace(
+        "$", r"\$"
+    )
 
 
 def figure(*arguments, **options):

@@ -43,6 +43,8 @@ class Report:
         self.console = console or Console(
             highlight=False, width=None if sys.stdout.isatty() else 100
         )
+        with contextlib.suppress(AttributeError, ValueError):  # a console that has no such letters
+            self.console.file.reconfigure(errors="replace")
         self.log: Console | None = None
         self._bar: Progress | None = None
         self._task = None
@@ -60,7 +62,7 @@ class Report:
             return
         line = isinstance(thing, str)  # a line is never broken: it can be searched and copied
         if line:
-            thing = Text(thing, style=style or "")
+            thing = Text("\n".join(map(clean, thing.split("\n"))), style=style or "")
         self.console.print(thing, soft_wrap=line)
         if self.log is not None:
             with contextlib.suppress(OSError):  # a full disk must not end the run
@@ -72,7 +74,7 @@ class Report:
 
     def shout(self, title: str, text: str) -> None:
         """A warning no one can miss."""
-        self.show(Panel(Text(clean(text)), title=title, border_style="bold yellow"))
+        self.show(Panel(Text(clean(text)), title=Text(clean(title)), border_style="bold yellow"))
 
     def start_panel(self, title: str, rows: list[tuple[str, str]], settings: list[tuple]) -> None:
         """What will run: facts, then each setting that is no default, with its origin."""
@@ -80,13 +82,21 @@ class Report:
         table.add_column(style="bold")
         table.add_column()
         for name, value in rows:
-            table.add_row(name, Text(clean(value)))
+            table.add_row(Text(clean(name)), Text(clean(value)))
         if settings:
             table.add_row("", "")
             for name, value, origin in settings:
                 words = Text(clean(value)).append(f"  ({clean(origin)})", style="dim")
                 table.add_row(Text(clean(name), style="cyan"), words)
-        self.show(Panel(table, title=title, title_align="left", border_style="blue", expand=False))
+        self.show(
+            Panel(
+                table,
+                title=Text(clean(title)),
+                title_align="left",
+                border_style="blue",
+                expand=False,
+            )
+        )
 
     # --- while it runs --------------------------------------------------------------------------
 
@@ -166,9 +176,17 @@ class Report:
         table.add_column(style="bold")
         table.add_column()
         for name, value in rows:
-            table.add_row(name, Text(clean(value)))
+            table.add_row(Text(clean(name)), Text(clean(value)))
         style = "green" if good else "yellow"
-        self.show(Panel(table, title=title, title_align="left", border_style=style, expand=False))
+        self.show(
+            Panel(
+                table,
+                title=Text(clean(title)),
+                title_align="left",
+                border_style=style,
+                expand=False,
+            )
+        )
 
     def close(self) -> None:
         self.close_bar()
@@ -222,3 +240,10 @@ def quiet_libraries() -> None:
     for name in ("accelerate", "torch.distributed", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
+
+
+def show_tracebacks() -> None:
+    """From now on a traceback comes with its local variables: for --debug."""
+    from rich.traceback import install
+
+    install(show_locals=True)

@@ -241,6 +241,8 @@ class Run:
             freeze_backbone(model, config.model)
         self.task = build_task(source.task, num_classes, config.label_smoothing, model)
         self.channels_last = ".py:" not in config.model and source.task == "classification"
+        if hasattr(model, "start_from_data"):  # the same images, hence the same start, everywhere
+            model.start_from_data(self.augment.evaluate(self.train_loader.dataset.images[:5000]))
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=layout)
         self._try(model)
@@ -752,9 +754,9 @@ def guarded(main, settings: Settings) -> int:
         return USER_ERROR
     except Exception as error:
         if settings.actions.debug:
-            from rich.traceback import install
+            from report import show_tracebacks
 
-            install(show_locals=True)
+            show_tracebacks()
             raise
         told = run.failed(error) if run is not None else f"{type(error).__name__}: {error}"
         tell_agent(error)

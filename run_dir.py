@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
 
 
@@ -76,12 +77,23 @@ def set_aside(folder: Path) -> Path | None:
         return None
     if not (folder / "config.json").exists():
         return None
+    lock = RunDir(folder)
+    lock.open()  # not under the feet of a job that trains there
+    lock.close()
     for number in range(1, 10_000):
         target = folder.with_name(f"{folder.name}.old-{number}")
         if not target.exists():
             folder.rename(target)
             return target
     raise UserError(f"{folder}: too many old runs beside it; remove some")
+
+
+def is_row(line: str) -> bool:
+    """Whether a line of metrics.jsonl is whole: a crash may leave half of one."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 class RunDir:
@@ -104,8 +116,8 @@ class RunDir:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             entries = {p.name for p in folder.iterdir()}
-            ours = bool(entries & {"config.json", "status.json", "lock"})  # a life may end early
-            entries -= {"slurm.log", "STOP"}
+            ours = bool(entries & {"config.json", "status.json", "lock"})
+            entries -= EARLY  # what a life that ended before its first step may leave
             if entries and not ours:
                 raise UserError(
                     f"{folder} holds files that are no run ({sorted(entries)[0]}, ...); "
@@ -127,9 +139,10 @@ class RunDir:
         file = path.open("a+", encoding="utf-8")
         file.seek(0)
         text = file.read()
+        owner = {}
         with contextlib.suppress(ValueError):
-            owner = json.loads(text) if text else {}
-        owner = owner if text and isinstance(owner, dict) else {}
+            owner = json.loads(text)
+        owner = owner if isinstance(owner, dict) else {}
         told = (
             f"{self.folder} is in use by process {owner.get('pid')} on {owner.get('host')} "
             f"since {owner.get('since')}"
@@ -141,7 +154,8 @@ class RunDir:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(told) from None
-        elsewhere = owner.get("host") not in (None, socket.gethostname())
+        # Where there are no POSIX locks between the two, the heartbeat tells who lives.
+        elsewhere = owner.get("host") not in (None, fcntl and socket.gethostname())
         same_job = job and owner.get("job") == job
         age = time.time() - path.stat().st_mtime if text else STALE_SECONDS
         if elsewhere and not same_job and age < STALE_SECONDS and not owner.get("released"):
@@ -201,16 +215,16 @@ class RunDir:
 
     def keep_metrics(self, rows: int) -> None:
         """Cut metrics.jsonl to the rows a checkpoint knew: later ones will be written again."""
-        lines = self.metrics_lines()
-        if len(lines) > rows:
-            write_text(self.metrics_file, "".join(line + "\n" for line in lines[:rows]))
+        kept = "".join(line + "\n" for line in self.metrics_lines()[:rows])
+        if self.metrics_file.exists() and self.metrics_file.read_text(encoding="utf-8") != kept:
+            write_text(self.metrics_file, kept)
 
     def metrics_lines(self) -> list[str]:
         try:
             text = self.metrics_file.read_text(encoding="utf-8")
         except OSError:
             return []
-        return [line for line in text.split("\n") if line.endswith("}")]
+        return [line for line in text.split("\n") if is_row(line)]
 
     def read_metrics(self) -> list[dict]:
         return [json.loads(line) for line in self.metrics_lines()]
@@ -232,8 +246,9 @@ class RunDir:
         if (self.folder / "config.json").exists():
             return
         self.close()
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in ("lock", "train.log", "status.json"):
+        for path in (self.checkpoints, self.folder / "crash"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in ("lock", "STOP", "train.log", "status.json"):
             (self.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()

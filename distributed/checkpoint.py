@@ -27,6 +27,7 @@ from errors import UserError
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+REQUIRED = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 
 @dataclass
@@ -61,6 +62,7 @@ def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str,
         for key, value in optimizer.state.get(p, {}).items()
         if value is not None
     }
+    files["optimizer"][f"|{type(optimizer).__name__}"] = torch.zeros(1)  # whose state this is
     if average is not None:
         files["ema"] = {k: host(v) for k, v in average.state_dict().items()}
     if scaler is not None:
@@ -72,12 +74,20 @@ def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str,
 @torch.no_grad()
 def restore(files: dict[str, dict[str, Tensor]], model, optimizer, average=None, scaler=None):
     """Put captured state back into existing objects, keeping their devices and memory layouts."""
+    if average is not None and "ema" not in files:
+        raise UserError("this checkpoint has no averaged weights: it was made without --ema")
+    if f"|{type(optimizer).__name__}" not in files["optimizer"]:
+        raise UserError(
+            "this checkpoint belongs to another optimizer; start a new run for this one"
+        )
     copy_state(model, files["model"], "model")
     if average is not None:
         copy_state(average, files["ema"], "averaged model")
     parameters = dict(model.named_parameters())
     for key, value in files["optimizer"].items():
         name, _, field_name = key.partition("|")
+        if not name:
+            continue
         p = parameters[name]
         if value.shape == p.shape:
             value = torch.empty_like(p, dtype=value.dtype).copy_(value)
@@ -131,6 +141,11 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def digest_of_manifest(manifest: dict) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "self"}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def write_checkpoint(folder: Path, files: dict, progress: Progress, facts: dict) -> Path:
     """Write one checkpoint and return its final path; leaves nothing behind when it fails."""
     target = folder / f"step-{progress.step:09d}"
@@ -157,6 +172,7 @@ def write_checkpoint(folder: Path, files: dict, progress: Progress, facts: dict)
                 for p in sorted(partial.iterdir())
             },
         }
+        manifest["self"] = digest_of_manifest(manifest)
         faults.hit("save:manifest", progress.step)
         path = partial / MANIFEST
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -265,7 +281,9 @@ def verify(path: Path) -> dict:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, listed = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if manifest["self"] != digest_of_manifest(manifest) or not listed.keys() >= REQUIRED:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{MANIFEST} is missing or damaged") from None
     if version > FORMAT:
         raise UserError(
@@ -289,14 +307,20 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict]
 
     None where there is none at all; an error where all are damaged, never a silent fresh start.
     """
-    candidates = visible(folder)
+    candidates, damaged = visible(folder), []
     for path in candidates:
         try:
-            return path, verify(path)
+            manifest = verify(path)
+        except UserError:
+            raise
         except ValueError as error:
-            if isinstance(error, UserError):
-                raise
             warn(f"{path.name} is damaged, going back to the one before: {error}")
+            damaged.append(path)
+            continue
+        for bad in damaged:  # or it would count as one of the newest that are kept
+            with contextlib.suppress(OSError):
+                bad.rename(bad.with_name(f"damaged-{bad.name}-{time.time_ns()}"))
+        return path, manifest
     if candidates:
         raise UserError(
             f"none of the {len(candidates)} checkpoints in {folder} is whole; "
@@ -307,7 +331,12 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict]
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]:
     """All tensors and the progress of a verified checkpoint."""
-    files = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
+    listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    files = {
+        name.removesuffix(".safetensors"): load_file(path / name)
+        for name in sorted(listed)
+        if name.endswith(".safetensors")
+    }
     content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     known = {k: v for k, v in content.items() if k in Progress.__dataclass_fields__}
     return files, Progress(**known)

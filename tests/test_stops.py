@@ -22,6 +22,11 @@ from launches import (
 LONG = ["--model", "full.py:Net", *SMALL, "--epochs", "400", "--checkpoint-every", "1000"]
 
 
+def slow(value):
+    """The same law once more, for the full run."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def begin(nets, name, processes=1, launcher="", extra=(), **environment):
     """A run that would take minutes, once it has made a few steps."""
     arguments = [*LONG, "--run-dir", name, *extra]
@@ -39,7 +44,7 @@ def stopped(nets, name, reason) -> int:
     return status["step"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", slow("SIGUSR1"), slow("SIGUSR2")])
 def test_each_signal_saves_and_exits_75_at_once_and_twice_is_once(nets, name):
     process, log = begin(nets, f"signal-{name}")
     process.send_signal(getattr(signal, name))
@@ -66,7 +71,7 @@ def test_a_stop_file_ends_two_processes_at_the_same_step_and_they_go_on_exactly(
     assert same_weights(nets / "stop-file", nets / "unstopped") == []
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", slow("accelerate")])
 def test_one_rank_that_hears_a_signal_is_enough(nets, launcher):
     name = f"one-rank-{launcher}"
     process, log = start(
@@ -84,7 +89,7 @@ def test_a_signal_to_torchrun_reaches_all_ranks(nets):
     stopped(nets, "agent", "SIGTERM")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, slow(2)])
 def test_a_trainer_whose_launcher_was_killed_saves_and_ends(nets, processes):
     name = f"orphan-{processes}"
     process, _ = begin(nets, name, processes, "accelerate")
@@ -102,7 +107,7 @@ def test_the_time_limit_stops_a_run_that_can_go_on(nets):
     stopped(nets, "limited", "--max-time")
 
 
-@pytest.mark.parametrize("point", ["evaluate", "start", "save:written", "data"])
+@pytest.mark.parametrize("point", ["evaluate", "start", slow("save:written"), slow("data")])
 def test_a_stop_is_honoured_in_every_phase(nets, point):
     name = f"phase-{point.replace(':', '-')}"
     arguments = [*LONG, "--run-dir", name, "--limit", "640", "--checkpoint-every", "10"]

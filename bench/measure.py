@@ -1,0 +1,178 @@
+"""What the measurements share: windows of a loop that start on a word, medians, tables, JSON."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORD = "BENCH "  # what a measured process says begins with this; the rest is its ordinary output
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_megabytes() -> float:
+    """Largest memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Gate:
+    """Lets a loop run in windows of `warm` untimed and `steps` timed steps, each upon a "go".
+
+    Between windows the loop stands still, so that the processes of a comparison take turns on a
+    machine whose load changes. `parts` are seconds of a window by name, filled by `timed`.
+    """
+
+    def __init__(self, steps: int, warm: int, batch_size: int):
+        self.steps, self.warm, self.batch_size = steps, warm, batch_size
+        self.parts: dict[str, float] = {}
+        self._left = 0  # of the window; 0 between windows
+        self._began = 0.0
+
+    def through(self, batches: Iterable) -> Iterator:
+        for batch in batches:
+            if self._left == 0:
+                self._stand()
+            if self._left == self.steps:
+                synchronize()
+                self.parts.clear()
+                self._began = time.perf_counter()
+            self._left -= 1
+            yield batch
+            if self._left == 0:
+                synchronize()
+                took = time.perf_counter() - self._began
+                per_step = {name: 1e3 * s / self.steps for name, s in self.parts.items()}
+                speed = self.steps * self.batch_size / took
+                say(speed=speed, peak_mb=peak_megabytes(), milliseconds=per_step)
+
+    def _stand(self) -> None:
+        say(ready=True)
+        if sys.stdin.readline().strip() != "go":
+            raise SystemExit(0)
+        self._left = self.warm + self.steps
+
+    def timed(self, thing: object, name: str, part: str) -> None:
+        """Count the seconds of thing.name(...) under `part`; for CPUs, which do not run ahead."""
+        function = getattr(thing, name)
+
+        def counted(*arguments, **keywords):
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - began
+
+        setattr(thing, name, counted)
+
+
+def say(**values) -> None:
+    print(WORD + json.dumps(values), flush=True)
+
+
+class Arm:
+    """One process of a comparison, from its start to `close`."""
+
+    def __init__(self, words: list[str], **environment: str):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        env = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
+        self.process = subprocess.Popen(
+            words, cwd=REPOSITORY, env=env, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.log,
+        )  # fmt: skip
+        self.hear()
+
+    def hear(self) -> dict:
+        ordinary = []
+        for line in self.process.stdout:
+            if line.startswith(WORD):
+                return json.loads(line.removeprefix(WORD))
+            ordinary.append(line)
+        self.log.seek(0)
+        raise SystemExit("".join(ordinary[-20:]) + self.log.read()[-3000:])
+
+    def window(self) -> dict:
+        """Run one window and return what was measured."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        result = self.hear()
+        self.hear()  # it stands again
+        return result
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        for _ in self.process.stdout:
+            pass
+        self.process.wait()
+        self.log.close()
+
+
+def take_turns(arms: dict[str, Arm], rounds: int) -> dict[str, list[dict]]:
+    """A window of each arm per round, each round in another order."""
+    names, results = list(arms), {name: [] for name in arms}
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            results[name].append(arms[name].window())
+    return results
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "low": min(values), "high": max(values), "n": len(values)}
+
+
+def ratio(one: list[float], other: list[float]) -> dict[str, float]:
+    """Of two series measured in the same rounds, round by round."""
+    return spread([a / b for a, b in zip(one, other, strict=True)])
+
+
+def shown(values: dict[str, float], digits: int = 2) -> str:
+    """`1.02 (0.97-1.05)`: median and range."""
+    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f}-{values['high']:.{digits}f})"
+
+
+def machine() -> dict[str, str]:
+    """What was measured on, in words that name no machine."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else '?'} "
+        device += f"{platform.machine()} cores"
+    return {"device": device, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def finish(parser_arguments: argparse.Namespace, results: object) -> None:
+    """Write the JSON file, if one was asked for."""
+    if parser_arguments.json:
+        content = {"machine": machine(), "results": results}
+        Path(parser_arguments.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def arguments_of(doc: str) -> argparse.ArgumentParser:
+    """The parser of a measurement: its first docstring line, and --json."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    return parser

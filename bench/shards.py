@@ -1,0 +1,76 @@
+"""What logical shards cost: 8 shards on one process against plain accumulation; 1 against none.
+
+The same forward and backward over the same micro-batches, once through distributed/shards.py and
+once in a bare loop, in turns. Goal: within 3 %.
+"""
+
+import sys
+import time
+
+import torch
+
+from bench.measure import arguments_of, finish, ratio, shown, spread, synchronize, table
+from config import BatchPlan
+from distributed.shards import Shards
+from models import build_model
+from tasks import build_task
+
+
+def main() -> int:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--shards", default="1,8")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    size, micro = arguments.image_size, arguments.micro_batch
+    model = build_model(arguments.model, num_classes=10, image_size=size)
+    model = model.to(accelerator.device, memory_format=torch.channels_last).train()
+    task = build_task("classification", 10, 0.0, model)
+    results, rows = {}, []
+    for count in map(int, arguments.shards.split(",")):
+        plan = BatchPlan(count * micro, count, num_processes=1)
+        images = torch.randn(plan.batch_size, 3, size, size, device=accelerator.device)
+        batch = {
+            "images": images.contiguous(memory_format=torch.channels_last),
+            "labels": torch.arange(plan.batch_size, device=accelerator.device) % 10,
+        }
+        shards = Shards(accelerator, model, plan, lambda step, shard: step + shard, bitwise=False)
+
+        def through_shards(shards=shards, batch=batch) -> None:
+            for part in shards(batch, 0):
+                loss = task.loss(model(part["images"]), part["labels"])
+                accelerator.backward(loss * shards.scale)
+
+        def plainly(batch=batch, plan=plan) -> None:
+            parts = (batch[name].split(micro) for name in ("images", "labels"))
+            for images, labels in zip(*parts, strict=True):
+                loss = task.loss(model(images), labels)
+                accelerator.backward(loss / plan.batch_size)
+
+        series: dict[str, list[float]] = {"shards": [], "plain": []}
+        for turn in range(arguments.rounds + 1):
+            pair = [("shards", through_shards), ("plain", plainly)]
+            for name, function in pair if turn % 2 else pair[::-1]:
+                synchronize()
+                began = time.perf_counter()
+                function()
+                model.zero_grad()
+                synchronize()
+                if turn:  # the first warms up
+                    series[name].append(time.perf_counter() - began)
+        found = results[f"{count} shards"] = {k: spread(v) for k, v in series.items()}
+        found["shards/plain"] = ratio(series["shards"], series["plain"])
+        rows.append([count, *(shown(found[k], 3) for k in ("shards", "plain", "shards/plain"))])
+    print(f"{arguments.model}, micro-batch {micro}, median (range) of {arguments.rounds} rounds:\n")
+    print(table(["shards", "seconds", "plain accumulation, s", "ratio"], rows))
+    finish(arguments, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

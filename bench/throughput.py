@@ -1,0 +1,180 @@
+"""Images per second: the trainer, the lesson's loop, and the bare compute limit, taking turns.
+
+(a) the ordinary trainer, a real run; (b) bench/lesson_loop.py, torch's default threads; (c) the
+same under `accelerate launch`'s defaults (one thread); (d) the compute limit: model, precision,
+layout, compile, optimizer of (a), on one batch that lies there, without loader, augmentation,
+logging, averaging. Each is a process of its own; windows of a few steps take turns.
+"""
+
+import itertools
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.measure import (
+    Arm,
+    Gate,
+    arguments_of,
+    finish,
+    ratio,
+    shown,
+    spread,
+    table,
+    take_turns,
+)
+
+SIZES = {"my_cnn": 224, "alexnet": 224, "vgg11": 32, "resnet18": 32}
+ARMS = ("trainer", "lesson", "accelerate", "limit")
+PREFETCHED = 4  # batches that the lesson's two workers hold ready when a window begins
+
+
+def trainer_arm(gate: Gate, flags: list[str]) -> None:
+    """The ordinary run; only its batches come through the gate."""
+    import run
+    from config import parse_or_exit
+    from train import main
+
+    class GatedRun(run.Run):
+        def ready(self, *prepared) -> None:
+            super().ready(*prepared)
+            gate.timed(self.augment, "train", "augment")
+            gate.timed(self.accelerator, "backward", "backward")
+            gate.timed(self.optimizer, "step", "optimizer")
+            for name in ("gradients_are_bad", "step_done"):
+                gate.timed(self, name, name)
+
+        def batches(self):
+            return gate.through(super().batches())
+
+    run.Run = GatedRun
+    raise SystemExit(run.guarded(main, parse_or_exit(flags)))
+
+
+def limit_arm(gate: Gate, flags: list[str]) -> None:
+    """The set-up of the ordinary run, then forward, backward and update on one batch."""
+    import torch
+
+    import run
+    from config import parse_or_exit
+    from optim import build_optimizer
+
+    def main(run: run.Run) -> int:
+        run.open()
+        run.load_data()
+        model = run.build_model()
+        optimizer = build_optimizer(model, run.config)
+        run.ready(*run.accelerator.prepare(model, optimizer, run.train_loader, run.test_loader))
+        run.set_lr()
+        indices = torch.arange(run.plan.micro_batch_size)
+        batch = run.train_loader.dataset.__getitems__(indices)
+        images = run.inputs(run.augment.train(batch["images"], indices, 0))
+        labels = batch["labels"].to(images.device)
+        run.model.train()
+        for _ in gate.through(itertools.repeat(None)):
+            loss = run.task.loss(run.model(images), labels)
+            run.accelerator.backward(loss / len(labels))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        return 0
+
+    raise SystemExit(run.guarded(main, parse_or_exit(flags)))
+
+
+def lesson_arm(gate: Gate, model: str, dataset: str, image_size: int, batch_size: int) -> None:
+    from bench import lesson_loop
+
+    class GatedLoader(lesson_loop.DataLoader):
+        def __iter__(self):
+            return gate.through(super().__iter__())
+
+    lesson_loop.DataLoader = GatedLoader
+    lesson_loop.train(model, dataset, image_size, batch_size, epochs=10**6)
+
+
+def start(arm: str, model: str, arguments, folder: Path) -> Arm:
+    words, environment = [sys.executable], {}
+    if arm == "accelerate":
+        words += ["-m", "accelerate.commands.launch"]
+        environment["HF_HOME"] = str(folder)  # not this user's saved answers: the defaults
+    words += ["-m", "bench.throughput", "--arm", arm, "--models", model]
+    for name in ("steps", "batch_size", "dataset"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    if arm in ("trainer", "limit"):
+        words += ["--folder", str(folder / f"{model}-{arm}"), "--", *arguments.flags]
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the launcher and torch decide
+        os.environ.pop(name, None)
+    return Arm(words, **environment)
+
+
+def measure(model: str, arguments, folder: Path) -> dict:
+    """Windows of all arms, and what they say."""
+    arms = {name: start(name, model, arguments, folder) for name in ARMS}
+    try:
+        windows = take_turns(arms, arguments.rounds)
+    finally:
+        for arm in arms.values():
+            arm.close()
+    speed = {name: [w["speed"] for w in windows[name]] for name in ARMS}
+    parts = windows["trainer"][-1]["milliseconds"]
+    return {
+        "images_per_second": {name: spread(values) for name, values in speed.items()},
+        "trainer/limit": ratio(speed["trainer"], speed["limit"]),
+        "trainer/lesson": ratio(speed["trainer"], speed["lesson"]),
+        "trainer/accelerate": ratio(speed["trainer"], speed["accelerate"]),
+        "peak_mb": {name: windows[name][-1]["peak_mb"] for name in ARMS},
+        "step_ms": {
+            name: spread([w["milliseconds"][name] for w in windows["trainer"]]) for name in parts
+        },
+        "image_size": SIZES[model],
+        "batch_size": arguments.batch_size,
+    }
+
+
+def main() -> int:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--models", default=",".join(SIZES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a window")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dataset", default="synthetic")
+    parser.add_argument("--arm", choices=ARMS, help="be one of the measured processes")
+    parser.add_argument("--folder", help="the measured run's folder")
+    parser.add_argument("flags", nargs="*", help="after --: more flags for the trainer")
+    arguments = parser.parse_args()
+    if arguments.arm:
+        model, size = arguments.models, SIZES[arguments.models]
+        lesson = arguments.arm in ("lesson", "accelerate")
+        gate = Gate(arguments.steps, PREFETCHED if lesson else 1, arguments.batch_size)
+        if lesson:
+            lesson_arm(gate, model, arguments.dataset, size, arguments.batch_size)
+        flags = ["--model", model, "--weights", "none", "--dataset", arguments.dataset]
+        flags += ["--image-size", str(size), "--batch-size", str(arguments.batch_size)]
+        flags += ["--augment", "resized_crop", "--optimizer", "sgd", "--lr", "0.001"]
+        flags += ["--epochs", "100000", "--eval-every", "100000", "--run-dir", arguments.folder]
+        arm = trainer_arm if arguments.arm == "trainer" else limit_arm
+        arm(gate, [*flags, *arguments.flags])
+    results, rows, times = {}, [], []
+    for model in arguments.models.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            found = results[model] = measure(model, arguments, Path(folder))
+        speeds, peak = found["images_per_second"], found["peak_mb"]
+        rows.append([
+            f"{model} at {SIZES[model]}", *(shown(speeds[name], 1) for name in ARMS),
+            *(shown(found[f"trainer/{name}"]) for name in ("limit", "lesson", "accelerate")),
+            f"{peak['trainer']:.0f} / {peak['lesson']:.0f}",
+        ])  # fmt: skip
+        times.append([model, *(f"{v['median']:.1f}" for v in found["step_ms"].values())])
+        head = ["model", *found["step_ms"]]
+    names = ["a: trainer", "b: lesson", "c: b, accelerate", "d: limit", "a/d", "a/b", "a/c"]
+    print(f"Images per second, median (range) of {arguments.rounds} rounds, ", end="")
+    print(f"batch {arguments.batch_size}:\n")
+    print(table(["", *names, "peak MB a / b"], rows))
+    print("\nMilliseconds of a step of (a), beside forward and loader:\n")
+    print(table(head, times))
+    finish(arguments, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

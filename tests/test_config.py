@@ -1,0 +1,486 @@
+"""Settings: which layer wins, what is refused in which words, and how a batch is shared out."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from launches import REPOSITORY
+
+from config import (
+    HINTS,
+    MAY_CHANGE,
+    TYPES,
+    Settings,
+    TrainConfig,
+    build_parser,
+    parse,
+    plan_batch,
+    seconds,
+    to_json,
+)
+from errors import UserError
+from models import MODELS
+
+FIXED_FLAGS = [
+    "--model",
+    "--dataset",
+    "--data-dir",
+    "--run-dir",
+    "--epochs",
+    "--max-steps",
+    "--batch-size",
+    "--accumulate",
+    "--lr",
+    "--optimizer",
+    "--weight-decay",
+    "--momentum",
+    "--schedule",
+    "--warmup",
+    "--image-size",
+    "--augment",
+    "--label-smoothing",
+    "--grad-clip",
+    "--ema",
+    "--weights",
+    "--freeze",
+    "--mixed-precision",
+    "--num-workers",
+    "--seed",
+    "--log-every",
+    "--val-fraction",
+    "--eval-every",
+    "--eval-only",
+    "--track",
+    "--resume",
+    "--fresh",
+    "--debug",
+    "--dry-run",
+    "--config",
+    "--version",
+]
+LAUNCHER = re.compile("^(RANK|WORLD_SIZE|LOCAL_|SLURM_|TORCHELASTIC_|ACCELERATE_|LOCKSTEP_)")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if LAUNCHER.match(name)]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def config(*words):
+    return parse(list(words)).config
+
+
+def yaml_file(tmp_path, text):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def saved_run(tmp_path, *words, name="old", **decided):
+    """A run folder as a first life leaves it: config.json with what the machine decided on top."""
+    folder = tmp_path / name
+    folder.mkdir()
+    settings = parse([*words, "--run-dir", str(folder)]).with_layer("batch plan", decided)
+    (folder / "config.json").write_text(to_json(settings), encoding="utf-8")
+    return str(folder)
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def test_each_layer_wins_over_the_one_below(tmp_path):
+    assert TrainConfig().epochs == 10
+    assert config("--model", "vgg11").epochs == MODELS["vgg11"].recipe["epochs"] == 30
+    folder = saved_run(tmp_path, "--model", "vgg11", "--epochs", "7")
+    assert config("--resume", folder).epochs == 7
+    assert config("--resume", folder, "--debug").epochs == 1
+    file = yaml_file(tmp_path, "epochs: 3\n")
+    assert config("--resume", folder, "--debug", "--config", file).epochs == 3
+    everything = parse(["--resume", folder, "--debug", "--config", file, "--epochs", "4"])
+    assert everything.config.epochs == 4 and everything.config.model == "vgg11"
+    names = list(everything.layers)
+    assert names == ["recipe", "saved run", "--debug", f"file {file}", "flag"]
+
+
+def test_each_value_knows_where_it_comes_from(tmp_path):
+    file = yaml_file(tmp_path, "lr: 0.3\n")
+    settings = parse(["--model", "vgg11", "--config", file, "--seed", "5", "--debug"])
+    origins = {name: settings.origin(name) for name in ("keep", "warmup", "limit", "lr", "seed")}
+    assert origins == {
+        "keep": "default", "warmup": "recipe", "limit": "--debug", "lr": f"file {file}",
+        "seed": "flag",
+    }  # fmt: skip
+    asked = [name for name in HINTS if settings.asked(name)]
+    assert sorted(asked) == ["lr", "model", "seed"]
+
+
+def test_a_layer_that_the_program_decides_goes_below_what_was_typed():
+    settings = parse(["--model", "vgg11", "--augment", "crop"])
+    settings = settings.with_layer("data set", {"augment": "none", "cutout": 4}, before="flag")
+    assert (settings.config.augment, settings.config.cutout) == ("crop", 4)
+    assert settings.with_layer("plan", {"augment": "flip"}).config.augment == "flip"
+
+
+def test_weights_bring_the_fine_tuning_recipe_and_typed_values_stay():
+    tuned = config("--model", "vgg11", "--weights", "imagenet", "--epochs", "9")
+    assert (tuned.lr, tuned.image_size, tuned.epochs) == (0.005, 224, 9)
+
+
+def test_both_spellings_and_an_equals_sign_mean_the_same():
+    ways = (
+        ["--batch-size", "8"], ["--batch_size", "8"], ["--batch-size=8"], ["--batch_size=8"]
+    )  # fmt: skip
+    assert {config(*way).batch_size for way in ways} == {8}
+    assert config("--run-dir=a_b--c").run_dir == "a_b--c"
+    assert config("--no_plots").plots is config("--no-plots").plots is False
+
+
+def test_every_field_has_a_flag_and_every_recipe_only_fields_and_possible_values():
+    flags = [s for action in build_parser()._actions for s in action.option_strings]
+    assert {"--" + name.replace("_", "-") for name in HINTS} <= set(flags)
+    assert set(FIXED_FLAGS) <= set(flags)
+    for name, entry in MODELS.items():
+        for values in (entry.recipe, entry.recipe | entry.finetune):
+            assert set(values) <= set(HINTS), name
+            words = [w for k, v in values.items() for w in (f"--{k}", str(v)) if v is not True]
+            config("--model", name, *words)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--modle alexnet", r"--modle: no such option \(did you mean --model\?\)"),
+        ("--batch_sise=4", r"--batch-sise: no such option \(did you mean --batch-size\?\)"),
+        ("--mod alexnet", "--mod: no such option"),
+        ("--optimizer adam", r"--optimizer adam: not known \(did you mean adamw\?\); one of: sgd,"),
+        ("--model alexnte", r"no such model \(did you mean alexnet\?\); known: linear_regression"),
+        ("--resume x --allow-change batch-sise", r"not a setting \(did you mean batch_size\?\)"),
+        ("--lr fast", "--lr 'fast': must be a number"),
+        ("--lr nan", "must be a number"),
+        ("--lr inf", "must be a number"),
+        ("--epochs 1.5", "--epochs '1.5': must be a whole number"),
+        ("--epochs 0", "--epochs 0: must be at least 1"),
+        ("--label-smoothing 1", "must be at most 0.999"),
+        ("--keep 1", "--keep 1: must be at least 2"),
+        ("--model alexnet --image-size 32", "--image-size 32: alexnet needs at least 63"),
+        ("--max-time soon", "--max-time soon: not a length of time; write 3h50m"),
+        ("--checkpoint-every often", "--checkpoint-every often: not a length of time"),
+        ("--checkpoint-every 0", "must be at least 1 step"),
+        ("--shards 0", "must be auto or a whole number from 1"),
+        ("--shards two", "must be auto or a whole number from 1"),
+        ("--mixup 1 --cutmix 1", "choose one of them"),
+        ("--bitwise --mixed-precision fp16", "choose bf16 or no"),
+        ("alexnet", "alexnet: not an option; every option starts with --"),
+        ("--config nowhere.yaml", "nowhere.yaml: cannot be read"),
+        ("--model nowhere.py:Net", "nowhere.py"),
+    ],
+)
+def test_what_is_wrong_is_told_with_what_would_work(words, told):
+    with pytest.raises(UserError, match=told):
+        parse(words.split())
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    file = yaml_file(tmp_path, "sead: 1\nepochs: many\n")
+    with pytest.raises(UserError) as caught:
+        parse(["--modle", "x", "--lr", "fast", "--optimizer", "adma", "--config", file])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    assert any("sead: no such setting (did you mean seed?)" in line for line in lines)
+    assert any("epochs 'many': must be a whole number" in line for line in lines)
+    with pytest.raises(UserError) as caught:
+        parse(["--shards", "x", "--max-time", "soon", "--mixup", "1", "--cutmix", "1"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_an_unknown_model_is_reported_together_with_the_other_problems():
+    with pytest.raises(UserError) as caught:
+        parse(["--model", "alexnte", "--lr", "fast"])
+    assert "did you mean alexnet?" in str(caught.value)
+    assert "--lr 'fast': must be a number" in str(caught.value)
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x00"])
+@pytest.mark.parametrize("flag", ["--model", "--dataset", "--run-dir"])
+def test_control_characters_in_names_are_refused(flag, character):
+    with pytest.raises(UserError, match="must be text"):
+        parse([flag, f"a{character}b"])
+
+
+@pytest.mark.parametrize("flag", ["--shards", "--checkpoint-every"])
+def test_digits_that_are_no_number_are_refused(flag):
+    with pytest.raises(UserError):
+        parse([flag, "²"])  # "²".isdigit() is true, int("²") fails
+
+
+# --- YAML ----------------------------------------------------------------------------------------
+
+
+def test_yaml_gives_values_of_every_kind(tmp_path):
+    file = yaml_file(
+        tmp_path, "lr: 1e-3\nbatch-size: 32\ncompile: true\nmodel: vgg11\nmax_time: null\n"
+    )
+    settings = parse(["--config", file])
+    c = settings.config
+    assert (c.lr, c.batch_size, c.compile, c.model, c.max_time) == (0.001, 32, True, "vgg11", None)
+    assert settings.origin("warmup") == "recipe" and c.warmup == 1.0  # of vgg11, from the file
+    assert config("--config", yaml_file(tmp_path, "# nothing\n")) == config()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lr: 1\nlr: 2\n", "lr stands there twice"),
+        ("batch-size: 8\nbatch_size: 16\n", "batch_size stands there twice"),
+        ("learning_rate: 1\n", "no such setting"),
+        ("- lr\n- 1\n", "must be lines like"),
+        ("just words\n", "must be lines like"),
+        ("1: 2\n", "must be lines like"),
+        ("[a]: 1\n", "must be lines like|not valid YAML"),
+        ("lr: {a: 1}\n", "must be a number"),
+        ("dataset: [cifar10]\n", "must be text"),
+        ("dataset: null\n", "must be text"),
+        ("dataset: no\n", "must be text"),
+        ("epochs: true\n", "must be a whole number"),
+        ("epochs: 2.5\n", "must be a whole number"),
+        ("plots: 1\n", "must be true or false"),
+        ("lr: !!python/object/apply:os.system ['touch planted']\n", "not valid YAML at line 1"),
+        ("lr: !!python/name:os.system\n", "not valid YAML at line 1"),
+        ("lr: [1\n", "not valid YAML"),
+        ("lr: 1\n---\nlr: 2\n", "not valid YAML"),
+        ("debug: true\n", "no such setting"),
+    ],
+)
+def test_yaml_that_is_no_flat_table_of_known_settings_is_refused(tmp_path, text, told):
+    with pytest.raises(UserError, match=told):
+        parse(["--config", yaml_file(tmp_path, text)])
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_clock_time_in_yaml_means_what_it_means_as_a_flag(tmp_path):
+    """YAML 1.1 reads 1:30:00 as the number 5400, and 1:30 as 90 (steps?)."""
+    c = config("--config", yaml_file(tmp_path, "max_time: 1:30:00\ncheckpoint_every: 1:30\n"))
+    assert seconds(c.max_time) == 5400
+    assert not c.checkpoint_every.isdigit() and seconds(c.checkpoint_every) == 90
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_keeps_its_settings_and_lists_what_was_typed_otherwise(tmp_path):
+    folder = saved_run(tmp_path, "--model", "vgg11", "--lr", "0.2")
+    for words in (["--resume", folder], ["--run-dir", folder]):
+        assert config(*words).lr == 0.2 and config(*words).model == "vgg11"
+        with pytest.raises(UserError) as caught:
+            parse([*words, "--lr", "0.3", "--batch-size", "8", "--epochs", "99"])
+        told = str(caught.value)
+        assert "--lr 0.3 (the run has 0.2)" in told and "--batch-size 8 (the run has 64)" in told
+        assert "--allow-change batch-size lr" in told and "epochs" not in told
+        allowed = [*words, "--lr", "0.3", "--batch-size", "8", "--allow-change", "lr", "batch-size"]
+        assert (config(*allowed).lr, config(*allowed).batch_size) == (0.3, 8)
+        assert config(*words, "--lr", "0.2").lr == 0.2  # typing the same is no conflict
+
+
+def test_what_may_change_may_change(tmp_path):
+    folder = saved_run(tmp_path)
+    for name in MAY_CHANGE - {"run_dir", "track", "plots", "tta"}:
+        text = TYPES[name] in (str, str | None)
+        parse(["--resume", folder, f"--{name}", "9m" if text else "7"])
+    parse(["--resume", folder, "--no-plots", "--track", "tensorboard", "--tta", "1"])
+
+
+def test_a_changed_yaml_file_is_a_conflict_too(tmp_path):
+    folder = saved_run(tmp_path, "--lr", "0.2")
+    with pytest.raises(UserError, match=r"--lr 0.4 \(the run has 0.2\)"):
+        parse(["--resume", folder, "--config", yaml_file(tmp_path, "lr: 0.4\n")])
+
+
+def test_fresh_ignores_what_stood_there(tmp_path):
+    folder = saved_run(tmp_path, "--lr", "0.2")
+    assert config("--run-dir", folder, "--fresh", "--lr", "0.3").lr == 0.3
+    with pytest.raises(UserError, match="contradict"):
+        parse(["--resume", folder, "--fresh"])
+
+
+@pytest.mark.parametrize(
+    ("words", "decided"),
+    [
+        (["--batch-size", "5000"], {"batch_size": 1437}),  # lowered to what the data set has
+        (["--threads", "0"], {"threads": 2}),  # 0: the machine's own number
+    ],
+)
+def test_the_same_command_goes_on_where_the_first_life_decided_a_value(tmp_path, words, decided):
+    folder = saved_run(tmp_path, *words, **decided)
+    again = parse([*words, "--run-dir", folder])
+    assert {name: getattr(again.config, name) for name in decided} == decided
+
+
+def test_resuming_what_is_not_there_names_what_is(tmp_path):
+    saved_run(tmp_path, name="alexnet-digits-1")
+    with pytest.raises(UserError, match=r"holds no run \(did you mean .*alexnet-digits-1\?\)"):
+        parse(["--resume", str(tmp_path / "alexnet-digits")])
+    with pytest.raises(UserError, match=r"runs/latest: holds no run.*has a config.json"):
+        parse(["--resume"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": [1]}', '{"config": 3}'])
+def test_a_damaged_config_file_is_a_sentence(tmp_path, text):
+    folder = saved_run(tmp_path)
+    (tmp_path / "old" / "config.json").write_text(text)
+    with pytest.raises(UserError, match="cannot be read; mend it, or start over with --fresh"):
+        parse(["--resume", folder])
+
+
+def test_resume_and_another_run_dir_contradict_each_other(tmp_path):
+    folder = saved_run(tmp_path)
+    with pytest.raises(UserError, match="--run-dir"):
+        parse(["--resume", folder, "--run-dir", str(tmp_path / "elsewhere")])
+
+
+def test_lives_of_one_job_or_one_restarting_launcher_share_a_folder(monkeypatch):
+    assert config().run_dir is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/b")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    assert config().run_dir == os.path.join("runs", "launch-a_b")  # noqa: PTH118
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert config().run_dir.endswith("slurm-7")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert config().run_dir.endswith("slurm-5_3")
+    assert config("--run-dir", "mine").run_dir == "mine"
+    assert config("--debug").run_dir is None
+
+
+# --- lengths of time and batches -----------------------------------------------------------------
+
+
+def test_lengths_of_time():
+    right = {"3h50m": 13800, "90s": 90, "1d": 86400, "1:30:00": 5400, "1:30": 90, "1d2h3m4s": 93784}
+    assert {text: seconds(text) for text in right} == right
+    for text in ("", "0s", "0:00", "90", "5 m", "m", "1h1h", "-5m", "1:2:3:4", "5m3h", "1.5h"):
+        with pytest.raises(UserError, match="not a length of time"):
+            seconds(text)
+
+
+def test_every_plan_that_is_possible_is_the_equation_it_claims():
+    for shards in ("auto", "1", "4", "6", "24"):
+        for accumulate in (1, 2, 3):
+            for batch in (1, 7, 64, 100, 128, 5000):
+                for processes in (1, 2, 3, 4, 8):
+                    for images in (1, 5, 63, 1437):
+                        _check_plan(shards, accumulate, batch, processes, images)
+
+
+def _check_plan(shards, accumulate, batch, processes, images):
+    values = {"shards": shards, "accumulate": accumulate}
+    settings = Settings({"recipe": {**values, "batch_size": batch}})
+    wanted = processes * accumulate if shards == "auto" else int(shards)
+    try:
+        plan = plan_batch(settings, processes, images)
+    except UserError:
+        assert wanted % processes or images < wanted, values
+        return
+    assert plan.shards == wanted and plan.batch_size % plan.shards == 0
+    assert plan.batch_size == processes * plan.shards_per_process * plan.micro_batch_size
+    assert plan.micro_batch_size >= 1 and plan.batch_size <= images
+    assert abs(plan.batch_size - batch) < plan.shards or images < batch + plan.shards
+    assert bool(plan.note) == (plan.batch_size != batch)
+
+
+def test_a_recipes_batch_is_rounded_and_a_typed_one_is_refused_with_the_nearest():
+    plan = plan_batch(parse(["--model", "vgg11"]), 3, 1000)
+    assert plan.batch_size == 63
+    assert plan.note == "batch 64 of the recipe rounded to 63, which 3 shards divide"
+    with pytest.raises(UserError, match=r"--batch-size 64 .* 3 shards .*63 and 66 do"):
+        plan_batch(parse(["--batch-size", "64"]), 3, 1000)
+    with pytest.raises(UserError, match=r"--batch-size 2 .* 4 shards .*; 4 does"):
+        plan_batch(parse(["--batch-size", "2", "--accumulate", "4"]), 1, 1000)
+
+
+def test_shards_that_the_processes_do_not_divide_name_the_numbers_that_do():
+    with pytest.raises(UserError, match=r"4 processes cannot share 6 shards.*can: 1, 2, 3, 6$"):
+        plan_batch(parse(["--shards", "6"]), 4, 1000)
+
+
+def test_a_data_set_smaller_than_a_batch_lowers_it_and_an_impossible_one_is_refused():
+    plan = plan_batch(parse(["--batch-size", "64"]), 2, 51)
+    assert (plan.batch_size, plan.micro_batch_size) == (50, 25)
+    assert plan.note == "batch 64 lowered to 50: there are only 51 training images"
+    with pytest.raises(UserError, match="3 training images are fewer than the 8 shards"):
+        plan_batch(parse(["--batch-size", "64"]), 8, 3)
+
+
+# --- the command line as a process ---------------------------------------------------------------
+
+
+def run(*words, cwd, **environment):
+    """A real process for which torch cannot be imported: what it does needs none."""
+    poison = cwd / "poison"
+    poison.mkdir(exist_ok=True)
+    for name in ("torch", "rich", "accelerate", "torchvision"):
+        (poison / f"{name}.py").write_text("raise SystemExit('a heavy import')")
+    return subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(poison), **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words", [["--modle", "x"], ["--lr"], ["--debug=1"], ["--model", "alexnte"]]
+)
+def test_a_typo_is_one_sentence_from_rank_0_only_and_status_2(tmp_path, words):
+    first = run("train.py", *words, cwd=tmp_path, RANK="0")
+    second = run("train.py", *words, cwd=tmp_path, RANK="1")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert words[0].partition("=")[0] in first.stderr and first.stdout == ""
+    assert "Traceback" not in first.stderr and len(first.stderr.strip().splitlines()) == 1
+    assert (second.stdout, second.stderr) == ("", "")
+
+
+def test_help_and_version_need_no_heavy_import(tmp_path):
+    done = run("train.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and all(flag in done.stdout for flag in FIXED_FLAGS)
+    assert run("train.py", "--version", cwd=tmp_path).stdout.startswith("lockstep ")
+
+
+def test_the_module_prints_each_value_with_its_origin(tmp_path):
+    done = run("-m", "config", "--model", "vgg11", "--seed", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert set(lines) == set(HINTS)
+    assert lines["seed"] == ["3", "flag"] and lines["lr"] == ["0.0003", "recipe"]
+    assert lines["keep"] == ["3", "default"]
+    assert run("-m", "config", "--sead", "3", cwd=tmp_path).returncode == 2
+
+
+def test_torchrun_hands_every_option_of_ours_to_the_script():
+    from torch.distributed.run import get_args_parser
+
+    flags = [s for action in build_parser()._actions for s in action.option_strings]
+    for flag in [f for f in flags if f.startswith("--")]:
+        for words in ([flag, "1"], [f"{flag}=1"], [flag.replace("-", "_").replace("__", "--", 1)]):
+            parsed = get_args_parser().parse_args(["--nproc-per-node", "2", "train.py", *words])
+            assert parsed.training_script_args == words
+    # A flag that stands before the script must not be taken for one of torchrun's either.
+    theirs = [s for action in get_args_parser()._actions for s in action.option_strings]
+    for flag in set(flags) - {"--help", "-h"}:
+        assert not [o for o in theirs if o.replace("_", "-").startswith(flag)], flag
+
+
+def test_what_is_saved_reads_back_as_the_same_settings(tmp_path):
+    folder = saved_run(tmp_path, "--model", "speednet", "--max-time", "2h", "--track", "wandb")
+    first = parse(["--model", "speednet", "--max-time", "2h", "--track", "wandb"]).config
+    again = config("--resume", folder)
+    for name in set(HINTS) - {"run_dir"}:
+        assert getattr(again, name) == getattr(first, name), name
+    origins = json.loads((tmp_path / "old" / "config.json").read_text())["origins"]
+    assert origins["lr"] == "recipe" and origins["track"] == "flag"

@@ -1,0 +1,196 @@
+"""The house: imports flow one way, heavy packages are paid by those who use them, main is short."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).resolve().parent.parent
+
+# Each floor may import the floors below it. Rooms of one floor never import each other; the
+# modules inside a room (a folder) may.
+FLOORS = [
+    {"errors"},
+    {"models"},
+    {"config"},
+    {"data", "tasks", "optim", "report", "plots", "run_dir", "tracking", "distributed", "recorder"},
+    {"panels"},
+    {"run", "lr_finder"},
+    {"train", "predict", "doctor"},
+    {"bench"},
+]
+# tracking.py writes its run's id as run_dir.py writes files.
+ALLOWED = {("tracking", "run_dir")}
+# Packages with one door; a __main__.py prints tables of its own, outside any run.
+DOORS = {
+    "rich": {"report.py", "models/__main__.py", "data/__main__.py"},
+    "datasets": {"data/"},
+    "wandb": {"tracking.py"},
+    "matplotlib": {"plots.py", "data/__main__.py"},
+    "accelerate": {"distributed/", "tracking.py"},
+    "sklearn": {"data/"},
+    "PIL": {"data/", "predict.py"},
+}
+HEAVY = {"torchvision", "datasets", "wandb", "matplotlib", "sklearn", "PIL"}
+WITHOUT_TORCH = {"errors.py", "config.py", "models/__init__.py", "models/own_file.py"}
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(
+        ["git", "-C", str(HOUSE), "ls-files", "-z"], capture_output=True, text=True
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [HOUSE / name for name in done.stdout.split("\0") if name and (HOUSE / name).is_file()]
+
+
+def sources() -> dict[str, ast.Module]:
+    """Path from the top -> syntax tree, of every source file but tests."""
+    rooms = {name for floor in FLOORS for name in floor} | {"launch"}
+    found = {}
+    for path in sorted(HOUSE.rglob("*.py")):
+        place = path.relative_to(HOUSE)
+        if place.parts[0].removesuffix(".py") in rooms:
+            found[place.as_posix()] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def room_of(place: str) -> str:
+    return place.partition("/")[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Top-level names of everything imported anywhere in a file, but for type checkers."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def at_import_time(tree: ast.Module) -> set[str]:
+    """What importing a file imports: everything that stands in no function."""
+    names, waiting = set(), list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and re.search("TYPE_CHECKING|__main__", ast.unparse(node.test)):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= imports(ast.Module([node], []))
+        waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return names
+
+
+def test_imports_flow_one_way():
+    floor_of = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    wrong = []
+    for place, tree in sources().items():
+        room = room_of(place)
+        if room == "launch":
+            continue
+        for other in imports(tree) & floor_of.keys() - {room}:
+            down = floor_of[other] < floor_of[room]
+            if not down and (room, other) not in ALLOWED:
+                wrong.append(f"{place} imports {other}")
+    assert wrong == []
+
+
+def test_launchers_speak_to_the_rest_through_the_command_line_only():
+    rooms = {name for floor in FLOORS for name in floor}
+    for place, tree in sources().items():
+        if room_of(place) == "launch":
+            assert not imports(tree) & rooms, place
+
+
+def test_each_package_has_one_door():
+    for place, tree in sources().items():
+        if room_of(place) in ("launch", "bench"):
+            continue
+        for package in imports(tree) & DOORS.keys():
+            assert any(place.startswith(door) for door in DOORS[package]), (place, package)
+
+
+def test_heavy_packages_are_imported_inside_the_function_that_uses_them():
+    for place, tree in sources().items():
+        if room_of(place) != "bench":  # a measurement pays for what it measures
+            assert not at_import_time(tree) & HEAVY, place
+        if place in WITHOUT_TORCH:
+            assert not at_import_time(tree) & {"torch", "rich", "accelerate", "numpy"}, place
+
+
+def test_no_folder_hides_a_package():
+    for parent in (HOUSE, HOUSE / "launch"):
+        for name in ("datasets", "wandb", "torch", "rich", "accelerate", "torchvision"):
+            assert not (parent / name).exists() and not (parent / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", ["main", "train_one_epoch", "train_step", "evaluate"])
+def test_the_loop_fits_on_a_screen(name):
+    body = sources()["train.py"].body
+    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    assert name in functions
+    assert functions[name].end_lineno - functions[name].lineno + 1 <= 40
+
+
+def test_every_source_file_says_what_it_is_for_in_its_first_line():
+    for place, tree in sources().items():
+        first = (ast.get_docstring(tree) or "").partition("\n")[0]
+        assert 10 < len(first) <= 100, place
+
+
+def test_nothing_that_is_read_can_run_code():
+    """CIFAR-10 is published as pickles: data/files.py has an unpickler that imports only arrays."""
+    for place, tree in sources().items():
+        names = imports(tree) & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+        assert names <= ({"pickle"} if place == "data/files.py" else set()), place
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "eval", "exec")
+            if called == "torch.load":
+                safe = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert safe.get("weights_only") == "True", (place, node.lineno)
+
+
+def test_no_tracked_file_holds_a_path_of_somebodys_machine():
+    # Written in two parts, so that this file passes its own test.
+    paths = re.compile(
+        "(?<![\\w.~$/])/(" + "|".join(["work", "root", "Users"]) + ")/|/home/[a-z]+/"
+    )
+    for path in tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            assert not paths.search(line), f"{path.relative_to(HOUSE)}:{number}: {line.strip()}"
+
+
+def test_no_large_or_private_file_is_tracked():
+    for path in tracked():
+        assert path.stat().st_size < 1_000_000, path
+        assert not path.name.startswith(".env") and path.suffix not in (".pth", ".pt", ".pkl")
+
+
+def test_the_core_stays_small():
+    lines = {}
+    for path in sorted(HOUSE.rglob("*.py")):
+        place = path.relative_to(HOUSE)
+        if not any(part.startswith(".") or part in ("venv", "build") for part in place.parts):
+            lines[place.as_posix()] = len(path.read_text(encoding="utf-8").splitlines())
+    for place, count in lines.items():
+        print(f"{count:6} {place}")
+    rooms: dict[str, int] = {}
+    for place, count in lines.items():
+        rooms[room_of(place)] = rooms.get(room_of(place), 0) + count
+    print(rooms)
+    assert rooms["train"] < 150
+    assert max(count for place, count in lines.items() if room_of(place) != "tests") < 800

@@ -1,0 +1,215 @@
+"""Optimizers: the shape of each schedule, who decays, and updates that must not happen."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from config import TrainConfig
+from distributed.shards import Guard
+from optim import WeightAverage, build_optimizer, lr_at, parameter_groups, set_lr
+
+SCHEDULES = ("constant", "cosine", "linear", "step")
+OPTIMIZERS = ("sgd", "adamw", "muon")
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+    )
+
+
+def gradients(model: nn.Module) -> None:
+    model.zero_grad()
+    torch.manual_seed(1)
+    model(torch.randn(6, 3, 8, 8)).square().mean().backward()
+
+
+def state(model: nn.Module, optimizer) -> list[torch.Tensor]:
+    tensors = [p.detach() for p in model.parameters()]
+    tensors += [v for p in model.parameters() for v in optimizer.state[p].values()]
+    return [t.clone() for t in tensors]
+
+
+def equal(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# --- the learning rate ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 1, 17])
+def test_a_schedule_starts_above_0_reaches_the_peak_once_warm_and_never_rises_again(
+    schedule, warmup
+):
+    rates = [
+        lr_at(step, peak=0.4, schedule=schedule, total_steps=200, warmup_steps=warmup)
+        for step in range(200)
+    ]
+    assert 0 < rates[0] <= 0.4 and max(rates) == rates[warmup] == 0.4
+    up, down = rates[: warmup + 1], rates[warmup:]
+    assert all(a < b for a, b in pairwise(up))
+    assert all(a >= b for a, b in pairwise(down))
+    assert rates[-1] > 0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_what_falls_is_continuous_and_ends_near_0(schedule):
+    rates = [lr_at(s, peak=1.0, schedule=schedule, total_steps=1000, warmup_steps=100)
+             for s in range(1001)]  # fmt: skip
+    assert max(abs(a - b) for a, b in pairwise(rates)) < 0.011
+    assert rates[-2] < 0.002 and rates[1000] == pytest.approx(0, abs=1e-12)
+    assert lr_at(5000, peak=1.0, schedule=schedule, total_steps=1000) == pytest.approx(0, abs=1e-9)
+
+
+def test_steps_divide_by_ten_after_half_and_after_three_quarters():
+    def at(step):
+        return lr_at(step, peak=1.0, schedule="step", total_steps=100)
+
+    assert [at(49), at(50), at(74), at(75), at(99)] == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
+    assert lr_at(99, peak=1.0, schedule="constant", total_steps=100) == 1.0
+
+
+def test_degenerate_lengths_give_finite_rates():
+    for schedule in SCHEDULES:
+        for total, warmup in ((1, 0), (1, 5), (3, 3), (0, 0)):
+            for step in range(4):
+                value = lr_at(
+                    step, peak=1.0, schedule=schedule, total_steps=total, warmup_steps=warmup
+                )
+                assert 0 <= value <= 1
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_trainable_parameter_is_in_one_group_and_a_frozen_one_in_none(name):
+    model = net()
+    model[0].weight.requires_grad_(False)
+    optimizer = build_optimizer(model, TrainConfig(optimizer=name))
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_biases_and_norms_do_not_decay_and_weights_do(name):
+    model = net()
+    config = TrainConfig(optimizer=name, weight_decay=0.3)
+    decay = {
+        id(p): group["weight_decay"]
+        for group in build_optimizer(model, config).param_groups for p in group["params"]
+    }  # fmt: skip
+    for p in model.parameters():
+        assert decay[id(p)] == (0.3 if p.ndim > 1 else 0.0)
+
+
+def test_decay_alone_shrinks_weights_and_leaves_biases():
+    for name in ("sgd", "adamw"):
+        model = net()
+        optimizer = build_optimizer(model, TrainConfig(optimizer=name, weight_decay=0.5, lr=0.1))
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for old, p in zip(before, model.parameters(), strict=True):
+            assert torch.allclose(p, old * (0.95 if p.ndim > 1 else 1.0))
+
+
+def test_a_shared_parameter_is_updated_once():
+    model = net()
+    model.append(model[4])
+    assert sum(len(g["params"]) for g in parameter_groups(model, 0.1)) == 6
+
+
+def test_every_group_gets_the_rate_of_the_step_times_its_scale():
+    optimizer = torch.optim.SGD([
+        {"params": [nn.Parameter(torch.ones(2))], "lr_scale": 3.0},
+        {"params": [nn.Parameter(torch.ones(2))]},
+    ], lr=9.0)  # fmt: skip
+    set_lr(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.5, 0.5]
+
+
+# --- updates that must not happen ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_changes_nothing_at_the_first_or_a_later_step(name, momentum):
+    model = net()
+    config = TrainConfig(optimizer=name, momentum=momentum)
+    optimizer = build_optimizer(model, config)
+    twin = copy.deepcopy(model)
+    twin_optimizer = build_optimizer(twin, config)
+    guard = Guard(torch.device("cpu"), optimizer, skip=True)
+    for step in range(4):
+        before = state(model, optimizer)
+        gradients(model)
+        bad = step in (0, 2)
+        if bad:
+            model[0].weight.grad[0, 0, 0, 0] = float("nan") if step else float("inf")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        found = guard.check(norm, torch.zeros(()), step)
+        optimizer.step()
+        after = [p.detach() for p in model.parameters()]
+        if bad:
+            assert found == 1.0 and equal(after, before[:6])
+            assert all(torch.isfinite(t).all() for t in state(model, optimizer))
+        else:
+            assert found == 0.0 and not equal(after, before[:6])
+            gradients(twin)
+            twin_optimizer.step()
+    # As if the two bad updates had never been asked for.
+    assert equal(state(model, optimizer), state(twin, twin_optimizer))
+
+
+# --- averaged weights ----------------------------------------------------------------------------
+
+
+def test_the_average_is_decay_times_old_plus_the_rest_of_new():
+    model = net()
+    average = WeightAverage(model, 0.9)
+    expected = [p.detach().clone() for p in model.parameters()]
+    for step in range(3):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += step + 1
+        average.update(model)
+        expected = [
+            0.9 * e + 0.1 * p.detach() for e, p in zip(expected, model.parameters(), strict=True)
+        ]
+    for mine, wanted in zip(average.model.parameters(), expected, strict=True):
+        assert torch.allclose(mine, wanted, rtol=1e-6, atol=1e-6)
+    assert not any(p.requires_grad for p in average.model.parameters())
+    assert not any(m.training for m in average.model.modules())
+
+
+def test_a_skipped_update_averages_nothing():
+    model = net()
+    average = WeightAverage(model, 0.5)
+    before = [p.clone() for p in average.model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    average.update(model, skipped=torch.tensor(1.0))
+    assert equal(before, list(average.model.parameters()))
+    average.update(model, skipped=torch.tensor(0.0))
+    assert all(
+        torch.allclose(p, b + 0.5)
+        for p, b in zip(average.model.parameters(), before, strict=True)
+    )  # fmt: skip
+
+
+def test_running_statistics_are_copied_not_averaged():
+    model = net()
+    average = WeightAverage(model, 0.9)
+    model(torch.randn(8, 3, 8, 8))
+    average.update(model)
+    assert torch.equal(average.model[1].running_mean, torch.zeros(4))
+    average.copy_buffers(model)
+    assert equal(list(average.model.buffers()), list(model.buffers()))

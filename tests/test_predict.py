@@ -1,0 +1,166 @@
+"""After a run: predictions, pictures, trackers, the learning-rate finder. One launch for all."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from launches import REPOSITORY, SMALL, rows, train
+from PIL import Image
+
+import lr_finder
+import plots
+from tracking import build_trackers
+
+CANARY = "canary0123456789abcdef0123456789abcdef012345"
+
+
+@pytest.fixture(scope="module")
+def run(nets):
+    """A run with pictures and an offline wandb, by a user whose environment holds secrets."""
+    arguments = ["--model", "full.py:Net", *SMALL, "--plots", "--epochs", "5", "--track", "wandb"]
+    arguments += ["--lr", "0.01", "--limit", "1200"]
+    secrets = {"WANDB_API_KEY": CANARY, "HF_TOKEN": CANARY, "WANDB_MODE": "offline"}
+    done = train([*arguments, "--run-dir", "after"], nets, **secrets)
+    assert done.status == 0 and "Traceback" not in done.out, done.out
+    (nets / "after" / "out.txt").write_text(done.out)
+    return nets / "after"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Forty real digits as PNG files named by their class, with one file that is no picture."""
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for index in range(40):
+        pixels = (data.images[index] * 255 / 16).round().astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{data.target[index]}-{index:02}.png")
+    return folder
+
+
+def predict(*words, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "predict.py"), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_pictures_are_predicted_with_the_accuracy_of_the_run_and_the_same_every_time(run, digits):
+    first = predict(digits, "--run", run, "--json", cwd=run.parent)
+    assert first.returncode == 0, first.stderr
+    found = json.loads(first.stdout)
+    right = sum(row["predictions"][0]["class"] == row["path"].split("/")[-1][0] for row in found)
+    assert len(found) == 40 and right >= 30
+    assert all(len(row["predictions"]) == 5 for row in found)
+    again = predict(digits, "--run", run, "--json", cwd=run.parent)
+    assert again.stdout == first.stdout
+    one = predict(found[7]["path"], "--run", run, "--json", cwd=run.parent)
+    assert json.loads(one.stdout) == [found[7]]
+
+
+def test_what_is_no_picture_is_named_and_the_others_go_on(run, digits, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    good = next(digits.glob("*.png"))
+    words = [tmp_path / "broken.png", tmp_path / "missing.png", good, "--run", run, "--csv"]
+    done = predict(*words, cwd=run.parent)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "broken.png" in done.stderr and "missing.png" in done.stderr
+    table = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["path"] for row in table] == [str(good)] * 5
+    done = predict(good, "--run", tmp_path, cwd=run.parent)
+    assert done.returncode == 2 and "no weights in it that can be read" in done.stderr
+    assert predict(good, "--model", "alexnet", cwd=run.parent).returncode == 2
+
+
+def test_imagenet_classes_are_told_by_name_from_a_weights_file(digits, tmp_path):
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    model = alexnet(weights=None)
+    with torch.no_grad():  # weights under which everything is class 263
+        model.classifier[6].weight.zero_()
+        model.classifier[6].bias.copy_(torch.eye(1000)[263] * 9)
+    torch.save(model.state_dict(), tmp_path / "alexnet.pth")
+    picture = next(digits.glob("*.png"))
+    words = [picture, "--model", "alexnet", "--weights", tmp_path / "alexnet.pth", "--json"]
+    done = predict(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["predictions"][0]["class"] == "Pembroke"
+
+
+def test_a_run_leaves_its_pictures(run):
+    for name in ("curves", "confusion", "mistakes", "samples"):
+        with Image.open(run / f"{name}.png") as picture:
+            assert min(picture.size) > 150 and len(picture.convert("L").getcolors(256)) > 8
+
+
+def test_wandb_runs_offline_inside_the_folder_and_no_secret_is_written_anywhere(run):
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert json.loads((run / "tracking.json").read_text())["wandb"]
+    files = [p for p in run.rglob("*") if p.is_file()]
+    assert len(files) > 15
+    assert [p for p in files if CANARY.encode() in p.read_bytes()] == []
+
+
+def test_a_tracker_that_fails_is_told_once_and_stops_nothing(tmp_path):
+    class Broken:
+        def log(self, row):
+            raise ConnectionError("gone")
+
+    from tracking import Guarded
+
+    told = []
+    tracker = Guarded(Broken(), "wandb", told.append)
+    for step in range(3):
+        tracker.log({"step": step})
+    tracker.finish()
+    assert len(told) == 1 and "gone" in told[0]
+    assert build_trackers("none", tmp_path, "x", {}, told.append) == []
+
+
+def test_tensorboard_gets_the_rows_with_their_steps(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (tracker,) = build_trackers("tensorboard", tmp_path, "x", {"lr": 0.1}, pytest.fail)
+    tracker.log({"step": 7, "train/loss": 1.5})
+    tracker.finish()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = [p.parent for p in tmp_path.rglob("events.out*")]
+    scalars = EventAccumulator(str(found[0])).Reload().Scalars("train/loss")
+    assert [(s.step, s.value) for s in scalars] == [(7, 1.5)]
+
+
+def test_names_from_outside_cannot_break_a_picture(tmp_path):
+    classes = ["$\\frac{1}{0", "[red]", "\x1b[31m", "a\nb"]
+    matrix = [[3, 1, 0, 0], [0, 0, 0, 0], [0, 2, 2, 0], [1, 1, 1, 1]]
+    plots.confusion(matrix, classes, tmp_path / "c.png")
+    plots.sheet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), classes, tmp_path / "s.png")
+    plots.confusion([[0] * 200] * 200, [str(i) for i in range(200)], tmp_path / "many.png")
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_the_learning_rate_finder_suggests_the_steepest_fall_and_makes_no_run(nets):
+    rates = [10.0 ** (i / 10 - 5) for i in range(50)]
+    losses = [2.3 if i < 20 else max(0.5, 2.3 - 0.1 * (i - 20) ** 1.5) for i in range(50)]
+    assert rates[20] < lr_finder.suggest(rates, losses) < rates[30]
+    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--find-lr"]
+    before = {p.name for p in nets.iterdir()}
+    done = train(arguments, nets, 2)
+    assert done.status == 0 and done.out.count("suggested") == 1, done.out
+    assert (nets / "runs" / "find-lr-plain.py-Net.png").stat().st_size > 5000
+    new = {p.name for p in nets.iterdir() if not p.name.startswith("output-")} - before
+    assert new <= {"runs"}
+
+
+def test_linear_regression_learns_slope_and_intercept_and_draws_the_line(tmp_path):
+    done = train(["--model", "linear_regression", "--run-dir", "line"], tmp_path)
+    assert done.status == 0, done.out
+    last = rows(tmp_path / "line")[-1]
+    assert last["test/r2"] > 0.99 and 0.4 < last["test/loss"] < 1.0
+    assert (tmp_path / "line" / "line.png").exists()
+    slope = float(done.out.split("weight")[-1].split()[0])
+    intercept = float(done.out.split("bias")[-1].split()[0])
+    assert abs(slope - 2) < 0.1 and abs(intercept - 4) < 0.4  # the noise {0, 1, 2} has mean 1

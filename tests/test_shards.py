@@ -1,0 +1,270 @@
+"""Logical shards: the same gradient and statistics however the shards are spread over processes."""
+
+import contextlib
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from config import BatchPlan
+from data.keyed_random import mix
+from distributed.shards import Guard, Shards, seed_dropout
+
+SIZE, CLASSES = 24, 5
+
+
+class FakeAccelerator:
+    """One of several processes, without the others: what it would hand to their sum."""
+
+    def __init__(self, process_index=0, num_processes=1):
+        self.process_index, self.num_processes = process_index, num_processes
+        self.device = torch.device("cpu")
+
+    def unwrap_model(self, model):
+        return model
+
+    def no_sync(self, model):
+        return contextlib.nullcontext()
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(36, CLASSES)
+    ).double()
+
+
+def full() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.4), nn.Flatten(),
+        nn.Linear(36, CLASSES),
+    ).double()  # fmt: skip
+
+
+def batch() -> dict:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "images": torch.randn(SIZE, 3, 8, 8, generator=generator, dtype=torch.float64),
+        "labels": torch.randint(CLASSES, (SIZE,), generator=generator),
+        "indices": torch.arange(SIZE),
+    }
+
+
+def step(model, shards, processes=1, index=0, accelerator=None, bitwise=False, number=3):
+    """One process's share of a step: (gradients, [loss of each shard], its Shards)."""
+    accelerator = accelerator or FakeAccelerator(index, processes)
+    plan = BatchPlan(SIZE, shards, processes)
+    made = Shards(accelerator, model, plan, lambda step, shard: mix(7, step, shard), bitwise)
+    share = SIZE // processes
+    mine = {k: v[index * share : (index + 1) * share] for k, v in batch().items()}
+    losses = []
+    model.train()
+    model.zero_grad()
+    for part in made(mine, number):
+        assert len(part["labels"]) == len(part["images"]) == SIZE // shards
+        loss = F.cross_entropy(model(part["images"]), part["labels"], reduction="sum")
+        (loss * made.scale).backward()
+        losses.append(float(loss.detach()))
+    return [p.grad.clone() for p in model.parameters()], losses, made
+
+
+def spread(make, shards, processes):
+    """The step on several processes, one after the other, their gradients averaged as by DDP."""
+    results = [step(make(), shards, processes, index) for index in range(processes)]
+    gradients = [sum(g) / processes for g in zip(*(r[0] for r in results), strict=True)]
+    return gradients, [loss for r in results for loss in r[1]]
+
+
+def close(a, b) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-10, atol=1e-12) for x, y in zip(a, b, strict=True))
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_without_batch_norm_and_dropout_the_gradient_is_that_of_the_whole_batch(shards, bitwise):
+    model, data = plain(), batch()
+    F.cross_entropy(model(data["images"]), data["labels"]).backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    accelerator = Accelerator(cpu=True)
+    gradients, losses, _ = step(plain(), shards, accelerator=accelerator, bitwise=bitwise)
+    assert close(gradients, wanted) and len(losses) == shards
+
+
+@pytest.mark.parametrize("make", [plain, full])
+@pytest.mark.parametrize("shards", [4, 8])
+def test_gradient_and_losses_do_not_depend_on_how_the_shards_are_spread(make, shards):
+    wanted, losses = spread(make, shards, 1)
+    for processes in (2, 4):
+        gradients, their_losses = spread(make, shards, processes)
+        assert close(gradients, wanted) and their_losses == losses
+
+
+def test_with_batch_norm_and_dropout_the_number_of_shards_is_part_of_the_result():
+    assert not close(spread(full, 2, 1)[0], spread(full, 4, 1)[0])
+
+
+def test_the_shards_are_consecutive_slices_in_the_order_of_the_processes():
+    seen = []
+    for index in range(2):
+        model = plain()
+        plan = BatchPlan(SIZE, 4, 2)
+        made = Shards(FakeAccelerator(index, 2), model, plan, lambda s, n: mix(s, n), False)
+        assert made.first == 2 * index
+        mine = {"indices": torch.arange(SIZE)[12 * index : 12 * index + 12]}
+        seen += [part["indices"].tolist() for part in made(mine, 0)]
+    assert seen == [part.tolist() for part in torch.arange(SIZE).split(6)]
+
+
+def test_a_shards_dropout_depends_on_step_and_shard_and_not_on_what_was_drawn_before():
+    def masks(step, index, processes):
+        torch.rand(index + 3)  # another past
+        drop = nn.Dropout(0.5)
+        plan = BatchPlan(SIZE, 4, processes)
+        made = Shards(FakeAccelerator(index, processes), drop, plan, lambda s, n: mix(s, n), False)
+        return [drop(torch.ones(64)) for _ in made({"indices": torch.arange(24)}, step)]
+
+    first = masks(0, 0, 1)
+    assert equal(first, masks(0, 0, 2) + masks(0, 1, 2))
+    assert len({tuple(mask.tolist()) for mask in first + masks(1, 0, 1)}) == 8
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_running_statistics_are_those_after_shard_0(bitwise):
+    data, alone = batch(), full()
+    seed_dropout(mix(7, 3, 0), torch.device("cpu"))
+    alone.train()(data["images"][:6])
+    for processes in (1, 2):
+        model = full()
+        step(model, 4, processes, 0, bitwise=bitwise and processes == 1)
+        assert equal(model.buffers(), alone.buffers()), processes
+        assert model[1].num_batches_tracked == 1
+
+
+def test_a_buffer_that_forward_reads_is_the_same_for_every_shard():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3 * 64, CLASSES).double()
+            self.register_buffer("calls", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.linear(x.flatten(1)) * self.calls
+
+    torch.manual_seed(0)
+    one = Counting()
+    state = {k: v.clone() for k, v in one.state_dict().items()}
+
+    def make():
+        model = Counting()
+        model.load_state_dict(state)
+        return model
+
+    wanted, losses = spread(make, 4, 1)
+    gradients, their_losses = spread_without_broadcast(make, 4, 2)
+    assert close(gradients, wanted) and losses == their_losses
+
+
+def spread_without_broadcast(make, shards, processes):
+    """Like `spread`; the others that rank 0 would tell its buffers are not there."""
+    original = Shards.broadcast_buffers
+    Shards.broadcast_buffers = lambda self: None
+    try:
+        return spread(make, shards, processes)
+    finally:
+        Shards.broadcast_buffers = original
+
+
+def test_bitwise_adds_the_shards_in_their_order_whoever_computed_them():
+    def single(number):
+        """The gradient of one shard, by its place in the batch."""
+        model, part = plain().float(), slice(number * 3, number * 3 + 3)
+        images, labels = batch()["images"].float()[part], batch()["labels"][part]
+        loss = F.cross_entropy(model(images), labels, reduction="sum")
+        (loss * (1 / SIZE)).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    def everyone(model):
+        plan = BatchPlan(SIZE, 8, 1)
+        made = Shards(FakeAccelerator(), model, plan, lambda s, n: mix(s, n), True)
+        for part in made({**batch(), "images": batch()["images"].float()}, 0):
+            loss = F.cross_entropy(model(part["images"]), part["labels"], reduction="sum")
+            (loss * made.scale).backward()
+        return [p.grad for p in model.parameters()]
+
+    parts = [single(number) for number in range(8)]
+    wanted = [g.clone() for g in parts[0]]
+    for part in parts[1:]:
+        for total, gradient in zip(wanted, part, strict=True):
+            total += gradient
+    assert equal(everyone(plain().float()), wanted)
+    again = everyone(plain().float().to(memory_format=torch.channels_last))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, wanted, strict=True))
+
+
+def test_bitwise_gives_gradients_the_memory_layout_of_their_weights_and_skips_frozen_ones():
+    model = plain().to(memory_format=torch.channels_last)
+    model[0].weight.requires_grad_(False)
+    gradients = None
+    made = Shards(FakeAccelerator(), model, BatchPlan(SIZE, 2, 1), lambda s, n: 0, True)
+    for part in made(batch(), 0):
+        F.cross_entropy(model(part["images"]), part["labels"]).backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert gradients[0] is None
+    for p in list(model.parameters())[1:]:
+        assert p.grad.stride() == p.stride()
+
+
+# --- numbers that are not finite -----------------------------------------------------------------
+
+
+def guarded_steps(skip: bool, bad_at: set, steps=4):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=True)
+    guard, changed = Guard(torch.device("cpu"), optimizer, skip), []
+    for number in range(steps):
+        before = weight.detach().clone()
+        weight.grad = torch.full((3,), float("nan") if number in bad_at else 1.0)
+        norm = torch.nn.utils.get_total_norm([weight.grad])
+        losses = torch.tensor(float("inf") if number in bad_at else 1.0)
+        guard.check(norm, losses, number)
+        optimizer.step()
+        changed.append(not torch.equal(before, weight.detach()))
+    assert torch.isfinite(weight).all()
+    return guard, changed
+
+
+def test_in_stop_mode_no_update_is_made_from_the_first_bad_number_on():
+    guard, changed = guarded_steps(False, {2}, 5)
+    assert changed == [True, True, False, False, False]
+    report = guard.report()
+    assert guard.must_stop(report)
+    assert report == {"bad_step": 2, "skipped": 1, "in_a_row": 0, "bad_loss": 2}
+    guard, changed = guarded_steps(False, set())
+    assert all(changed) and not guard.must_stop(guard.report())
+    assert guard.report() == {"bad_step": -1, "skipped": 0, "in_a_row": 0, "bad_loss": -1}
+
+
+def test_in_skip_mode_bad_updates_are_left_out_counted_and_too_many_in_a_row_stop():
+    guard, changed = guarded_steps(True, {0, 2, 3}, 5)
+    assert changed == [False, True, False, False, True]
+    assert guard.report() == {"bad_step": 0, "skipped": 3, "in_a_row": 0, "bad_loss": 0}
+    assert not guard.must_stop(guard.report())
+    guard, _ = guarded_steps(True, set(range(1, 10)), 10)
+    assert guard.report()["in_a_row"] == 9 and not guard.must_stop(guard.report())
+    guard, _ = guarded_steps(True, set(range(1, 11)), 11)
+    assert guard.must_stop(guard.report())
+
+
+def test_a_bad_gradient_without_a_bad_loss_blames_no_loss():
+    weight = nn.Parameter(torch.ones(3))
+    guard = Guard(torch.device("cpu"), torch.optim.SGD([weight], lr=0.1, fused=True), False)
+    guard.check(torch.tensor(float("nan")), torch.tensor(1.0), 4)
+    assert guard.report() == {"bad_step": 4, "skipped": 1, "in_a_row": 1, "bad_loss": -1}

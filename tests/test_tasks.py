@@ -1,0 +1,175 @@
+"""Losses and metrics: against plain computations, and the same in every order and batching."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tasks import LARGEST_LOSS, Classification, Regression, build_task
+
+
+def sample(n=203, classes=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, classes, generator=generator) * 3
+    return logits, torch.randint(classes, (n,), generator=generator)
+
+
+def counted(task, logits, labels, parts, weights=None):
+    counts = task.new_counts("cpu")
+    weights = torch.ones(len(labels), dtype=torch.int64) if weights is None else weights
+    for part in parts:
+        task.count(counts, logits[part], labels[part], weights[part])
+    return counts
+
+
+def whole(labels):
+    return [torch.arange(len(labels))]
+
+
+# --- classification ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_cross_entropy_summed_also_for_soft_labels_and_half_precision(smoothing):
+    logits, labels = sample()
+    task = Classification(7, smoothing)
+    wanted = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    assert task.loss(logits, labels) == wanted
+    soft = F.one_hot(labels, 7).float()
+    assert task.loss(logits, soft) == pytest.approx(float(wanted), rel=1e-5)
+    half = task.loss(logits.bfloat16(), labels)
+    assert half.dtype == torch.float32 and half == pytest.approx(float(wanted), rel=0.01)
+
+
+def test_auxiliary_heads_weigh_what_the_model_says_in_training_and_nothing_in_evaluation():
+    logits, labels = sample()
+    other, _ = sample(seed=1)
+    model = nn.Linear(1, 1)
+    model.auxiliary_weight = 0.4
+    task = build_task("classification", 7, 0.0, model)
+    main, extra = (F.cross_entropy(x, labels, reduction="sum") for x in (logits, other))
+    assert torch.allclose(task.loss((logits, other), labels), main + 0.4 * extra)
+    assert torch.allclose(task.loss((logits, other, None), labels), main + 0.4 * extra)
+    assert build_task("classification", 7, 0.0, nn.Linear(1, 1)).auxiliary == 0.3
+    a, b = task.new_counts("cpu"), task.new_counts("cpu")
+    weights = torch.ones(len(labels), dtype=torch.int64)
+    task.count(a, (logits, other), labels, weights)
+    task.count(b, logits, labels, weights)
+    assert torch.equal(a, b)
+
+
+def test_metrics_equal_a_plain_computation():
+    logits, labels = sample()
+    metrics = Classification(7).metrics(counted(Classification(7), logits, labels, whole(labels)))
+    predicted = logits.argmax(1)
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1)
+    matrix = [[int(((labels == t) & (predicted == p)).sum()) for p in range(7)] for t in range(7)]
+    assert metrics["images"] == 203
+    assert metrics["accuracy"] == int((predicted == labels).sum()) / 203
+    assert metrics["top5"] == int(top5.sum()) / 203
+    assert metrics["confusion"] == matrix
+    assert metrics["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+
+
+def test_every_order_batching_and_split_over_processes_counts_exactly_the_same():
+    logits, labels = sample()
+    task = Classification(7)
+    wanted = counted(task, logits, labels, whole(labels))
+    for size in (1, 2, 7, 64, 203):
+        order = torch.randperm(203, generator=torch.Generator().manual_seed(size))
+        assert torch.equal(counted(task, logits, labels, order.split(size)), wanted)
+    halves = [counted(task, logits, labels, [part]) for part in torch.arange(203).split(102)]
+    assert torch.equal(sum(halves), wanted)
+
+
+def test_padding_counts_for_nothing():
+    logits, labels = sample()
+    weights = (torch.arange(203) < 150).long()
+    task = Classification(7)
+    padded = counted(task, logits, labels, whole(labels), weights)
+    assert torch.equal(padded, counted(task, logits[:150], labels[:150], whole(labels[:150])))
+    logits[150:] = float("nan")
+    assert torch.equal(padded, counted(task, logits, labels, whole(labels), weights))
+
+
+def test_ties_go_to_the_lower_class_in_accuracy_and_matrix_alike():
+    logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [2.0, 2.0, 2.0]])
+    labels = torch.tensor([0, 1, 2])
+    metrics = Classification(3).metrics(counted(Classification(3), logits, labels, whole(labels)))
+    assert metrics["accuracy"] == 1 / 3
+    assert metrics["confusion"] == [[1, 0, 0], [1, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("row", [[float("nan")] * 3, [9.0, float("nan"), 0.0],
+                                 [float("nan"), 9.0, 9.0]])  # fmt: skip
+def test_logits_that_are_not_numbers_are_wrong_everywhere_and_the_loss_stays_finite(row):
+    for label in range(3):
+        logits, labels = torch.tensor([row, [9.0, 0.0, 0.0]]), torch.tensor([label, 0])
+        task = Classification(3)
+        metrics = task.metrics(counted(task, logits, labels, whole(labels)))
+        assert metrics["accuracy"] == 0.5 and metrics["images"] == 2
+        assert metrics["loss"] == pytest.approx(LARGEST_LOSS / 2, rel=1e-3)
+        right = sum(metrics["confusion"][c][c] for c in range(3))
+        assert right == 1 and sum(map(sum, metrics["confusion"])) == 2
+
+
+def test_a_hopeless_but_finite_answer_has_a_finite_loss():
+    logits, labels = torch.tensor([[0.0, -float("inf")], [1e30, 0.0]]), torch.tensor([1, 1])
+    task = Classification(2)
+    metrics = task.metrics(counted(task, logits, labels, whole(labels)))
+    assert metrics["loss"] == LARGEST_LOSS and metrics["accuracy"] == 0
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5])
+def test_with_five_classes_or_fewer_every_image_is_among_the_first_five(classes):
+    logits, labels = sample(50, classes)
+    task = Classification(classes)
+    assert task.metrics(counted(task, logits, labels, whole(labels)))["top5"] == 1.0
+
+
+def test_millions_of_images_do_not_overflow():
+    task = Classification(2)
+    counts = task.new_counts("cpu")
+    counts[:4] = torch.tensor([2**20 * 2**20 * 2**20, 0, 0, 2**20])
+    assert task.metrics(counts)["loss"] == LARGEST_LOSS
+
+
+# --- regression ----------------------------------------------------------------------------------
+
+
+def test_a_shape_that_would_broadcast_is_an_error_in_training_and_evaluation():
+    task, targets = Regression(), torch.zeros(8, 1)
+    for wrong in (torch.zeros(8), torch.zeros(1, 8), torch.zeros(8, 2), torch.zeros(1, 1)):
+        with pytest.raises(ValueError, match="broadcast"):
+            task.loss(wrong, targets)
+        with pytest.raises(ValueError, match="broadcast"):
+            task.count(task.new_counts("cpu"), wrong, targets, torch.ones(8, dtype=torch.int64))
+
+
+def test_squared_error_and_r2_equal_the_textbook_in_every_batching():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randn(101, 1, generator=generator) * 2 + 3
+    predictions = targets + torch.randn(101, 1, generator=generator) * 0.5
+    task = Regression()
+    counts = counted(task, predictions, targets, whole(targets))
+    metrics = task.metrics(counts)
+    squares = ((predictions - targets) ** 2).sum()
+    assert torch.allclose(task.loss(predictions, targets), squares)
+    assert metrics["loss"] == pytest.approx(float(squares) / 101, rel=1e-5)
+    spread = ((targets - targets.mean()) ** 2).sum()
+    assert metrics["r2"] == pytest.approx(float(1 - squares / spread), rel=1e-4)
+    assert task.metrics(counted(task, targets, targets, whole(targets)))["r2"] == 1.0
+    for size in (1, 10, 100):
+        order = torch.randperm(101, generator=generator)
+        assert torch.equal(counted(task, predictions, targets, order.split(size)), counts)
+    constant = torch.ones(5, 1)
+    assert task.metrics(counted(task, constant, constant, whole(constant)))["r2"] == 0.0
+    nan = torch.full((5, 1), float("nan"))
+    assert task.metrics(counted(task, nan, constant, whole(constant)))["loss"] == LARGEST_LOSS
+
+
+def test_what_is_better():
+    assert Classification(2).better(0.5, None) and Classification(2).better(0.6, 0.5)
+    assert not Classification(2).better(0.5, 0.5) and not Classification(2).better(0.4, 0.5)
+    assert Regression().better(0.4, 0.5) and not Regression().better(0.5, 0.5)
+    assert not Classification(2).better(float("nan"), 0.5)
