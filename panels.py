@@ -171,7 +171,9 @@ def draw_pictures(run, folder: Path) -> None:
     if not rows:
         return
     plots.curves(rows, folder / "curves.png")
-    model, test = run.evaluated_model().eval(), run.test_loader.dataset
+    # The main process alone is here: no call in which it would wait for the others.
+    model = (run.average.model if run.average else run.bare).eval()
+    test = run.test_loader.dataset
     if run.source.task == "regression":
         inputs = test.images.to(run.accelerator.device)
         lines = inputs.flatten().cpu(), test.labels.flatten().cpu(), model(inputs).flatten().cpu()

@@ -165,6 +165,11 @@ class Run:
                 aside = set_aside(folder)
                 if aside is not None:
                     self.report.show(f"the old run is now {aside}")
+        if self.actions.debug and (folder / "config.json").exists():
+            raise UserError(
+                f"{folder} holds a run, and --debug makes a small one of its own: name another "
+                "--run-dir, or none"
+            )
         run_dir = RunDir(folder)
         run_dir.open()
         self.folder = run_dir
@@ -460,6 +465,7 @@ class Run:
             self.steps_per_epoch, first, f"epoch {self.epoch + 1}/{self.config.epochs}"
         )
         self.watch.at("data", self.progress.step)
+        self.stop.new_phase()
         for batch in self.train_loader:
             faults.hit("step", self.progress.step)
             self.watch.at("step", self.progress.step)
@@ -522,6 +528,7 @@ class Run:
 
     def beat(self) -> bool:
         """One vote beat, in training and in evaluation; whether to leave."""
+        self.watch.at(self.watch.phase, self.progress.step)
         self.stop_reason = self.stop_reason or self.stop.poll()
         return bool(self.stop_reason)
 
@@ -607,6 +614,8 @@ class Run:
     def evaluation_loaders(self) -> list:
         """(split, loader): the validation part, if there is one, and the test split."""
         self.watch.at("evaluate", self.progress.step)
+        self.stop.new_phase()
+        self._evaluation_began = time.monotonic()
         loaders = [("test", self.test_loader)]
         if self.validation_loader is not None:
             loaders.insert(0, ("val", self.validation_loader))
@@ -616,6 +625,7 @@ class Run:
         """Record an evaluation, remember the best, save the best weights; None: it was left."""
         if results is None:
             return
+        self.chrono.pause(time.monotonic() - self._evaluation_began)
         progress, task = self.progress, self.task
         progress.evaluated = progress.step
         progress.last = results["test"]
@@ -750,7 +760,10 @@ def guarded(main, settings: Settings) -> int:
                 return USER_ERROR
             print(error, file=sys.stderr, flush=True)
             if run is not None and run.folder is not None:
+                run.watch.stop()
                 run.folder.abandon()
+        else:  # a mistake that only this process met: the main one will be asked who left
+            run.watch.report(error)
         return USER_ERROR
     except Exception as error:
         if settings.actions.debug:

@@ -128,8 +128,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 def sync(path: Path) -> None:
     """fsync a file or, where the system allows it, a folder."""
-    with contextlib.suppress(PermissionError):  # Windows: a folder cannot be opened
-        descriptor = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    with contextlib.suppress(OSError if folder else ()):  # Windows cannot open a folder
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:

@@ -110,6 +110,10 @@ class StopVote:
         self._beats += 1
         return agreed
 
+    def new_phase(self) -> None:
+        """Beats get another length from here on, on every process: vote at the next one."""
+        self._beats_per_vote, self._next = 1, self._beats
+
     def ask_all(self) -> int:
         """A vote that waits for everyone: at the end of phases that have no beats."""
         if self.group is None:

@@ -1,8 +1,7 @@
 """speednet, muon, votes, cached features: the fast ways compute what the slow ones do."""
 
 import torch
-from launches import losses, newest, same_weights, train
-from safetensors.torch import load_file
+from launches import losses, same_weights, train
 from torch import nn
 from torch.nn import functional as F
 
@@ -215,6 +214,7 @@ def test_digits_are_never_mirrored_in_a_vote():
         assert torch.equal(augment(1, no_flip=True).vote(model, images), model(images))
 
 
+@pytest.mark.slow
 def test_speednet_and_muon_stop_and_go_on_exactly(tmp_path):
     flags = ["--model", "speednet", "--dataset", "synthetic", "--limit", "64"]
     flags += ["--batch-size", "16", "--epochs", "2", "--lr", "0.05", "--threads", "1"]
@@ -238,23 +238,3 @@ def test_a_learners_model_learns_with_muon(nets):
     done = train([*flags, "--run-dir", "muon"], nets)
     assert done.status == 0, done.out
     assert losses(nets / "muon")[-1] < 0.4
-
-
-def test_a_frozen_backbone_with_cached_features_ends_with_the_same_weights(nets, monkeypatch):
-    flags = ["--model", "full.py:Net", "--dataset", "digits", "--image-size", "16", "--seed", "3"]
-    flags += ["--freeze", "backbone", "--epochs", "2", "--threads", "1", "--optimizer", "sgd"]
-    cached = train([*flags, "--run-dir", "cached"], nets)
-    assert "features are computed once" in cached.out, cached.out
-    # Votes need images, so this one computes the features anew; digits have no mirror image.
-    plain = train([*flags, "--run-dir", "plain", "--tta", "1"], nets)
-    assert plain.status == 0 and "features are computed once" not in plain.out
-    one, two = (
-        load_file(newest(nets / name) / "model.safetensors") for name in ("cached", "plain")
-    )
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-6), name
-    assert losses(nets / "cached") == losses(nets / "plain") or all(
-        abs(a - b) < 1e-5
-        for a, b in zip(losses(nets / "cached"), losses(nets / "plain"), strict=True)
-    )
