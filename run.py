@@ -218,6 +218,7 @@ class Run:
             config.augment, config.image_size, source.mean, source.std, config.seed,
             cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
             alternating_flip=config.alternating_flip, no_flip=source.no_flip,
+            tta=config.tta,
         )  # fmt: skip
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch

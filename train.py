@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before torch is imported: --help and a typo cost n
 
 import torch
 
-from data.augment import views
 from distributed import faults
 from lr_finder import find_lr
 from optim import build_optimizer
@@ -77,10 +76,9 @@ def evaluate(run: Run) -> dict[str, dict] | None:
         counts = run.task.new_counts(run.accelerator.device)
         for batch in loader:
             faults.hit("evaluate", run.progress.step)
-            images = run.inputs(run.augment.evaluate(batch["images"]))
+            images = run.augment.evaluate(batch["images"])
             with run.accelerator.autocast():
-                seen = [model(run.inputs(view)) for view in views(images, run.config.tta)]
-            logits = torch.stack(seen).mean(0) if len(seen) > 1 else seen[0]
+                logits = run.augment.vote(lambda view: model(run.inputs(view)), images)
             labels, weights = (batch[name].to(logits.device) for name in ("labels", "weights"))
             run.task.count(counts, logits, labels, weights)
             if run.beat():

@@ -168,19 +168,6 @@ class Augment:
         return moved.unflatten(2, (height, width))
 
 
-def views(images: Tensor, level: int) -> list[Tensor]:
-    """What test-time augmentation looks at: 1 adds the mirror image, 2 also shifts by a pixel.
-
-    The average of the logits over the views is the answer for an image.
-    """
-    seen = [images]
-    if level == 2:
-        height, width = images.shape[2:]
-        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        seen += [padded[:, :, a : a + height, a : a + width] for a in (0, 2)]
-    return seen + [view.flip(3) for view in seen] if level else seen
-
-
 def resize(images: Tensor, size: int) -> Tensor:
     """Float images (n, C, H, W) as (n, C, size, size), antialiased bilinear as Pillow does it."""
     height, width = images.shape[2:]

@@ -313,19 +313,3 @@ def test_a_gpu_augments_as_the_cpu_does(kind):
         rtol=0,
         atol=0.02,  # matrix products may run in TF32
     )
-
-
-@pytest.mark.parametrize(("level", "count"), [(0, 1), (1, 2), (2, 6)])
-def test_the_views_of_an_image_and_of_its_mirror_image_have_the_same_average(level, count):
-    from data.augment import views
-
-    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    weight = torch.randn(3 * 64, 5, generator=torch.Generator().manual_seed(2))
-
-    def answer(pictures):
-        seen = views(pictures, level)
-        assert len(seen) == count and all(view.shape == pictures.shape for view in seen)
-        return torch.stack([view.flatten(1).relu() @ weight for view in seen]).mean(0)
-
-    same = torch.allclose(answer(images), answer(images.flip(3)), atol=1e-5)
-    assert same == (level > 0)

@@ -1,5 +1,6 @@
 """speednet, muon, votes, cached features: the fast ways compute what the slow ones do."""
 
+import pytest
 import torch
 from launches import losses, same_weights, train
 from torch import nn
