@@ -24,6 +24,7 @@ from data.order import split_validation
 from data.sources import ImageSet, Source, choose_dataset, load_source
 from distributed import faults
 from distributed.accelerator import (
+    broadcast,
     build_accelerator,
     code_fingerprint,
     describe,
@@ -247,8 +248,8 @@ class Run:
             freeze_backbone(model, config.model)
         self.task = build_task(source.task, num_classes, config.label_smoothing, model)
         self.channels_last = ".py:" not in config.model and source.task == "classification"
-        if hasattr(model, "start_from_data"):  # the same images, hence the same start, everywhere
-            model.start_from_data(self.augment.evaluate(self.train_loader.dataset.images[:5000]))
+        if hasattr(model, "start_from_data") and not self.weights_told:
+            self._start_from_data(model)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=layout)
         self._try(model)
@@ -260,6 +261,17 @@ class Run:
             model.compile(dynamic=False)
         self.average = WeightAverage(model, config.ema) if config.ema else None
         return model
+
+    def _start_from_data(self, model: torch.nn.Module) -> None:
+        """Weights that a model takes from the images: made by the main process, sent to all.
+
+        A resumed run overwrites them with those of its checkpoint.
+        """
+        if self.is_main:
+            images = self.train_loader.dataset.images[:2000].cpu()
+            model.start_from_data(self.augment.evaluate(images))
+        state = broadcast(self.accelerator, model.state_dict() if self.is_main else None)
+        model.load_state_dict(state)
 
     def inputs(self, images: torch.Tensor) -> torch.Tensor:
         """Augmented images on the device, in the memory layout that the model has."""

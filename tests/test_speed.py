@@ -219,7 +219,7 @@ def test_digits_are_never_mirrored_in_a_vote():
 def test_speednet_and_muon_stop_and_go_on_exactly(tmp_path):
     flags = ["--model", "speednet", "--dataset", "synthetic", "--limit", "64"]
     flags += ["--batch-size", "16", "--epochs", "2", "--lr", "0.05", "--threads", "1"]
-    flags += ["--ema", "0.9", "--shards", "2", "--log-every", "1"]
+    flags += ["--ema", "0.9", "--shards", "2", "--log-every", "1", "--no-plots"]
     assert train([*flags, "--run-dir", "whole"], tmp_path).status == 0
     stopped = train([*flags, "--run-dir", "parts"], tmp_path, LOCKSTEP_FAULT="term@step=5")
     assert "stopped at step" in stopped.out
