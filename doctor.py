@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import socket
 import sys
 import time
 from pathlib import Path
@@ -50,7 +51,8 @@ def describe_status(folder: Path, status: dict) -> str:
     if state != "running":
         return f"{state}, step {step}"
     quiet = time.time() - lock.stat().st_mtime if lock.exists() else float("inf")
-    if quiet > 10 and not alive(int(status.get("pid", 0)) or -1):
+    here = read_json(lock, {}).get("host") == socket.gethostname()
+    if (here or quiet > 60) and not alive(int(status.get("pid", 0)) or -1):
         return f"died without a word, at step {step} or a little later"
     return f"running, step {step}, last sign of life {duration(quiet)} ago"
 
