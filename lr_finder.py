@@ -5,7 +5,7 @@ from pathlib import Path
 
 import plots
 from distributed.accelerator import end
-from errors import FINISHED
+from errors import FINISHED, UserError
 from optim import set_lr
 from report import Report
 
@@ -48,6 +48,8 @@ def find_lr(run, train_step) -> int:
         rates.append(rate)
         raw.append(loss)
         run.progress.step += 1
+    if not raw:
+        raise UserError("--find-lr: the loss is not finite even at the smallest learning rate")
     losses = smooth(raw)
     suggestion = suggest(rates, losses)
     if run.is_main:

@@ -74,7 +74,9 @@ def load_imagenet(name: str, weights: str):
         if not reached:
             raise UserError(f"--weights imagenet: {why}")
     model = build_model(name, num_classes=1000, image_size=IMAGENET["image_size"])
-    load_weights(model, name, weights, 1000)
+    told = load_weights(model, name, weights, 1000)
+    if "the head for" in told:
+        raise UserError(f"--weights {weights}: {told}; for a run of yours type --run FOLDER")
     return model.eval(), {**IMAGENET, "model": name, "classes": imagenet_classes(), "crop": CROP}
 
 
@@ -85,7 +87,7 @@ def pictures(paths: list[str]) -> list[Path]:
     found = []
     for path in map(Path, paths):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        found += inside if path.is_dir() else [path]
+        found += inside or [path]  # a folder without pictures is named like any other failure
     return found
 
 
@@ -94,16 +96,16 @@ def predict(model, told: dict, path: Path, top: int) -> list[tuple[str, float]]:
     import torch
 
     from data.augment import Augment
-    from data.files import decode
+    from data.files import SMALL, decode
     from tasks import split_outputs
 
     device = next(model.parameters()).device
     size, crop = told["image_size"], told.get("crop", 1.0)
-    pixels = decode(path, None)
-    if pixels.shape[0] != pixels.shape[1] or pixels.shape[0] > size:
-        pixels = decode(path, round(size / crop))
-        edge = (pixels.shape[0] - size) // 2
-        pixels = pixels[edge : edge + size, edge : edge + size]
+    pixels = decode(path, round(size / crop))  # small squares stay as they are, as in training
+    height, width, _ = pixels.shape
+    side = round(min(height, width) * (crop if max(height, width) > SMALL else 1))
+    top_edge, left = (height - side) // 2, (width - side) // 2
+    pixels = pixels[top_edge : top_edge + side, left : left + side]
     augment = Augment("none", size, told["mean"], told["std"], seed=0)
     images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
     with torch.no_grad():
@@ -130,7 +132,7 @@ def main(argv: list[str]) -> int:
     for path in pictures(arguments.paths):
         try:
             results[str(path)] = predict(model, told, path, arguments.top)
-        except (UserError, OSError, ValueError) as error:
+        except Exception as error:  # Pillow raises many kinds on damaged files
             print(f"{path}: {error}" if str(path) not in str(error) else error, file=sys.stderr)
             status = FAILED
     show(results, arguments)

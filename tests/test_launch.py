@@ -188,17 +188,18 @@ def test_every_flag_that_documents_name_is_known():
 
 
 def test_hostile_arguments_reach_the_trainer_byte_for_byte_and_run_nothing(desk):
-    words = [
-        *TINY,
-        *(w for text in HOSTILE for w in ("--data-dir", text)),
-        "--data-dir",
-        "two\nlines",
-    ]
+    words = [*TINY, *(w for text in HOSTILE for w in ("--data-dir", text))]
     done = batch(desk, *words, STATUS=status(status="finished"))
     assert done.returncode == 0, done.stderr
     got, _ = json.loads((desk / "got.json").read_text())
     assert got == words
     assert not list(desk.rglob("owned"))
+
+
+def test_a_line_break_in_an_argument_is_refused_before_anything_runs(desk):
+    done = batch(desk, *TINY, "--data-dir", "two\ntouch owned")
+    assert done.returncode == 2 and "must be text" in done.stderr
+    assert not (desk / "got.json").exists() and not list(desk.rglob("owned"))
 
 
 def test_a_rank_gets_its_place_from_srun_and_the_head_nodes_address(desk):
