@@ -35,7 +35,7 @@ def test_out_of_memory_says_what_to_try(nets):
     assert done.status == 1 and "--accumulate" in done.last_lines
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_number_gone_bad_stops_all_before_the_update_and_names_step_and_samples(nets, processes):
     name = f"nan-{processes}"
     arguments = [*RUN, "--run-dir", name, "--checkpoint-every", "6"]
