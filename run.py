@@ -493,11 +493,12 @@ class Run:
             self.sampler.start(epoch)
             yield from self.train_loader
 
-    def lr(self) -> float:
-        """The learning rate of the next step."""
+    def lr(self, step: int | None = None) -> float:
+        """The learning rate of a step; without one, of the next."""
         return lr_at(
-            self.progress.step, peak=self.config.lr, schedule=self.config.schedule,
-            total_steps=self.total_steps, warmup_steps=self.warmup_steps,
+            self.progress.step if step is None else step, peak=self.config.lr,
+            schedule=self.config.schedule, total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
         )  # fmt: skip
 
     def set_lr(self) -> None:
@@ -556,10 +557,7 @@ class Run:
             "step": self.progress.step,
             "epoch": (self.progress.step - 1) // self.steps_per_epoch + 1,
             "train/loss": math.fsum(sums) / images,
-            "lr": lr_at(
-                self.progress.step - 1, peak=self.config.lr, schedule=self.config.schedule,
-                total_steps=self.total_steps, warmup_steps=self.warmup_steps,
-            ),
+            "lr": self.lr(self.progress.step - 1),
             "speed/images_per_second": self.chrono.speed(self.plan.batch_size),
         }  # fmt: skip
         self.record(row)
