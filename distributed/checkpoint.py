@@ -224,20 +224,18 @@ class Writer:
         self.error = ""  # why the latest save failed; "" once one succeeds
         self._thread: threading.Thread | None = None
 
-    def start(self, files: dict, progress: Progress, facts: dict, also=()) -> None:
-        """Begin a save of captured state; `also` are (path, tensors, metadata) to write with it."""
+    def start(self, files: dict, progress: Progress, facts: dict) -> None:
+        """Begin a save of captured state."""
         self.wait()
         progress = Progress(**asdict(progress))
         self._thread = threading.Thread(
-            target=self._run, args=(files, progress, facts, also), name="checkpoint-writer"
+            target=self._run, args=(files, progress, facts), name="checkpoint-writer"
         )
         self._thread.start()
 
-    def _run(self, files, progress, facts, also) -> None:
+    def _run(self, files, progress, facts) -> None:
         began = time.monotonic()
         try:
-            for path, tensors, metadata in also:
-                save_tensors(path, tensors, metadata)
             target = write_checkpoint(self.folder, files, progress, facts)
             prune(self.folder, self.keep)
             self.error = ""
