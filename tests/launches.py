@@ -1,5 +1,6 @@
 """Real launches of train.py: python, torchrun, accelerate launch; output in files, not pipes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -111,13 +112,11 @@ def same_weights(a: Path, b: Path) -> list[str]:
     return [n for n in names if (newest(a) / n).read_bytes() != (newest(b) / n).read_bytes()]
 
 
-def children_with(text: str) -> list[int]:
-    """Processes of this machine whose command line names `text`."""
+def children_with(name: str) -> list[int]:
+    """Processes of this machine that were started with the argument `name`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if text.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+        with contextlib.suppress(OSError):
+            if name.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
-        except OSError:
-            continue
     return found
