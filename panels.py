@@ -129,8 +129,7 @@ def write_ending(run, code: int, failed: str) -> None:
         write_json(folder / "summary.json", summary)
     except OSError as error:
         run.report.warn(f"summary.json cannot be written ({error})")
-    for tracker in run.trackers:
-        tracker.finish()
+    run.left_behind = [t for t in run.trackers if not t.finish()]
     try:
         if run.config.plots and code == FINISHED:
             draw_pictures(run, folder)

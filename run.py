@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import time
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,6 +64,7 @@ from run_dir import (
 )
 from tasks import build_task
 from tracking import build_trackers
+from trial import try_model
 
 DROPOUT, WEIGHTS = 101, 102  # streams of `mix`, beside those of data/keyed_random.py
 LIVES_WITHOUT_PROGRESS = 3
@@ -88,7 +88,7 @@ class Run:
         self.life = 0
         self.stop_reason = 0
         self.progress = Progress()
-        self.trackers = []
+        self.trackers, self.left_behind = [], []
         self._row_problem = ""
         self.settings = settings
         self.actions = settings.actions
@@ -252,7 +252,7 @@ class Run:
             self._start_from_data(model)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=layout)
-        self._try(model)
+        self.seconds_per_image = try_model(self, model)
         if self.actions.debug:
             torch.autograd.set_detect_anomaly(True)
             layers = table_of_layers(config.model, config.image_size, num_classes)
@@ -279,50 +279,6 @@ class Run:
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images
-
-    def _try(self, model: torch.nn.Module) -> None:
-        """One forward and backward of a copy: errors of a learner's model, time, unused weights."""
-        train, size = self.train_loader.dataset, min(self.plan.micro_batch_size, 64)
-        trial, size = deepcopy(model).train(), max(2, size)
-        self.seconds_per_image = math.inf
-        indices = torch.arange(size) % len(train)
-        batch = train.__getitems__(indices.to(train.labels.device))
-        try:
-            for _ in range(1 if self.actions.debug else 2):  # the first one also warms up
-                began = time.monotonic()
-                images = self.inputs(self.augment.train(batch["images"], batch["indices"], 0))
-                labels = batch["labels"].to(images.device)
-                with self.accelerator.autocast():
-                    loss = self.task.loss(trial(images), labels)
-                loss.backward()
-                if images.device.type == "cuda":
-                    torch.cuda.synchronize()
-                took = (time.monotonic() - began) / size
-                self.seconds_per_image = min(took, self.seconds_per_image)
-                if took * size > 5:
-                    break
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            if self.actions.debug or "out of memory" in str(error):
-                raise
-            shape = tuple(batch["images"].shape)
-            raise UserError(
-                f"--model {self.config.model}: fails on {size} images {shape} at --image-size "
-                f"{self.config.image_size}: {str(error).splitlines()[0]}; "
-                "python train.py --debug with the same flags shows where"
-            ) from None
-        unused = [n for n, p in trial.named_parameters() if p.requires_grad and p.grad is None]
-        if unused and len(unused) == sum(p.requires_grad for p in trial.parameters()):
-            raise UserError(
-                f"--model {self.config.model}: no parameter gets a gradient; does forward use "
-                "its layers, without .detach() or torch.no_grad()?"
-            )
-        if unused:
-            self.report.warn(
-                f"{', '.join(unused[:5])} of {self.config.model} never get a gradient and stay "
-                "as they are: does forward use them?"
-            )
-            for name, p in model.named_parameters():
-                p.requires_grad_(p.requires_grad and name not in unused)
 
     def ready(self, model, optimizer, train_loader, test_loader) -> None:
         """Take what Accelerate prepared; build what needs it."""
@@ -764,7 +720,11 @@ def guarded(main, settings: Settings) -> int:
     run = None
     try:
         run = Run(settings)
-        return main(run)
+        status = main(run)
+        if run.left_behind:  # the interpreter's end would wait for what hangs
+            sys.stdout.flush()
+            os._exit(status)
+        return status
     except UserError as error:
         if run is None or run.is_main:
             if run is None and os.environ.get("RANK", "0") != "0":

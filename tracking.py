@@ -2,67 +2,85 @@
 
 import contextlib
 import os
+import queue
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from run_dir import read_json, write_json
 
 REACH_SECONDS = 3.0
+FINISH_SECONDS = 60.0
 
 
 def build_trackers(kind: str, folder: Path, name: str, config: dict, warn: Callable) -> list:
-    """The trackers of `--track`; on the main process only. An empty list where none can be had."""
+    """The trackers of `--track`; on the main process only. An empty list for "none"."""
     if kind == "none":
         return []
-    try:
-        made = (start_wandb if kind == "wandb" else start_tensorboard)(folder, name, config, warn)
-    except Exception as error:  # whatever a tracker raises, training goes on
-        warn(f"--track {kind} is off: {type(error).__name__}: {error}")
-        return []
-    return [Guarded(made, kind, warn)]
+    start = start_wandb if kind == "wandb" else start_tensorboard
+    return [Apart(lambda: start(folder, name, config, warn), kind, warn)]
 
 
-class Guarded:
-    """A tracker whose first failure is told once and ends it."""
+class Apart:
+    """A tracker on a thread of its own: it may fail, sleep or hang, and the loop never waits.
 
-    def __init__(self, tracker, kind: str, warn: Callable):
-        self.tracker, self.kind, self.warn = tracker, kind, warn
+    `start()` makes something with log(row) and finish(); its first failure is told once by `warn`
+    and ends it.
+    """
+
+    def __init__(self, start: Callable, kind: str, warn: Callable):
+        self.kind, self.warn = kind, warn
+        self.rows: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, args=(start,), daemon=True)
+        self.thread.start()
 
     def log(self, row: dict) -> None:
-        self._call("log", dict(row))
+        if self.thread.is_alive():
+            self.rows.put(dict(row))
 
-    def finish(self) -> None:
-        self._call("finish")
+    def finish(self, seconds: float = FINISH_SECONDS) -> bool:
+        """Wait until it has all rows, so long at most; whether it ended."""
+        self.rows.put(None)
+        self.thread.join(seconds)
+        if self.thread.is_alive():
+            self.warn(f"--track {self.kind} did not end within {seconds:g} s and is left behind")
+        return not self.thread.is_alive()
 
-    def _call(self, method: str, *arguments) -> None:
-        if self.tracker is None:
-            return
+    def _work(self, start: Callable) -> None:
         try:
-            getattr(self.tracker, method)(*arguments)
-        except Exception as error:
-            self.tracker = None
-            self.warn(f"--track {self.kind} failed and is off from here: {error}")
+            tracker = start()
+            for row in iter(self.rows.get, None):
+                tracker.log(row)
+            tracker.finish()
+        except Exception as error:  # whatever a tracker raises, training goes on
+            self.warn(f"--track {self.kind} failed and is off: {type(error).__name__}: {error}")
 
 
 def wandb_mode() -> tuple[str, str]:
-    """("online" | "offline" | "disabled", why): decided in seconds, never by a prompt."""
+    """("online" | "offline" | ..., why): decided in seconds, never by a prompt."""
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     chosen = os.environ.get("WANDB_MODE", "")
-    if chosen:
+    if chosen not in ("", "online"):
         return chosen, f"WANDB_MODE is {chosen}"
-    if not os.environ.get("WANDB_API_KEY") and not _saved_key():
+    if not os.environ.get("WANDB_API_KEY") and not _saved_key(server.hostname or ""):
         return "offline", "there is no key (wandb login, or WANDB_API_KEY)"
+    proxy = getproxies().get(server.scheme)
+    first = urlsplit(proxy) if proxy else server
+    port = first.port or (443 if first.scheme == "https" else 80)
     try:
-        socket.create_connection(("api.wandb.ai", 443), timeout=REACH_SECONDS).close()
+        socket.create_connection((first.hostname, port), timeout=REACH_SECONDS).close()
     except OSError:
-        return "offline", "its server cannot be reached"
+        return "offline", f"{first.hostname} cannot be reached"
     return "online", ""
 
 
-def _saved_key() -> bool:
+def _saved_key(host: str) -> bool:
     for name in (".netrc", "_netrc"):
         with contextlib.suppress(OSError):
-            if "wandb" in (Path.home() / name).read_text():
+            if host in (Path.home() / name).read_text():
                 return True
     return False
 

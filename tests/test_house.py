@@ -16,7 +16,7 @@ FLOORS = [
     {"models"},
     {"config"},
     {"data", "tasks", "optim", "report", "plots", "run_dir", "tracking", "distributed", "recorder"},
-    {"panels"},
+    {"panels", "trial"},
     {"run", "lr_finder"},
     {"train", "predict", "doctor"},
     {"bench"},

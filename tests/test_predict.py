@@ -13,7 +13,6 @@ from PIL import Image
 
 import lr_finder
 import plots
-from tracking import build_trackers
 
 CANARY = "canary0123456789abcdef0123456789abcdef012345"
 
@@ -103,34 +102,6 @@ def test_wandb_runs_offline_inside_the_folder_and_no_secret_is_written_anywhere(
     files = [p for p in run.rglob("*") if p.is_file()]
     assert len(files) > 15
     assert [p for p in files if CANARY.encode() in p.read_bytes()] == []
-
-
-def test_a_tracker_that_fails_is_told_once_and_stops_nothing(tmp_path):
-    class Broken:
-        def log(self, row):
-            raise ConnectionError("gone")
-
-    from tracking import Guarded
-
-    told = []
-    tracker = Guarded(Broken(), "wandb", told.append)
-    for step in range(3):
-        tracker.log({"step": step})
-    tracker.finish()
-    assert len(told) == 1 and "gone" in told[0]
-    assert build_trackers("none", tmp_path, "x", {}, told.append) == []
-
-
-def test_tensorboard_gets_the_rows_with_their_steps(tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    (tracker,) = build_trackers("tensorboard", tmp_path, "x", {"lr": 0.1}, pytest.fail)
-    tracker.log({"step": 7, "train/loss": 1.5})
-    tracker.finish()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = [p.parent for p in tmp_path.rglob("events.out*")]
-    scalars = EventAccumulator(str(found[0])).Reload().Scalars("train/loss")
-    assert [(s.step, s.value) for s in scalars] == [(7, 1.5)]
 
 
 def test_names_from_outside_cannot_break_a_picture(tmp_path):

@@ -1,0 +1,87 @@
+"""Trackers are copies: they may fail, sleep or hang, and nobody is asked or held."""
+
+import socket
+import threading
+
+import pytest
+from launches import SMALL, children_with, rows, train
+
+from tracking import Apart, build_trackers, wandb_mode
+
+
+def test_a_tracker_that_fails_is_told_once_and_stops_nothing(tmp_path):
+    class Broken:
+        def log(self, row):
+            raise ConnectionError("gone")
+
+    told = []
+    tracker = Apart(Broken, "wandb", told.append)
+    for step in range(3):
+        tracker.log({"step": step})
+    assert tracker.finish()
+    assert len(told) == 1 and "gone" in told[0]
+    assert build_trackers("none", tmp_path, "x", {}, told.append) == []
+
+
+def test_a_tracker_that_sleeps_holds_nobody_and_is_left_behind():
+    wake, got, told = threading.Event(), [], []
+
+    class Sleeping:
+        def log(self, row):
+            wake.wait(60)
+            got.append(row["step"])
+
+        def finish(self):
+            got.append("end")
+
+    tracker = Apart(Sleeping, "wandb", told.append)
+    for step in range(3):
+        tracker.log({"step": step})
+    assert got == [] and not tracker.finish(0.1)
+    assert len(told) == 1 and "left behind" in told[0]
+    wake.set()
+    assert tracker.finish() and got == [0, 1, 2, "end"]  # it had all rows all the same
+
+
+def test_wandb_is_asked_for_nothing_it_would_prompt_for(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wandb_mode()[0] == "offline" and "no key" in wandb_mode()[1]
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert wandb_mode()[0] == "offline" and "no key" in wandb_mode()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://{address}")
+        (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password x\n")
+        assert wandb_mode() == ("online", "")
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        assert wandb_mode()[0] == "disabled"
+        monkeypatch.delenv("WANDB_MODE")
+    assert wandb_mode()[0] == "offline" and "cannot be reached" in wandb_mode()[1]
+
+
+@pytest.mark.slow
+def test_a_wandb_server_that_never_answers_costs_no_step_and_no_row(nets):
+    arguments = ["--model", "plain.py:Net", *SMALL, "--epochs", "4", "--track", "wandb"]
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it takes connections, and that is all
+        done = train(
+            [*arguments, "--run-dir", "deaf"], nets, WANDB_API_KEY="k" * 40, WANDB_MODE="online",
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}",
+        )  # fmt: skip
+    assert done.status == 0 and done.out.count("--track wandb") == 1, done.out
+    assert "finished" in done.out and "Traceback" not in done.out
+    assert rows(nets / "deaf")[-1]["epoch"] == 4
+    assert children_with("deaf") == []
+
+
+def test_tensorboard_gets_the_rows_with_their_steps(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (tracker,) = build_trackers("tensorboard", tmp_path, "x", {"lr": 0.1}, pytest.fail)
+    tracker.log({"step": 7, "train/loss": 1.5})
+    tracker.finish()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = [p.parent for p in tmp_path.rglob("events.out*")]
+    scalars = EventAccumulator(str(found[0])).Reload().Scalars("train/loss")
+    assert [(s.step, s.value) for s in scalars] == [(7, 1.5)]

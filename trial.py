@@ -1,0 +1,61 @@
+"""The trial step: a model is tried on a copy before anything is written."""
+
+import math
+import time
+from copy import deepcopy
+
+import torch
+
+from errors import UserError
+
+MOST_IMAGES = 16  # enough to see a mistake and to guess a step's time
+
+
+def try_model(run, model: torch.nn.Module) -> float:
+    """One forward and backward of a copy: seconds per image.
+
+    Errors of a learner's model become sentences (UserError); parameters that never get a gradient
+    are named and frozen in `model`.
+    """
+    train = run.train_loader.dataset
+    trial, size = deepcopy(model).train(), max(2, min(run.plan.micro_batch_size, MOST_IMAGES))
+    seconds_per_image = math.inf
+    indices = torch.arange(size) % len(train)
+    batch = train.__getitems__(indices.to(train.labels.device))
+    try:
+        for _ in range(1 if run.actions.debug else 2):  # the first one also warms up
+            began = time.monotonic()
+            images = run.inputs(run.augment.train(batch["images"], batch["indices"], 0))
+            labels = batch["labels"].to(images.device)
+            with run.accelerator.autocast():
+                loss = run.task.loss(trial(images), labels)
+            loss.backward()
+            if images.device.type == "cuda":
+                torch.cuda.synchronize()
+            took = (time.monotonic() - began) / size
+            seconds_per_image = min(took, seconds_per_image)
+            if took * size > 5:
+                break
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if run.actions.debug or "out of memory" in str(error):
+            raise
+        shape = tuple(batch["images"].shape)
+        raise UserError(
+            f"--model {run.config.model}: fails on {size} images {shape} at --image-size "
+            f"{run.config.image_size}: {str(error).splitlines()[0]}; "
+            "python train.py --debug with the same flags shows where"
+        ) from None
+    unused = [n for n, p in trial.named_parameters() if p.requires_grad and p.grad is None]
+    if unused and len(unused) == sum(p.requires_grad for p in trial.parameters()):
+        raise UserError(
+            f"--model {run.config.model}: no parameter gets a gradient; does forward use "
+            "its layers, without .detach() or torch.no_grad()?"
+        )
+    if unused:
+        run.report.warn(
+            f"{', '.join(unused[:5])} of {run.config.model} never get a gradient and stay "
+            "as they are: does forward use them?"
+        )
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and name not in unused)
+    return seconds_per_image
