@@ -385,23 +385,26 @@ class Run:
             )
 
     def _refuse_crash_loop(self) -> None:
-        """Automatic restarts end when several lives in a row died without a new checkpoint."""
-        old = self.folder.read_status()
+        """Automatic restarts end where lives die without getting further."""
+        old, step = self.folder.read_status(), self.progress.step
         died = old.get("status") in ("running", "failed")
-        stuck = died and old.get("resumed_at") == self.progress.step
-        deaths = int(old.get("deaths", 0)) + 1 if stuck else 0
-        automatic = any(
+        deaths = int(old.get("deaths", 0)) + 1 if died and old.get("resumed_at") == step else 0
+        self.folder.status(
+            deaths=deaths, failed_at=old.get("failed_at") if died else None, failed_twice=False
+        )
+        if not any(
             os.environ.get(name, "0") not in ("", "0")
             for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-        )
-        if automatic and deaths >= LIVES_WITHOUT_PROGRESS:
-            told = (
-                f"{deaths} lives in a row died after step {self.progress.step} without a new "
-                "checkpoint"
-            )
-            self.folder.status(status="failed", reason=told, deaths=deaths)
+        ):
+            return
+        told = ""
+        if deaths >= LIVES_WITHOUT_PROGRESS:
+            told = f"{deaths} lives in a row died after step {step} without a new checkpoint"
+        if old.get("failed_twice"):
+            told = f"step {old['failed_at']} failed twice in a row: {old['reason']}"
+        if told:
+            self.folder.status(status="failed", reason=told)
             raise UserError(f"{told}; see {self.folder.folder / 'crash'} and start it by hand")
-        self.folder.status(deaths=deaths)
 
     def _average(self):
         return self.average.model if self.average else None
@@ -695,7 +698,11 @@ class Run:
         told = str(error) if isinstance(error, NumbersGoneBad) else self.watch.report(error)
         if self.writer is not None:
             self.writer.wait()
-        self.tell_status(status="failed", reason=told.splitlines()[0])
+        if self.is_main and self.folder is not None:
+            at = self.progress.step
+            again = self.folder.read_status().get("failed_at") == at
+            reason = told.splitlines()[0]
+            self.tell_status(status="failed", reason=reason, failed_at=at, failed_twice=again)
         return told
 
 

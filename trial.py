@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import torch
 
+from distributed.watch import out_of_memory
 from errors import UserError
 
 MOST_IMAGES = 16  # enough to see a mistake and to guess a step's time
@@ -37,7 +38,7 @@ def try_model(run, model: torch.nn.Module) -> float:
             if took * size > 5:
                 break
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if run.actions.debug or "out of memory" in str(error):
+        if run.actions.debug or out_of_memory(error):
             raise
         shape = tuple(batch["images"].shape)
         raise UserError(

@@ -128,7 +128,7 @@ class Watch:
         text = "".join(traceback.format_exception(error))
         own = f"rank {self.rank} on {socket.gethostname()} failed at step {self.step}, phase "
         own += f"{self.phase}: {type(error).__name__}: {error}"
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        if out_of_memory(error):
             own += (
                 "\nout of memory: try a smaller --batch-size, or more --accumulate (the same "
                 "result in smaller pieces), or a smaller --image-size"
@@ -143,6 +143,12 @@ class Watch:
                 (self.folder / f"rank-{self.rank}.txt").write_text(f"{own}\n\n{text}")
                 own += f"\nthe traceback is in {self.folder / f'rank-{self.rank}.txt'}"
         return own
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Of a device or of the host: torch says it in several ways."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
 
 
 def peer_failed(error: BaseException) -> bool:

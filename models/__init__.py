@@ -12,7 +12,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from errors import UserError
-from models.own_file import call_with_known_arguments, check_own_file, is_own_file, load_own_class
+from models.own_file import (
+    call_with_known_arguments,
+    check_own_file,
+    is_own_file,
+    load_own_class,
+    size_lazy_layers,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -218,9 +224,12 @@ def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
         make = partial(zoo.build_from_torchvision, attribute)
     else:
         make = getattr(importlib.import_module(f"models.{module}"), attribute)
-    return call_with_known_arguments(
+    model = call_with_known_arguments(
         make, {"num_classes": num_classes, "image_size": image_size}, name
     )
+    if is_own_file(entry.target):
+        size_lazy_layers(model, image_size, name)
+    return model
 
 
 def _torchvision_entry(name: str) -> ModelEntry:

@@ -88,6 +88,22 @@ def call_with_known_arguments(make: Callable, known: dict[str, Any], name: str) 
     return make(**{key: value for key, value in known.items() if key in parameters})
 
 
+def size_lazy_layers(model: Any, image_size: int, name: str) -> None:
+    """Give nn.LazyLinear and its kin their sizes by two blank images of (3, image_size, ...)."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    if not any(is_lazy(p) for p in model.parameters()):
+        return
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"--model {name}: fails on two images of {image_size}: {told}") from error
+    model.train()
+
+
 def _split(name: str) -> tuple[Path, str]:
     path, _, class_name = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
     return Path(path).expanduser(), class_name

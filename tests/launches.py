@@ -49,14 +49,16 @@ def command(arguments, processes: int = 1, launcher: str = "") -> list[str]:
     return [*start, "--nproc-per-node", str(processes), TRAIN, *arguments]
 
 
-def start(words, cwd: Path, **environment) -> tuple[subprocess.Popen, Path]:
+def start(
+    words, cwd: Path, stdin: int = subprocess.DEVNULL, **environment
+) -> tuple[subprocess.Popen, Path]:
     """Start an argument vector in a session of its own; returns it and its output file."""
     log = cwd / f"output-{time.monotonic_ns()}.txt"
     env = {k: v for k, v in os.environ.items() if k not in CLEAN} | environment
     with log.open("w") as file:
         process = subprocess.Popen(
             [str(w) for w in words], cwd=cwd, env=env, stdout=file, stderr=file,
-            stdin=subprocess.DEVNULL, start_new_session=True,
+            stdin=stdin, start_new_session=True,
         )  # fmt: skip
     return process, log
 

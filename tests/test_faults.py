@@ -1,5 +1,6 @@
 """Faults injected into real processes: nothing is lost, and the right one is blamed."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -110,11 +111,91 @@ def test_a_frozen_or_stuck_process_is_named_not_the_one_that_waits(nets):
         assert "rank 1" in done.out and list((nets / action / "crash").glob("rank-*.txt"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@contextlib.contextmanager
+def read_only(folder):
+    """A folder nobody may write to: for root, who may write everywhere, by a mount of its own."""
+    if os.geteuid():
+        folder.chmod(0o500)
+        yield
+        folder.chmod(0o700)
+        return
+    for way in (["--bind", str(folder)], ["-o", "remount,bind,ro"]):
+        done = subprocess.run(["mount", *way, str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"root may write everywhere, and cannot mount here: {done.stderr}")
+    yield
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
 def test_a_read_only_folder_fails_before_the_first_batch(nets):
-    (nets / "locked").mkdir(mode=0o500)
-    done = train([*RUN, "--run-dir", "locked"], nets)
-    assert done.status == 2 and "cannot be written" in done.out
+    (nets / "locked").mkdir()
+    with read_only(nets / "locked"):
+        done = train([*RUN, "--run-dir", "locked"], nets)
+    assert done.status == 2 and "cannot be written" in done.out, done.out
+    assert "step 1" not in done.out and "Traceback" not in done.out
+
+
+@pytest.mark.slow
+def test_a_folder_that_becomes_read_only_holds_nobody_up_and_nothing_is_lost(nets):
+    arguments = [*RUN, "--run-dir", "later", "--epochs", "4000", "--checkpoint-every", "20"]
+    process, log = start(command(arguments), nets)
+    checkpoints = nets / "later" / "checkpoints"
+    wait_for(lambda: len(list(checkpoints.glob("step-*0"))) > 1, process, log)
+    with read_only(checkpoints):
+        wait_for(lambda: "checkpoint not saved" in log.read_text(), process, log)
+        kept = newest(nets / "later").name
+        wait_for(lambda: len(rows(nets / "later")) > int(kept[5:]) + 60, process, log)
+    wait_for(lambda: newest(nets / "later").name > kept, process, log)
+    process.terminate()
+    done = finish(process, log, 60)
+    assert done.status == 75 and "Traceback" not in done.out, done.out
+    steps = [r["step"] for r in rows(nets / "later") if "train/loss" in r]
+    assert steps == list(range(1, len(steps) + 1))
+    assert newest(nets / "later").name == f"step-{steps[-1]:09d}"
+
+
+@pytest.mark.slow
+def test_memory_that_is_really_gone_says_what_to_try_and_the_checkpoint_stays(nets):
+    code = (
+        "import resource, os, sys; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30));"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    (nets / "greedy.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.head = nn.LazyLinear(num_classes)\n"
+        "        self.calls = 0\n\n"
+        "    def forward(self, images):\n"
+        "        self.calls += 1\n"
+        "        if self.calls > 9:\n"
+        "            torch.ones(6 << 30)\n"
+        "        return self.head(images.flatten(1))\n"
+    )
+    arguments = [*RUN, "--model", "greedy.py:Net", "--run-dir", "greedy"]
+    arguments += ["--checkpoint-every", "4"]
+    words = [sys.executable, "-c", code, *command(arguments)]
+    done = finish(*start(words, nets))
+    assert done.status == 1 and "--accumulate" in done.last_lines, done.out
+    assert newest(nets / "greedy").name >= "step-000000004"
+
+
+@pytest.mark.slow
+def test_restarts_end_when_the_same_step_fails_twice_in_a_row(nets):
+    arguments = [*RUN, "--run-dir", "again", "--checkpoint-every", "4"]
+    for life in range(2):
+        done = train(
+            arguments, nets, LOCKSTEP_FAULT="raise@step=7",
+            TORCHELASTIC_RESTART_COUNT=str(life),
+        )  # fmt: skip
+        assert done.status == 1 and "planned fault" in done.out, done.out
+    done = train(arguments, nets, TORCHELASTIC_RESTART_COUNT="2")
+    assert done.status == 2 and "step 7 failed twice in a row" in done.out, done.out
+    status = json.loads((nets / "again" / "status.json").read_text())
+    assert status["status"] == "failed" and "planned fault" in status["reason"]
+    assert train(arguments, nets).status == 0  # by hand it goes on
 
 
 def test_the_metrics_have_each_step_once_after_a_crash(nets):

@@ -242,6 +242,18 @@ def test_a_learners_own_module_is_built_from_its_file(own):
     assert lookup(f"{own}:MyNet").min_image_size == 1
 
 
+def test_layers_that_wait_for_their_sizes_get_them_before_anything_counts_parameters(tmp_path):
+    file = tmp_path / "lazy.py"
+    file.write_text(
+        "from torch import nn\n\n\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__(nn.Flatten(), nn.LazyLinear(num_classes))\n"
+    )
+    model = build_model(f"{file}:Net", num_classes=5, image_size=8)
+    assert model.training and [p.shape for p in model.parameters()] == [(5, 192), (5,)]
+
+
 def test_a_learners_class_gets_what_its_init_takes_and_no_more(own):
     assert build_model(f"{own}:Sized", num_classes=5, image_size=9).in_features == 9
     assert not list(build_model(f"{own}:Bare", num_classes=5, image_size=9).children())

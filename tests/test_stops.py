@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -19,20 +20,28 @@ from launches import (
     wait_for,
 )  # fmt: skip
 
+from distributed.checkpoint import visible
+
 LONG = ["--model", "full.py:Net", *SMALL, "--epochs", "400", "--checkpoint-every", "1000"]
 
 
 def slow(value):
     """The same law once more, for the full run."""
-    return pytest.param(value, marks=pytest.mark.slow)
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def begin(nets, name, processes=1, launcher="", extra=(), **environment):
     """A run that would take minutes, once it has made a few steps."""
     arguments = [*LONG, "--run-dir", name, *extra]
     process, log = start(command(arguments, processes, launcher), nets, **environment)
-    wait_for(lambda: (nets / name / "metrics.jsonl").exists(), process, log)
+    wait_for(begun(nets / name), process, log)
     return process, log
+
+
+def begun(folder, steps=1):
+    """Whether a run has made so many steps."""
+    return lambda: (folder / "metrics.jsonl").exists() and len(rows(folder)) >= steps
 
 
 def stopped(nets, name, reason) -> int:
@@ -89,11 +98,13 @@ def test_a_signal_to_torchrun_reaches_all_ranks(nets):
     stopped(nets, "agent", "SIGTERM")
 
 
-@pytest.mark.parametrize("processes", [1, slow(2)])
-def test_a_trainer_whose_launcher_was_killed_saves_and_ends(nets, processes):
-    name = f"orphan-{processes}"
+@pytest.mark.parametrize(
+    "processes, name", [(1, "SIGKILL"), slow((2, "SIGKILL")), slow((1, "SIGTERM"))]
+)
+def test_a_trainer_whose_launcher_was_killed_saves_and_ends(nets, processes, name):
+    sent, name = getattr(signal, name), f"orphan-{processes}-{name}"
     process, _ = begin(nets, name, processes, "accelerate")
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pid, sent)  # one process: accelerate dies of TERM, and tells nobody
     process.wait()
     end = time.monotonic() + 60
     while children_with(name) and time.monotonic() < end:
@@ -119,3 +130,26 @@ def test_a_stop_is_honoured_in_every_phase(nets, point):
         assert not any("test/loss" in r for r in rows(nets / name))
         done = train(["--resume", name, "--max-steps", str(step)], nets)
         assert done.status == 0 and sum("test/loss" in r for r in rows(nets / name)) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_at_a_terminal_ends_a_slow_save_and_the_one_before_stays_whole(nets):
+    pty = pytest.importorskip("pty", reason="there are no pseudo terminals here")
+    ours, theirs = pty.openpty()
+    arguments = [*LONG, "--run-dir", "impatient", "--checkpoint-every", "10"]
+    process, log = start(
+        command(arguments), nets, stdin=theirs,
+        LOCKSTEP_FAULT="hang@point=save:written,seconds=600,step=20",
+    )  # fmt: skip
+    wait_for(begun(nets / "impatient", 25), process, log)
+    process.send_signal(signal.SIGINT)  # saves once more, behind the save that hangs
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+    process.send_signal(signal.SIGINT)
+    done = finish(process, log, 30)
+    os.close(ours)
+    os.close(theirs)
+    assert done.status == 130 and "Traceback" not in done.out, done.out
+    assert visible(nets / "impatient" / "checkpoints")[0].name == "step-000000010"
+    done = train([*arguments, "--max-steps", "30"], nets)
+    assert done.status == 0 and "at step 10" in done.out, done.out
