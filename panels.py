@@ -182,11 +182,11 @@ def draw_pictures(run, folder: Path) -> None:
     if "confusion" in run.progress.best_metrics:
         plots.confusion(run.progress.best_metrics["confusion"], classes, folder / "confusion.png")
     first = torch.arange(min(32, run.num_train))
-    batch = run.train_loader.dataset.__getitems__(first)
-    images = run.augment.train(batch["images"], first, 0).float().cpu()
+    train = run.train_loader.dataset
+    images = run.augment.train(train.images[first], first, 0).float().cpu()
     mean, std = (torch.tensor(v)[:, None, None] for v in (run.source.mean, run.source.std))
     shown = ((images * std + mean) * 255).clamp(0, 255).byte()
-    names = [classes[label] for label in batch["labels"].tolist()]
+    names = [classes[label] for label in train.labels[first].tolist()]
     plots.sheet(shown, names, folder / "samples.png")
     draw_mistakes(run, model, classes, folder / "mistakes.png")
 

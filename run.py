@@ -48,6 +48,7 @@ from distributed.shards import Guard, Shards, seed_dropout
 from distributed.stop import SAVE_FAILED, StopVote
 from distributed.watch import Watch
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, UserError
+from features import cache_features
 from models import build_model, lookup
 from models.__main__ import table_of_layers
 from models.weights import freeze_backbone, imagenet_reach, load_weights
@@ -276,7 +277,7 @@ class Run:
     def inputs(self, images: torch.Tensor) -> torch.Tensor:
         """Augmented images on the device, in the memory layout that the model has."""
         images = images.to(self.accelerator.device, non_blocking=True)
-        if self.channels_last:
+        if self.channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         return images
 
@@ -327,6 +328,8 @@ class Run:
                 self.sums = torch.zeros(self.plan.shards, device=self.sums.device)
         if self.folder is not None:
             main_decides(self.accelerator, self._begin_life)
+        if not self.actions.eval_only and (told := cache_features(self)):
+            self.report.show(told)
         self.stop_reason = self.stop.ask_all()  # a stop may have been asked for while we started
 
     def _load_best(self) -> None:

@@ -14,10 +14,12 @@ class Resident(Dataset):
     """Images in memory, handed out a batch per indexing operation.
 
     A batch is {"images", "labels", "indices", "weights"}; index -1 is padding and weighs 0.
+    `features`, once something sets them, are handed out in place of the images.
     """
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
+        self.features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -25,7 +27,7 @@ class Resident(Dataset):
     def __getitems__(self, indices: Tensor) -> dict[str, Tensor]:
         places = indices.clamp(min=0)
         return {
-            "images": self.images[places],
+            "images": (self.images if self.features is None else self.features)[places],
             "labels": self.labels[places],
             "indices": indices,
             "weights": (indices >= 0).long(),

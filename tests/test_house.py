@@ -16,7 +16,7 @@ FLOORS = [
     {"models"},
     {"config"},
     {"data", "tasks", "optim", "report", "plots", "run_dir", "tracking", "distributed", "recorder"},
-    {"panels", "trial"},
+    {"panels", "trial", "features"},
     {"run", "lr_finder"},
     {"train", "predict", "doctor"},
     {"bench"},

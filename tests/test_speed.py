@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from launches import losses, same_weights, train
+from launches import losses, newest, same_weights, train
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -239,3 +240,22 @@ def test_a_learners_model_learns_with_muon(nets):
     done = train([*flags, "--run-dir", "muon"], nets)
     assert done.status == 0, done.out
     assert losses(nets / "muon")[-1] < 0.4
+
+
+def test_a_frozen_backbone_with_cached_features_ends_with_the_same_weights(nets):
+    flags = ["--model", "full.py:Net", "--dataset", "digits", "--image-size", "16", "--plots"]
+    flags += ["--freeze", "backbone", "--epochs", "2", "--threads", "1", "--ema", "0.9"]
+    cached = train([*flags, "--run-dir", "cached"], nets)
+    assert "features are computed once" in cached.out and "warning" not in cached.out, cached.out
+    # Votes need images, so this one computes the features anew; digits have no mirror image.
+    plain = train([*flags, "--run-dir", "uncached", "--tta", "1"], nets)
+    assert plain.status == 0 and "features are computed once" not in plain.out
+    for name in ("model.safetensors", "ema.safetensors"):
+        one, two = (load_file(newest(nets / run) / name) for run in ("cached", "uncached"))
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=1e-5)
+    one, two = (torch.tensor(losses(nets / run)) for run in ("cached", "uncached"))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    for picture in ("samples", "mistakes", "confusion"):
+        assert (nets / "cached" / f"{picture}.png").exists()
