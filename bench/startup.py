@@ -1,7 +1,7 @@
 """Seconds to --help, to a flag error, to the first step; against the bare imports.
 
-The bare program imports torch, accelerate and rich, builds the same model and does one forward and
-backward: what any trainer of this kind has to wait for.
+The bare program imports torch, accelerate and rich, builds the same model and an optimizer (which
+makes torch import its compiler) and does one step: what any trainer of this kind has to wait for.
 """
 
 import subprocess
@@ -17,7 +17,9 @@ import torch, accelerate, rich, safetensors.torch
 from models import build_model
 accelerate.Accelerator(cpu=not torch.cuda.is_available())
 model = build_model({model!r}, num_classes=10, image_size={size})
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 model(torch.zeros({batch}, 3, {size}, {size})).sum().backward()
+optimizer.step()
 """
 
 
