@@ -13,6 +13,7 @@ from distributed.accelerator import describe, end
 from errors import FAILED, FINISHED, STOPPED
 from report import clean, duration, percent
 from run_dir import write_json
+from tracking import FINISH_SECONDS, STOP_SECONDS
 
 
 def show_start(run) -> None:
@@ -129,7 +130,8 @@ def write_ending(run, code: int, failed: str) -> None:
         write_json(folder / "summary.json", summary)
     except OSError as error:
         run.report.warn(f"summary.json cannot be written ({error})")
-    run.left_behind = [t for t in run.trackers if not t.finish()]
+    seconds = FINISH_SECONDS if code == FINISHED else STOP_SECONDS
+    run.left_behind = [t for t in run.trackers if not t.finish(seconds)]
     try:
         if run.config.plots and code == FINISHED:
             draw_pictures(run, folder)

@@ -13,7 +13,7 @@ from urllib.request import getproxies
 from run_dir import read_json, write_json
 
 REACH_SECONDS = 3.0
-FINISH_SECONDS = 60.0
+FINISH_SECONDS, STOP_SECONDS = 60.0, 10.0  # for its last rows; a stop may have half a minute
 
 
 def build_trackers(kind: str, folder: Path, name: str, config: dict, warn: Callable) -> list:
