@@ -257,9 +257,10 @@ def parse(argv: list[str]) -> Settings:
             break
     if problems:
         raise UserError("\n".join(problems))
-    for layer in (file_layer, flag_layer):  # "auto" leaves a value to the layers below
+    for layer in (file_layer, flag_layer):  # "auto" leaves a value to recipe and machine
         for name in [n for n, value in layer.items() if value == "auto"]:
             del layer[name]
+            file_layer.pop(name, None)
 
     typed = {**file_layer, **flag_layer}
     saved, asked = {}, {}

@@ -265,6 +265,13 @@ def test_yaml_that_is_no_flat_table_of_known_settings_is_refused(tmp_path, text,
     assert not (tmp_path / "planted").exists()
 
 
+def test_auto_on_the_command_line_undoes_the_value_of_a_file(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("shards: '4'\nweights: none\n")
+    config = parse(["--config", str(file), "--shards", "auto"]).config
+    assert (config.shards, config.weights) == ("auto", "none")
+
+
 def test_a_clock_time_in_yaml_means_what_it_means_as_a_flag(tmp_path):
     """YAML 1.1 reads 1:30:00 as the number 5400, and 1:30 as 90 (steps?)."""
     c = config("--config", yaml_file(tmp_path, "max_time: 1:30:00\ncheckpoint_every: 1:30\n"))
