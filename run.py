@@ -248,7 +248,7 @@ class Run:
         if config.freeze == "backbone":
             freeze_backbone(model, config.model)
         self.task = build_task(source.task, num_classes, config.label_smoothing, model)
-        self.channels_last = ".py:" not in config.model and source.task == "classification"
+        self.channels_last = lookup(config.model).channels_last
         if hasattr(model, "start_from_data") and not self.weights_told:
             self._start_from_data(model)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -277,7 +277,7 @@ class Run:
     def inputs(self, images: torch.Tensor) -> torch.Tensor:
         """Augmented images on the device, in the memory layout that the model has."""
         images = images.to(self.accelerator.device, non_blocking=True)
-        if self.channels_last and images.ndim == 4:
+        if self.channels_last and images.ndim == 4:  # features have no layout
             images = images.contiguous(memory_format=torch.channels_last)
         return images
 

@@ -34,6 +34,8 @@ class ModelEntry:
     recipe: values of TrainConfig fields when training starts from scratch.
     finetune: values that replace those of the recipe when it starts from pretrained weights.
     pretrained: torchvision's name of the ImageNet weights; "" where there are none.
+    channels_last: whether images and weights lie so in memory. Not where a forward may use .view,
+        nor where it flattens large maps: my_cnn takes 15 % less CPU time in the plain layout.
     """
 
     target: str
@@ -43,6 +45,7 @@ class ModelEntry:
     finetune: dict[str, object] = field(default_factory=dict)
     pretrained: str = ""
     task: str = "classification"
+    channels_last: bool = True
 
 
 # Learning rates belong to the batch size beside them; warmup is in epochs.
@@ -91,6 +94,7 @@ MODELS: dict[str, ModelEntry] = {
             "augment": "none",
         },
         task="regression",
+        channels_last=False,
     ),
     "my_cnn": ModelEntry(
         target="my_cnn:MyCNN",
@@ -98,6 +102,7 @@ MODELS: dict[str, ModelEntry] = {
         summary="the homework: one convolution, one linear layer over the whole map",
         # A step of Adam moves every weight by lr, and a logit sums 800,000 of them at 224.
         recipe=_ADAMW | {"image_size": 224, "epochs": 5, "lr": 1e-5, "augment": "flip"},
+        channels_last=False,
     ),
     "alexnet": ModelEntry(
         target="alexnet:AlexNet",
@@ -195,7 +200,9 @@ def lookup(name: str) -> ModelEntry:
         return _torchvision_entry(name.removeprefix(TORCHVISION))
     if is_own_file(name):
         check_own_file(name)
-        return ModelEntry(name, min_image_size=1, summary="your own module", recipe=_ADAMW)
+        return ModelEntry(
+            name, min_image_size=1, summary="your own module", recipe=_ADAMW, channels_last=False
+        )
     raise UserError(
         f"--model {name}: no such model{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}, "
         "any classifier of torchvision as torchvision:<name>, your own as path/to/file.py:ClassName"
