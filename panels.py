@@ -1,18 +1,20 @@
 """What a run shows at its start, at each evaluation and at its end; what it sums up on disk."""
 
+import json
 import math
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+import page
 import plots
 from config import TrainConfig
 from data.loaders import EVALUATION_BATCH
 from distributed.accelerator import describe, end
 from errors import FAILED, FINISHED, STOPPED
 from report import clean, duration, percent
-from run_dir import write_json
+from run_dir import write_json, write_text
 from tracking import FINISH_SECONDS, STOP_SECONDS
 
 
@@ -125,11 +127,16 @@ def write_ending(run, code: int, failed: str) -> None:
         "skipped_updates": run.guard.report()["skipped"],
     }  # fmt: skip
     summary |= {f"test/{k}": v for k, v in last.items() if isinstance(v, float)}
+    summary["test/images"] = last.get("images")
     summary |= {f"best/test/{k}": v for k, v in best.items() if isinstance(v, float)}
     try:
         write_json(folder / "summary.json", summary)
+        if "confusion" in best:  # a file of its own: a thousand classes are a million numbers
+            told = {"split": "test", "step": progress.best_step, "epoch": progress.best_epoch}
+            matrix = json.dumps({**told, "matrix": best["confusion"]}, separators=(",", ":"))
+            write_text(folder / "confusion.json", matrix + "\n")
     except OSError as error:
-        run.report.warn(f"summary.json cannot be written ({error})")
+        run.report.warn(f"the run's summary cannot be written ({error})")
     seconds = FINISH_SECONDS if code == FINISHED else STOP_SECONDS
     run.left_behind = [t for t in run.trackers if not t.finish(seconds)]
     try:
@@ -150,6 +157,10 @@ def write_ending(run, code: int, failed: str) -> None:
         rows += [(k, f"{v[0]:.4f}") for k, v in learned.items() if len(v) == 1]
     rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
     rows.append(("folder", str(folder)))
+    try:
+        rows.append(("page", str(page.write_page(folder))))
+    except Exception as error:  # nor is its page
+        run.report.warn(f"report.html cannot be written: {type(error).__name__}: {error}")
     title = "finished"
     if code == STOPPED:
         title = f"stopped at step {progress.step}: {why}"

@@ -368,10 +368,7 @@ class Run:
             asdict(self.config), self.report.warn,
         )  # fmt: skip
         self.writer = Writer(self.folder.checkpoints, self.config.keep, self._save_told)
-        self.folder.status(
-            status="running", life=self.life, step=self.progress.step, reason="",
-            resumed_at=self.progress.step, pid=os.getpid(),
-        )  # fmt: skip
+        self.folder.begin_life(self.life, self.progress.step)
 
     def _refuse_other_data(self, facts: dict, path: Path) -> None:
         if facts.get("data") != self.facts["data"] and "dataset" not in self.actions.allow_change:

@@ -196,6 +196,18 @@ class RunDir:
             old = read_json(self.folder / "status.json", {})
             write_json(self.folder / "status.json", {**old, **values})
 
+    def begin_life(self, life: int, step: int) -> None:
+        """status.json: it runs, from which step, and how the life before this one ended."""
+        old = self.read_status()
+        lives = old.get("lives")
+        after = {key: old.get(key) for key in ("status", "step", "reason")} if life else None
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        this = {"life": life, "began": began, "step": step, "after": after}
+        self.status(
+            status="running", life=life, step=step, reason="", resumed_at=step, pid=os.getpid(),
+            lives=[*(lives if isinstance(lives, list) else []), this],
+        )  # fmt: skip
+
     def read_status(self) -> dict:
         return read_json(self.folder / "status.json", {})
 

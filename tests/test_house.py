@@ -12,10 +12,11 @@ HOUSE = Path(__file__).resolve().parent.parent
 # Each floor may import the floors below it. Rooms of one floor never import each other; the
 # modules inside a room (a folder) may.
 FLOORS = [
-    {"errors"},
+    {"errors", "chart"},
     {"models"},
     {"config"},
     {"data", "tasks", "optim", "report", "plots", "run_dir", "tracking", "distributed", "recorder"},
+    {"page"},
     {"panels", "trial", "features"},
     {"run", "lr_finder"},
     {"train", "predict", "doctor"},
