@@ -27,6 +27,7 @@ from run_dir import write_text
 
 STYLE = (Path(__file__).resolve().parent / "page.css").read_text(encoding="utf-8")
 MOST_PAIRS = 20
+STATES = ("running", "finished", "stopped", "failed")
 SPEED = "speed/images_per_second"
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -65,11 +66,12 @@ class Files:
         lines = content(folder / "metrics.jsonl").split("\n")
         self.rows = [row for line in lines if (row := parsed(line))]
         # The end of a life stands in summary.json a moment before it does in status.json.
-        told, same = self.status, self.summary.get("life") == self.status.get("life")
+        told = self.status if self.status.get("status") in STATES else {}
+        same = self.summary.get("life") == told.get("life")
         self.ended = self.summary if same or not told else {}
         if self.ended and told.get("status", "running") == "running":
             told = self.ended
-        self.state, self.reason = str(told.get("status", "unknown")), told.get("reason", "")
+        self.state, self.reason = str(told.get("status", "unknown")), told.get("reason") or ""
         if self.state == "running":
             self.reason = "or killed without a word: python doctor.py tells which"
 
@@ -148,8 +150,7 @@ def picture(path: Path, told: str, kind: str = "") -> str:
 
 def verdict(files: Files) -> str:
     row, score, chosen = files.best()
-    kind = files.state if files.state in ("finished", "stopped", "failed") else "running"
-    state = f'<p><b class="{kind}">{text(files.state)}</b> {text(files.reason or "")}</p>'
+    state = f'<p><b class="{text(files.state)}">{text(files.state)}</b> {text(files.reason)}</p>'
     value = row.get(f"test/{score}")
     if not is_number(value):
         return f"{state}<p>There is no evaluation to tell of.</p>"
@@ -332,8 +333,9 @@ def build(folder: Path) -> str:
 <title>{text(files.name)}: {text(files.state)}</title>
 <style>{STYLE}</style></head>
 <body><main><h1>{text(files.name)}</h1>
-{body}<footer>Lockstep {text(files.config.get("version", ""))}. Made of the files in this folder;
-<code>python page.py {text(shlex.quote(str(folder)))}</code> makes it again.</footer></main></body></html>
+{body}<footer>Made by Lockstep {text(files.config.get("version", ""))} of the files in this folder;
+<code>python page.py {text(shlex.quote(str(folder)))}</code> makes it again.</footer></main>
+</body></html>
 """
 
 

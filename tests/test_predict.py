@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from launches import REPOSITORY, SMALL, rows, train
 from PIL import Image
 
 import lr_finder
+import page
 import plots
 
 CANARY = "canary0123456789abcdef0123456789abcdef012345"
@@ -94,6 +96,17 @@ def test_a_run_leaves_its_pictures(run):
     for name in ("curves", "confusion", "mistakes", "samples"):
         with Image.open(run / f"{name}.png") as picture:
             assert min(picture.size) > 150 and len(picture.convert("L").getcolors(256)) > 8
+
+
+def test_a_run_leaves_its_page_and_names_it(run):
+    made = (run / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((run / "summary.json").read_text())
+    told = f"<strong>{100 * summary['best/test/accuracy']:.2f} %</strong>"
+    assert told in made and f"at epoch {summary['best/epoch']}, " in made
+    assert "Not shown" not in made and "finished</b>" in made
+    assert made.count("data:image/png") == 2  # mistakes and samples; the rest is drawn by the page
+    assert re.search(r"page +after/report.html", (run / "out.txt").read_text())
+    assert page.build(run) == made.replace("page.py after<", f"page.py {run}<")
 
 
 def test_wandb_runs_offline_inside_the_folder_and_no_secret_is_written_anywhere(run):

@@ -302,6 +302,26 @@ def test_rows_that_a_full_disk_refuses_wait_and_come_in_order(tmp_path):
     assert [row["step"] for row in made.read_metrics()] == [1, 2, 3, 4]
 
 
+def test_each_life_knows_when_it_began_and_how_the_one_before_it_ended(tmp_path):
+    made = RunDir(tmp_path)
+    made.begin_life(0, 0)
+    made.status(status="stopped", reason="SIGTERM", step=7)
+    made.begin_life(1, 7)
+    made.status(step=9)  # and killed
+    made.begin_life(2, 7)
+    status = made.read_status()
+    assert [(life["life"], life["step"]) for life in status["lives"]] == [(0, 0), (1, 7), (2, 7)]
+    assert [life["after"] for life in status["lives"]] == [
+        None,
+        {"status": "stopped", "step": 7, "reason": "SIGTERM"},
+        {"status": "running", "step": 9, "reason": ""},
+    ]
+    assert (status["status"], status["resumed_at"], status["reason"]) == ("running", 7, "")
+    made.status(lives="damaged")
+    made.begin_life(3, 7)
+    assert len(made.read_status()["lives"]) == 1
+
+
 def test_status_is_merged(tmp_path):
     made = RunDir(tmp_path)
     made.status(status="running", life=0)
