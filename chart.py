@@ -39,7 +39,7 @@ def chart(title: str, lines: dict[str, list[tuple]], show: Callable = short, bes
     marks = ticks(min(y for _, y in every), max(y for _, y in every))
     end = max(1, max(x for x, _ in every))
     low, high = marks[0], marks[-1]
-    left, right, top, bottom = 52, 412, 26, 206
+    left, right, top, bottom = 52, 396, 26, 206
 
     def at(x: float, y: float) -> tuple[float, float]:
         up = (y - low) / (high - low) * (bottom - top)

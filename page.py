@@ -16,6 +16,7 @@ import statistics
 import struct
 import sys
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 
 from chart import chart, short
@@ -80,6 +81,7 @@ class Files:
         pairs = [(row.get("step"), row.get(key)) for row in self.rows]
         return [pair for pair in pairs if all(map(is_number, pair))]
 
+    @cached_property
     def best(self) -> tuple[dict, str, str]:
         """(row, name of the score, the split that chose it) of the best evaluation."""
         score = "loss" if self.points("test/r2") or "test/r2" in self.summary else "accuracy"
@@ -149,7 +151,7 @@ def picture(path: Path, told: str, kind: str = "") -> str:
 
 
 def verdict(files: Files) -> str:
-    row, score, chosen = files.best()
+    row, score, chosen = files.best
     state = f'<p><b class="{text(files.state)}">{text(files.state)}</b> {text(files.reason)}</p>'
     value = row.get(f"test/{score}")
     if not is_number(value):
@@ -170,7 +172,7 @@ def facts(files: Files) -> str:
     for key, show in (("test/accuracy", percent), ("test/r2", "R2 {:.4f}".format)):
         rows += [("last evaluation", show(value)) for _, value in files.points(key)[-1:]]
     rows.append(("epoch", f"{last['epoch']} of {config.get('epochs')}" if last else ""))
-    rows.append(("steps", last.get("step") or "none"))
+    rows.append(("steps", f"{last.get('step', 0):,}"))
     if is_number(ended.get("seconds")):
         rows.append(("time in all", duration(ended["seconds"])))
     speeds = [speed for _, speed in files.points(SPEED)]
@@ -183,7 +185,7 @@ def facts(files: Files) -> str:
 
 
 def curves(files: Files) -> str:
-    row, score, _ = files.best()
+    row, score, _ = files.best
     name, show = ("r2", short) if score == "loss" else ("accuracy", lambda v: f"{100 * v:.4g} %")
     losses = {f"{split}/loss": files.points(f"{split}/loss") for split in ("train", "val", "test")}
     scores = {f"{split}/{name}": files.points(f"{split}/{name}") for split in ("val", "test")}
@@ -199,13 +201,14 @@ def curves(files: Files) -> str:
 
 
 def confusion(files: Files) -> str:
-    if files.best()[1] == "loss":
+    if files.best[1] == "loss":
         return ""
     matrix, names = files.matrix()
     told = f"All {sum(map(sum, matrix)):,} test images at epoch {text(files.confusion['epoch'])}"
     if len(names) > MOST_NAMES:
-        cells = [(row[x], y, x) for y, row in enumerate(matrix) for x in range(len(row)) if x != y]
-        worst = [(n, y, x) for n, y, x in heapq.nlargest(MOST_PAIRS, cells) if n]
+        cells = ((n, y, x) for y, row in enumerate(matrix) for x, n in enumerate(row) if n)
+        wrong = ((n, y, x) for n, y, x in cells if x != y)
+        worst = heapq.nlargest(MOST_PAIRS, wrong, key=lambda cell: cell[0])
         rows = [[names[y], names[x], n, percent(n / sum(matrix[y]))] for n, y, x in worst]
         whole = picture(files.folder / "confusion.png", "all classes")
         head = ["class", "taken for", "#images", "#part of the class"]
@@ -226,7 +229,7 @@ def confusion(files: Files) -> str:
 
 
 def per_class(files: Files) -> str:
-    if files.best()[1] == "loss":
+    if files.best[1] == "loss":
         return ""
     (matrix, names), rows = files.matrix(), []
     guessed = [sum(column) for column in zip(*matrix, strict=True)]
@@ -260,7 +263,7 @@ def lives(files: Files) -> str:
         how = f"{'killed' if dead else end['status']} at step {end['step']}"
         told = f"{how}: {end['reason']}" if end["reason"] else how
         rows.append([text(cell) for cell in (life["life"], life["began"], life["step"], told)])
-    return table(["life", "began", "#from step", "ended"], rows)
+    return table(["life", "began", "#from step", "ended"], rows, "lives")
 
 
 def command(files: Files) -> str:

@@ -44,16 +44,16 @@ def fabricate(folder, classes=CLASSES, matrix=MATRIX, images=False, **status):
     for epoch in range(1, 5):
         for step in range(10 * epoch - 9, 10 * epoch + 1):
             speed = {"speed/images_per_second": 900 + step, "lr": 0.001 * step}
-            rows.append({"step": step, "epoch": epoch, "train/loss": 2 / step, **speed})
+            rows.append({"step": 2500 * step, "epoch": epoch, "train/loss": 2 / step, **speed})
         score = {"test/accuracy": [0.5, 0.75, 0.875, 0.75][epoch - 1], "test/loss": 1 / epoch}
-        rows.append({"step": 10 * epoch, "epoch": epoch, **score})
+        rows.append({"step": 25_000 * epoch, "epoch": epoch, **score})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lives = [
         {"life": 0, "began": "2030-01-01 10:00:00", "step": 0, "after": None},
-        {"life": 1, "began": "2030-01-01 11:00:00", "step": 10,
-         "after": {"status": "stopped", "step": 10, "reason": "SIGTERM <i>"}},
-        {"life": 2, "began": "2030-01-01 12:00:00", "step": 20,
-         "after": {"status": "running", "step": 23, "reason": ""}},
+        {"life": 1, "began": "2030-01-01 11:00:00", "step": 25_000,
+         "after": {"status": "stopped", "step": 25_000, "reason": "SIGTERM <i>"}},
+        {"life": 2, "began": "2030-01-01 12:00:00", "step": 50_000,
+         "after": {"status": "running", "step": 52_500, "reason": ""}},
     ]  # fmt: skip
     config = {
         "seed": 0,
@@ -64,15 +64,15 @@ def fabricate(folder, classes=CLASSES, matrix=MATRIX, images=False, **status):
         "run_dir": "x" * 300,
     }
     origins = {name: "flag" for name in config} | {"model": "default"}
-    told = {"status": "finished", "step": 40, "reason": "", "life": 2}
+    told = {"status": "finished", "step": 100_000, "reason": "", "life": 2}
     contents = {
         "status": {**told, "lives": lives, **status},
         "summary": {**told, "seconds": 250, "best/test/accuracy": 0.875, "best/epoch": 3,
-                    "best/step": 30, "best_chosen_on": "test", "test/images": 240},
+                    "best/step": 75_000, "best_chosen_on": "test", "test/images": 200},
         "config": {"version": "0", "config": config, "origins": origins},
         "environment": {"python": CLASSES[1], "packages": {"torch": "2", "numpy": "2"}},
         "classes": {"classes": classes},
-        "confusion": {"split": "test", "step": 30, "epoch": 3, "matrix": matrix},
+        "confusion": {"split": "test", "step": 75_000, "epoch": 3, "matrix": matrix},
     }  # fmt: skip
     for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -133,7 +133,7 @@ def test_the_page_tells_what_the_files_hold(folder):
     made = page.build(folder)
     assert headings(made) == HEADINGS and "Not shown" not in made
     assert "<strong>87.50 %</strong>" in made and "at epoch 3, the best on the test split" in made
-    assert "of 240 test images" in made and "<dd>4m10s</dd>" in made and "finished</b>" in made
+    assert "of 200 test images" in made and "<dd>4m10s</dd>" in made and "finished</b>" in made
     assert section(made, "Curves").count("<polyline") == 5
     assert section(made, "Classes").count('scope="row"') == len(CLASSES)
     assert "88.24 %" in section(made, "Classes")  # 30 of the 34 of the second class
@@ -145,9 +145,9 @@ def test_the_page_tells_what_the_files_hold(folder):
 def test_how_each_life_ended_is_told(folder):
     told = section(page.build(folder), "Lives")
     for words in (
-        "stopped at step 10: SIGTERM &lt;i&gt;",
-        "killed at step 23",
-        "finished at step 40",
+        "stopped at step 25000: SIGTERM &lt;i&gt;",
+        "killed at step 52500",
+        "finished at step 100000",
     ):
         assert words in told
 
