@@ -240,6 +240,31 @@ def test_the_state_is_that_of_the_last_life(tmp_path, status, told):
     assert ("--resume" in section(made, "Repeat")) == ("finished" not in told)
 
 
+ROWS = {"step": [5, 10, 15], "epoch": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"test/accuracy": [0.5, 0.9, 0.9]}, "90.00 %</strong>.*epoch 2, the best on the test"),
+        (
+            {"test/accuracy": [0.5, 0.9, 0.7], "val/accuracy": [0.8, 0.7, 0.6]},
+            "50.00 %</strong>.*epoch 1, the best on the validation part",
+        ),
+        (
+            {"test/loss": [3.0, 0.25, 0.5], "test/r2": [0.1, 0.5, 0.4]},
+            "0.25</strong>.*R2 0.5000.*epoch 2, the best on the test",
+        ),
+        ({}, "87.50 %</strong>.*epoch 3, the best on the test"),  # from summary.json
+    ],
+)
+def test_the_best_is_the_one_that_the_run_chose(copy, columns, told):
+    columns = {**ROWS, **columns}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert re.search(told, page.build(copy))
+
+
 def test_many_classes_show_their_most_frequent_mistakes(tmp_path):
     matrix = [[50 * (x == y) for x in range(40)] for y in range(40)]
     matrix[7][9], matrix[8][7] = 5, 3
