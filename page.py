@@ -172,7 +172,7 @@ def facts(files: Files) -> str:
     for key, show in (("test/accuracy", percent), ("test/r2", "R2 {:.4f}".format)):
         rows += [("last evaluation", show(value)) for _, value in files.points(key)[-1:]]
     rows.append(("epoch", f"{last['epoch']} of {config.get('epochs')}" if last else ""))
-    rows.append(("steps", f"{last.get('step', 0):,}"))
+    rows.append(("steps", f"{ended.get('step') or last.get('step', 0):,}"))
     if is_number(ended.get("seconds")):
         rows.append(("time in all", duration(ended["seconds"])))
     speeds = [speed for _, speed in files.points(SPEED)]
@@ -201,8 +201,8 @@ def curves(files: Files) -> str:
 
 
 def confusion(files: Files) -> str:
-    if files.best[1] == "loss":
-        return ""
+    if not is_number(files.best[0].get("test/accuracy")):
+        return ""  # a regression, or not evaluated yet
     matrix, names = files.matrix()
     told = f"All {sum(map(sum, matrix)):,} test images at epoch {text(files.confusion['epoch'])}"
     if len(names) > MOST_NAMES:
@@ -229,8 +229,8 @@ def confusion(files: Files) -> str:
 
 
 def per_class(files: Files) -> str:
-    if files.best[1] == "loss":
-        return ""
+    if not is_number(files.best[0].get("test/accuracy")):
+        return ""  # a regression, or not evaluated yet
     (matrix, names), rows = files.matrix(), []
     guessed = [sum(column) for column in zip(*matrix, strict=True)]
     for y, row in enumerate(matrix):

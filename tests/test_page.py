@@ -265,6 +265,17 @@ def test_the_best_is_the_one_that_the_run_chose(copy, columns, told):
     assert re.search(told, page.build(copy))
 
 
+def test_a_run_that_was_stopped_before_an_evaluation_lacks_nothing(copy):
+    for name in ("summary", "confusion"):
+        (copy / f"{name}.json").unlink()
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in lines if "test/" not in line]
+    (copy / "metrics.jsonl").write_text("\n".join(lines))
+    made = page.build(copy)
+    assert headings(made) == [h for h in HEADINGS if h not in ("Confusion", "Classes")]
+    assert "There is no evaluation to tell of" in made and "Not shown" not in made
+
+
 def test_many_classes_show_their_most_frequent_mistakes(tmp_path):
     matrix = [[50 * (x == y) for x in range(40)] for y in range(40)]
     matrix[7][9], matrix[8][7] = 5, 3
