@@ -78,7 +78,7 @@ class Files:
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of the rows in which both are finite numbers."""
-        pairs = [(row.get("step"), row.get(key)) for row in self.rows]
+        pairs = [(row.get("step"), row[key]) for row in self.rows if key in row]
         return [pair for pair in pairs if all(map(is_number, pair))]
 
     @cached_property
