@@ -8,7 +8,9 @@ import difflib
 import json
 import os
 import re
+import socket
 import sys
+import time
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -615,10 +617,20 @@ def to_json(settings: Settings) -> str:
     return json.dumps({**content, "asked": dict(settings.typed)}, indent=2)
 
 
-def speaks() -> bool:
-    """Whether this process prints what every process would say: rank 0, or no launcher at all."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return rank == "0"
+def tell(error: UserError) -> None:
+    """Print what one process finds wrong before it can ask the others: once, if all find the same.
+
+    The main process speaks at once. The first process of each other node waits: where all meet the
+    same, the launcher ends it meanwhile; where only its node is wrong, nobody else can say so.
+    """
+    env = os.environ
+    rank = env.get("RANK") or env.get("SLURM_PROCID") or "0"
+    if rank == "0":
+        print(error, file=sys.stderr, flush=True)
+    elif (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0") == "0":
+        time.sleep(2)
+        host = env.get("SLURMD_NODENAME") or socket.gethostname()
+        print(f"rank {rank} on {host}: {error}", file=sys.stderr, flush=True)
 
 
 def parse_or_exit(argv: list[str]) -> Settings:
@@ -626,12 +638,15 @@ def parse_or_exit(argv: list[str]) -> Settings:
     try:
         return parse(argv)
     except UserError as error:
-        if speaks():
-            print(error, file=sys.stderr)
+        tell(error)
         raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
-    shown = parse_or_exit(sys.argv[1:])
+    as_json = sys.argv[1:2] == ["--json"]  # for scripts; before the flags, so none can be mistaken
+    shown = parse_or_exit(sys.argv[2:] if as_json else sys.argv[1:])
+    if as_json:
+        print(to_json(shown))
+        raise SystemExit
     for key, value in asdict(shown.config).items():
         print(f"{key:18} {value!s:24} {shown.origin(key)}")

@@ -1,6 +1,7 @@
 """Copies of metrics.jsonl elsewhere: wandb and TensorBoard, which may fail but never stop a run."""
 
 import contextlib
+import json
 import os
 import queue
 import socket
@@ -89,7 +90,9 @@ def start_wandb(folder: Path, name: str, config: dict, warn: Callable):
     """A wandb run through Accelerate's tracker, in the run folder; one run across restarts."""
     mode, why = wandb_mode()
     if mode == "offline":
-        warn(f"wandb is offline, because {why}; later: wandb sync {folder / 'wandb'}/offline-*")
+        warn(
+            f"wandb is offline, because {why}; later: wandb sync {folder / 'wandb' / 'latest-run'}"
+        )
     os.environ.setdefault("WANDB_SILENT", "true")
     from accelerate.tracking import WandBTracker
 
@@ -104,8 +107,34 @@ def start_wandb(folder: Path, name: str, config: dict, warn: Callable):
     run = tracker.tracker
     write_json(folder / "tracking.json", {"wandb": run.id})
     run.define_metric("step")
-    run.define_metric("*", step_metric="step")  # no positional step: it may not go back
-    return run
+    run.define_metric("*", step_metric="step")
+    return Rows(run, folder / "metrics.jsonl")
+
+
+class Rows:
+    """A wandb run whose history is metrics.jsonl, row by row, over all lives of the run.
+
+    wandb's own step is the row's number. Offline, wandb cannot resume: each life starts a new file
+    under the same id, and of several such files a sync keeps the last. So the rows that this file
+    (or, online, the server) does not have are told again first; what it has twice, after a crash,
+    it drops.
+    """
+
+    def __init__(self, run, metrics: Path):
+        self.run, self.number = run, 0
+        known = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        for line in known:
+            if self.number >= run.starting_step:
+                self.log(json.loads(line))
+            else:
+                self.number += 1
+
+    def log(self, row: dict) -> None:
+        self.run.log(row, step=self.number)
+        self.number += 1
+
+    def finish(self) -> None:
+        self.run.finish()
 
 
 def start_tensorboard(folder: Path, name: str, config: dict, warn: Callable):

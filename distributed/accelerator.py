@@ -2,9 +2,14 @@
 
 import hashlib
 import os
+import socket
+import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+import accelerate
+import numpy
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -12,10 +17,9 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
-    gather_object,
 )
 
-from config import Settings
+from config import Settings, tell
 from errors import UserError
 
 
@@ -26,47 +30,18 @@ def wait_limit() -> float:
 
 def build_accelerator(settings: Settings) -> tuple[Accelerator, Settings]:
     """The Accelerator, and the settings with what only the machine could decide filled in."""
-    refuse_foreign_switches()
-    refuse_lonely_tasks()
-    config = settings.config
-    decided: dict[str, object] = {}
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-    cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE") or "0"
-    if cpu and int(gpus) > 0:
-        raise UserError(
-            f"SLURM gave this node {gpus} GPUs but torch sees none, and would train on the CPU; "
-            "python launch/preflight.py tells why"
-        )
-    if settings.actions.debug and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--debug is one process: start it as python train.py --debug")
-
-    if config.threads == 0:
-        decided["threads"] = 1 if config.bitwise else cpu_share()
-    torch.set_num_threads(int(decided.get("threads", config.threads)))
-    precision, why = choose_precision(config.mixed_precision, cpu)
-    if config.mixed_precision == "auto":
-        decided["mixed_precision"] = precision
-    backend = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if backend not in ("no", "inductor"):
-        raise UserError(
-            f"--dynamo_backend {backend}: only inductor is supported; drop it and type --compile"
-        )
-    if backend == "inductor" and not config.compile:
-        decided["compile"] = True
-    if config.bitwise and not cpu:
-        raise UserError("--bitwise is for CPUs; on a GPU use --deterministic")
-
+    try:
+        decided, origin, cpu = look_at_the_machine(settings)
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":  # the main process cannot tell what it does not see
+            tell(error)
+        raise
+    if "threads" not in decided:
+        torch.set_num_threads(settings.config.threads)
     limit = timedelta(seconds=wait_limit())
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=precision,
+        mixed_precision=decided.get("mixed_precision", settings.config.mixed_precision),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
@@ -82,7 +57,58 @@ def build_accelerator(settings: Settings) -> tuple[Accelerator, Settings]:
             f"{accelerator.num_processes}; they would all train the same thing"
         )
     refuse_shared_gpu(accelerator)
-    return accelerator, settings.with_layer(why or "machine", decided)
+    if "threads" in decided:  # nodes may have different numbers of CPUs; a run has one
+        decided["threads"] = min(everyones(accelerator, decided["threads"]))
+        torch.set_num_threads(decided["threads"])
+    settings = settings.with_layer(origin, decided)
+    refuse_disagreement(accelerator, what_must_agree(settings))
+    return accelerator, settings
+
+
+def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, bool]:
+    """What this process decides alone, before it meets the others: (values, origin, on the CPU)."""
+    refuse_foreign_switches()
+    refuse_lonely_tasks()
+    config = settings.config
+    decided: dict[str, object] = {}
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and here > (seen := torch.cuda.device_count()):
+        raise UserError(
+            f"{here} processes on this node, but torch sees {seen} GPUs: start one process per GPU "
+            "(--nproc of torchrun.sh, --gpus of submit.py); look at CUDA_VISIBLE_DEVICES"
+        )
+    cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE") or "0"
+    if cpu and int(gpus) > 0:
+        raise UserError(
+            f"SLURM gave this node {gpus} GPUs but torch sees none, and would train on the CPU; "
+            "python launch/preflight.py tells why"
+        )
+    if settings.actions.debug and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--debug is one process: start it as python train.py --debug")
+
+    if config.threads == 0:
+        decided["threads"] = 1 if config.bitwise else cpu_share()
+    precision, origin = choose_precision(config.mixed_precision, cpu)
+    if config.mixed_precision == "auto":
+        decided["mixed_precision"] = precision
+    backend = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("no", "inductor"):
+        raise UserError(
+            f"--dynamo_backend {backend}: only inductor is supported; drop it and type --compile"
+        )
+    if backend == "inductor" and not config.compile:
+        decided["compile"] = True
+    if config.bitwise and not cpu:
+        raise UserError("--bitwise is for CPUs; on a GPU use --deterministic")
+    return decided, origin, cpu
 
 
 def choose_precision(wanted: str, cpu: bool) -> tuple[str, str]:
@@ -149,10 +175,8 @@ def refuse_lonely_tasks() -> None:
 def refuse_shared_gpu(accelerator: Accelerator) -> None:
     if accelerator.device.type != "cuda" or accelerator.num_processes == 1:
         return
-    import socket
-
     mine = (socket.gethostname(), torch.cuda.get_device_properties(accelerator.device).uuid)
-    places = gather_object([tuple(map(str, mine))])
+    places = everyones(accelerator, tuple(map(str, mine)))
     for place in places:
         ranks = [rank for rank, other in enumerate(places) if other == place]
         if len(ranks) > 1:
@@ -182,30 +206,72 @@ def main_decides(accelerator: Accelerator, decide):
     return value
 
 
+def everyones(accelerator: Accelerator, mine) -> list:
+    """This value of every process, by rank; not over NCCL, which hangs or dies of wrong places."""
+    if accelerator.num_processes == 1:
+        return [mine]
+    values = [None] * accelerator.num_processes
+    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    dist.all_gather_object(values, mine, group=group)
+    return values
+
+
+REMEDIES = {
+    "--": "give every process the same command and the same files; what the machines decide "
+    "differently can be given as a flag",
+    "data": "on each node: python -m data prepare, or let --data-dir name a disk that all share",
+    "version of": "activate the same environment on every node, on a disk that all share",
+}
+
+
 def refuse_disagreement(accelerator: Accelerator, facts: dict[str, str]) -> None:
-    """All processes must hold the same config, code and data; the odd ones are named."""
-    everyone = gather_object([facts]) if accelerator.num_processes > 1 else [facts]
-    for name in facts:
-        values = [other[name] for other in everyone]
-        common = max(set(values), key=values.count)
+    """All processes must hold the same settings, code and data; the odd ones are named."""
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    everyone = everyones(accelerator, (host, facts))
+    names = dict.fromkeys(name for _, held in everyone for name in held)
+    for name in names:
+        values = [held.get(name, "nothing") for _, held in everyone]
+        common = max(values, key=values.count)  # of equal counts, what the main process has
         odd = [rank for rank, value in enumerate(values) if value != common]
         if odd:
+            who = ", ".join(f"rank {rank} on {everyone[rank][0]}" for rank in odd[:4])
+            who += f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+            remedy = next((r for start, r in REMEDIES.items() if name.startswith(start)), "")
             raise UserError(
-                f"the processes disagree about the {name}: ranks {odd} have {values[odd[0]]}, "
-                f"the others {common}; check that every node sees the same files"
+                f"the processes disagree about the {name}: {who} with {values[odd[0]]}, the others "
+                f"with {common}; {remedy or 'start from a disk that every node sees'}"
             )
 
 
-def code_fingerprint(*extra: Path) -> str:
-    """A hash of the sources that decide the numbers, and of a learner's own model file."""
+def what_must_agree(settings: Settings) -> dict[str, str]:
+    """Name -> value of what decides the numbers and can be known before the data are read."""
+    values = asdict(settings.config)
+    facts = {f"--{name.replace('_', '-')}": str(value) for name, value in values.items()}
+    facts |= {f"version of {m.__name__}": m.__version__ for m in (torch, accelerate, numpy)}
+    facts["version of python"] = sys.version.split()[0]
+    own = Path(settings.config.model.partition(".py:")[0] + ".py")
+    return facts | {f"code in {name}": digest for name, digest in code_digests(own).items()}
+
+
+def code_digests(*extra: Path) -> dict[str, str]:
+    """File -> hash of the sources that decide the numbers, and of a learner's own model file."""
     here = Path(__file__).resolve().parent.parent
     files = [here / name for name in ("train.py", "tasks.py", "optim.py")]
     for room in ("data", "distributed", "models"):
         files += sorted((here / room).glob("*.py"))
-    digest = hashlib.blake2b(digest_size=8)
-    for path in (*files, *extra):
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()
+    named = {path.relative_to(here).as_posix(): path for path in files}
+    named |= {str(path): path for path in extra if path.is_file()}
+
+    def digest(path: Path) -> str:
+        return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+    return {name: digest(path) for name, path in named.items()}
+
+
+def code_fingerprint(*extra: Path) -> str:
+    """One hash of all that code_digests names; a file's name does not count, its bytes do."""
+    digests = "".join(code_digests(*extra).values())
+    return hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

@@ -13,17 +13,31 @@ import sys
 import time
 from pathlib import Path
 
+from sweep import read_rows
+
 HERE = Path(__file__).resolve().parent.parent
 LEAD_SECONDS = 180  # of --signal in slurm.sbatch: the job saves that long before its limit
+LEAD = re.compile(r"--signal=B:USR1@([1-9][0-9]{0,5})")  # another lead: the only such flag allowed
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+,-]*")
-OWNED = ("--wrap", "--signal", "--requeue", "--no-requeue", "--open-mode", "--chdir", "--parsable")
+ARRAY = re.compile(r"[0-9]+(-[0-9]+(:[1-9][0-9]*)?)?(,[0-9]+(-[0-9]+)?)*(%[1-9][0-9]*)?")
+WAITING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
+OWNED = (
+    "--export",
+    "--wrap",
+    "--signal",
+    "--requeue",
+    "--no-requeue",
+    "--open-mode",
+    "--chdir",
+    "--parsable",
+)
 
 
 class Problem(ValueError):
     """Something the user can mend; printed as one sentence, exit status 2."""
 
 
-def seconds(text: str) -> int:
+def seconds(text: str, lead: int = LEAD_SECONDS) -> int:
     """`4h`, `3h50m`, `1d`, `240` (minutes), `4:00:00` or `1-12:00:00` as seconds."""
     if re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) and text:
         units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -33,12 +47,18 @@ def seconds(text: str) -> int:
         total = days * 86400 + hours * 3600 + minutes * 60 + rest
     else:
         total = 60 * int(text) if text.isdecimal() else 0
-    if total <= LEAD_SECONDS:
+    if total <= lead:
         raise Problem(
             f"--time {text}: write 4h, 3h50m, 240 (minutes) or 1-12:00:00, and more than the "
-            f"{LEAD_SECONDS} s the job keeps to save in"
+            f"{lead} s the job keeps to save in"
         )
     return total
+
+
+def lead_of(options: argparse.Namespace) -> int:
+    """Seconds before its limit at which the job is told to save."""
+    found = [LEAD.fullmatch(flag) for flag in options.sbatch]
+    return next((int(match[1]) for match in found if match), LEAD_SECONDS)
 
 
 def slurm_time(total: int) -> str:
@@ -61,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("partition", "account", "qos"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--constraint", help="as sbatch wants it: 'a100|h100'")
-    parser.add_argument("--array", help="0-4: five seeds, or five lines of --sweep")
+    parser.add_argument("--array", help="0-4: five seeds, or five rows of --sweep")
     parser.add_argument("--sweep", help="file with one line of further flags per array task")
     parser.add_argument("--env", help="file the job sources first (module load, activate)")
     parser.add_argument("--python", help="the Python of the training environment")
@@ -92,10 +112,10 @@ def check(options: argparse.Namespace) -> None:
         problems.append(
             f"--constraint {options.constraint!r}: use letters, digits and . , & | * ( )"
         )
-    if options.array and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+)?)*(%\d+)?", options.array):
+    if options.array and not ARRAY.fullmatch(options.array):
         problems.append(f"--array {options.array!r}: write 0-4, 0,2,5 or 0-9%2")
-    if options.sweep and not options.array:
-        problems.append("--sweep needs --array, e.g. --array 0-4 for five lines")
+    if options.follow and (options.array or options.sweep):
+        problems.append("--follow shows one log: follow an array's task with tail -F")
     for name in ("sweep", "env"):
         value = getattr(options, name)
         if value and not Path(value).is_file():
@@ -103,8 +123,9 @@ def check(options: argparse.Namespace) -> None:
     for flag in options.sbatch:
         if not flag.startswith("--") or any(c < " " for c in flag):
             problems.append(f"--sbatch {flag!r}: one flag of sbatch, as --sbatch=--exclusive")
-        elif flag.partition("=")[0] in OWNED:
-            problems.append(f"--sbatch {flag}: launch/slurm.sbatch needs its own {flag}")
+        elif flag.partition("=")[0] in OWNED and not LEAD.fullmatch(flag):
+            lead = "; to save earlier: --sbatch=--signal=B:USR1@600" if "signal" in flag else ""
+            problems.append(f"--sbatch {flag}: launch/slurm.sbatch needs its own{lead}")
     if problems:
         raise Problem("\n".join(problems))
 
@@ -114,19 +135,15 @@ def trainer_settings(arguments: list[str], python: str) -> dict[str, tuple[str, 
     if any("\0" in word or "\n" in word or "\r" in word for word in arguments):
         raise Problem("a line break in train.py's flags: SLURM's tools do not all keep it; drop it")
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    command = [python, "-m", "config", *arguments]
+    command = [python, "-m", "config", "--json", *arguments]
     try:
         done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
     except OSError as error:
         raise Problem(f"--python {python}: {error.strerror}") from None
     if done.returncode:
         raise Problem(done.stderr.strip() or f"{shlex.join(command)} failed")
-    settings = {}
-    for line in done.stdout.splitlines():
-        found = re.fullmatch(r"(\w+) +(.*?) +(flag|saved run|recipe|default|--debug|file .*)", line)
-        if found:
-            settings[found[1]] = (found[2], found[3])
-    return settings
+    resolved = json.loads(done.stdout)
+    return {name: (str(v), resolved["origins"][name]) for name, v in resolved["config"].items()}
 
 
 def check_settings(settings: dict, options: argparse.Namespace) -> None:
@@ -139,11 +156,58 @@ def check_settings(settings: dict, options: argparse.Namespace) -> None:
                       "task's number is the seed), or use --sweep")  # fmt: skip
     batch, origin = settings["batch_size"]
     parts = processes(options) * int(settings["accumulate"][0])
-    if origin == "flag" and settings["shards"][0] == "auto" and int(batch) % parts:
+    if (
+        (origin == "flag" or origin.startswith("file"))
+        and settings["shards"][0] == "auto"
+        and int(batch) % parts
+    ):
         low = int(batch) // parts * parts
         near = f"{low} and {low + parts} do" if low else f"{parts} does"
         raise Problem(f"--batch-size {batch} does not divide over {processes(options)} processes "
                       f"x --accumulate {settings['accumulate'][0]}; {near}")  # fmt: skip
+
+
+def tasks_of(array: str) -> list[int]:
+    """`0-9:3,12%2` as the numbers of its tasks."""
+    numbers = []
+    for part in array.partition("%")[0].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        numbers += range(int(first), int(last or first) + 1, int(step or 1))
+    return numbers
+
+
+def check_array(options: argparse.Namespace, arguments: list[str], python: str) -> dict:
+    """The settings of an array's first task, after the flags of each task were resolved."""
+    for word in arguments:
+        flag = word.replace("_", "-").partition("=")[0]
+        if flag in ("--run-dir", "--resume"):
+            raise Problem(f"{flag} with --array would give every task the same folder: drop it, "
+                          "each task gets its own")  # fmt: skip
+    if not options.sweep:
+        settings = trainer_settings(arguments, python)
+        check_settings(settings, options)
+        return settings
+    try:
+        rows = read_rows(Path(options.sweep))
+    except (OSError, ValueError) as error:
+        raise Problem(f"--sweep: {error}") from None
+    if not rows:
+        raise Problem(f"--sweep {options.sweep}: holds no row")
+    options.array = options.array or f"0-{len(rows) - 1}"
+    beyond = [task for task in tasks_of(options.array) if task >= len(rows)]
+    if beyond:
+        raise Problem(f"--array {options.array}: {options.sweep} has rows 0 to {len(rows) - 1}, "
+                      f"none for task {beyond[0]}")  # fmt: skip
+    first: dict = {}
+    for task in tasks_of(options.array):
+        try:
+            settings = trainer_settings([*arguments, *rows[task]], python)
+            check_settings(settings, options)
+        except Problem as problem:
+            raise Problem(f"{options.sweep}, row {task}: {problem}") from None
+        first = first or settings
+    return first
 
 
 def processes(options: argparse.Namespace) -> int:
@@ -154,7 +218,7 @@ def warn_of_time(settings: dict, options: argparse.Namespace, runs: Path) -> str
     """Whether an earlier run of the same kind says that the time limit is too short; '' if not."""
     if not options.time:
         return ""
-    limit = seconds(options.time) - LEAD_SECONDS
+    limit = seconds(options.time, lead_of(options)) - lead_of(options)
     like = {name: settings[name][0] for name in ("model", "dataset", "image_size")}
     summaries = sorted(runs.glob("*/summary.json"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in summaries:
@@ -164,12 +228,16 @@ def warn_of_time(settings: dict, options: argparse.Namespace, runs: Path) -> str
             if any(str(config[name]) != value for name, value in like.items()):
                 continue
             need = summary["seconds"] / summary["epoch"] * float(settings["epochs"][0])
+            if settings["max_steps"][0] != "None":
+                need = min(
+                    need, summary["seconds"] / summary["step"] * int(settings["max_steps"][0])
+                )
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
             continue
         if need > limit:
             return (
                 f"warning: at the speed of {path.parent} (which may have had other devices), "
-                f"{settings['epochs'][0]} epochs take about {need / 3600:.1f} h, more than --time "
+                f"this run takes about {need / 3600:.1f} h, more than --time "
                 f"{options.time}; the job will save and requeue itself about "
                 f"{int(need // limit)} times"
             )
@@ -181,12 +249,13 @@ def sbatch_command(options: argparse.Namespace, arguments: list[str]) -> list[st
     log = "runs/slurm-%A_%a.log" if options.array else "runs/slurm-%j.log"
     command = ["sbatch", "--parsable", f"--job-name={options.name}", f"--nodes={options.nodes}"]
     command += [f"--ntasks-per-node={options.gpus or options.tasks}", f"--output={log}"]
+    command.append("--export=ALL")  # some sites set SBATCH_EXPORT=NONE: no Python would be found
     if options.gpus:
         command.append(f"--gpus-per-node={options.gpus}")
     if options.cpus:
         command.append(f"--cpus-per-task={options.cpus}")
     if options.time:
-        command.append(f"--time={slurm_time(seconds(options.time))}")
+        command.append(f"--time={slurm_time(seconds(options.time, lead_of(options)))}")
     for name in ("mem", "partition", "account", "qos", "constraint", "array"):
         if getattr(options, name):
             command.append(f"--{name}={getattr(options, name)}")
@@ -204,15 +273,25 @@ def job_environment(options: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in given.items() if value}
 
 
-def follow(job: str, log: Path) -> None:
-    """Print the log as it grows, until the job has left the queue; Ctrl-C leaves the job alone."""
+def without(own: list[str], names: tuple[str, ...] = ("--array", "--sweep")) -> list[str]:
+    """submit.py's own words without these options and their values: one task goes on alone."""
+    kept, skip = [], False
+    for word in own:
+        if not skip and word.partition("=")[0] not in names:
+            kept.append(word)
+        skip = not skip and word in names
+    return kept
+
+
+def follow(job: str, log: Path) -> int:
+    """Print the log as it grows, until the job has ended: 0 if it did so well. Ctrl-C leaves it."""
     shown = 0
     while True:
         asked = ["squeue", "--noheader", "--jobs", job, "--states=all", "--format=%T"]
         queue = subprocess.run(asked, capture_output=True, text=True)
         states = set(queue.stdout.split())
-        over = not states or not states & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING",
-                                           "SUSPENDED", "REQUEUED"}  # fmt: skip
+        silent = queue.returncode and "Invalid job id" not in queue.stderr  # a busy controller
+        over = not silent and not states & WAITING
         if log.is_file():
             with log.open("rb") as file:
                 file.seek(shown)
@@ -222,7 +301,7 @@ def follow(job: str, log: Path) -> None:
             sys.stdout.flush()
         if over:
             print(f"job {job}: {', '.join(sorted(states)) or 'has left the queue'}")
-            return
+            return 0 if states <= {"COMPLETED"} else 1
         time.sleep(2)
 
 
@@ -237,8 +316,12 @@ def submit(argv: list[str]) -> int:
         raise Problem("train.py's flags are missing: submit.py --nodes 1 --gpus 8 -- --model "
                       "alexnet --dataset cifar10")  # fmt: skip
     check(options)
-    settings = trainer_settings(arguments, options.python or sys.executable)
-    check_settings(settings, options)
+    python = options.python or sys.executable
+    if options.array or options.sweep:
+        settings = check_array(options, arguments, python)
+    else:
+        settings = trainer_settings(arguments, python)
+        check_settings(settings, options)
     command, env = sbatch_command(options, arguments), job_environment(options)
     warning = warn_of_time(settings, options, HERE / "runs")
     if warning:
@@ -260,17 +343,15 @@ def submit(argv: list[str]) -> int:
     log = f"runs/slurm-{job}_<task>.log" if options.array else f"runs/slurm-{job}.log"
     own_folder = settings.get("run_dir", ("None", ""))[0]
     run = own_folder if own_folder != "None" else log.removesuffix(".log")
-    again = shlex.join(["python", "launch/submit.py", *own, "--", "--resume", run])
+    again = shlex.join(["python", "launch/submit.py", *without(own), "--", "--resume", run])
     print(f"job     {job}")
     print(f"log     {log}")
     print(f"follow  tail -F {shlex.quote(log)}     squeue --jobs {job}")
     print(f"stop    scancel {job}     saves, and does not requeue")
     print(f"go on   {again}", flush=True)
-    if options.follow and options.array:
-        raise Problem("--follow shows one log: follow an array's task with tail -F")
     if options.follow:
         try:
-            follow(job, HERE / log)
+            return follow(job, HERE / log)
         except KeyboardInterrupt:
             print(f"\nthe job runs on; scancel {job} stops it")
     return 0

@@ -249,7 +249,7 @@ def test_an_array_task_trains_its_own_seed_or_its_line_of_the_sweep(desk):
     assert not (desk / "owned").exists()
     task["SLURM_ARRAY_TASK_ID"] = "2"
     done = batch(desk, *TINY, **task, LOCKSTEP_SWEEP=str(sweep))
-    assert done.returncode == 2 and "no line for array task 2" in done.stderr
+    assert done.returncode == 2 and "none for array task 2" in done.stderr
 
 
 def test_the_time_limit_saves_and_requeues(desk):
@@ -371,14 +371,16 @@ def test_submit_warns_where_an_earlier_run_says_the_limit_is_short(tmp_path):
     (run / "config.json").write_text(
         json.dumps({"config": {"model": "resnet18", "dataset": "digits", "image_size": 32}})
     )
-    (run / "summary.json").write_text(json.dumps({"seconds": 7200, "epoch": 2.0}))
+    (run / "summary.json").write_text(json.dumps({"seconds": 7200, "epoch": 2.0, "step": 200}))
     options = module.build_parser().parse_args(["--time", "4h"])
-    settings = {k: (v, "flag") for k, v in
-                {"model": "resnet18", "dataset": "digits", "image_size": "32"}.items()}  # fmt: skip
+    told = {"model": "resnet18", "dataset": "digits", "image_size": "32", "max_steps": "None"}
+    settings = {name: (value, "flag") for name, value in told.items()}
     assert "10.0 h" in module.warn_of_time(
         {**settings, "epochs": ("10", "flag")}, options, tmp_path
     )
     assert module.warn_of_time({**settings, "epochs": ("2", "flag")}, options, tmp_path) == ""
+    few = {**settings, "epochs": ("10", "flag"), "max_steps": ("40", "flag")}
+    assert module.warn_of_time(few, options, tmp_path) == ""
     assert module.warn_of_time({**settings, "epochs": ("10", "flag")}, options, ROOT / "no") == ""
 
 
