@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sinfo", "srun", "sbatch", "scontrol", "scancel")
+GRACE = 40  # seconds a preempted job of the partition `low` may go on
 HOW = "apt-get install slurm-wlm munge, and run as root"
 
 
@@ -122,7 +123,7 @@ class Cluster:
         gres = f" Gres=gpu:{self.gpus}" if self.gpus else ""
         nodes = "\n".join(
             f"NodeName=n{i} NodeHostname={host} NodeAddr={addresses[i - 1]} Port={ports[i - 1]} "
-            f"CPUs=2 RealMemory=4000{gres}"
+            f"CPUs=2 RealMemory=4000 Feature=cpu,number{i}{gres}"
             for i in (1, 2)
         )
         controller = self.hosts.gateway if self.hosts else "127.0.0.1"
@@ -154,7 +155,12 @@ ReturnToService=2
 KillWait=30
 {"GresTypes=gpu" if self.gpus else ""}
 {nodes}
-PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=DEFAULT Nodes=n1,n2 MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=debug Default=YES PriorityTier=10 PreemptMode=OFF
+PartitionName=low PriorityTier=1 GraceTime={GRACE}
+PartitionName=lowest PriorityTier=1 GraceTime=0
 """)
         if self.gpus:  # declared, not there: what SLURM hands out, not what CUDA sees
             lines = "".join(f"Name=gpu File={d}/gpu{i}\n" for i in range(self.gpus))

@@ -6,6 +6,7 @@ Run with: pytest -m slurm tests/test_slurm.py    (Debian: apt-get install slurm-
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -17,9 +18,9 @@ from slurm_cluster import Cluster, why_not
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
-TRAIN = ["--model", "resnet18", "--dataset", "digits", "--image-size", "32", "--limit", "128",
+TRAIN = ["--model", "resnet18", "--dataset", "digits", "--image-size", "16", "--limit", "128",
          "--batch-size", "16", "--lr", "0.01", "--threads", "1", "--log-every", "1",
-         "--max-steps", str(STEPS)]  # fmt: skip
+         "--no-plots", "--max-steps", str(STEPS)]  # fmt: skip
 JOB = {"LOCKSTEP_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
 
@@ -101,6 +102,43 @@ def assert_same_history(run: Path, other: Path, relative: float = 1e-6) -> None:
         assert a.get("test/accuracy") == b.get("test/accuracy")
 
 
+def slow_until(step: int) -> str:
+    """A fault that makes each step of the first life last two seconds longer, from the third on."""
+    return ";".join(f"hang@step={n},life=0,seconds=2" for n in range(3, step))
+
+
+def wandb_history(path: Path) -> dict[int, list[dict]]:
+    """wandb's step -> rows of one .wandb file: a log of protobuf records in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, part, found = path.read_bytes(), 7, b"", {}
+    while place + 7 < len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        part += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last of its parts
+            record, part = Record.FromString(part), b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+                found.setdefault(record.history.step.num, []).append(row)
+    return found
+
+
+def assert_wandb_is_metrics(run: Path, lives: int) -> None:
+    """One run id in all lives; the newest file alone holds each row of metrics.jsonl once."""
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == lives and len({path.name for path in files}) == 1, files
+    assert (run / "wandb" / "latest-run").resolve() == files[-1].parent
+    history = wandb_history(files[-1])
+    assert all(len(told) == 1 for told in history.values())
+    told = [{k: v for k, v in history[n][0].items() if k[0] != "_"} for n in sorted(history)]
+    assert told == rows(run)
+
+
 def restarts(slurm: Cluster, job: str) -> int:
     shown = slurm.run("scontrol", "show", "job", job)
     return int(shown.partition("Restarts=")[2].split()[0])
@@ -130,6 +168,61 @@ def test_the_time_limits_signal_and_a_requeue_lose_no_step(slurm, alone):
     assert_same_history(slurm.home / "runs" / f"slurm-{job}", alone)
 
 
+def test_slurms_own_time_limit_saves_requeues_and_wandb_stays_one_run(slurm, alone):
+    """The signal comes from SLURM itself, 50 s before a limit of one minute."""
+    own = ["--nodes=2", "--time=1", "--signal=B:USR1@50"]
+    job = sbatch(slurm, *own, flags=[*TRAIN, "--track", "wandb"], WANDB_MODE="offline",
+                 LOCKSTEP_FAULT=slow_until(STEPS))  # fmt: skip
+    wait_for_step(slurm, job, 1)
+    slurm.wait(job, "PENDING", seconds=90)
+    saved = status(slurm, job)
+    assert saved["status"] == "stopped" and saved["step"] < STEPS, (saved, log(slurm, job))
+    assert "the time limit (or a preemption) is near" in log(slurm, job)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=5")
+    slurm.start_now(job)
+    assert slurm.wait(job) == "COMPLETED", log(slurm, job)
+    after = status(slurm, job)
+    assert (after["life"], after["resumed_at"], restarts(slurm, job)) == (1, saved["step"], 1)
+    run = slurm.home / "runs" / f"slurm-{job}"
+    assert_same_history(run, alone)
+    assert not list(run.parent.glob(f"slurm-{job}.requeues"))
+    assert_wandb_is_metrics(run, lives=2)
+
+
+def test_a_preempted_job_saves_and_goes_on_by_itself(slurm, alone):
+    """Another job takes the nodes twice: with a grace time, and without one."""
+    slow = slow_until(16)
+    job = sbatch(slurm, "--nodes=2", "--partition=low",
+                 LOCKSTEP_FAULT=f"{slow};{slow.replace('life=0', 'life=1')}")  # fmt: skip
+    saved = {"step": 0}
+    for partition, life in (("low", 0), ("lowest", 1)):
+        slurm.run("scontrol", "update", f"JobId={job}", f"Partition={partition}", check=life)
+        if life:
+            slurm.start_now(job)
+        wait_for_step(slurm, job, saved["step"] + 2)
+        other = ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--wrap=sleep 1"]
+        assert slurm.wait(slurm.run(*other, cwd=slurm.home).strip()) == "COMPLETED"
+        slurm.wait(job, "PENDING", seconds=60)
+        saved = status(slurm, job)
+        assert (saved["status"], saved["life"]) == ("stopped", life), log(slurm, job)
+    slurm.start_now(job)
+    assert slurm.wait(job) == "COMPLETED", log(slurm, job)
+    assert status(slurm, job)["resumed_at"] == saved["step"] < STEPS
+    assert_same_history(slurm.home / "runs" / f"slurm-{job}", alone)
+
+
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm, alone):
+    flags = [*TRAIN, "--checkpoint-every", "2"]
+    job = sbatch(slurm, "--nodes=2", flags=flags, LOCKSTEP_FAULT=slow_until(9))
+    wait_for_step(slurm, job, 5)
+    slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    slurm.wait(job, "PENDING", seconds=60)
+    slurm.start_now(job)
+    assert slurm.wait(job) == "COMPLETED", log(slurm, job)
+    assert status(slurm, job)["life"] == 1 and status(slurm, job)["resumed_at"] >= 2
+    assert_same_history(slurm.home / "runs" / f"slurm-{job}", alone)
+
+
 def test_scancel_saves_and_does_not_requeue(slurm):
     job = sbatch(slurm, "--nodes=2")
     wait_for_step(slurm, job, 3)
@@ -148,8 +241,9 @@ def test_scancel_saves_and_does_not_requeue(slurm):
 
 def test_a_killed_rank_is_named_and_a_crash_loop_ends(slurm):
     """Rank 1 dies at step 5 of every life: one requeue, since step 4 was new, and no second one."""
-    flags = [*TRAIN, "--checkpoint-every", "2"]
-    job = sbatch(slurm, "--nodes=2", flags=flags, LOCKSTEP_FAULT="kill@step=5,rank=1")
+    flags = [*TRAIN, "--checkpoint-every", "2", "--track", "wandb"]
+    job = sbatch(slurm, "--nodes=2", flags=flags, WANDB_MODE="offline",
+                 LOCKSTEP_FAULT="kill@step=5,rank=1")  # fmt: skip
     deadline = time.monotonic() + 150
     while "not requeued" not in log(slurm, job) and time.monotonic() < deadline:
         if restarts(slurm, job) == 1:
@@ -162,15 +256,69 @@ def test_a_killed_rank_is_named_and_a_crash_loop_ends(slurm):
     assert "without a checkpoint after step 4: not requeued" in told, told
 
 
-def test_an_array_trains_three_seeds(slurm):
-    flags = [*TRAIN, "--max-steps", "3"]
-    job = sbatch(slurm, "--array=0-2", "--nodes=1", flags=flags)
-    for task in range(3):
+def test_an_array_trains_its_seeds(slurm):
+    flags = [*TRAIN, "--max-steps", "2"]
+    job = sbatch(slurm, "--array=0-1", "--nodes=1", flags=flags)
+    for task in range(2):
         assert slurm.wait(f"{job}_{task}") == "COMPLETED", log(slurm, f"{job}_{task}")
         run = slurm.home / "runs" / f"slurm-{job}_{task}"
         assert json.loads((run / "config.json").read_text())["config"]["seed"] == task
-    losses = {rows(slurm.home / "runs" / f"slurm-{job}_{t}")[0]["train/loss"] for t in range(3)}
-    assert len(losses) == 3
+    losses = {rows(slurm.home / "runs" / f"slurm-{job}_{t}")[0]["train/loss"] for t in range(2)}
+    assert len(losses) == 2
+
+
+def test_submit_trains_a_sweeps_rows_where_and_how_it_was_told(slurm, tmp_path):
+    """Account, partition, constraint, environment, further flags; on a site that exports nothing."""
+    env, place = tmp_path / "activate.sh", tmp_path / "bin"
+    place.mkdir()
+    (place / "python").write_text(
+        f'#!/bin/bash\ntouch "{place}/used"\nexec {sys.executable} "$@"\n'
+    )
+    (place / "python").chmod(0o755)
+    env.write_text(f'export PATH="{place}:$PATH$THIS_IS_UNSET"\n')
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text(
+        "# lr, then seed\n--lr 0.02\n\n--lr 0.03 --data-dir 'a b$(touch owned)' --seed 7\n"
+    )
+    own = ["--sweep", str(sweep), "--env", str(env), "--account", "science", "--qos", "normal",
+           "--partition", "low", "--constraint", "number2&cpu", "--mem", "1500M", "--cpus", "1",
+           "--time", "10m", "--name", "sweep", "--sbatch=--nice=7",
+           "--sbatch=--signal=B:USR1@240"]  # fmt: skip
+    command = [sys.executable, "launch/submit.py", *own, "--", *TRAIN, "--max-steps", "1"]
+    given = {**slurm.env, "OMP_NUM_THREADS": "1", "SBATCH_EXPORT": "NONE"}
+    done = subprocess.run(
+        command, cwd=slurm.home, env=given, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.partition("job     ")[2].split()[0]
+    shown = slurm.run("scontrol", "show", "job", f"{job}_0")
+    for told in ("Account=science", "Partition=low", "Features=number2&cpu", "JobName=sweep",
+                 "MinMemoryNode=1500M", "TimeLimit=00:10:00", "Nice=7"):  # fmt: skip
+        assert told in shown, shown
+    for task, lr, seed in ((0, 0.02, 0), (1, 0.03, 7)):
+        ended = slurm.wait(f"{job}_{task}")
+        text = (slurm.home / "runs" / f"slurm-{job}_{task}.log").read_text()
+        assert ended == "COMPLETED", text
+        assert "(n2)" in text
+        saved = (slurm.home / "runs" / f"slurm-{job}_{task}" / "config.json").read_text()
+        config = json.loads(saved)["config"]
+        assert (config["lr"], config["seed"]) == (lr, seed)
+    assert config["data_dir"] == "a b$(touch owned)" and not list(slurm.home.glob("owned"))
+    assert (place / "used").exists(), "the environment was not activated"
+
+
+def test_a_node_with_another_command_is_named_at_once(slurm, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/bash
+if [ "$1" = train.py ] && [ "$SLURMD_NODENAME" = n2 ]; then set -- "$@" --lr 0.3; fi
+exec {sys.executable} "$@"
+""")
+    python.chmod(0o755)
+    job = sbatch(slurm, "--nodes=2", LOCKSTEP_PYTHON=str(python))
+    assert slurm.wait(job) == "FAILED" and restarts(slurm, job) == 0
+    told = log(slurm, job)
+    assert "disagree about the --lr: rank 1 on n2 with 0.3, the others with 0.01" in told, told
+    assert "same command" in told and not (slurm.home / "runs" / f"slurm-{job}").exists()
 
 
 def test_hostile_arguments_arrive_byte_for_byte(slurm):
