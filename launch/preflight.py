@@ -96,6 +96,10 @@ def existing(folder: Path) -> Path:
     return folder
 
 
+class Unreachable(Exception):
+    """The others cannot be spoken to; holds what was found and the remedy."""
+
+
 class Peers:
     """The other processes of the launch; alone, everything is its own."""
 
@@ -120,7 +124,11 @@ class Peers:
             from network import is_free
 
             if "TORCHELASTIC_RUN_ID" not in os.environ and not is_free(port):
-                raise SystemExit(f"NO GO: port {port} is taken on {socket.gethostname()}")
+                raise Unreachable(
+                    f"port {port} is taken on {socket.gethostname()}",
+                    "another run there? choose another port in --head; a SLURM job takes a free "
+                    "one when it is submitted again",
+                )
             return
         deadline = time.monotonic() + REACH_SECONDS
         while True:
@@ -129,9 +137,11 @@ class Peers:
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise SystemExit(
-                        f"NO GO: {socket.gethostname()} cannot reach the head node at "
-                        f"{head}:{port} ({error}); check firewall and address"
+                    raise Unreachable(
+                        f"{socket.gethostname()} cannot reach the head node at {head}:{port} "
+                        f"({error})",
+                        "check that it is the head node's address, that rank 0 runs there, and "
+                        "that no firewall stands between",
                     ) from None
                 time.sleep(0.5)
 
@@ -258,6 +268,16 @@ def table(rows: list[tuple[str, str, str]]) -> str:
     return "\n".join(lines)
 
 
+def alone(facts: dict, told: str, remedy: str) -> int:
+    """What one node finds, where the others cannot be asked."""
+    rows = [*judge([{**facts, "time": time.time()}]), ("network", told, remedy)]
+    findings = sum(bool(row[2]) for row in rows)
+    print(
+        f"preflight of {facts['host']} alone\n{table(rows)}\nNO GO: {findings} findings", flush=True
+    )
+    return 1
+
+
 def main(argv: list[str]) -> int:
     own, arguments = argv, []
     if "--" in argv:
@@ -286,6 +306,8 @@ def main(argv: list[str]) -> int:
     elif not arguments:
         facts["model and data fine"] = facts["room fine"] = "not tried: no flags after --"
     try:
+        if facts["broken"] and "torch" not in facts["builds"]:
+            raise Unreachable("not tried: torch cannot be imported", "mend torch first")
         peers = Peers()
         facts["run folder"] = shared_folder(peers, folder)
         facts["run folder fine"] = f"{existing(folder)} is writable from all"
@@ -293,14 +315,14 @@ def main(argv: list[str]) -> int:
         peers.gather(None)  # so that all look at the clock together
         facts["time"] = time.time()
         everyone = peers.gather(facts)
+    except Unreachable as error:
+        return alone(facts, *error.args)
     except RuntimeError as error:
-        print(
-            f"NO GO: rank {facts['rank']} on {facts['host']} cannot talk to the others: "
-            f"{str(error).splitlines()[0]}\n-> check firewall and GLOO_SOCKET_IFNAME "
+        return alone(
+            facts, f"rank {facts['rank']} cannot talk to the others: {str(error).splitlines()[0]}",
+            "check the firewall between the nodes, and GLOO_SOCKET_IFNAME "
             f"({os.environ.get('GLOO_SOCKET_IFNAME', 'not set')})",
-            file=sys.stderr,
-        )
-        return 1
+        )  # fmt: skip
     rows = judge(everyone)
     told = (
         f"{peers.size} processes, {speed:.0f} MB/s over gloo" if peers.size > 1 else "one process"

@@ -63,6 +63,7 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >>calls.txt
 case "$*" in
     "show hostnames far[1-2]") printf 'far1\\nfar2\\n' ;;
+    "show job -o 77") echo "JobId=77 JobState=RUNNING PreemptTime=${PREEMPTED:-None} End=0" ;;
     "show node far1") printf 'NodeName=far1 Arch=x\\n   NodeAddr=10.9.8.7 NodeHostName=far1\\n' ;;
     requeue*) kill -TERM $PPID ;; # as the controller does
 esac
@@ -269,6 +270,60 @@ def test_an_array_task_requeues_itself_alone(desk):
     assert "scontrol requeue 70_1" in calls(desk)
 
 
+def test_a_hostile_run_folder_is_stopped_by_its_own_name(desk):
+    """The script reads the folder out of JSON: blanks, quotes and words of a table mean nothing."""
+    run = desk / 'a  file b\'s "flag";$(touch owned) default  flag'
+    run.mkdir()
+    stopped = {"STATUS": status(status="stopped"), "SIGNAL": "SIGUSR1", "CODE": "75"}
+    done = batch(desk, *TINY, "--run-dir", str(run), RUN=str(run), **stopped)
+    assert (run / "STOP").exists() and "scontrol requeue 77" in calls(desk), done.stderr
+    assert not list(desk.rglob("owned"))
+
+
+@pytest.mark.slow
+def test_a_limit_shorter_than_a_start_does_not_requeue_for_ever(desk):
+    """The first time that a step is reached counts as progress; three starts later it ends."""
+    stopped = {"STATUS": status(status="stopped"), "SIGNAL": "SIGUSR1", "CODE": "75"}
+    for life in range(4):
+        done = batch(desk, *TINY, **{**stopped, "STATUS": status(status="stopped", life=life)})
+        (desk / "runs" / "slurm-77" / "STOP").unlink(missing_ok=True)
+        assert calls(desk).count("scontrol requeue 77") == min(life + 1, 3), done.stderr
+    assert done.returncode == 75 and "give more --time" in done.stderr
+    batch(desk, *TINY, **{**stopped, "STATUS": status(status="stopped", life=9, step=6)})
+    assert calls(desk).count("scontrol requeue 77") == 4, "a later step is progress"
+
+
+def test_a_limit_that_comes_before_training_requeues_without_starting_it(desk):
+    early = desk / "early.sh"
+    early.write_text("kill -USR1 $$\n")
+    batch(desk, *TINY, LOCKSTEP_ENV=str(early))
+    assert "scontrol requeue 77" in calls(desk) and not (desk / "got.json").exists()
+
+
+def test_a_preempted_job_in_its_grace_time_requeues_itself(desk):
+    stopped = {"STATUS": status(status="stopped"), "CODE": "75"}
+    batch(desk, *TINY, **stopped, PREEMPTED="2030-01-01T00:00:00")
+    assert "scontrol requeue 77" in calls(desk)
+
+
+def test_an_arrays_tasks_do_not_share_a_folder(desk):
+    task = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1"}
+    for words in (["--run-dir", "x"], ["--run_dir=x"], ["--resume", "x"]):
+        done = batch(desk, *TINY, *words, **task)
+        assert done.returncode == 2 and "same folder" in done.stderr
+    assert not (desk / "srun.txt").exists()
+
+
+def test_a_row_whose_quotes_do_not_close_trains_nothing(desk):
+    """As an array's task it would else train the command without its row."""
+    task = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "0"}
+    sweep = desk / "sweep.txt"
+    sweep.write_text("--lr 0.1 --data-dir 'a b\n")
+    done = batch(desk, *TINY, **task, LOCKSTEP_SWEEP=str(sweep))
+    assert done.returncode == 2 and "line 1: No closing quotation" in done.stderr
+    assert not (desk / "srun.txt").exists()
+
+
 def test_scancel_does_not_requeue(desk):
     done = batch(desk, *TINY, STATUS=status(status="stopped"), SIGNAL="SIGTERM", CODE="75")
     assert done.returncode == 75 and "requeue" not in calls(desk)
@@ -345,6 +400,12 @@ def test_submit_hands_sbatch_every_byte(tmp_path):
         (["--sbatch=id"], TINY, "--sbatch"),
         (["--array", "0-2"], [*TINY, "--seed", "1"], "--seed"),
         (["--sweep", "none.txt"], TINY, "no such file"),
+        (["--array", "0-1"], [*TINY, "--run-dir", "x"], "same folder"),
+        (["--array", "0-1", "--follow"], TINY, "one log"),
+        (["--array", "0-1;id"], TINY, "--array"),
+        (["--sbatch=--signal=USR2@9"], TINY, "--sbatch=--signal=B:USR1@600"),
+        (["--sbatch=--signal=B:USR1@600", "--time", "9m"], TINY, "600 s"),
+        (["--sbatch=--export=NONE"], TINY, "--export"),
         (["--nodes", "0"], TINY, "at least 1"),
         ([], [], "flags are missing"),
     ],
@@ -358,6 +419,52 @@ def test_submit_refuses_before_anything_queues(own, flags, told, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert told in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "queued").exists()
+
+
+def test_submit_checks_each_row_of_a_sweep_before_anything_queues(tmp_path):
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("# two rows\n--dataset digits --lr 0.1\n\n--dataset digits --run-dir 'a b'\n")
+    dry = ["--sweep", str(sweep), "--dry-run"]
+    done = submit(*dry, "--", "--model", "resnet18")
+    assert done.returncode == 0 and " --array=0-1 " in done.stdout, done.stderr
+    beyond = submit(*dry, "--array", "0-4:2", "--", "--model", "resnet18")
+    assert beyond.returncode == 2 and "rows 0 to 1, none for task 2" in beyond.stderr
+    for row, told in (("--lrr 1", "row 2: --lrr: no such option"), ("'", "line 5: No closing"),
+                      ("--batch-size 3 --dataset digits", "row 2: --batch-size 3")):  # fmt: skip
+        wrong = tmp_path / "wrong.txt"
+        wrong.write_text(sweep.read_text() + row + "\n")
+        done = submit(
+            "--nodes", "2", "--sweep", str(wrong), "--dry-run", "--", "--model", "resnet18"
+        )
+        assert done.returncode == 2 and told in done.stderr, done.stderr
+
+
+def test_submit_names_how_one_task_of_an_array_goes_on(tmp_path):
+    stub = tmp_path / "sbatch"
+    stub.write_text("#!/bin/bash\necho 4711\n")
+    stub.chmod(0o755)
+    done = submit(
+        "--array", "0-2", "--time=4h", "--", *TINY, PATH=f"{tmp_path}:{os.environ['PATH']}"
+    )
+    told = done.stdout.partition("go on   ")[2].strip()
+    assert told == "python launch/submit.py --time=4h -- --resume 'runs/slurm-4711_<task>'", told
+
+
+def test_follow_outlives_a_silent_controller_and_says_how_the_job_ended(tmp_path):
+    stubs = {
+        "sbatch": "echo 4711",
+        "squeue": f"""n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) >{tmp_path}/n
+case $n in
+    0) echo RUNNING ;;
+    1) echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1 ;;
+    *) echo FAILED ;;
+esac""",
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = submit("--follow", "--", *TINY, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 1 and "job 4711: FAILED" in done.stdout, done.stdout + done.stderr
 
 
 def test_submit_warns_where_an_earlier_run_says_the_limit_is_short(tmp_path):
@@ -451,6 +558,12 @@ def test_a_jobs_port_is_a_function_of_its_number_unless_it_is_taken():
         holder.bind(("", first))
         holder.listen()
         assert port(12345) > first
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_line_of_a_config_is_explained(path):
+    for line in path.read_text(encoding="utf-8").splitlines():
+        assert line.partition("#")[2].strip(), f"{path.name}: {line}"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

@@ -212,15 +212,18 @@ def test_a_preempted_job_saves_and_goes_on_by_itself(slurm, alone):
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm, alone):
-    flags = [*TRAIN, "--checkpoint-every", "2"]
-    job = sbatch(slurm, "--nodes=2", flags=flags, LOCKSTEP_FAULT=slow_until(9))
+    flags = [*TRAIN, "--checkpoint-every", "2", "--track", "wandb"]
+    job = sbatch(slurm, "--nodes=2", flags=flags, WANDB_MODE="offline",
+                 LOCKSTEP_FAULT=slow_until(9))  # fmt: skip
     wait_for_step(slurm, job, 5)
     slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     slurm.wait(job, "PENDING", seconds=60)
     slurm.start_now(job)
     assert slurm.wait(job) == "COMPLETED", log(slurm, job)
     assert status(slurm, job)["life"] == 1 and status(slurm, job)["resumed_at"] >= 2
-    assert_same_history(slurm.home / "runs" / f"slurm-{job}", alone)
+    run = slurm.home / "runs" / f"slurm-{job}"
+    assert_same_history(run, alone)
+    assert_wandb_is_metrics(run, lives=2)
 
 
 def test_scancel_saves_and_does_not_requeue(slurm):
@@ -241,9 +244,8 @@ def test_scancel_saves_and_does_not_requeue(slurm):
 
 def test_a_killed_rank_is_named_and_a_crash_loop_ends(slurm):
     """Rank 1 dies at step 5 of every life: one requeue, since step 4 was new, and no second one."""
-    flags = [*TRAIN, "--checkpoint-every", "2", "--track", "wandb"]
-    job = sbatch(slurm, "--nodes=2", flags=flags, WANDB_MODE="offline",
-                 LOCKSTEP_FAULT="kill@step=5,rank=1")  # fmt: skip
+    flags = [*TRAIN, "--checkpoint-every", "2"]
+    job = sbatch(slurm, "--nodes=2", flags=flags, LOCKSTEP_FAULT="kill@step=5,rank=1")
     deadline = time.monotonic() + 150
     while "not requeued" not in log(slurm, job) and time.monotonic() < deadline:
         if restarts(slurm, job) == 1:
@@ -268,7 +270,7 @@ def test_an_array_trains_its_seeds(slurm):
 
 
 def test_submit_trains_a_sweeps_rows_where_and_how_it_was_told(slurm, tmp_path):
-    """Account, partition, constraint, environment, further flags; on a site that exports nothing."""
+    """Account, partition, constraint, environment, further flags; the site exports nothing."""
     env, place = tmp_path / "activate.sh", tmp_path / "bin"
     place.mkdir()
     (place / "python").write_text(
