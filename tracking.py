@@ -21,8 +21,11 @@ def build_trackers(kind: str, folder: Path, name: str, config: dict, warn: Calla
     """The trackers of `--track`; on the main process only. An empty list for "none"."""
     if kind == "none":
         return []
-    start = start_wandb if kind == "wandb" else start_tensorboard
-    return [Apart(lambda: start(folder, name, config, warn), kind, warn)]
+    if kind == "tensorboard":
+        return [Apart(lambda: start_tensorboard(folder), kind, warn)]
+    file = folder / "metrics.jsonl"  # read here and now: the loop will write to it
+    known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [Apart(lambda: start_wandb(folder, name, config, known, warn), kind, warn)]
 
 
 class Apart:
@@ -86,7 +89,7 @@ def _saved_key(host: str) -> bool:
     return False
 
 
-def start_wandb(folder: Path, name: str, config: dict, warn: Callable):
+def start_wandb(folder: Path, name: str, config: dict, known: list[str], warn: Callable):
     """A wandb run through Accelerate's tracker, in the run folder; one run across restarts."""
     mode, why = wandb_mode()
     if mode == "offline":
@@ -108,7 +111,7 @@ def start_wandb(folder: Path, name: str, config: dict, warn: Callable):
     write_json(folder / "tracking.json", {"wandb": run.id})
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    return Rows(run, folder / "metrics.jsonl")
+    return Rows(run, known)
 
 
 class Rows:
@@ -120,9 +123,8 @@ class Rows:
     it drops.
     """
 
-    def __init__(self, run, metrics: Path):
+    def __init__(self, run, known: list[str]):
         self.run, self.number = run, 0
-        known = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         for line in known:
             if self.number >= run.starting_step:
                 self.log(json.loads(line))
@@ -137,7 +139,7 @@ class Rows:
         self.run.finish()
 
 
-def start_tensorboard(folder: Path, name: str, config: dict, warn: Callable):
+def start_tensorboard(folder: Path):
     from accelerate.tracking import TensorBoardTracker
 
     tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder))

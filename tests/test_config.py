@@ -446,7 +446,7 @@ def run(*words, cwd, **environment):
 )
 def test_a_typo_is_one_sentence_from_rank_0_only_and_status_2(tmp_path, words):
     first = run("train.py", *words, cwd=tmp_path, RANK="0")
-    second = run("train.py", *words, cwd=tmp_path, RANK="1")
+    second = run("train.py", *words, cwd=tmp_path, RANK="1", LOCAL_RANK="1")
     assert (first.returncode, second.returncode) == (2, 2)
     assert words[0].partition("=")[0] in first.stderr and first.stdout == ""
     assert "Traceback" not in first.stderr and len(first.stderr.strip().splitlines()) == 1
