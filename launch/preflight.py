@@ -311,7 +311,7 @@ def main(argv: list[str]) -> int:
         peers = Peers()
         facts["run folder"] = shared_folder(peers, folder)
         facts["run folder fine"] = f"{existing(folder)} is writable from all"
-        right, speed = peers.sum_known_numbers()
+        facts["sum is right"], speed = peers.sum_known_numbers()
         peers.gather(None)  # so that all look at the clock together
         facts["time"] = time.time()
         everyone = peers.gather(facts)
@@ -327,8 +327,11 @@ def main(argv: list[str]) -> int:
     told = (
         f"{peers.size} processes, {speed:.0f} MB/s over gloo" if peers.size > 1 else "one process"
     )
-    broken = "" if right else "the network or its driver damages data: name it to the administrator"
-    rows.append(("all-reduce", told if right else "the sum of known numbers is wrong", broken))
+    wrong = [f["host"] for f in everyone if not f["sum is right"]]
+    if wrong:
+        told = f"the sum of known numbers is wrong on {', '.join(wrong)}"
+    broken = "the network or its driver damages data: name it to the administrator" if wrong else ""
+    rows.append(("all-reduce", told, broken))
     findings = sum(bool(row[2]) for row in rows)
     if peers.rank == 0:
         hosts = list(dict.fromkeys(f["host"] for f in everyone))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from config import build_parser
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -602,8 +603,211 @@ def test_preflight_names_what_differs_between_nodes():
     assert findings(host="n1", gpus=["GPU-a"])["GPUs per node"].startswith("ranks 0 and 1 share")
     assert "clocks" in findings(time=160.0)
     assert "file limit" in findings(files=1024)
+    assert "datasets" in findings(
+        versions=dict.fromkeys(preflight.PACKAGES[:-1], "1") | {"datasets": "2"}
+    )
+    told = preflight.shared_folder(preflight.Peers(), Path("/proc/nowhere"))
+    assert told.startswith("rank 0 cannot write /proc")
     build = findings(builds={"torch": "cpu", "torchvision": "cu128"})
     assert build == {"torch's build": "n2: torch for cpu beside torchvision for cu128"}
+
+
+# What a second node does differently: each line of the table can be made to say no.
+PLANTED = """
+import collections, os, shutil, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+what = sys.argv.pop(1).split(",")
+import preflight
+if "torch missing" in what:
+    sys.modules["torch"] = None
+else:
+    import torch, torch.distributed as dist
+if "reach" in what:
+    preflight.REACH_SECONDS = 1
+if "all" in what:
+    sys.version = "3.9.9 (planted)"
+    version = preflight.metadata.version
+    preflight.metadata.version = lambda name: "0.0.1" if name != "torch" else version(name) + ".1"
+    torch.__version__ = torch.__version__.partition("+")[0] + "+cu999"
+    all_reduce, now = dist.all_reduce, time.time
+    dist.all_reduce = lambda numbers: (all_reduce(numbers), numbers.add_(1))
+    time.time = lambda: now() + 60
+    disk = collections.namedtuple("disk", "free")
+    preflight.shutil.disk_usage = lambda path: disk(10)
+    preflight.try_trainer = lambda words: (False, "no such data set here", 10**8)
+    os.chdir(os.environ["ELSEWHERE"])
+else:
+    preflight.try_trainer = lambda words: (True, "fine", 10**6)
+sys.exit(preflight.main(sys.argv[1:]))
+"""
+
+
+def preflight_node(rank: int, port: int, what: str, words: list[str], **env: str):
+    place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURMD_NODENAME": f"n{rank}",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}  # fmt: skip
+    command = [sys.executable, "-c", PLANTED, str(LAUNCH), what, *words]
+    low = ["bash", "-c", 'ulimit -n 200; exec "$@"', "bash"] if what == "all" else []
+    return subprocess.Popen(
+        [*low, *command], env={**os.environ, **place}, cwd=env.get("HERE"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def verdicts(table: str) -> dict[str, str]:
+    """check -> 'ok', or the remedy under a NO."""
+    found, check = {}, ""
+    for line in table.splitlines():
+        if line[:4] in ("ok  ", "NO  "):
+            check = re.split(r"\s{2,}", line[4:].strip())[0]
+            found[check] = "ok" if line.startswith("ok") else ""
+        elif line.strip().startswith("-> ") and check:
+            found[check] = line.strip()[3:]
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_each_line_of_the_preflight_can_say_no_and_names_a_remedy(tmp_path):
+    (tmp_path / "here" / "runs").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    places = {"HERE": str(tmp_path / "here"), "ELSEWHERE": str(tmp_path / "there")}
+    tables = {}
+    for what in ("", "all"):
+        gpus = ["--gpus", "2"] if what else []
+        port = free_port()
+        both = [
+            preflight_node(rank, port, what if rank else "", [*gpus, "--", *TINY], **places)
+            for rank in (0, 1)
+        ]
+        told = [process.communicate(timeout=120)[0] for process in both]
+        assert [process.returncode for process in both] == ([1, 1] if what else [0, 0]), told
+        tables[what] = verdicts(told[0])
+        assert ("NO GO: 15 findings" if what else "\nGO") in told[0], told
+    assert set(tables[""].values()) == {"ok"}, tables
+    assert tables[""].keys() == tables["all"].keys() and len(tables["all"]) == 15
+    assert all(remedy not in ("", "ok") for remedy in tables["all"].values()), tables
+    assert not list(tmp_path.rglob(".preflight-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "what", "told"),
+    [(0, "", "port {} is taken"), (1, "reach", "cannot reach the head node at 127.0.0.1:{}"),
+     (1, "torch missing", "torch cannot be imported")],
+)  # fmt: skip
+def test_preflight_of_a_node_that_cannot_join_still_shows_its_table(rank, what, told):
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        port = holder.getsockname()[1]
+        if rank == 0:
+            holder.listen()
+        process = preflight_node(rank, port, what, ["--gpus", "0"])
+        text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and told.format(port) in text and "NO GO" in text, text
+    assert "Traceback" not in text
+    table = verdicts(text)
+    assert table["network"] not in ("", "ok") and table["clocks"] == "ok"
+
+
+@pytest.mark.slow
+def test_preflight_tries_the_very_command_without_network(tmp_path):
+    """Data that only the network could bring are missing, and said so in a sentence."""
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        import preflight
+    finally:
+        sys.path.remove(str(LAUNCH))
+    fine, told, _ = preflight.try_trainer(
+        ["--model", "resnet18", "--dataset", str(tmp_path / "no")]
+    )
+    assert not fine and "no" in told and "Traceback" not in told
+
+
+# --- starts that go wrong inside the trainer ------------------------------------------------------
+
+
+def test_a_node_with_fewer_gpus_than_processes_is_named(monkeypatch):
+    import torch
+
+    from config import parse
+    from distributed.accelerator import look_at_the_machine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes on this node, but torch sees 1 GPU"):
+        look_at_the_machine(parse(TINY))
+
+
+def test_two_processes_on_one_gpu_are_named(monkeypatch):
+    import torch
+
+    from distributed import accelerator
+
+    class Fake:
+        device, num_processes = torch.device("cuda"), 3
+
+    places = [("n1", "GPU-a"), ("n2", "GPU-a"), ("n2", "GPU-a")]
+    monkeypatch.setattr(accelerator, "everyones", lambda *_: places)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Fake())
+    Fake.uuid = "GPU-a"
+    with pytest.raises(UserError, match=r"ranks \[1, 2\] are on the same GPU of n2"):
+        accelerator.refuse_shared_gpu(Fake)
+
+
+def test_processes_that_each_believe_to_be_alone_are_named(monkeypatch):
+    from config import parse
+    from distributed import accelerator
+
+    class Lonely:
+        num_processes = 1
+
+        def __init__(self, **_):
+            pass
+
+    monkeypatch.setattr(accelerator, "Accelerator", Lonely)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started 2 processes but each of them believes"):
+        accelerator.build_accelerator(parse(TINY))
+
+
+def test_what_differs_between_processes_is_named_with_rank_host_and_remedy(monkeypatch):
+    from distributed import accelerator
+
+    def told(*everyone: dict[str, str]) -> str:
+        held = [(f"n{rank}", facts) for rank, facts in enumerate(everyone)]
+        monkeypatch.setattr(accelerator, "everyones", lambda *_: held)
+        with pytest.raises(UserError) as caught:
+            accelerator.refuse_disagreement(None, {})
+        return str(caught.value)
+
+    assert "the --lr: rank 1 on n1 with 2, the others with 1" in told({"--lr": "1"}, {"--lr": "2"})
+    code = "code in models/resnet.py"
+    text = told({code: "a"}, {code: "b"}, {code: "a"})
+    assert f"the {code}: rank 1 on n1" in text and "a disk that every node sees" in text
+    assert "rank 0 on n0 with nothing" in told({}, {code: "b"}, {code: "b"})
+    assert "python -m data prepare" in told({"data": "a"}, {"data": "b"})
+    assert "same environment" in told({"version of torch": "1"}, {"version of torch": "2"})
+
+
+def test_a_node_whose_command_alone_is_wrong_speaks_for_itself():
+    """Rank 0 cannot know it; the first process of that node says it, once."""
+    told = []
+    for place in ({"RANK": "8", "LOCAL_RANK": "0"}, {"RANK": "9", "LOCAL_RANK": "1"}):
+        env = {**os.environ, **place, "SLURMD_NODENAME": "n2"}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), "--modell", "x"],
+            env=env, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert done.returncode == 2
+        told.append(done.stderr)
+    assert told[0].startswith("rank 8 on n2: --modell: no such option") and told[1] == ""
 
 
 # --- real launches -------------------------------------------------------------------------------

@@ -151,23 +151,6 @@ def test_two_nodes_give_the_run_of_one_process(slurm, alone):
     assert_same_history(slurm.home / "runs" / f"slurm-{job}", alone)
 
 
-def test_the_time_limits_signal_and_a_requeue_lose_no_step(slurm, alone):
-    job = sbatch(slurm, "--nodes=2")
-    wait_for_step(slurm, job, 3)
-    slurm.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@180 does
-    slurm.wait(job, "PENDING", seconds=60)
-    saved = status(slurm, job)
-    assert saved["status"] == "stopped" and 3 <= saved["step"] < STEPS, saved
-    slurm.start_now(job)
-    assert slurm.wait(job) == "COMPLETED", log(slurm, job)
-    after = status(slurm, job)
-    assert (after["life"], after["resumed_at"]) == (1, saved["step"])
-    assert restarts(slurm, job) == 1
-    told = log(slurm, job)
-    assert "start 1" in told and "start 2" in told, "the second life overwrote the first one's log"
-    assert_same_history(slurm.home / "runs" / f"slurm-{job}", alone)
-
-
 def test_slurms_own_time_limit_saves_requeues_and_wandb_stays_one_run(slurm, alone):
     """The signal comes from SLURM itself, 50 s before a limit of one minute."""
     own = ["--nodes=2", "--time=1", "--signal=B:USR1@50"]
@@ -183,6 +166,8 @@ def test_slurms_own_time_limit_saves_requeues_and_wandb_stays_one_run(slurm, alo
     assert slurm.wait(job) == "COMPLETED", log(slurm, job)
     after = status(slurm, job)
     assert (after["life"], after["resumed_at"], restarts(slurm, job)) == (1, saved["step"], 1)
+    told = log(slurm, job)
+    assert "start 1" in told and "start 2" in told, "the second life overwrote the first one's log"
     run = slurm.home / "runs" / f"slurm-{job}"
     assert_same_history(run, alone)
     assert not list(run.parent.glob(f"slurm-{job}.requeues"))
