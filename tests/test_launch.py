@@ -180,7 +180,15 @@ def test_every_flag_that_documents_name_is_known():
     known |= {"--gpus-per-node", "--ntasks-per-node", "--cpus-per-task", "--signal", "--requeue"}
     known |= {"--gpus-per-task", "--kill-on-bad-exit", "--open-mode", "--jobs", "--config_file"}
     known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--num_processes"}
-    known |= {"--multi_gpu", "--gpu-bind", "--exclusive", "--overcommit", "--nodes", "--cpu"}
+    known |= {
+        "--multi_gpu",
+        "--gpu-bind",
+        "--exclusive",
+        "--exclude",
+        "--overcommit",
+        "--nodes",
+        "--cpu",
+    }
     for page in (ROOT / "docs" / "clusters.md", LAUNCH / "README.md"):
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text(encoding="utf-8")))
         assert used <= known, f"{page.name}: {sorted(used - known)}"
