@@ -1,16 +1,63 @@
 """The pictures a run leaves: curves, confusion matrix, mistakes, samples, a fitted line."""
 
+import functools
 import math
+import os
 from pathlib import Path
 
 MOST_NAMES = 30  # classes whose names still fit beside a confusion matrix
+MOST_MISTAKES = 30  # lines of text beside a larger one
+LONGEST_NAME = 24  # characters, of a class beside a picture
 
 
 def plain(text: object) -> str:
-    """A name from outside as matplotlib may draw it: no math markup, no control characters."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text)).replace(
-        "$", r"\$"
-    )
+    """A name from outside as matplotlib may draw it: no math markup, nothing without a glyph."""
+    shown = (c if c == "\n" or c.isprintable() else "?" for c in str(text))
+    shown = (c if has_glyph(c) else f"<{ord(c):X}>" for c in shown)
+    return "".join(shown).replace("$", r"\$")
+
+
+def drawable(classes: list[str]) -> list[str]:
+    """Class names for a picture, shortened; one that no installed font can write is its number."""
+    return [
+        (name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…")
+        if all(map(has_glyph, name))
+        else f"class {number}"
+        for number, name in enumerate(classes)
+    ]
+
+
+def has_glyph(character: str) -> bool:
+    return character.isspace() or character in "…?" or bool(font_with(character))
+
+
+@functools.cache
+def font_with(character: str) -> str:
+    """A font that has this character, matplotlib's own before others; "" if there is none."""
+    from matplotlib import font_manager
+
+    def has(path: str) -> bool:
+        try:
+            return bool(font_manager.get_font(path).get_char_index(ord(character)))
+        except (OSError, RuntimeError):
+            return False
+
+    usual = font_manager.FontProperties()
+    if has(font_manager.findfont(usual)):
+        return usual.get_name()
+    skip = ("Last Resort", "Emoji")  # boxes for everything; pictures, which cannot be scaled
+    for font in font_manager.fontManager.ttflist:
+        if not font.name.startswith(skip[0]) and skip[1] not in font.name and has(font.fname):
+            return font.name
+    return ""
+
+
+def fonts_for(texts: list[str]) -> list[str]:
+    """The usual font and those that write what it lacks, in matplotlib's order of falling back."""
+    from matplotlib import rcParams
+
+    found = [font_with(c) for text in texts for c in text if not c.isspace()]
+    return [*rcParams["font.family"], *dict.fromkeys(filter(None, found))]
 
 
 def figure(*arguments, **options):
@@ -21,6 +68,16 @@ def figure(*arguments, **options):
     made = Figure(*arguments, layout="constrained", **options)
     FigureCanvasAgg(made)
     return made
+
+
+def save(drawn, path: Path) -> None:
+    """Write a figure under its name only when it is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        drawn.savefig(partial, dpi=110, format="png")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def curves(rows: list[dict], path: Path) -> None:
@@ -39,34 +96,59 @@ def curves(rows: list[dict], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), label=key, marker=marker, markersize=3)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        if len(axes.lines) > 1:
+        if axes.lines and keys != ["lr"]:
             axes.legend()
-    drawn.savefig(path, dpi=110)
+    save(drawn, path)
 
 
 def confusion(matrix: list[list[int]], classes: list[str], path: Path) -> None:
-    """Rows: the true class; columns: what it was taken for; colour: part of the row."""
-    count = len(classes)
-    shares = [[cell / max(1, sum(row)) for cell in row] for row in matrix]
+    """Rows: the true class; columns: what it was taken for; colour: part of the row.
+
+    Beside more classes than have room for their names the most frequent mistakes are listed.
+    """
+    import numpy
+
+    count, names = len(classes), drawable(classes)
+    counts = numpy.asarray(matrix).reshape(count, count)
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
     side = min(12, 3.5 + 0.45 * min(count, MOST_NAMES))
-    drawn = figure(figsize=(side + 1, side))
-    axes = drawn.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    drawn.colorbar(image, label="part of the true class", shrink=0.8)
+    listed = count > MOST_NAMES
+    drawn = figure(figsize=(14, 8.5) if listed else (side + 1, side))
+    axes, *beside = drawn.subplots(1, 1 + listed, squeeze=False, width_ratios=[3, 2][: 1 + listed])[0]
+    power = 0.5 if listed else 1  # a small share of one class among many is still to be seen
+    image = axes.imshow(shares**power, cmap="Blues", vmin=0, vmax=1)
+    bar = drawn.colorbar(image, label="part of the true class", shrink=0.8)
+    ticks = [0, 0.05, 0.25, 0.5, 1]
+    bar.set_ticks([tick**power for tick in ticks], labels=[f"{tick:g}" for tick in ticks])
     axes.set(xlabel="taken for", ylabel="true class")
-    if count <= MOST_NAMES:
-        names = [plain(name) for name in classes]
-        axes.set_xticks(range(count), names, rotation=90)
-        axes.set_yticks(range(count), names)
-        for y, row in enumerate(matrix):
-            for x, cell in enumerate(row):
-                if cell:
-                    colour = "white" if shares[y][x] > 0.5 else "black"
-                    axes.text(x, y, cell, ha="center", va="center", color=colour, fontsize=8)
-    drawn.savefig(path, dpi=110)
+    if listed:
+        list_mistakes(beside[0], counts, names)
+    else:
+        shown, fonts = [plain(name) for name in names], fonts_for(names)
+        axes.set_xticks(range(count), shown, rotation=90, family=fonts)
+        axes.set_yticks(range(count), shown, family=fonts)
+        for y, x in zip(*counts.nonzero(), strict=True):
+            colour = "white" if shares[y, x] > 0.5 else "black"
+            axes.text(x, y, counts[y, x], ha="center", va="center", color=colour, fontsize=8)
+    save(drawn, path)
 
 
-def sheet(images, titles: list[str], path: Path, colours: list[str] | None = None) -> None:
+def list_mistakes(axes, counts, names: list[str]) -> None:
+    """The pairs of classes confused most often, from a matrix (n, n), as text."""
+    import numpy
+
+    wrong = counts.copy()
+    numpy.fill_diagonal(wrong, 0)
+    order = numpy.argsort(-wrong, axis=None, kind="stable")[:MOST_MISTAKES]
+    pairs = [divmod(int(place), len(names)) for place in order if wrong.flat[place]]
+    lines = [f"{counts[y, x]} of {counts[y].sum()}  {names[y]} as {names[x]}" for y, x in pairs]
+    title = f"most frequent of {wrong.sum()} mistakes in {counts.sum()} images"
+    axes.set_axis_off()
+    told = plain("\n".join([title, "", *lines]))
+    axes.text(0, 1, told, va="top", fontsize=9, family=fonts_for(lines))
+
+
+def sheet(images, titles: list[str], path: Path) -> None:
     """Pictures, uint8 (n, 3, H, W), in rows of eight, each with a title."""
     columns = min(8, max(1, len(images)))
     lines = math.ceil(len(images) / columns)
@@ -74,9 +156,9 @@ def sheet(images, titles: list[str], path: Path, colours: list[str] | None = Non
     for place, (image, title) in enumerate(zip(images, titles, strict=True), 1):
         axes = drawn.add_subplot(lines, columns, place)
         axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_title(plain(title), fontsize=8, color=colours[place - 1] if colours else "black")
+        axes.set_title(plain(title), fontsize=8, family=fonts_for([title]))
         axes.set_axis_off()
-    drawn.savefig(path, dpi=110)
+    save(drawn, path)
 
 
 def line_fit(inputs, targets, predictions, path: Path) -> None:
@@ -89,7 +171,7 @@ def line_fit(inputs, targets, predictions, path: Path) -> None:
     axes.set(xlabel="x", ylabel="y")
     axes.grid(alpha=0.3)
     axes.legend()
-    drawn.savefig(path, dpi=110)
+    save(drawn, path)
 
 
 def lr_curve(rates: list[float], losses: list[float], suggestion: float, path: Path) -> None:
@@ -101,4 +183,4 @@ def lr_curve(rates: list[float], losses: list[float], suggestion: float, path: P
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)")
     axes.grid(alpha=0.3)
     axes.legend()
-    drawn.savefig(path, dpi=110)
+    save(drawn, path)
