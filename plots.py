@@ -75,7 +75,7 @@ def save(drawn, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         drawn.savefig(partial, dpi=110, format="png")
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -114,11 +114,13 @@ def confusion(matrix: list[list[int]], classes: list[str], path: Path) -> None:
     side = min(12, 3.5 + 0.45 * min(count, MOST_NAMES))
     listed = count > MOST_NAMES
     drawn = figure(figsize=(14, 8.5) if listed else (side + 1, side))
-    axes, *beside = drawn.subplots(1, 1 + listed, squeeze=False, width_ratios=[3, 2][: 1 + listed])[0]
+    axes, *beside = drawn.subplots(1, 1 + listed, squeeze=False, width_ratios=[3, 2][: 1 + listed])[
+        0
+    ]
     power = 0.5 if listed else 1  # a small share of one class among many is still to be seen
     image = axes.imshow(shares**power, cmap="Blues", vmin=0, vmax=1)
     bar = drawn.colorbar(image, label="part of the true class", shrink=0.8)
-    ticks = [0, 0.05, 0.25, 0.5, 1]
+    ticks = [0, 0.01, 0.1, 0.25, 0.5, 1] if listed else [0, 0.25, 0.5, 0.75, 1]
     bar.set_ticks([tick**power for tick in ticks], labels=[f"{tick:g}" for tick in ticks])
     axes.set(xlabel="taken for", ylabel="true class")
     if listed:
@@ -145,7 +147,7 @@ def list_mistakes(axes, counts, names: list[str]) -> None:
     title = f"most frequent of {wrong.sum()} mistakes in {counts.sum()} images"
     axes.set_axis_off()
     told = plain("\n".join([title, "", *lines]))
-    axes.text(0, 1, told, va="top", fontsize=9, family=fonts_for(lines))
+    axes.text(0, 0.5, told, va="center", fontsize=9, family=fonts_for(lines))
 
 
 def sheet(images, titles: list[str], path: Path) -> None:
