@@ -5,7 +5,7 @@ from pathlib import Path
 
 import plots
 from distributed.accelerator import end
-from errors import FINISHED, UserError
+from errors import FINISHED, STOPPED, UserError
 from optim import set_lr
 from report import Report
 
@@ -48,24 +48,34 @@ def find_lr(run, train_step) -> int:
         rates.append(rate)
         raw.append(loss)
         run.progress.step += 1
+        if run.beat():
+            break
+    end(run.accelerator)  # first: what fails below is the main process's affair alone
+    if run.stop_reason:
+        run.report.show(f"--find-lr: {run.stop.why(run.stop_reason)} after {len(raw)} steps")
+        return STOPPED
     if not raw:
         raise UserError("--find-lr: the loss is not finite even at the smallest learning rate")
     losses = smooth(raw)
     suggestion = suggest(rates, losses)
     if run.is_main:
         tell(run.report, run.config, rates, losses, suggestion)
-    end(run.accelerator)
     return FINISHED
 
 
 def tell(report: Report, config, rates: list, losses: list, suggestion: float) -> None:
     """The table, the picture and what to type."""
     path = Path("runs") / f"find-lr-{Path(config.model.replace(':', '-')).name}.png"
-    path.parent.mkdir(exist_ok=True)
-    plots.lr_curve(rates, losses, suggestion, path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        plots.lr_curve(rates, losses, suggestion, path)
+        picture = str(path)
+    except OSError as error:
+        report.warn(f"--find-lr: {path} cannot be written ({error}); type it in another folder")
+        picture = "none"
     every = max(1, len(rates) // 12)
     shown = list(zip(rates, losses, strict=True))[::every]
     rows = [(f"{rate:.2e}", f"loss {loss:.4f}") for rate, loss in shown]
-    rows += [("picture", str(path)), ("suggested", f"--lr {suggestion:.2g}")]
+    rows += [("picture", picture), ("suggested", f"--lr {suggestion:.2g}")]
     rows.append(("optimizer", f"{config.optimizer}, batch {config.batch_size}; no run was made"))
     report.end_panel("learning rate", rows, good=True)

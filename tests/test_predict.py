@@ -4,16 +4,19 @@ import csv
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from launches import REPOSITORY, SMALL, rows, train
+from launches import REPOSITORY, SMALL, command, finish, rows, start, train, wait_for
 from PIL import Image
 
 import lr_finder
 import page
+from config import TrainConfig
+from report import Report
 
 CANARY = "canary0123456789abcdef0123456789abcdef012345"
 
@@ -116,17 +119,34 @@ def test_wandb_runs_offline_inside_the_folder_and_no_secret_is_written_anywhere(
     assert [p for p in files if CANARY.encode() in p.read_bytes()] == []
 
 
-def test_the_learning_rate_finder_suggests_the_steepest_fall_and_makes_no_run(nets):
+def test_the_learning_rate_finder_suggests_the_steepest_fall(tmp_path, monkeypatch, capsys):
     rates = [10.0 ** (i / 10 - 5) for i in range(50)]
     losses = [2.3 if i < 20 else max(0.5, 2.3 - 0.1 * (i - 20) ** 1.5) for i in range(50)]
-    assert rates[20] < lr_finder.suggest(rates, losses) < rates[30]
-    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--find-lr"]
-    before = {p.name for p in nets.iterdir()}
-    done = train(arguments, nets, 2)
+    suggestion = lr_finder.suggest(rates, losses)
+    assert rates[20] < suggestion < rates[30]
+    monkeypatch.chdir(tmp_path)
+    settings = TrainConfig(model="nets/plain.py:Net")
+    lr_finder.tell(Report(), settings, rates, losses, suggestion)
+    assert (tmp_path / "runs" / "find-lr-plain.py-Net.png").stat().st_size > 5000
+    assert f"--lr {suggestion:.2g}" in capsys.readouterr().out
+
+
+def test_the_learning_rate_finder_makes_no_run_and_needs_no_picture(nets, tmp_path):
+    (tmp_path / "runs").write_text("in the way")
+    done = train(["--model", nets / "plain.py:Net", *SMALL, "--find-lr"], tmp_path, 2)
     assert done.status == 0 and done.out.count("suggested") == 1, done.out
-    assert (nets / "runs" / "find-lr-plain.py-Net.png").stat().st_size > 5000
-    new = {p.name for p in nets.iterdir() if not p.name.startswith("output-")} - before
-    assert new <= {"runs"}
+    assert "runs/find-lr-plain.py-Net.png cannot be written" in " ".join(done.out.split())
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("output-")} == {"runs"}
+
+
+@pytest.mark.slow
+def test_the_learning_rate_finder_can_be_stopped(nets, tmp_path):
+    words = ["--model", str(nets / "full.py:Net"), *SMALL, "--batch-size", "1400", "--find-lr"]
+    process, log = start(command(words), tmp_path)
+    wait_for(lambda: "parameters" in log.read_text(), process, log)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process, log, 60)
+    assert done.status == 75 and "SIGTERM" in done.out, done.out
 
 
 def test_linear_regression_learns_slope_and_intercept_and_draws_the_line(tmp_path):
