@@ -17,6 +17,8 @@ from report import clean, duration, percent
 from run_dir import write_json, write_text
 from tracking import FINISH_SECONDS, STOP_SECONDS
 
+PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
+
 
 def show_start(run) -> None:
     """The start panel: what will run, and every setting that is not the default."""
@@ -93,6 +95,11 @@ def show_epoch(run, row: dict, epoch: float, better: bool) -> None:
     quiet = run.config.epochs > 40 and epoch % max(1, run.config.epochs // 20)
     if not (quiet and not run.is_over()):
         run.report.epoch_line("  ".join(filter(None, words)), better)
+    if not (run.actions.dry_run or run.actions.debug):  # a few steps teach no model anything
+        doubts = run.task.doubts(run.progress.last, list(run.source.classes))
+        if epoch < PATIENCE and run.progress.step < run.last_step:
+            doubts = {word: told for word, told in doubts.items() if word == "explodes"}
+        run.report.warn_once(doubts)
 
 
 def show_evaluation(run, results: dict[str, dict] | None) -> int:
@@ -106,6 +113,7 @@ def show_evaluation(run, results: dict[str, dict] | None) -> int:
     if "confusion" in results["test"]:
         run.report.class_table(list(run.source.classes), results["test"]["confusion"])
     run.report.end_panel(f"evaluated {run.weights_told}", rows, good=True)
+    run.report.warn_once(run.task.doubts(results["test"], list(run.source.classes)))
     end(run.accelerator)
     return FINISHED
 

@@ -49,6 +49,7 @@ class Report:
         self._bar: Progress | None = None
         self._task = None
         self._last_line = -SECONDS_BETWEEN_LINES
+        self._told: set[str] = set()
 
     def attach(self, folder: Path) -> None:
         """From now on also into the run's train.log, as plain lines."""
@@ -71,6 +72,13 @@ class Report:
 
     def warn(self, text: str) -> None:
         self.show(f"warning: {clean(text)}", "bold yellow")
+
+    def warn_once(self, doubts: dict[str, str]) -> None:
+        """Warnings that each evaluation would repeat: only those whose word is new."""
+        for word, told in doubts.items():
+            if word not in self._told:
+                self.warn(told)
+        self._told |= doubts.keys()
 
     def shout(self, title: str, text: str) -> None:
         """A warning no one can miss."""

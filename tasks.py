@@ -81,6 +81,32 @@ class Classification:
     def better(self, new: float, old: float | None) -> bool:
         return old is None or new > old
 
+    def doubts(self, metrics: dict, classes: list[str]) -> dict[str, str]:
+        """What looks wrong in an evaluation: a word for each doubt -> a sentence with a way out."""
+        matrix = torch.tensor(metrics["confusion"], dtype=torch.float64)
+        shares, answers = matrix.sum(1) / matrix.sum(), matrix.sum(0) / matrix.sum()
+        guessing = float(-(shares * shares.clamp(min=1e-12).log()).sum())  # ln(10) for ten alike
+        loss, most, found = metrics["loss"], int(answers.argmax()), {}
+        if guessing < 0.1:  # hardly more than one class: nothing can be told
+            return found
+        if loss > 10 * guessing:
+            found["explodes"] = (
+                f"the test loss is {loss:.4g}, where guessing costs {guessing:.2f}: the steps are "
+                "too large (try a tenth of the --lr), or batch norm has seen too few batches; see "
+                "question 13 in docs/lessons.md"
+            )
+        elif loss > 0.95 * guessing and metrics["accuracy"] < float(shares.max()) + 0.05:
+            found["guesses"] = (
+                f"the test loss {loss:.4f} is what guessing costs ({guessing:.4f}): the model "
+                "knows nothing of the test images; see question 14 in docs/lessons.md"
+            )
+        if answers[most] > 0.9 and answers[most] - shares[most] > 0.1:
+            found["one class"] = (
+                f"{answers[most]:.0%} of the answers are class {classes[most]}, the label of "
+                f"{shares[most]:.0%} of the test images; see question 3 in docs/lessons.md"
+            )
+        return found
+
 
 class Regression:
     """Mean squared error and R2, from exact sums in units of 2**-20."""
@@ -124,6 +150,9 @@ class Regression:
 
     def better(self, new: float, old: float | None) -> bool:
         return old is None or new < old
+
+    def doubts(self, metrics: dict, classes: list[str]) -> dict[str, str]:
+        return {}
 
 
 def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module):

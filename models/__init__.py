@@ -237,6 +237,11 @@ def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     )
     if is_own_file(entry.target):
         size_lazy_layers(model, image_size, name)
+    if {parameter.requires_grad for parameter in model.parameters()} == {False}:
+        raise UserError(
+            f"--model {name}: no parameter has requires_grad=True, so nothing can learn; take out "
+            "what freezes them (--freeze backbone trains the last layer alone)"
+        )
     return model
 
 
