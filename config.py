@@ -78,7 +78,7 @@ class TrainConfig:
         "cosine", "how the learning rate falls", group="optimizer",
         choices=("constant", "cosine", "linear", "step"),
     )  # fmt: skip
-    warmup: float = setting(0.0, "epochs of linear warm-up", group="optimizer", low=0.0)
+    warmup: float = setting(0.0, "epochs of linear warm-up", group="optimizer", low=0.0, high=1e6)
     label_smoothing: float = setting(
         0.0, "probability spread over the other classes", group="optimizer", low=0.0, high=0.999
     )
@@ -100,8 +100,8 @@ class TrainConfig:
         choices=("none", "flip", "crop", "resized_crop", "translate"),
     )  # fmt: skip
     cutout: int = setting(0, "side of a square that is blanked, in pixels", group="images", low=0)
-    mixup: float = setting(0.0, "mixup's alpha; 0 is off", group="images", low=0.0)
-    cutmix: float = setting(0.0, "cutmix's alpha; 0 is off", group="images", low=0.0)
+    mixup: float = setting(0.0, "mixup's alpha; 0 is off", group="images", low=0.0, high=10.0)
+    cutmix: float = setting(0.0, "cutmix's alpha; 0 is off", group="images", low=0.0, high=10.0)
     alternating_flip: bool = setting(
         False, "flip each image every other epoch instead of at random", group="images"
     )
@@ -134,8 +134,9 @@ class TrainConfig:
         0, "CPU threads per process; 0: the CPUs shared by the processes", group="machine", low=0
     )
     seed: int = setting(
-        0, "decides order, augmentation, dropout and weights", group="machine", low=0
-    )
+        0, "decides order, augmentation, dropout and weights", group="machine", low=0,
+        high=2**63 - 1,
+    )  # fmt: skip
 
     run_dir: str | None = setting(
         None, "the run's folder; continues if it holds a run", group="run"
@@ -260,7 +261,7 @@ def parse(argv: list[str]) -> Settings:
     if problems:
         raise UserError("\n".join(problems))
     for layer in (file_layer, flag_layer):  # "auto" leaves a value to recipe and machine
-        for name in [n for n, value in layer.items() if value == "auto"]:
+        for name in [n for n, v in layer.items() if v == HINTS[n].default == "auto"]:
             del layer[name]
             file_layer.pop(name, None)
 
@@ -387,9 +388,10 @@ def convert(name: str, value, shown: str, into: dict, problems: list[str]) -> No
             raise ValueError
         else:
             value = str(value)
-            if any(c < " " for c in value):
+            value.encode()  # half a character, of a name that is not UTF-8, can stand in no file
+            if not value or any(c < " " for c in value):
                 raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         problems.append(f"{shown} {value!r}: must be {wanted[kind]}")
         return
@@ -471,11 +473,17 @@ def known_run_dir(typed: dict, actions: Actions) -> Path | None:
     env = os.environ
     if env.get("SLURM_ARRAY_JOB_ID"):
         return Path("runs") / f"slurm-{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    if env.get("SLURM_JOB_ID") and env.get("SLURM_STEP_ID"):
+    in_step = env.get("SLURM_STEP_ID") and not env.get("SLURM_PTY_PORT")  # no shell of a person
+    if env.get("SLURM_JOB_ID") and in_step:
         return Path("runs") / f"slurm-{env['SLURM_JOB_ID']}"
     restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0")
     launch = re.sub(r"[^A-Za-z0-9_-]", "_", env.get("TORCHELASTIC_RUN_ID", "none"))
-    if restarts != "0" and launch not in ("none", ""):
+    if restarts != "0" and launch in ("none", ""):
+        raise UserError(
+            "this launcher restarts what fails, but gives its lives no name to find their folder "
+            "by: add --run-dir runs/NAME, or start it with launch/torchrun.sh"
+        )
+    if restarts != "0":
         return Path("runs") / f"launch-{launch}"
     return None
 
@@ -484,8 +492,12 @@ def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
     """What a run's settings became, and what was typed for it in any of its lives."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        saved = {name: value for name, value in content["config"].items() if name in HINTS}
-        TrainConfig(**saved)
+        saved, problems = {}, []
+        for name, value in content["config"].items():
+            if name in HINTS:
+                convert(name, value, name, saved, problems)
+        if problems:
+            raise ValueError(problems)
         return saved, dict(content.get("asked", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
@@ -532,6 +544,8 @@ def check(settings: Settings) -> None:
         problems.append(f"--shards {c.shards}: must be auto or a whole number from 1")
     if c.bitwise and c.mixed_precision == "fp16":
         problems.append("--bitwise --mixed-precision fp16: choose bf16 or no")
+    if (c.mixup or c.cutmix) and entry.task == "regression":
+        problems.append(f"--mixup and --cutmix blend classes; {c.model} is for regression")
     if c.mixup and c.cutmix:
         problems.append("--mixup and --cutmix: choose one of them")
     if settings.actions.fresh and settings.actions.resume:

@@ -23,7 +23,7 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     rows = [("status", describe_status(folder, status))]
     if status.get("reason"):
         rows.append(("reason", status["reason"]))
-    rows.append(("lives", f"{status.get('life', 0) + 1}, the last from step {resumed(status)}"))
+    rows.append(("lives", f"{(status.get('life') or 0) + 1}, the last from step {resumed(status)}"))
     if status.get("last_save_error"):
         rows.append(("last save", status["last_save_error"]))
     whole, told = checkpoints(folder / "checkpoints")
@@ -40,8 +40,14 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     return rows, f"python train.py --resume {folder}", state == "stopped"
 
 
+def lives(told: dict) -> bool:
+    """Whether the process that told this is one of this host's."""
+    pid = told.get("pid")
+    return isinstance(pid, int) and pid > 0 and alive(pid)
+
+
 def resumed(status: dict) -> int:
-    return int(status.get("resumed_at", 0))
+    return status.get("resumed_at") or 0
 
 
 def describe_status(folder: Path, status: dict) -> str:
@@ -52,7 +58,7 @@ def describe_status(folder: Path, status: dict) -> str:
         return f"{state}, step {step}"
     quiet = time.time() - lock.stat().st_mtime if lock.exists() else float("inf")
     here = read_json(lock, {}).get("host") == socket.gethostname()
-    if (here or quiet > 60) and not alive(int(status.get("pid", 0)) or -1):
+    if (here or quiet > 60) and not lives(status):
         return f"died without a word, at step {step} or a little later"
     return f"running, step {step}, last sign of life {duration(quiet)} ago"
 
@@ -79,8 +85,9 @@ def crashes(folder: Path) -> list[str]:
         lines.append(f"{text.splitlines()[0] if text else 'empty report'}  ({path})")
     for path in sorted(folder.glob("heartbeat-*.json")):
         beat = read_json(path, {})
-        if not alive(int(beat.get("pid", 0)) or -1):
-            ago = duration(time.time() - beat.get("time", time.time()))
+        quiet = time.time() - beat.get("time", time.time())
+        if quiet > 10 if beat.get("host") != socket.gethostname() else not lives(beat):
+            ago = duration(quiet)
             where = f"step {beat.get('step')}, phase {beat.get('phase')}"
             lines.append(f"rank {beat.get('rank')} on {beat.get('host')}: {where}, {ago} ago")
     bad = read_json(folder / "nonfinite.json")

@@ -9,12 +9,12 @@ import torch
 
 import page
 import plots
-from config import TrainConfig
+from config import TrainConfig, recipe_of
 from data.loaders import EVALUATION_BATCH
 from distributed.accelerator import describe, end
 from errors import FAILED, FINISHED, STOPPED
 from report import clean, duration, percent
-from run_dir import write_json, write_text
+from run_dir import SKIPPED, write_json, write_text
 from tracking import FINISH_SECONDS, STOP_SECONDS
 
 PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
@@ -60,9 +60,8 @@ def show_start(run) -> None:
         if f.name not in hidden and getattr(config, f.name) != f.default
     ]
     run.report.start_panel("lockstep", rows, changed)
-    for note in (plan.note, _notes(run)):
-        if note:
-            run.report.warn(note)
+    for note in filter(None, (plan.note, *_notes(run))):
+        run.report.warn(note)
     if expected > 1800 and accelerator.device.type == "cpu":
         run.report.show(
             f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
@@ -70,12 +69,22 @@ def show_start(run) -> None:
         )
 
 
-def _notes(run) -> str:
-    if run.config.num_workers:
-        return "--num-workers is ignored: the images are in memory and augmented on the device"
+def _notes(run) -> list[str]:
+    config, settings, notes = run.config, run.settings, []
+    if config.num_workers:
+        notes.append(
+            "--num-workers is ignored: the images are in memory and augmented on the device"
+        )
     if run.source.skipped:
-        return f"{len(run.source.skipped)} images cannot be read and are left out"
-    return ""
+        where = f", see {run.folder.folder / SKIPPED}" if run.folder else ""
+        notes.append(f"{len(run.source.skipped)} images cannot be read and are left out{where}")
+    usual = recipe_of(config.model, config.weights).get("optimizer", TrainConfig.optimizer)
+    if config.optimizer != usual and settings.origin("lr") in ("recipe", "default"):
+        notes.append(
+            f"the learning rate {config.lr:g} is meant for {usual}; one for {config.optimizer} is "
+            "found by --find-lr, and given with --lr"
+        )
+    return notes
 
 
 def show_epoch(run, row: dict, epoch: float, better: bool) -> None:

@@ -20,7 +20,7 @@ from data.augment import Augment
 from data.keyed_random import mix
 from data.loaders import EVALUATION_BATCH, build_test_loader, build_train_loader
 from data.order import split_validation
-from data.sources import ImageSet, Source, choose_dataset, load_source
+from data.sources import ImageSet, Source, choose_dataset, limited, load_source
 from distributed import faults
 from distributed.accelerator import (
     broadcast,
@@ -43,6 +43,7 @@ from distributed.checkpoint import (
     restore,
     save_tensors,
     sweep,
+    visible,
 )
 from distributed.shards import Guard, Shards, seed_dropout
 from distributed.stop import SAVE_FAILED, StopVote
@@ -69,6 +70,7 @@ from trial import try_model
 
 DROPOUT, WEIGHTS = 101, 102  # streams of `mix`, beside those of data/keyed_random.py
 LIVES_WITHOUT_PROGRESS = 3
+SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
 
 
 class Run:
@@ -107,6 +109,7 @@ class Run:
     def open(self) -> None:
         """Decide what depends on disk, network and clock once, and enter the run's folder."""
         decided = main_decides(self.accelerator, self._look_at_the_world)
+        self.goes_on = decided["goes_on"]
         self.settings = self.settings.with_layer("recipe", decided["recipe"])
         for origin, values in decided["layers"].items():
             self.settings = self.settings.with_layer(origin, values, before=decided["before"])
@@ -116,9 +119,10 @@ class Run:
             self.settings = self.settings.with_layer("run folder", {"run_dir": folder})
             self.report.attach(self.folder.folder)
             self.stop.stop_file = self.folder.folder / "STOP"
-            self.watch.start(self.folder.folder)
+            self.watch.start(self.folder.folder, limited=not self.actions.debug)
             if self.is_main:
                 self.watch.on_beat = self.folder.beat
+                self.watch.on_stall = lambda told: self.tell_status(status="failed", reason=told)
         self.life = main_decides(self.accelerator, self._count_life)
         faults.configure(self.accelerator.process_index, self.life)
         faults.hit("start")
@@ -146,7 +150,7 @@ class Run:
                 if not reached:
                     self.report.warn(f"starting from scratch: {why}")
             layers.setdefault("available", {})["weights"] = weights
-        elif weights == "imagenet":
+        elif weights == "imagenet" and not self._has_weights():
             reached, why = imagenet_reach(config.model)
             if not reached:
                 raise UserError(f"--weights imagenet: {why}")
@@ -154,7 +158,19 @@ class Run:
             layers["data set"] = {"augment": "none"}
         before = next((o for o in ("saved run", "--debug") if o in self.settings.layers), "")
         before = before or next((o for o in self.settings.layers if o.startswith("file")), "flag")
-        return {"layers": layers, "recipe": recipe_of(config.model, weights), "before": before}
+        return {
+            "layers": layers,
+            "goes_on": self._has_weights(),
+            "recipe": recipe_of(config.model, weights),
+            "before": before,
+        }
+
+    def _has_weights(self) -> bool:
+        """Main process: whether the run folder holds what --weights would only begin with."""
+        folder = Path(self.config.run_dir or "")
+        if self.config.run_dir is None or (self.actions.fresh and not restarted()):
+            return False
+        return self.actions.eval_only or bool(visible(folder / "checkpoints"))
 
     def _enter_folder(self) -> str:
         config = self.config
@@ -163,7 +179,7 @@ class Run:
             folder = fresh_name(Path("runs"), name, config.dataset)
         else:
             folder = Path(config.run_dir)
-            if self.actions.fresh:
+            if self.actions.fresh and not restarted():
                 aside = set_aside(folder)
                 if aside is not None:
                     self.report.show(f"the old run is now {aside}")
@@ -242,9 +258,8 @@ class Run:
         num_classes = max(1, len(source.classes))
         model = build_model(config.model, num_classes=num_classes, image_size=config.image_size)
         self.weights_told = ""
-        if config.weights not in ("none", "auto"):
-            with self.accelerator.local_main_process_first():  # one downloads, the others read
-                self.weights_told = load_weights(model, config.model, config.weights, num_classes)
+        if config.weights not in ("none", "auto") and not self.goes_on:
+            self.weights_told = self._load_weights(model, num_classes)
         if config.freeze == "backbone":
             freeze_backbone(model, config.model)
         self.task = build_task(source.task, num_classes, config.label_smoothing, model)
@@ -262,6 +277,20 @@ class Run:
             model.compile(dynamic=False)
         self.average = WeightAverage(model, config.ema) if config.ema else None
         return model
+
+    def _load_weights(self, model: torch.nn.Module, num_classes: int) -> str:
+        """One process of each node first, which may have to download them, then the others."""
+        told, problem = "", None
+        for mine in (True, False):
+            if self.accelerator.is_local_main_process == mine:
+                try:
+                    told = load_weights(model, self.config.model, self.config.weights, num_classes)
+                except UserError as error:
+                    problem = error
+            self.accelerator.wait_for_everyone()
+        if problem is not None:
+            raise problem
+        return told
 
     def _start_from_data(self, model: torch.nn.Module) -> None:
         """Weights that a model takes from the images: made by the main process, sent to all.
@@ -292,7 +321,10 @@ class Run:
             lambda step, shard: mix(seed, DROPOUT, step, shard), self.config.bitwise,
         )  # fmt: skip
         device = self.accelerator.device
-        self.guard = Guard(device, optimizer.optimizer, self.config.on_nonfinite == "skip")
+        skip, most = self.config.on_nonfinite == "skip", SKIPS_IN_A_ROW
+        if self._scaler() is not None:  # fp16 overflows now and then, above all at its start
+            skip, most = True, 3 * SKIPS_IN_A_ROW
+        self.guard = Guard(device, optimizer.optimizer, skip, most)
         self.sums = torch.zeros(self.plan.shards, device=device)
         self.parameters = self.shards.parameters
         self.chrono = Chrono()
@@ -323,9 +355,10 @@ class Run:
             self._refuse_other_data(manifest["facts"], path)
             files, self.progress = read_checkpoint(path)
             restore(files, self.bare, self.optimizer.optimizer, self._average(), self._scaler())
-            self.sums = torch.tensor(self.progress.sums, device=self.sums.device)
-            if len(self.sums) != self.plan.shards:
-                self.sums = torch.zeros(self.plan.shards, device=self.sums.device)
+            if len(self.progress.sums) != self.plan.shards:
+                self.progress.summed = 0
+            elif self.is_main:  # they are those of all processes together
+                self.sums = torch.tensor(self.progress.sums, device=self.sums.device)
         if self.folder is not None:
             main_decides(self.accelerator, self._begin_life)
         if not self.actions.eval_only and (told := cache_features(self)):
@@ -358,8 +391,7 @@ class Run:
             command = launch_command(list(self.settings.argv), self.accelerator.num_processes, gpus)
             facts = describe_environment({"devices": describe(self.accelerator), **self.facts})
             self.folder.write_birth(to_json(self.settings), command, facts)
-            classes = {"classes": self.source.classes, "mean": self.source.mean}
-            write_json(self.folder.folder / "classes.json", {**classes, "std": self.source.std})
+            self.folder.write_source(self.source)
         else:
             self.folder.write_config(to_json(self.settings))
         self.folder.link_latest()
@@ -392,10 +424,7 @@ class Run:
         self.folder.status(
             deaths=deaths, failed_at=old.get("failed_at") if died else None, failed_twice=False
         )
-        if not any(
-            os.environ.get(name, "0") not in ("", "0")
-            for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-        ):
+        if not restarted():
             return
         told = ""
         if deaths >= LIVES_WITHOUT_PROGRESS:
@@ -479,14 +508,13 @@ class Run:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
-        if self._scaler() is not None:  # fp16 overflows now and then; its scaler skips the update
-            return None
         return self.guard.check(norm, self.sums.sum(), self.progress.step)
 
     def step_done(self) -> None:
         """After each update: count it, write a row, save, vote."""
         progress = self.progress
         progress.step += 1
+        progress.summed += 1
         self.chrono.step()
         at_end = progress.step % self.steps_per_epoch == 0 or progress.step == self.last_step
         if progress.step % self.log_every == 0 or at_end:
@@ -507,11 +535,9 @@ class Run:
 
     def _write_row(self) -> None:
         sums = self._stop_if_numbers_are_bad(self.window())
-        shown = (self.progress.step - 1) % self.log_every + 1
-        images = self.plan.batch_size * min(
-            shown, (self.progress.step - 1) % self.steps_per_epoch + 1
-        )
+        images = self.plan.batch_size * self.progress.summed
         self.sums.zero_()
+        self.progress.summed = 0
         row = {
             "step": self.progress.step,
             "epoch": (self.progress.step - 1) // self.steps_per_epoch + 1,
@@ -569,7 +595,7 @@ class Run:
             write_json(self.folder.folder / "crash" / "nonfinite.json", found)
         raise NumbersGoneBad(
             f"a number that is not finite appeared {where} at step {step} "
-            f"(learning rate {self.lr():.3g}, samples {indices[:8]}...); the weights before it "
+            f"(learning rate {self.lr(step):.3g}, samples {indices[:8]}...); the weights before it "
             "are kept. Try a lower --lr, --grad-clip 1, or --mixed-precision bf16 instead of fp16"
         )
 
@@ -619,7 +645,9 @@ class Run:
     def save_weights(self, name: str) -> None:
         """The evaluated weights with all that prediction needs, readable without this program."""
         model = self.average.model if self.average else self.bare
-        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        tensors = {  # copies: safetensors refuses a layer that the model holds under two names
+            k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()
+        }
         told = {
             "model": self.config.model, "image_size": self.config.image_size,
             "classes": self.source.classes, "mean": self.source.mean, "std": self.source.std,
@@ -636,6 +664,7 @@ class Run:
     def save(self) -> None:
         """A checkpoint of this step: a copy to host memory now, the disk in the background."""
         began = time.monotonic()
+        self._stop_if_numbers_are_bad()  # after a bad one, the steps are no longer the weights'
         self.watch.at("save", self.progress.step)
         self.shards.broadcast_buffers()
         self.progress.sums = self.window()
@@ -671,16 +700,11 @@ class Run:
             return FINISHED
         if getattr(self, "saved_step", None) != (self.progress.step, self.progress.evaluated):
             self.save()
-        failed = ""
-        if self.writer is not None:
-            self.writer.wait()
-            failed = self.writer.error
-            if failed:  # once more: the disk may have room again
-                self.save()
-                self.writer.wait()
-                failed = self.writer.error
+        failed = main_decides(self.accelerator, self._failed_save)
+        if failed:  # once more: the disk may have room again
+            self.save()
+            failed = main_decides(self.accelerator, self._failed_save)
         code = STOPPED if self.stop_reason else FINISHED
-        failed = main_decides(self.accelerator, lambda: failed)
         if failed:
             self.stop_reason, code = SAVE_FAILED, FAILED
         if self.is_main:
@@ -691,6 +715,11 @@ class Run:
         if code == STOPPED and restarts_left():
             return FINISHED  # an agent would count any other status as a failure, and restart
         return code
+
+    def _failed_save(self) -> str:
+        """Main process: why the save under way failed; "" where it did not."""
+        self.writer.wait()
+        return self.writer.error
 
     def failed(self, error: BaseException) -> str:
         """Tell what went wrong: into crash/, status.json and the returned last words."""
@@ -710,10 +739,10 @@ class NumbersGoneBad(RuntimeError):
     """A loss or gradient that is not finite; every process raises it at the same step."""
 
 
-def limited(images: ImageSet, limit: int) -> ImageSet:
-    if not limit:
-        return images
-    return ImageSet(images.images[:limit], images.labels[:limit])
+def restarted() -> bool:
+    """Whether a launcher, not a person, typed this command again."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in names)
 
 
 def restarts_left() -> bool:
@@ -740,8 +769,8 @@ def guarded(main, settings: Settings) -> int:
             if run is not None and run.folder is not None:
                 run.watch.stop()
                 run.folder.abandon()
-        else:  # a mistake that only this process met: the main one will be asked who left
-            run.watch.report(error)
+        else:
+            run.watch.leave(error)
         return USER_ERROR
     except Exception as error:
         if settings.actions.debug:

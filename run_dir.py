@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -22,17 +23,19 @@ except ImportError:  # Windows
     fcntl = None
 
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
+SKIPPED = "skipped_images.txt"
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, sync: bool = True) -> None:
     """Write a file so that a reader (or a crash) sees the old or the new one, never half."""
     partial = path.with_name(f"{path.name}.{threading.get_ident()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -43,11 +46,12 @@ def write_json(path: Path, content) -> None:
 
 
 def read_json(path: Path, default=None):
-    """The content of a JSON file, or the default where it is missing or damaged."""
+    """The object in a JSON file, or the default where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return default
+    return found if isinstance(found, dict) else default
 
 
 def fresh_name(root: Path, model: str, dataset: str) -> Path:
@@ -177,9 +181,10 @@ class RunDir:
 
     def beat(self) -> None:
         """Keep the lock's heartbeat fresh, for jobs on hosts that do not share POSIX locks."""
-        if self._lock is not None:
+        lock = self._lock  # of the main thread, which may close it meanwhile
+        if lock is not None:
             with contextlib.suppress(OSError):
-                os.utime(self._lock.name)
+                os.utime(lock.name)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -194,7 +199,9 @@ class RunDir:
         """Merge into status.json: what scripts read, since launchers mangle exit codes."""
         with self._one_at_a_time:
             old = read_json(self.folder / "status.json", {})
-            write_json(self.folder / "status.json", {**old, **values})
+            text = json.dumps({**old, **values}, indent=2) + "\n"
+            # The step of each row need not outlive a power cut: no wait for the disk in the loop.
+            write_text(self.folder / "status.json", text, sync=values.keys() != {"step"})
 
     def begin_life(self, life: int, step: int) -> None:
         """status.json: it runs, from which step, and how the life before this one ended."""
@@ -213,7 +220,8 @@ class RunDir:
 
     def append_metrics(self, row: dict) -> str:
         """Add a row; where the disk is full it waits in memory for the next one. Returns why."""
-        self._pending.append(json.dumps(row) + "\n")
+        row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+        self._pending.append(json.dumps(row) + "\n")  # NaN is no JSON: such a value is left out
         size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -250,6 +258,13 @@ class RunDir:
         write_text(self.folder / "command.sh", script + "\n")
         write_json(self.folder / "environment.json", environment)
 
+    def write_source(self, source) -> None:
+        """classes.json, with what images are normalised by, and the list of unreadable images."""
+        content = {"classes": source.classes, "mean": source.mean, "std": source.std}
+        write_json(self.folder / "classes.json", content)
+        if source.skipped:
+            write_text(self.folder / SKIPPED, "\n".join(source.skipped) + "\n")
+
     def write_config(self, config_json: str) -> None:
         write_text(self.folder / "config.json", config_json + "\n")
 
@@ -266,7 +281,9 @@ class RunDir:
             self.folder.rmdir()
 
     def link_latest(self) -> None:
-        """runs/latest -> this run, where the system allows links."""
+        """runs/latest -> this run, where the system allows links; in no other folder."""
+        if self.folder.resolve().parent.name != "runs":
+            return
         link = self.folder.parent / "latest"
         with contextlib.suppress(OSError):
             if link.is_symlink() or not link.exists():
@@ -276,7 +293,8 @@ class RunDir:
 
 
 def launch_command(argv: list[str], num_processes: int, gpus: bool = False) -> list[str]:
-    """The argument vector that repeats this run, with its launcher and process count."""
+    """The argument vector that repeats this run in a folder of its own, with its launcher."""
+    argv = without(argv, "--run-dir", "--fresh")
     if num_processes == 1:
         return ["python", "train.py", *argv]
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes)))
@@ -285,6 +303,18 @@ def launch_command(argv: list[str], num_processes: int, gpus: bool = False) -> l
     kind = "gpus" if gpus else "ntasks"
     nodes = [f"--nodes={num_processes // per_node}", f"--{kind}-per-node={per_node}"]
     return ["sbatch", *nodes, "launch/slurm.sbatch", *argv]
+
+
+def without(argv: list[str], folder: str, fresh: str) -> list[str]:
+    """The arguments without an option that takes a value and a flag that takes none."""
+    kept, words = [], iter(argv)
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if name == folder and "=" not in word:
+            next(words, None)
+        elif name not in (folder, fresh):
+            kept.append(word)
+    return kept
 
 
 def describe_environment(extra: dict) -> dict:

@@ -49,7 +49,7 @@ class Classification:
         logits = split_outputs(outputs)[0].float()
         loss = F.cross_entropy(logits, labels, reduction="none").clamp(max=LARGEST_LOSS)
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
-        # The rank of the true class, ties counted against us; the same for every batch shape.
+        # The rank of the true class, ties by class number; the same for every batch shape.
         true = logits.gather(1, labels[:, None])
         higher = (logits > true).sum(1)
         tied_before = ((logits == true) & (self._classes(logits) < labels[:, None])).sum(1)

@@ -19,7 +19,7 @@ def try_model(run, model: torch.nn.Module) -> float:
     are named and frozen in `model`.
     """
     train = run.train_loader.dataset
-    trial, size = deepcopy(model).train(), max(2, min(run.plan.micro_batch_size, MOST_IMAGES))
+    trial, size = deepcopy(model).train(), min(run.plan.micro_batch_size, MOST_IMAGES)
     seconds_per_image = math.inf
     indices = torch.arange(size) % len(train)
     batch = train.__getitems__(indices.to(train.labels.device))
@@ -29,7 +29,9 @@ def try_model(run, model: torch.nn.Module) -> float:
             images = run.inputs(run.augment.train(batch["images"], batch["indices"], 0))
             labels = batch["labels"].to(images.device)
             with run.accelerator.autocast():
-                loss = run.task.loss(trial(images), labels)
+                answer = trial(images)
+                refuse_other_shape(run, answer, size)
+                loss = run.task.loss(answer, labels)
             loss.backward()
             if images.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -37,6 +39,8 @@ def try_model(run, model: torch.nn.Module) -> float:
             seconds_per_image = min(took, seconds_per_image)
             if took * size > 5:
                 break
+    except UserError:
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         if run.actions.debug or out_of_memory(error):
             raise
@@ -60,3 +64,15 @@ def try_model(run, model: torch.nn.Module) -> float:
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and name not in unused)
     return seconds_per_image
+
+
+def refuse_other_shape(run, answer, size: int) -> None:
+    """A classifier answers (size, classes) logits: other classes would be counted as these."""
+    logits = answer[0] if isinstance(answer, tuple) else answer
+    wanted = (size, len(run.source.classes))
+    if run.source.task == "classification" and tuple(logits.shape) != wanted:
+        raise UserError(
+            f"--model {run.config.model}: answers {tuple(logits.shape)} to {size} images, but "
+            f"{run.source.name} has {wanted[1]} classes: it must be {wanted}; a class whose "
+            "__init__ takes num_classes is given the number"
+        )

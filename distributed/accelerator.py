@@ -122,7 +122,9 @@ def choose_precision(wanted: str, cpu: bool) -> tuple[str, str]:
         if launcher in ("fp16", "bf16"):
             wanted, origin = launcher, "accelerate launch"
         else:
-            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+                including_emulation=False
+            )
             wanted = "bf16" if bf16 else "no"
     if wanted == "fp16" and cpu:
         raise UserError("--mixed-precision fp16 needs a GPU; on a CPU use bf16 or no")
@@ -160,9 +162,10 @@ def refuse_lonely_tasks() -> None:
     env = os.environ
     if "WORLD_SIZE" in env:
         return
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
+    if int(tasks) > 1 and "SLURM_STEP_ID" in env:
         raise UserError(
-            f"srun started {env['SLURM_NTASKS']} tasks that do not know of each other; "
+            f"srun started {tasks} tasks that do not know of each other; "
             "submit with launch/slurm.sbatch, which tells each its place"
         )
     if int(env.get("SLURM_JOB_NUM_NODES", "1")) > 1 and "SLURM_STEP_ID" not in env:
@@ -256,11 +259,12 @@ def what_must_agree(settings: Settings) -> dict[str, str]:
 def code_digests(*extra: Path) -> dict[str, str]:
     """File -> hash of the sources that decide the numbers, and of a learner's own model file."""
     here = Path(__file__).resolve().parent.parent
-    files = [here / name for name in ("train.py", "tasks.py", "optim.py")]
+    names = ("train.py", "run.py", "trial.py", "features.py", "tasks.py", "optim.py")
+    files = [here / name for name in names]
     for room in ("data", "distributed", "models"):
         files += sorted((here / room).glob("*.py"))
     named = {path.relative_to(here).as_posix(): path for path in files}
-    named |= {str(path): path for path in extra if path.is_file()}
+    named |= {str(path): path for path in (p.expanduser() for p in extra) if path.is_file()}
 
     def digest(path: Path) -> str:
         return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()

@@ -44,6 +44,7 @@ class Progress:
     seconds: float = 0.0  # of training and evaluation, over all lives
     last: dict = field(default_factory=dict)  # the latest evaluation's metrics
     sums: list[float] = field(default_factory=list)  # what the next metrics row adds up
+    summed: int = 0  # steps in those sums
 
 
 # --- what is saved: plain CPU tensors, taken in one go -------------------------------------------

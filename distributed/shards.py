@@ -48,13 +48,17 @@ class Shards:
         ddp_divides = 1 if bitwise else accelerator.num_processes
         self.scale = ddp_divides / plan.batch_size
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
-        self.buffers = list(self.bare.buffers())
         # Norm layers do not read their running statistics while training; other buffers may be
         # read by the next forward, so they are kept equal on all processes step by step.
         norms = {
             id(b) for m in self.bare.modules() if isinstance(m, _NormBase) for b in m.buffers()
         }
         self.read_in_training = any(id(b) not in norms for b in self.buffers)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Looked up each time: a module may put another tensor in a buffer's place."""
+        return list(self.bare.buffers())
 
     def __call__(self, batch: dict, step: int) -> Iterator[dict]:
         """Yield the shards of this process: the loop runs forward and backward on each."""
@@ -127,11 +131,11 @@ class Guard:
     the weights alone; the host hears of it when it reads `report`.
     """
 
-    MOST_IN_A_ROW = 10
-
-    def __init__(self, device: torch.device, optimizer: torch.optim.Optimizer, skip: bool):
+    def __init__(
+        self, device: torch.device, optimizer: torch.optim.Optimizer, skip: bool, most: int = 10
+    ):
         self.optimizer = optimizer
-        self.skip = skip
+        self.skip, self.most = skip, most  # updates left out in a row, at most
         kind = {"dtype": torch.int64, "device": device}
         self.state = torch.tensor([-1, 0, 0, -1], **kind)  # bad step, skipped, in a row, bad loss
 
@@ -160,5 +164,5 @@ class Guard:
 
     def must_stop(self, report: dict[str, int]) -> bool:
         if self.skip:
-            return report["in_a_row"] >= self.MOST_IN_A_ROW
+            return report["in_a_row"] >= self.most
         return report["bad_step"] >= 0

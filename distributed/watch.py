@@ -8,6 +8,7 @@ that is least far, or whose heartbeat stopped, is named: not the innocent one th
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -29,6 +30,7 @@ class Watch:
         self.folder: Path | None = None
         self.limit = float(os.environ.get("LOCKSTEP_STALL", "300"))
         self.on_beat = lambda: None
+        self.on_stall = lambda told: None
         self._since = time.monotonic()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -37,7 +39,9 @@ class Watch:
         """The loop says where it is; costs no more than three assignments."""
         self.phase, self.step, self._since = phase, step, time.monotonic()
 
-    def start(self, folder: Path) -> None:
+    def start(self, folder: Path, limited: bool = True) -> None:
+        """Beat from now on; without a limit where a person may sit in a debugger."""
+        self.limit = self.limit if limited else math.inf
         self.folder = folder / "crash"
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (f"heartbeat-{self.rank}.json", f"rank-{self.rank}.txt"):
@@ -57,7 +61,12 @@ class Watch:
             self.folder.rmdir()
 
     def _run(self) -> None:
+        last = time.monotonic()
         while not self._stop.wait(BEAT_SECONDS):
+            asleep = time.monotonic() - last - BEAT_SECONDS
+            last = time.monotonic()
+            if asleep > BEAT_SECONDS:  # all of this process stood still: Ctrl-Z, a suspended job
+                self._since += asleep
             self._beat()
             self.on_beat()
             # Reading data and drawing pictures have no beats of their own: six times as long.
@@ -88,6 +97,7 @@ class Watch:
             faulthandler.dump_traceback(f, all_threads=True)
         time.sleep(3 * BEAT_SECONDS)  # let the others write theirs
         told = self.blame() or f"rank {self.rank} stood still at step {self.step}"
+        self.on_stall(told)
         print(f"\n{told}\nstacks of all processes: {self.folder}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -122,6 +132,16 @@ class Watch:
                     f"{last['step']}, phase {last['phase']}; the others wait for it"
                 )
         return ""
+
+    def leave(self, error: BaseException) -> None:
+        """A mistake: where the main process leaves too, nobody crashed; else the report stays."""
+        if self.folder is None:
+            return
+        for _ in range(30):
+            if not (self.folder / "heartbeat-0.json").exists():
+                return self.stop()
+            time.sleep(0.1)
+        self.report(error)
 
     def report(self, error: BaseException) -> str:
         """Write this process's crash report; the sentence to print last."""

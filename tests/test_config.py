@@ -338,7 +338,11 @@ def test_resuming_what_is_not_there_names_what_is(tmp_path):
         parse(["--resume"])
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": [1]}', '{"config": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"config": [1]}', '{"config": 3}']
+    + [f'{{"config": {{{pair}}}}}' for pair in ('"model": null', '"image_size": "x"', '"lr": []')],
+)
 def test_a_damaged_config_file_is_a_sentence(tmp_path, text):
     folder = saved_run(tmp_path)
     (tmp_path / "old" / "config.json").write_text(text)
@@ -357,9 +361,15 @@ def test_lives_of_one_job_or_one_restarting_launcher_share_a_folder(monkeypatch)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/b")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     assert config().run_dir == os.path.join("runs", "launch-a_b")  # noqa: PTH118
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with pytest.raises(UserError, match="add --run-dir"):  # each life would begin anew
+        config()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert config().run_dir.endswith("slurm-7")
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS")
+    monkeypatch.setenv("SLURM_PTY_PORT", "1")  # a person's shell on a node: one folder a command
+    assert config().run_dir is None
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert config().run_dir.endswith("slurm-5_3")

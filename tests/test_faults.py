@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,6 +85,31 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(nets):
     names = [p.name for p in (nets / "full" / "checkpoints").iterdir()]
     assert "step-000000008" not in names and not [n for n in names if "partial" in n]
     assert json.loads((nets / "full" / "status.json").read_text())["last_save_error"] == ""
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_when_no_save_succeeds(nets):
+    done = train(
+        [*RUN, "--run-dir", "nowhere"], nets, 2, LOCKSTEP_FAULT="enospc@point=save:written",
+        LOCKSTEP_TIMEOUT="60",
+    )  # fmt: skip
+    assert "ended without its last checkpoint" in done.out and "Timed out" not in done.out
+    assert json.loads((nets / "nowhere" / "status.json").read_text())["status"] == "failed"
+    assert (nets / "nowhere" / "last.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_was_suspended_goes_on(nets):
+    arguments = [*RUN, "--run-dir", "asleep", "--epochs", "400"]
+    process, log = start(command(arguments), nets, LOCKSTEP_STALL="4")
+    wait_for(lambda: len(rows(nets / "asleep")) > 5, process, log)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(10)
+    process.send_signal(signal.SIGCONT)
+    here = len(rows(nets / "asleep"))
+    wait_for(lambda: len(rows(nets / "asleep")) > here + 200, process, log)
+    process.terminate()
+    assert finish(process, log, 60).status == 75
 
 
 def test_a_last_save_that_fails_is_said_in_message_and_status(nets):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launches import losses, rows, train
+from launches import SMALL, losses, rows, train
 
 from recorder import read
 
@@ -102,3 +102,8 @@ def test_a_user_error_is_one_sentence_on_two_processes(nets):
     done = train(["--model", "plain.py:Net", "--dataset", "cifar10", "--run-dir", "none"], nets, 2)
     assert done.status != 0
     assert done.out.count("CIFAR10_DIR") == 1 and not (nets / "none").exists()
+    # What all of them meet is nobody's crash.
+    given = ["--model", "plain.py:Net", *SMALL, "--run-dir", "counted-2", "--weights", "no.pth"]
+    done = train([*given, "--fresh"], nets, 2)
+    assert done.out.count("there is no such file") == 1, done.out
+    assert not list((nets / "counted-2").glob("crash/*"))

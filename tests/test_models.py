@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launches import SMALL, train
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -240,6 +242,38 @@ def test_a_learners_own_module_is_built_from_its_file(own):
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
     assert sys.path == before
     assert lookup(f"{own}:MyNet").min_image_size == 1
+
+
+ODD = """
+import torch
+from torch import nn
+
+
+class Twice(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.body = nn.Sequential(self.conv, nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes))
+
+    def forward(self, images):
+        return self.body(images)
+
+
+class Thousand(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.LazyLinear(1000))
+"""
+
+
+@pytest.mark.slow
+def test_a_layer_under_two_names_is_kept_and_another_number_of_classes_is_refused(nets):
+    (nets / "odd.py").write_text(ODD)
+    run = [*SMALL, "--limit", "640", "--epochs", "1"]
+    done = train(["--model", "odd.py:Twice", *run, "--run-dir", "twice"], nets)
+    assert done.status == 0 and "warning" not in done.out, done.out
+    assert "conv.weight" in load_file(nets / "twice" / "model.safetensors")
+    done = train(["--model", "odd.py:Thousand", *run, "--run-dir", "thousand"], nets)
+    assert done.status == 2 and "it must be (16, 10)" in done.out, done.out
 
 
 def test_layers_that_wait_for_their_sizes_get_them_before_anything_counts_parameters(tmp_path):

@@ -45,6 +45,7 @@ def test_two_processes_one_of_them_killed_continue_bit_for_bit_and_the_victim_is
     nets, victim
 ):
     arguments = ["--model", "full.py:Net", *COMMON, "--optimizer", "sgd", "--lr", "0.05"]
+    arguments += ["--log-every", "4"]  # the kill is in the middle of a row
     whole, broken = "two-whole", f"two-broken-{victim}"
     if not (nets / whole).exists():
         done = train([*arguments, "--run-dir", whole], nets, 2)
@@ -58,6 +59,33 @@ def test_two_processes_one_of_them_killed_continue_bit_for_bit_and_the_victim_is
     assert done.status == 0, done.out
     assert rows(nets / broken) == rows(nets / whole)
     assert same_weights(nets / whole, nets / broken) == []
+
+
+@pytest.mark.slow
+def test_a_row_counts_the_steps_it_adds_up_also_where_a_run_is_made_longer(nets):
+    arguments = ["--model", "plain.py:Net", *COMMON, "--log-every", "8", "--lr", "0"]
+    for steps in ("12", "20"):
+        done = train([*arguments, "--run-dir", "longer", "--max-steps", steps], nets)
+        assert done.status == 0, done.out
+    found = losses(nets / "longer")
+    assert len(found) >= 4 and max(found) - min(found) < 0.2, found
+
+
+@pytest.mark.slow
+def test_what_a_run_began_with_is_not_needed_to_go_on_and_a_requeued_fresh_starts_nothing(nets):
+    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--run-dir", "heir"]
+    first = train([*arguments, "--epochs", "1", "--run-dir", "giver"], nets)
+    assert first.status == 0, first.out
+    weights = nets / "giver" / "model.safetensors"
+    begin = [*arguments, "--weights", str(weights), "--fresh", "--epochs", "3"]
+    done = train(begin, nets, LOCKSTEP_FAULT="term@step=15")
+    assert done.status == 75, done.out
+    weights.unlink()
+    done = train(begin, nets, SLURM_RESTART_COUNT="1")
+    assert done.status == 0 and "at step 1" in done.out, done.out
+    assert [r["step"] for r in rows(nets / "heir") if "train/loss" in r] == list(range(1, 31))
+    assert not (nets / "heir.old-1").exists()
+    assert train(["--resume", "heir", "--eval-only"], nets).status == 0
 
 
 @pytest.mark.slow

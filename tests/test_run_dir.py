@@ -242,15 +242,20 @@ def test_a_run_that_was_never_born_leaves_no_folder_and_a_born_one_stays(tmp_pat
 
 
 def test_the_latest_link_follows_the_newest_and_never_replaces_a_real_folder(tmp_path):
+    home = opened(tmp_path / "elsewhere")
+    home.link_latest()
+    home.close()
+    assert not (tmp_path / "latest").is_symlink()  # only a folder called runs gets one
+    tmp_path = tmp_path / "runs"
     for name in ("one", "two"):
         made = opened(tmp_path / name)
         made.link_latest()
         made.close()
         assert (tmp_path / "latest").resolve() == tmp_path / name
         assert str((tmp_path / "latest").readlink()) == name  # runs/ can be moved
-    (tmp_path / "other" / "latest").mkdir(parents=True)
-    RunDir(tmp_path / "other" / "x").link_latest()
-    assert not (tmp_path / "other" / "latest").is_symlink()
+    (tmp_path / "other" / "runs" / "latest").mkdir(parents=True)
+    RunDir(tmp_path / "other" / "runs" / "x").link_latest()
+    assert not (tmp_path / "other" / "runs" / "latest").is_symlink()
 
 
 # --- files ---------------------------------------------------------------------------------------

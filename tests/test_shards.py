@@ -147,6 +147,22 @@ def test_running_statistics_are_those_after_shard_0(bitwise):
         assert model[1].num_batches_tracked == 1
 
 
+def test_a_buffer_that_forward_replaces_is_put_back_too():
+    class Replacing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3 * 64, CLASSES).double()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return self.linear(x.flatten(1))
+
+    model = Replacing()
+    step(model, 4, 1, 0)
+    assert model.calls == 1
+
+
 def test_a_buffer_that_forward_reads_is_the_same_for_every_shard():
     class Counting(nn.Module):
         def __init__(self):
