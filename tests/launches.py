@@ -99,6 +99,11 @@ def rows(folder: Path, timeless: bool = True) -> list[dict]:
     ]
 
 
+def begun(folder: Path, steps: int = 1):
+    """Whether a run has written so many rows, to be asked again and again."""
+    return lambda: (folder / "metrics.jsonl").exists() and len(rows(folder)) >= steps
+
+
 def losses(folder: Path) -> list[float]:
     return [r["train/loss"] for r in rows(folder) if "train/loss" in r]
 

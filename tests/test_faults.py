@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from launches import SMALL, command, finish, newest, rows, start, train, wait_for
+from launches import SMALL, begun, command, finish, newest, rows, start, train, wait_for
 
 RUN = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--epochs", "3"]
 
@@ -102,12 +102,11 @@ def test_two_processes_end_together_when_no_save_succeeds(nets):
 def test_a_process_that_was_suspended_goes_on(nets):
     arguments = [*RUN, "--run-dir", "asleep", "--epochs", "400"]
     process, log = start(command(arguments), nets, LOCKSTEP_STALL="4")
-    wait_for(lambda: len(rows(nets / "asleep")) > 5, process, log)
+    wait_for(begun(nets / "asleep", 5), process, log)
     process.send_signal(signal.SIGSTOP)
     time.sleep(10)
     process.send_signal(signal.SIGCONT)
-    here = len(rows(nets / "asleep"))
-    wait_for(lambda: len(rows(nets / "asleep")) > here + 200, process, log)
+    wait_for(begun(nets / "asleep", len(rows(nets / "asleep")) + 200), process, log)
     process.terminate()
     assert finish(process, log, 60).status == 75
 

@@ -9,6 +9,7 @@ import time
 import pytest
 from launches import (
     SMALL,
+    begun,
     children_with,
     command,
     finish,
@@ -37,11 +38,6 @@ def begin(nets, name, processes=1, launcher="", extra=(), **environment):
     process, log = start(command(arguments, processes, launcher), nets, **environment)
     wait_for(begun(nets / name), process, log)
     return process, log
-
-
-def begun(folder, steps=1):
-    """Whether a run has made so many steps."""
-    return lambda: (folder / "metrics.jsonl").exists() and len(rows(folder)) >= steps
 
 
 def stopped(nets, name, reason) -> int:
