@@ -144,11 +144,15 @@ def restarts(slurm: Cluster, job: str) -> int:
     return int(shown.partition("Restarts=")[2].split()[0])
 
 
-def test_two_nodes_give_the_run_of_one_process(slurm, alone):
-    job = sbatch(slurm, "--nodes=2")
+def test_two_nodes_give_the_run_of_one_process_and_hostile_words_arrive_whole(slurm, alone):
+    text = "a b\"'$(touch owned)`touch owned`;touch owned;* \\n é"
+    job = sbatch(slurm, "--nodes=2", flags=[*TRAIN, "--data-dir", text])
     assert slurm.wait(job) == "COMPLETED", log(slurm, job)
     assert "2 x CPU" in log(slurm, job)
-    assert_same_history(slurm.home / "runs" / f"slurm-{job}", alone)
+    run = slurm.home / "runs" / f"slurm-{job}"
+    assert_same_history(run, alone)
+    assert json.loads((run / "config.json").read_text())["config"]["data_dir"] == text
+    assert not list(slurm.home.glob("owned"))
 
 
 def test_slurms_own_time_limit_saves_requeues_and_wandb_stays_one_run(slurm, alone):
@@ -156,22 +160,27 @@ def test_slurms_own_time_limit_saves_requeues_and_wandb_stays_one_run(slurm, alo
     own = ["--nodes=2", "--time=1", "--signal=B:USR1@50"]
     job = sbatch(slurm, *own, flags=[*TRAIN, "--track", "wandb"], WANDB_MODE="offline",
                  LOCKSTEP_FAULT=slow_until(STEPS))  # fmt: skip
-    wait_for_step(slurm, job, 1)
-    slurm.wait(job, "PENDING", seconds=90)
-    saved = status(slurm, job)
+    requeues, saved = 0, {}
+    while saved.get("step", 0) == 0:  # on a stalled machine the signal may come before training
+        slurm.wait(job, "RUNNING")
+        slurm.wait(job, "PENDING", seconds=90)
+        requeues, saved = requeues + 1, status(slurm, job)
+        assert requeues < 4, log(slurm, job)
+        if saved.get("step", 0) == 0:
+            slurm.start_now(job)
     assert saved["status"] == "stopped" and saved["step"] < STEPS, (saved, log(slurm, job))
     assert "the time limit (or a preemption) is near" in log(slurm, job)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=5")
     slurm.start_now(job)
     assert slurm.wait(job) == "COMPLETED", log(slurm, job)
     after = status(slurm, job)
-    assert (after["life"], after["resumed_at"], restarts(slurm, job)) == (1, saved["step"], 1)
+    assert (after["resumed_at"], restarts(slurm, job)) == (saved["step"], requeues)
     told = log(slurm, job)
     assert "start 1" in told and "start 2" in told, "the second life overwrote the first one's log"
     run = slurm.home / "runs" / f"slurm-{job}"
     assert_same_history(run, alone)
     assert not list(run.parent.glob(f"slurm-{job}.requeues"))
-    assert_wandb_is_metrics(run, lives=2)
+    assert_wandb_is_metrics(run, lives=after["life"] + 1)
 
 
 def test_a_preempted_job_saves_and_goes_on_by_itself(slurm, alone):
@@ -306,15 +315,6 @@ exec {sys.executable} "$@"
     told = log(slurm, job)
     assert "disagree about the --lr: rank 1 on n2 with 0.3, the others with 0.01" in told, told
     assert "same command" in told and not (slurm.home / "runs" / f"slurm-{job}").exists()
-
-
-def test_hostile_arguments_arrive_byte_for_byte(slurm):
-    text = "a b\"'$(touch owned)`touch owned`;touch owned;* \\n é"
-    job = sbatch(slurm, "--nodes=1", flags=[*TRAIN, "--max-steps", "1", "--data-dir", text])
-    assert slurm.wait(job) == "COMPLETED", log(slurm, job)
-    config = json.loads((slurm.home / "runs" / f"slurm-{job}" / "config.json").read_text())
-    assert config["config"]["data_dir"] == text
-    assert not list(slurm.home.glob("owned"))
 
 
 def test_a_wrong_flag_fails_at_once_and_does_not_requeue(slurm):
