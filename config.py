@@ -641,7 +641,7 @@ def tell(error: UserError) -> None:
     rank = env.get("RANK") or env.get("SLURM_PROCID") or "0"
     if rank == "0":
         print(error, file=sys.stderr, flush=True)
-    elif (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or "0") == "0":
+    elif (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID")) == "0":
         time.sleep(2)
         host = env.get("SLURMD_NODENAME") or socket.gethostname()
         print(f"rank {rank} on {host}: {error}", file=sys.stderr, flush=True)

@@ -153,6 +153,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 KillWait=30
+OverTimeLimit=1
 {"GresTypes=gpu" if self.gpus else ""}
 {nodes}
 PreemptType=preempt/partition_prio
