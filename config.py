@@ -356,6 +356,8 @@ def spell(word: str) -> str:
 
 def unknown_flag(word: str, flags: list[str]) -> str:
     flag = word.partition("=")[0]
+    if flag == "--pretrained":  # torchvision's word of old
+        return "--pretrained: no such option; type --weights imagenet, or a file of weights"
     return f"{flag}: no such option{did_you_mean(flag, flags)}; see python train.py --help"
 
 
