@@ -117,7 +117,9 @@ def run_in(folder, command: str):
     if words[0] == "torchrun":
         words[:1] = ["python", "-m", "torch.distributed.run"]
     assert words[0] == "python", command
-    return finish(*start([sys.executable, *words[1:]], folder, PYTHONPATH=str(REPOSITORY)))
+    # Threads that wait without spinning: cores here are shared with other tests.
+    env = {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"}
+    return finish(*start([sys.executable, *words[1:]], folder, **env))
 
 
 def shown_after(command: str) -> str:
