@@ -306,7 +306,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one sentence, without its page of usage."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see python train.py --help")
+        raise UserError(f"{message}; see python {self.prog.removeprefix('python ')} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from config import Parser
 from data.augment import KINDS, Augment
 from data.cache import cache_dir
 from data.files import printable
@@ -13,13 +15,14 @@ from data.sources import DATASETS, Source, choose_dataset, load_source
 from errors import UserError
 
 ROWS, COLUMNS = 8, 8  # of the sheet: a picture per row, an epoch per column
+LEAST_WIDTH = 512  # pixels of the sheet: digits of 8 pixels are shown larger
 PREVIEW_WIDTH = 96  # characters, at most
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one of show, stats, prepare; exit status 2 after an error the user can mend."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         name, sentence = choose_dataset(options.dataset, options.data_dir)
         print(sentence)
         source = load_source(
@@ -37,16 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = Parser(add_help=False, allow_abbrev=False)
     names = ", ".join(DATASETS)
     common.add_argument(
         "--dataset", default="auto", help=f"{names}, a folder, a file or a hub name (default auto)"
     )
     common.add_argument("--data-dir", metavar="FOLDER", help="where a local copy lies")
-    common.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images")
+    common.add_argument("--image-size", type=_whole(1), metavar="PIXELS", help="side of the images")
     common.add_argument("--skip-bad-images", action="store_true", help="leave damaged ones out")
-    common.add_argument("--seed", type=int, default=0)
-    parser = argparse.ArgumentParser("python -m data", description=__doc__, allow_abbrev=False)
+    common.add_argument("--seed", type=_whole(0), default=0)
+    parser = Parser("python -m data", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="show|stats|prepare")
 
     def add(name: str, run: object, summary: str) -> argparse.ArgumentParser:
@@ -58,11 +61,22 @@ def _parser() -> argparse.ArgumentParser:
 
     show = add("show", _show, "write a sheet of augmented pictures: one per row, epochs as columns")
     show.add_argument("--augment", default="crop", choices=KINDS)
-    show.add_argument("--epoch", type=int, default=0, help="the first column (default 0)")
+    show.add_argument("--epoch", type=_whole(0), default=0, help="the first column (default 0)")
     show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="FILE")
     add("stats", _stats, "count images per class; print mean, std, shape and fingerprint")
     add("prepare", _prepare, "decode the data set into the cache")
     return parser
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    """What argparse calls on a word to get a whole number from `low` up."""
+
+    def convert(word: str) -> int:
+        if not word.strip().isdecimal() or int(word) < low:
+            raise argparse.ArgumentTypeError(f"{word}: must be a whole number from {low}")
+        return int(word)
+
+    return convert
 
 
 def _show(source: Source, options: argparse.Namespace) -> None:
@@ -70,7 +84,9 @@ def _show(source: Source, options: argparse.Namespace) -> None:
 
     if source.task != "classification":
         raise UserError(f"{source.name} has no pictures to show: try --dataset digits.")
-    images = source.train.images[:ROWS]
+    total = len(source.train)
+    indices = torch.arange(min(ROWS, total)) * total // min(ROWS, total)  # folders lie by class
+    images = source.train.images[indices]
     augment = Augment(
         kind=options.augment,
         image_size=options.image_size or images.shape[-1],
@@ -82,10 +98,12 @@ def _show(source: Source, options: argparse.Namespace) -> None:
     mean, std = (torch.tensor(values)[:, None, None] for values in (source.mean, source.std))
     columns = []
     for epoch in range(options.epoch, options.epoch + COLUMNS):
-        normalised = augment.train(images, torch.arange(len(images)), epoch)
+        normalised = augment.train(images, indices, epoch)
         columns.append(torch.cat(list(normalised * std + mean), dim=1))
     pixels = (torch.cat(columns, dim=2) * 255).round().clamp(0, 255).to(torch.uint8)
     sheet = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    times = max(1, LEAST_WIDTH // sheet.width)
+    sheet = sheet.resize((sheet.width * times, sheet.height * times), Image.Resampling.NEAREST)
     try:
         sheet.save(options.out)
     except (OSError, ValueError) as error:

@@ -482,8 +482,43 @@ def test_the_program_prints_one_sentence_and_exits_with_2(capsys, tmp_path):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_show_writes_a_sheet_of_eight_by_eight(tmp_path):
+def test_show_writes_a_sheet_of_eight_by_eight_large_enough_to_see(tmp_path):
     out = tmp_path / "sheet.png"
     assert main(["show", "--dataset", "digits", "--image-size", "16", "--out", str(out)]) == 0
     with Image.open(out) as sheet:
-        assert sheet.size == (128, 128) and len(sheet.getcolors(2**24)) > 50
+        assert sheet.size == (512, 512) and len(sheet.getcolors(2**24)) > 50
+
+
+def test_show_draws_pictures_of_all_classes_though_folders_lie_one_after_the_other(tmp_path):
+    for shade, name in enumerate("abcd"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(10):
+            picture = Image.new("RGB", (16, 16), (50 * shade, 0, 0))
+            picture.save(tmp_path / "set" / name / f"{number}.png")
+    words = ["show", "--dataset", str(tmp_path / "set"), "--augment", "none"]
+    assert main([*words, "--out", str(tmp_path / "sheet.png")]) == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        column = [sheet.getpixel((1, y))[0] for y in range(1, sheet.height, sheet.height // 8)]
+    assert set(column) == {0, 50, 100, 150}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("show --dataset digits --image-size 0", "--image-size: 0: must be a whole number from 1"),
+        ("show --dataset digits --image-size -3", "-3: must be a whole number from 1"),
+        ("stats --dataset digits --seed x", "--seed: x: must be a whole number from 0"),
+        ("show --augment blur", "invalid choice: 'blur'"),
+        ("stats --datset digits", "--datset digits; see python -m data --help"),
+        ("sats", "choose from"),
+        ("", "show|stats|prepare"),
+        ("show --dataset digits --out nowhere/x.png", "try --out sheet.png"),
+        ("show --dataset line", "try --dataset digits"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    told = capsys.readouterr().err
+    assert says in told and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
