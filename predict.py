@@ -7,20 +7,24 @@ evaluation mode, without random crops: the same answer every time, whatever else
 import argparse
 import csv
 import json
+import signal
 import sys
+import warnings
 from pathlib import Path
 
+from config import Parser
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 224}
+LATEST = Path("runs/latest")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CROP = 224 / 256  # ImageNet evaluates the middle 224 of 256 pixels
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("predict.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("paths", nargs="+", help="pictures, or folders of pictures")
-    parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a run folder")
+    parser.add_argument("--run", type=Path, default=LATEST, help="a run folder, or its weights")
     parser.add_argument("--model", help="instead of a run: a model of `python -m models`, with ...")
     parser.add_argument("--weights", help="... imagenet, or a file with ImageNet's 1,000 classes")
     parser.add_argument("--top", type=int, default=5, help="classes shown for each picture")
@@ -40,15 +44,19 @@ def load_run(folder: Path):
 
     from models import build_model
 
-    path = folder / "model.safetensors"
+    path = folder if folder.is_file() else folder / "model.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
             told = json.loads(file.metadata()["lockstep"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        if not folder.exists():
+            raise UserError(
+                f"--run {folder}: there is no such folder; python train.py makes runs in runs/"
+            ) from None
         raise UserError(
             f"--run {folder}: there are no weights in it that can be read ({path.name}); a run "
-            "writes them after its first evaluation. Runs: python train.py makes them in runs/"
+            "writes them after its first evaluation, other weights need --model and --weights"
         ) from None
     if lookup(told["model"]).task != "classification":
         raise UserError(f"--run {folder}: {told['model']} predicts a number, not a class")
@@ -73,11 +81,19 @@ def load_imagenet(name: str, weights: str):
         reached, why = imagenet_reach(name)
         if not reached:
             raise UserError(f"--weights imagenet: {why}")
-    model = build_model(name, num_classes=1000, image_size=IMAGENET["image_size"])
+    entry = lookup(name)
+    if entry.task != "classification":
+        raise UserError(f"--model {name}: it predicts a number, not a class")
+    size = int(entry.finetune.get("image_size", 224))  # inception_v3 was trained on 299
+    model = build_model(name, num_classes=1000, image_size=size)
     told = load_weights(model, name, weights, 1000)
     if "the head for" in told:
-        raise UserError(f"--weights {weights}: {told}; for a run of yours type --run FOLDER")
-    return model.eval(), {**IMAGENET, "model": name, "classes": imagenet_classes(), "crop": CROP}
+        raise UserError(
+            f"--weights {weights}: these are not ImageNet's 1,000 classes ({told}); for a run of "
+            "yours type --run FOLDER"
+        )
+    classes = imagenet_classes()
+    return model.eval(), {**IMAGENET, "image_size": size, "classes": classes, "crop": CROP}
 
 
 def pictures(paths: list[str]) -> list[Path]:
@@ -86,9 +102,35 @@ def pictures(paths: list[str]) -> list[Path]:
 
     found = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        found += inside or [path]  # a folder without pictures is named like any other failure
+        inside = (
+            p for p in path.rglob("*")
+            if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+        )  # fmt: skip
+        found += sorted(inside) or [path]  # a folder without pictures is named like a failure
     return found
+
+
+def prepare(path: Path, told: dict):
+    """A picture as the run's training saw its own: uint8 (1, 3, S, S), not yet normalised."""
+    import numpy
+    import torch
+    from PIL import Image
+
+    from data.files import SMALL, SUFFIXES, decode, square
+
+    if path.is_dir():
+        raise ValueError(f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
+    crop = told.get("crop", 1.0)
+    whole = round(told["image_size"] / crop)
+    with warnings.catch_warnings(action="ignore"):  # what is too large is an error below
+        pixels = decode(path, whole)  # small squares stay as they are, as in training
+    if pixels.shape[0] != pixels.shape[1]:
+        pixels = numpy.asarray(square(Image.fromarray(pixels), whole))
+    if len(pixels) > SMALL:
+        side = round(len(pixels) * crop)
+        edge = (len(pixels) - side) // 2
+        pixels = pixels[edge : edge + side, edge : edge + side]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
 
 
 def predict(model, told: dict, path: Path, top: int) -> list[tuple[str, float]]:
@@ -96,28 +138,21 @@ def predict(model, told: dict, path: Path, top: int) -> list[tuple[str, float]]:
     import torch
 
     from data.augment import Augment
-    from data.files import SMALL, decode
     from tasks import split_outputs
 
     device = next(model.parameters()).device
-    size, crop = told["image_size"], told.get("crop", 1.0)
-    pixels = decode(path, round(size / crop))  # small squares stay as they are, as in training
-    height, width, _ = pixels.shape
-    side = round(min(height, width) * (crop if max(height, width) > SMALL else 1))
-    top_edge, left = (height - side) // 2, (width - side) // 2
-    pixels = pixels[top_edge : top_edge + side, left : left + side]
-    augment = Augment("none", size, told["mean"], told["std"], seed=0)
-    images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
+    augment = Augment("none", told["image_size"], told["mean"], told["std"], seed=0)
     with torch.no_grad():
-        logits = split_outputs(model(augment.evaluate(images)))[0][0].float()
+        images = augment.evaluate(prepare(path, told).to(device))
+        logits = split_outputs(model(images))[0][0].float()
     best = logits.softmax(0).topk(min(top, len(logits)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [(told["classes"][index], value) for index, value in pairs]
 
 
 def main(argv: list[str]) -> int:
-    arguments = parse(argv)
     try:
+        arguments = parse(argv)
         if arguments.model:
             model, told = load_imagenet(arguments.model, arguments.weights)
         else:
@@ -127,13 +162,16 @@ def main(argv: list[str]) -> int:
         return USER_ERROR
     import torch
 
+    from data.files import printable
+
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     results, status = {}, FINISHED
     for path in pictures(arguments.paths):
         try:
             results[str(path)] = predict(model, told, path, arguments.top)
         except Exception as error:  # Pillow raises many kinds on damaged files
-            print(f"{path}: {error}" if str(path) not in str(error) else error, file=sys.stderr)
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            print(f"{printable(path)}: {printable(why)}", file=sys.stderr)
             status = FAILED
     show(results, arguments)
     return status
@@ -147,7 +185,8 @@ def show(results: dict[str, list], arguments: argparse.Namespace) -> None:
         ]
         print(json.dumps(rows, indent=2))
     elif arguments.csv:
-        writer = csv.writer(sys.stdout)
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["path", "rank", "class", "confidence"])
         for path, found in results.items():
             writer.writerows([path, rank, *pair] for rank, pair in enumerate(found, 1))
@@ -158,4 +197,5 @@ def show(results: dict[str, list], arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     sys.exit(main(sys.argv[1:]))

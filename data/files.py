@@ -426,7 +426,7 @@ def decode_all(
     for place in range(len(arrays)):
         array, arrays[place] = arrays[place], None  # frees as it goes: half the peak memory
         if array.shape[:2] != (height, width):
-            array = np.asarray(_square(Image.fromarray(array), image_size))
+            array = np.asarray(square(Image.fromarray(array), image_size))
         images[place] = array.transpose(2, 0, 1)
     return torch.from_numpy(images), kept, tuple(skipped)
 
@@ -446,7 +446,7 @@ def decode(item: bytes | Path, image_size: int | None) -> np.ndarray:
             image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decode at 1/2, 1/4, 1/8
         image.load()
         rgb = upright_rgb(image)
-        return np.asarray(_square(rgb, image_size) if shrink else rgb)
+        return np.asarray(square(rgb, image_size) if shrink else rgb)
 
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":
@@ -463,7 +463,7 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def _square(image: "Image.Image", size: int) -> "Image.Image":
+def square(image: "Image.Image", size: int) -> "Image.Image":
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

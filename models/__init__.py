@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import UserError
@@ -208,6 +210,16 @@ def lookup(name: str) -> ModelEntry:
         f"--model {name}: no such model{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}, "
         "any classifier of torchvision as torchvision:<name>, your own as path/to/file.py:ClassName"
     )
+
+
+def trained_size(weights: str) -> int | None:
+    """The image size that a run's weights file says it was trained at; None for any other file."""
+    try:
+        with Path(weights).expanduser().open("rb") as file:  # safetensors: a length, a JSON header
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**7)))
+        return int(json.loads(header["__metadata__"]["lockstep"])["image_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def did_you_mean(word: str, known: object) -> str:

@@ -15,6 +15,8 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, help="pixels; default: that of the recipe")
     parser.add_argument("--classes", type=int, default=10)
     arguments = parser.parse_args()
+    if arguments.classes < 1:
+        parser.error(f"--classes {arguments.classes}: must be at least 1")
     from rich.console import Console
 
     console = Console()

@@ -16,6 +16,10 @@ from PIL import Image
 import lr_finder
 import page
 from config import TrainConfig
+from data.files import decode_all, read_class_folders
+from models import build_model
+from predict import main as predict_main
+from predict import prepare
 from report import Report
 
 CANARY = "canary0123456789abcdef0123456789abcdef012345"
@@ -62,20 +66,81 @@ def test_pictures_are_predicted_with_the_accuracy_of_the_run_and_the_same_every_
     assert again.stdout == first.stdout
     one = predict(found[7]["path"], "--run", run, "--json", cwd=run.parent)
     assert json.loads(one.stdout) == [found[7]]
+    named = predict(found[7]["path"], "--run", run / "model.safetensors", "--json", cwd=run.parent)
+    assert named.stdout == one.stdout
 
 
 def test_what_is_no_picture_is_named_and_the_others_go_on(run, digits, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    good = next(digits.glob("*.png"))
-    words = [tmp_path / "broken.png", tmp_path / "missing.png", good, "--run", run, "--csv"]
-    done = predict(*words, cwd=run.parent)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "broken.png" in done.stderr and "missing.png" in done.stderr
+    (tmp_path / "empty").mkdir()
+    wide = Image.new("1", (30_000, 4_000))  # 120 million pixels in 15 kB
+    wide.save(tmp_path / "bomb.png")
+    good = sorted(digits.glob("*.png"))[0]
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:-30])
+    bad = [
+        tmp_path / name for name in ("broken.png", "missing.png", "bomb.png", "cut.png", "empty")
+    ]
+    done = predict(*bad, good, "--run", run, "--csv", cwd=run.parent)
+    assert done.returncode == 1
+    told = done.stderr.splitlines()
+    assert [line.partition(":")[0] for line in told] == list(map(str, bad)), told
+    assert "120 million" in told[2] or "30000 x 4000 pixels" in told[2]
+    assert "a folder without pictures" in told[4]
     table = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [row["path"] for row in table] == [str(good)] * 5
-    done = predict(good, "--run", tmp_path, cwd=run.parent)
-    assert done.returncode == 2 and "no weights in it that can be read" in done.stderr
-    assert predict(good, "--model", "alexnet", cwd=run.parent).returncode == 2
+    empty = predict(tmp_path / "empty", "--run", run, "--json", cwd=run.parent)
+    assert empty.returncode == 1 and json.loads(empty.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--run nowhere", "--run nowhere: there is no such folder"),
+        ("--run .", "--run .: there are no weights in it that can be read"),
+        ("--model alexnet", "--model and --weights go together"),
+        ("--model alexnt --weights imagenet", "did you mean alexnet?"),
+        ("--model my_cnn --weights imagenet", "no ImageNet weights for my_cnn"),
+        ("--model linear_regression --weights x.pth", "it predicts a number, not a class"),
+        ("--model my_cnn --weights none.pth", "there is no such file"),
+        ("--model my_cnn --weights ten.pth", "ten.pth: these are not ImageNet's 1,000 classes"),
+        ("--model my_cnn --weights five.pth", "does not fit --model my_cnn: missing"),
+        ("--top 0", "--top 0: must be at least 1"),
+        ("--jsn", "--jsn; see python predict.py --help"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    state = build_model("my_cnn", num_classes=10, image_size=224).state_dict()
+    torch.save(state, "ten.pth")
+    torch.save({"fc.bias": torch.zeros(5)}, "five.pth")
+    assert predict_main(["x.png", *words.split()]) == 2
+    told = capsys.readouterr()
+    assert says in told.err and told.err.count("\n") == 1 and not told.out
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 96])  # of the run
+@pytest.mark.parametrize("shape", [(8, 8), (32, 32), (64, 64), (40, 60), (100, 60), (300, 300)])
+def test_a_picture_is_seen_as_the_trainer_sees_it(tmp_path, size, shape):
+    height, width = shape
+    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0))
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / folder / "x.png")
+    records = read_class_folders(tmp_path)
+    trained, *_ = decode_all(records, size, skip_bad_images=False)
+    seen = prepare(tmp_path / "test" / "a" / "x.png", {"image_size": size})
+    assert torch.equal(seen, trained[:1])
+
+
+def test_imagenet_sees_the_middle_224_of_256(tmp_path):
+    pixels = torch.zeros(512, 768, 3, dtype=torch.uint8)
+    pixels[32:480, 160:608] = 200  # the middle 448 of 512
+    Image.fromarray(pixels.numpy()).save(tmp_path / "x.png")
+    seen = prepare(tmp_path / "x.png", {"image_size": 224, "crop": 224 / 256})
+    assert seen.shape == (1, 3, 224, 224) and seen[..., 3:-3, 3:-3].eq(200).all()
+    assert seen.float().mean() > 195
 
 
 def test_imagenet_classes_are_told_by_name_from_a_weights_file(digits, tmp_path):
