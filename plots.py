@@ -92,7 +92,7 @@ def curves(rows: list[dict], path: Path) -> None:
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:
-                marker = "o" if len(points) < 40 and key != "train/loss" else ""
+                marker = "o" if len(points) < 40 and key.startswith(("val", "test")) else ""
                 axes.plot(*zip(*points, strict=True), label=key, marker=marker, markersize=3)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)

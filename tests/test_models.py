@@ -9,6 +9,7 @@ import http.server
 import math
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launches import SMALL, train
+from launches import SMALL, losses, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -596,3 +597,24 @@ def test_a_wrong_name_on_the_command_line_is_one_sentence():
     shown = show("alexnt")
     assert shown.returncode == 2 and "did you mean alexnet?" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+# Training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_model_trains_the_same_on_one_and_two_processes(name, tmp_path):
+    data = "digits" if lookup(name).task == "classification" else "line"
+    size = max(32, lookup(name).min_image_size)
+    arguments = ["--model", name, "--dataset", data, "--weights", "none", "--image-size", size]
+    arguments += ["--batch-size", "8", "--shards", "2", "--max-steps", "3", "--limit", "64"]
+    arguments += ["--log-every", "1", "--threads", "1", "--no-plots"]
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = train([*arguments, "--run-dir", folder], tmp_path, processes)
+        assert done.status == 0 and "never get a gradient" not in done.out, done.out
+        found.append(losses(folder))
+        shutil.rmtree(folder)  # a checkpoint of VGG-16 with AdamW is 1.6 GB
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and len(set(found[0])) == 3

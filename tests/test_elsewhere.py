@@ -1,0 +1,82 @@
+"""Windows and macOS, as far as Linux can play them: what POSIX alone has is hidden, and spawned."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from launches import CLEAN, REPOSITORY, SMALL, TRAIN, losses, train
+
+MODULES = ("fcntl", "resource", "termios", "tty", "pty", "grp", "pwd", "syslog")
+SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGSTOP", "SIGALRM", "SIGCHLD", "SIGPIPE")
+CALLS = ("fork", "killpg", "getpgid", "setsid", "getuid", "geteuid", "uname", "statvfs", "sysconf",
+         "sched_getaffinity", "getloadavg", "mkfifo", "nice")  # fmt: skip
+PRELUDE = f"""
+import multiprocessing, os, runpy, signal, sys
+import accelerate, torch  # they see that this is Linux, and rely on it
+multiprocessing.set_start_method("spawn")
+for name in {MODULES}:
+    sys.modules[name] = None
+for name in {SIGNALS}:
+    vars(signal).pop(name, None)
+for name in {CALLS}:
+    vars(os).pop(name, None)
+sys.path.insert(0, {str(REPOSITORY)!r})
+sys.argv = sys.argv[1:]
+"""
+PROGRAM = PRELUDE + "runpy.run_path(sys.argv[0], run_name='__main__')"
+
+pytestmark = pytest.mark.slow
+
+
+def python(code: str, *words, cwd) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in CLEAN}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_every_module_can_be_imported(tmp_path):
+    rooms = ("data", "distributed", "models")
+    files = [
+        *REPOSITORY.glob("*.py"),
+        *(f for room in rooms for f in (REPOSITORY / room).glob("*")),
+    ]
+    names = [
+        ".".join(f.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        for f in files
+        if f.suffix == ".py"
+    ]
+    assert len(names) > 30
+    done = python(PRELUDE + "for name in sys.argv[1:]: __import__(name)", "", *names, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_is_the_same_and_goes_on(nets, tmp_path):
+    arguments = ["--model", nets / "full.py:Net", *SMALL, "--limit", "256", "--epochs", "2"]
+    here = train([*arguments, "--run-dir", "here"], tmp_path)
+    assert here.status == 0, here.out
+    words = [TRAIN, *arguments, "--run-dir", "there"]
+    stopped = python(PROGRAM, *words, "--max-time", "1s", cwd=tmp_path)
+    assert stopped.returncode == 75, stopped.stderr
+    done = python(PROGRAM, *words, "--max-time", "10m", cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert json.loads((tmp_path / "there" / "status.json").read_text())["status"] == "finished"
+    assert losses(tmp_path / "there") == losses(tmp_path / "here")
+
+
+def test_debug_runs(nets, tmp_path):
+    words = [TRAIN, "--model", nets / "plain.py:Net", *SMALL, "--debug"]
+    done = python(PROGRAM, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "runs").glob("debug-digits-1/status.json"))
+
+
+def test_a_spawned_worker_that_imports_train_as_its_main_module_does_nothing_else(tmp_path):
+    code = PRELUDE + (
+        f"main = sys.modules['__main__']; main.__file__ = {TRAIN!r}; main.__spec__ = None\n"
+        "worker = multiprocessing.Process(target=print, args=('alive',))\n"
+        "worker.start(); worker.join(); sys.exit(worker.exitcode)"
+    )
+    done = python(code, TRAIN, "--no-such-option", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
