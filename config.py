@@ -656,8 +656,8 @@ def parse_or_exit(argv: list[str]) -> Settings:
     """Settings, or a sentence per problem on stderr (once, on many processes) and status 2."""
     try:
         return parse(argv)
-    except UserError as error:
-        tell(error)
+    except (OSError, ValueError) as error:  # a name that no file can have, a number without end
+        tell(error if isinstance(error, UserError) else UserError(f"cannot be understood: {error}"))
         raise SystemExit(2) from None
 
 

@@ -80,8 +80,12 @@ def table_of_layers(name: str, image_size: int | None, num_classes: int) -> Any:
         table.add_column(heading, justify="right")
     total = 0
 
-    def add_row(path: str, layer: nn.Module, output: torch.Tensor) -> None:
+    def add_row(path: str, layer: nn.Module, output: Any) -> None:
         nonlocal total
+        while isinstance(output, tuple | list) and output:  # nn.GRU, nn.MultiheadAttention
+            output = output[0]
+        if not isinstance(output, torch.Tensor):
+            return
         size = output[0].numel()  # of one image
         weights_per_output = 0
         if isinstance(layer, nn.Conv2d):

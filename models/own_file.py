@@ -25,14 +25,16 @@ def check_own_file(name: str) -> None:
     path, class_name = _split(name)
     if not path.is_file():
         raise UserError(f"--model {name}: there is no file {path} (looked in {Path.cwd()})")
-    source = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+    content = path.read_bytes()
     try:
-        statements = ast.parse(source).body
+        statements = ast.parse(content).body  # Python itself knows marks and coding lines
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}; mend the file") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no Python file: {error}") from None
     classes = [node.name for node in statements if isinstance(node, ast.ClassDef)]
     # A class that the file imports from elsewhere is in its text, though not among its classes.
-    if not class_name or class_name not in source:
+    if not class_name or class_name.encode() not in content:
         raise _no_such_class(name, classes)
 
 

@@ -277,6 +277,26 @@ def test_a_layer_under_two_names_is_kept_and_another_number_of_classes_is_refuse
     assert done.status == 2 and "it must be (16, 10)" in done.out, done.out
 
 
+def test_a_file_in_another_encoding_and_a_layer_with_two_answers_are_no_trouble(tmp_path):
+    file = tmp_path / "old.py"
+    file.write_bytes(
+        b"# -*- coding: latin-1 -*-\n# gr\xfcn\n"
+        b"from torch import nn\n\n\n"
+        b"class Net(nn.Module):\n"
+        b"    def __init__(self):\n"
+        b"        super().__init__()\n"
+        b"        self.rows = nn.GRU(24, 5, batch_first=True)\n\n"
+        b"    def forward(self, images):\n"
+        b"        return self.rows(images.flatten(2).transpose(1, 2).flatten(1).view(-1, 8, 24))"
+        b"[0][:, -1]\n"
+    )
+    shown = show(f"{file}:Net", "--image-size", "8", "--classes", "5")
+    assert shown.returncode == 0 and "GRU" in shown.stdout, shown.stderr
+    file.write_bytes(b"# gr\xfcn without a coding line\nclass Net: pass\n")
+    with pytest.raises(UserError, match=r"old\.py"):
+        build_model(f"{file}:Net", num_classes=5, image_size=8)
+
+
 def test_layers_that_wait_for_their_sizes_get_them_before_anything_counts_parameters(tmp_path):
     file = tmp_path / "lazy.py"
     file.write_text(
