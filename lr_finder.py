@@ -14,12 +14,18 @@ SMOOTHING = 0.85
 
 
 def suggest(rates: list[float], losses: list[float]) -> float:
-    """The rate where the smoothed loss falls most steeply per decade, before its minimum."""
+    """The middle of the decade over which the smoothed loss falls most, before its minimum.
+
+    A whole decade, because between neighbours the noise of single batches falls more steeply.
+    """
     lowest = min(range(len(losses)), key=losses.__getitem__)
-    falls = [losses[i + 1] - losses[i - 1] for i in range(1, max(2, lowest))]
-    if not falls:
+    if len(rates) < 2 or not lowest:
         return rates[0]
-    return rates[1 + min(range(len(falls)), key=falls.__getitem__)]
+    half = max(1, round(0.5 / math.log10(rates[1] / rates[0])))
+    middles = range(half, lowest - half + 1)
+    if not middles:
+        return rates[lowest] / 10
+    return rates[min(middles, key=lambda i: losses[i + half] - losses[i - half])]
 
 
 def smooth(losses: list[float]) -> list[float]:

@@ -189,6 +189,7 @@ def test_the_learning_rate_finder_suggests_the_steepest_fall(tmp_path, monkeypat
     losses = [2.3 if i < 20 else max(0.5, 2.3 - 0.1 * (i - 20) ** 1.5) for i in range(50)]
     suggestion = lr_finder.suggest(rates, losses)
     assert rates[20] < suggestion < rates[30]
+    assert lr_finder.suggest(rates[:3], [1.0, 1.2, 1.4]) == rates[0]
     monkeypatch.chdir(tmp_path)
     settings = TrainConfig(model="nets/plain.py:Net")
     lr_finder.tell(Report(), settings, rates, losses, suggestion)
@@ -202,6 +203,15 @@ def test_the_learning_rate_finder_makes_no_run_and_needs_no_picture(nets, tmp_pa
     assert done.status == 0 and done.out.count("suggested") == 1, done.out
     assert "runs/find-lr-plain.py-Net.png cannot be written" in " ".join(done.out.split())
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("output-")} == {"runs"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_noise_of_single_batches_is_no_fall(seed):
+    rates = [1e-6 * 10 ** (7 * i / 99) for i in range(60)]
+    truth = [1.82 - 0.012 * max(0, i - 24) if i < 44 else 1.58 + 0.05 * (i - 44) for i in range(60)]
+    noise = 0.05 * torch.randn(60, generator=torch.Generator().manual_seed(seed))
+    losses = lr_finder.smooth([a + b for a, b in zip(truth, noise.tolist(), strict=True)])
+    assert rates[24] < lr_finder.suggest(rates, losses) < rates[44]
 
 
 @pytest.mark.slow
