@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from errors import UserError
-from models import did_you_mean, lookup, trained_size
+from models import did_you_mean, lookup, told_by_weights
 
 __version__ = "0.1.0"
 
@@ -299,8 +299,8 @@ def recipe_of(model: str, weights: str) -> dict[str, object]:
     recipe = dict(entry.recipe)
     if weights not in ("none", "auto"):
         recipe |= entry.finetune
-        size = trained_size(weights)
-        if size and size >= entry.min_image_size and entry.task == "classification":
+        size = told_by_weights(weights).get("image_size", 0)
+        if size >= entry.min_image_size and entry.task == "classification":
             recipe["image_size"] = size
     return recipe
 

@@ -238,6 +238,12 @@ def records_of_tables(splits: dict[str, list["pyarrow.Table"]], origin: str) -> 
     if None in raw_labels:
         raise UserError(f"{names[raw_labels.index(None)]} has no label in column '{label}'.")
     if classes is None or any(isinstance(value, str) for value in raw_labels):
+        for name, value in zip(names, raw_labels, strict=True):
+            if not isinstance(value, str) and (value != int(value) or value < 0):
+                raise UserError(
+                    f"{name} has the label {value} in column '{label}': labels are whole numbers "
+                    "from 0, or text; mend the column or drop the row."
+                )
         values = sorted(set(raw_labels))
         classes = tuple(map(str, values))
         places = {value: place for place, value in enumerate(values)}
@@ -402,7 +408,7 @@ def decode_all(
                     kept.append(index)
                     arrays.append(result)
                     continue
-                reason = f"{records.names[index]}: {printable(result)}"
+                reason = f"{records.names[index]}: {printable(result).rstrip('.')}"
                 if not skip_bad_images:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise UserError(

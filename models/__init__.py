@@ -212,14 +212,15 @@ def lookup(name: str) -> ModelEntry:
     )
 
 
-def trained_size(weights: str) -> int | None:
-    """The image size that a run's weights file says it was trained at; None for any other file."""
+def told_by_weights(weights: str) -> dict:
+    """What a run wrote into its weights file (model, image_size, ...); {} for any other file."""
     try:
         with Path(weights).expanduser().open("rb") as file:  # safetensors: a length, a JSON header
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**7)))
-        return int(json.loads(header["__metadata__"]["lockstep"])["image_size"])
+        told = json.loads(header["__metadata__"]["lockstep"])
+        return {"model": str(told["model"]), "image_size": int(told["image_size"])}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 def did_you_mean(word: str, known: object) -> str:

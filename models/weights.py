@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from models import lookup
+from models import lookup, told_by_weights
 
 REACH_SECONDS = 4.0  # name resolution can block for a minute where nothing answers
 
@@ -85,7 +85,11 @@ def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) ->
     if problems:
         raise UserError(
             f"--weights {weights} does not fit --model {name}: {'; '.join(problems)}; "
-            "name the model (and --image-size) that these weights were trained with"
+            + (
+                f"it was trained as --model {theirs['model']} --image-size {theirs['image_size']}"
+                if (theirs := told_by_weights(weights))
+                else "name the model (and --image-size) that these weights were trained with"
+            )
         )
     model.load_state_dict(given, strict=False)
     if not fresh:

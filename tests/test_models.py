@@ -6,6 +6,7 @@ pytest tests/test_models.py -m slow      the big ones
 
 import copy
 import http.server
+import json
 import math
 import os
 import pickle
@@ -20,10 +21,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from launches import SMALL, losses, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from config import parse
 from errors import UserError
 from models import MODELS, build_model, lookup, weights
 from models.pooling import AdaptivePool
@@ -403,6 +405,23 @@ def test_weights_that_do_not_fit_are_listed_and_change_nothing(tmp_path, change,
     with pytest.raises(UserError, match=says):
         load_weights(model, "my_cnn", str(tmp_path / "odd.pth"), 5)
     assert torch.equal(model.conv.weight, small_net().conv.weight)
+
+
+def test_the_weights_of_a_run_bring_their_image_size_and_name_their_model(tmp_path):
+    told = {"model": "my_cnn", "image_size": 48, "classes": ["a", "b"]}
+    path, other = str(tmp_path / "run.safetensors"), str(tmp_path / "other.safetensors")
+    state = build_model("my_cnn", num_classes=2, image_size=48).state_dict()
+    save_file(state, path, {"lockstep": json.dumps(told)})
+    save_file(state, other, {"lockstep": "{"})
+    for words, size in (
+        (["my_cnn", "--weights", path], 48),
+        (["my_cnn", "--weights", path, "--image-size", "40"], 40),
+        (["alexnet", "--weights", path], 224),  # which cannot do with 48
+        *((["my_cnn", "--weights", x], 224) for x in (other, str(tmp_path), "none.pth", __file__)),
+    ):
+        assert parse(["--model", *words]).config.image_size == size, words
+    with pytest.raises(UserError, match="was trained as --model my_cnn --image-size 48"):
+        load_weights(small_net(), "resnet18", path, 5)
 
 
 class Trap:

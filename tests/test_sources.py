@@ -377,6 +377,17 @@ def test_odd_class_names_are_kept_and_never_printed_raw(pictures, capsys):
 # Tables
 
 
+@pytest.mark.parametrize("label", [-1, 0.5])
+def test_a_label_that_is_none_is_named_with_its_row(tmp_path, label):
+    import pyarrow.parquet
+
+    rows = [{"bytes": b"x", "path": None}] * 4
+    table = pyarrow.table({"image": rows, "label": [0, 1, label, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=rf"row 2 of train .* has the label {label} .*from 0"):
+        load_source(str(tmp_path / "t.parquet"))
+
+
 def test_a_table_without_a_test_split_gives_a_keyed_fifth(tmp_path):
     images, labels = small_cifar()
     folder = write_parquet(tmp_path / "table", images, labels, 60)
