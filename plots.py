@@ -114,9 +114,8 @@ def confusion(matrix: list[list[int]], classes: list[str], path: Path) -> None:
     side = min(12, 3.5 + 0.45 * min(count, MOST_NAMES))
     listed = count > MOST_NAMES
     drawn = figure(figsize=(14, 8.5) if listed else (side + 1, side))
-    axes, *beside = drawn.subplots(1, 1 + listed, squeeze=False, width_ratios=[3, 2][: 1 + listed])[
-        0
-    ]
+    places = drawn.add_gridspec(1, 1 + listed, width_ratios=[3, 2][: 1 + listed])
+    axes = drawn.add_subplot(places[0])
     power = 0.5 if listed else 1  # a small share of one class among many is still to be seen
     image = axes.imshow(shares**power, cmap="Blues", vmin=0, vmax=1)
     bar = drawn.colorbar(image, label="part of the true class", shrink=0.8)
@@ -124,7 +123,7 @@ def confusion(matrix: list[list[int]], classes: list[str], path: Path) -> None:
     bar.set_ticks([tick**power for tick in ticks], labels=[f"{tick:g}" for tick in ticks])
     axes.set(xlabel="taken for", ylabel="true class")
     if listed:
-        list_mistakes(beside[0], counts, names)
+        list_mistakes(drawn.add_subplot(places[1]), counts, names)
     else:
         shown, fonts = [plain(name) for name in names], fonts_for(names)
         axes.set_xticks(range(count), shown, rotation=90, family=fonts)
