@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,10 @@ class Apart:
             tracker.finish()
         except Exception as error:  # whatever a tracker raises, training goes on
             self.warn(f"--track {self.kind} failed and is off: {type(error).__name__}: {error}")
+            # SLURM's TERM also ends wandb's own process, which wandb would mourn at our exit.
+            if isinstance(error, ConnectionError) and "wandb" in sys.modules:
+                with contextlib.suppress(Exception):
+                    sys.modules["wandb"].teardown()
 
 
 def wandb_mode() -> tuple[str, str]:
@@ -99,8 +104,8 @@ def start_wandb(folder: Path, name: str, config: dict, known: list[str], warn: C
     os.environ.setdefault("WANDB_SILENT", "true")
     from accelerate.tracking import WandBTracker
 
-    known = read_json(folder / "tracking.json", {})
-    options = {"id": known["wandb"], "resume": "allow"} if "wandb" in known else {}
+    earlier = read_json(folder / "tracking.json", {})
+    options = {"id": earlier["wandb"], "resume": "allow"} if "wandb" in earlier else {}
     tracker = WandBTracker(
         os.environ.get("WANDB_PROJECT", "lockstep"), name=name, dir=str(folder), mode=mode,
         config=config, settings={"console": "off", "save_code": False, "init_timeout": 20},

@@ -241,9 +241,22 @@ PartitionName=lowest PriorityTier=1 GraceTime=0
             time.sleep(0.3)
         return now
 
+    def has_steps(self, job: str) -> bool:
+        """Whether a process of SLURM's still looks after a step of this job."""
+        wanted = f"slurmstepd: [{job}.".encode()
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if path.read_bytes().startswith(wanted):
+                    return True
+        return False
+
     def start_now(self, job: str) -> None:
         """Spare a requeued job its two minutes of waiting."""
-        # A start in the very second of the requeue is refused: "Job credential revoked".
+        # A start in the very second of the requeue is refused: "Job credential revoked"; and what
+        # still ends of the last life, on a node that was lost, would end the next one's step too.
         time.sleep(4)
+        deadline = time.monotonic() + 60
+        while self.has_steps(job) and time.monotonic() < deadline:
+            time.sleep(0.3)
         with contextlib.suppress(RuntimeError):
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
