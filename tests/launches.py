@@ -109,7 +109,8 @@ def losses(folder: Path) -> list[float]:
 
 
 def newest(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+    """The newest visible checkpoint."""
+    return sorted((folder / "checkpoints").glob("step-" + 9 * "[0-9]"))[-1]
 
 
 def same_weights(a: Path, b: Path) -> list[str]:

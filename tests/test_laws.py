@@ -79,6 +79,7 @@ def test_every_test_image_counts_once_on_any_number_of_processes(runs, way):
 def test_101_evaluation_images_over_two_processes_count_101(nets):
     arguments = ["--model", "full.py:Net", "--dataset", "digits", "--image-size", "16"]
     arguments += ["--limit", "101", "--batch-size", "20", "--epochs", "1", "--ema", "0.9"]
+    arguments += ["--threads", "1"]  # other numbers of threads round otherwise
     # with pictures, which the main process draws alone: the other one must not be waited for
     for processes, name in ((1, "counted-1"), (2, "counted-2")):
         done = train([*arguments, "--shards", "2", "--run-dir", name], nets, processes)
