@@ -206,6 +206,8 @@ class Run:
             config.dataset, data_dir=config.data_dir, image_size=config.image_size,
             skip_bad_images=config.skip_bad_images, seed=config.seed,
         )  # fmt: skip
+        # Before anything is built from it: another number of classes would die inside DDP.
+        refuse_disagreement(accelerator, {"data": source.fingerprint})
         entry = lookup(config.model)
         if entry.task != source.task:
             fits = "--dataset line" if entry.task == "regression" else "an image data set"

@@ -51,6 +51,7 @@ def test_planted_faults_are_caught_named_and_exceed_the_control_tenfold():
         assert multiple >= 10, (plant, said)
 
 
+@pytest.mark.slow
 def test_bitwise_runs_are_equal_bit_for_bit_on_one_two_and_four_processes_and_across_them(nets):
     arguments = ["--model", "full.py:Net", *SMALL, "--limit", "640", "--epochs", "2", "--bitwise"]
     arguments += ["--shards", "4", "--augment", "crop", "--optimizer", "sgd", "--lr", "0.05"]
