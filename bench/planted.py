@@ -1,7 +1,7 @@
 """The ordinary trainer with one fault planted from outside: what bench.verify must catch.
 
-`python -m bench.planted NAME -- FLAGS` (or through torchrun -m). NAME `none` plants nothing; `ulp`
-is no fault but the control: the weights moved by one unit in the last place.
+`python -m bench.planted NAME -- FLAGS` (or through torchrun -m). NAME `none` plants nothing; `up`,
+`down` and `turns` are no faults but the controls: weights moved by one unit in the last place.
 """
 
 import os
@@ -14,10 +14,23 @@ from run import Run, guarded
 from train import main
 
 
-def ulp(run: Run) -> None:
+def nudge(run: Run, directions: tuple[float, float]) -> None:
     """The smallest change there is, to see how far rounding alone carries a run."""
-    for p in run.parameters:
-        p.data.copy_(torch.nextafter(p.data, torch.full_like(p.data, torch.inf)))
+    for number, p in enumerate(run.parameters):
+        towards = torch.full_like(p.data, directions[number % 2])
+        p.data.copy_(torch.nextafter(p.data, towards))
+
+
+def up(run: Run) -> None:
+    nudge(run, (torch.inf, torch.inf))
+
+
+def down(run: Run) -> None:
+    nudge(run, (-torch.inf, -torch.inf))
+
+
+def turns(run: Run) -> None:
+    nudge(run, (torch.inf, -torch.inf))
 
 
 def seed(run: Run) -> None:
@@ -52,7 +65,7 @@ def last_rank(run: Run) -> bool:
     return run.accelerator.process_index == run.accelerator.num_processes - 1
 
 
-PLANTS = {f.__name__: f for f in (ulp, seed, skip, schedule, batchnorm, buffers)}
+PLANTS = {f.__name__: f for f in (up, down, turns, seed, skip, schedule, batchnorm, buffers)}
 
 
 def planted_main(run: Run) -> int:

@@ -1,10 +1,11 @@
 """Is it the same run on 1, 2 and 4 processes? `python -m bench.verify --model resnet18`.
 
-Runs the ordinary trainer on each number of processes, and a control on one process whose weights
-start one unit in the last place away. Index streams and augmented pixels must be equal; losses,
-gradient norms, final weights and evaluation must agree within 1e-6 at the first step and within
-three times the control's distance after it. Prints the first divergence and its class: data,
-augmentation, forward, reduction or evaluation. Exit status 0: the same run; 1: not.
+Runs the ordinary trainer on each number of processes, and three controls on one process whose
+weights start one unit in the last place away: all upwards, all downwards, in turns. Index streams
+and augmented pixels must be equal; losses, gradient norms, final weights and evaluation must agree
+within 1e-6 at the first step and within three times the farthest control's distance after it.
+Prints the first divergence and its class: data, augmentation, forward, reduction or evaluation.
+Exit status 0: the same run; 1: not.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from recorder import read_all
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIRST_STEP = 1e-6  # relative; before the first update only the order of additions differs
 TIMES_CONTROL = 3.0
+CONTROLS = ("up", "down", "turns")  # of bench/planted.py
 GENTLE = 0.02  # of the recipe's learning rate: at full rate rounding alone grows to percents
 
 
@@ -146,7 +148,11 @@ def verify(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = launch(folder, "base", 1, "none", flags)
-        control, _ = distances(base, launch(folder, "control", 1, "ulp", flags))
+        controls = [distances(base, launch(folder, name, 1, name, flags))[0] for name in CONTROLS]
+        control = {
+            name: [max(values) for values in zip(*(one[name] for one in controls), strict=True)]
+            for name in controls[0]
+        }
         for plant in plants:
             for count in processes:
                 if count == 1 and plant == "none":
