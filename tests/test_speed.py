@@ -1,8 +1,12 @@
 """speednet, muon, votes, cached features: the fast ways compute what the slow ones do."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
-from launches import losses, newest, same_weights, train
+from launches import REPOSITORY, losses, newest, same_weights, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -259,3 +263,28 @@ def test_a_frozen_backbone_with_cached_features_ends_with_the_same_weights(nets)
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
     for picture in ("samples", "mistakes", "confusion"):
         assert (nets / "cached" / f"{picture}.png").exists()
+
+
+FAULTS = """
+import resource, sys, torch
+from distributed.accelerator import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for step in range(12):
+    if step == 2:
+        before = pages()
+    a, b = torch.ones(12_000_000), torch.ones(9_000_000)  # 48 and 36 MB
+    del a, b
+print(pages() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's here")
+def test_a_step_on_the_cpu_uses_the_memory_that_the_step_before_freed():
+    new_pages = [
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, word], cwd=REPOSITORY))
+        for word in ("keep", "as it is")
+    ]
+    assert new_pages[0] < new_pages[1] / 20, new_pages
