@@ -11,7 +11,7 @@ from config import Parser
 from data.augment import KINDS, Augment
 from data.cache import cache_dir
 from data.files import printable
-from data.sources import DATASETS, Source, choose_dataset, load_source
+from data.sources import DATASETS, Source, choose_dataset, load_source, save_source
 from errors import UserError
 
 ROWS, COLUMNS = 8, 8  # of the sheet: a picture per row, an epoch per column
@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--epoch", type=_whole(0), default=0, help="the first column (default 0)")
     show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="FILE")
     add("stats", _stats, "count images per class; print mean, std, shape and fingerprint")
-    add("prepare", _prepare, "decode the data set into the cache")
+    prepare = add("prepare", _prepare, "decode the data set into the cache")
+    prepare.add_argument(
+        "--out", type=Path, metavar="FILE.safetensors",
+        help="also into this file, to carry elsewhere: --dataset FILE, or CIFAR10_DIR=FILE",
+    )  # fmt: skip
     return parser
 
 
@@ -150,6 +154,9 @@ def _stats(source: Source, options: argparse.Namespace) -> None:
 
 def _prepare(source: Source, options: argparse.Namespace) -> None:
     print(f"{len(source.train)} + {len(source.test)} images ready; cache: {printable(cache_dir())}")
+    if options.out:
+        save_source(source, options.out)
+        print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.0f} MB")
     _report_skipped(source)
 
 

@@ -50,11 +50,13 @@ def printable(text: object) -> str:
 
 
 def layout(path: Path) -> str:
-    """What lies there: "batches", "archive", "tables" or "folder" (of class folders)."""
+    """What lies there: "batches", "archive", "tables", "tensors" or "folder" (of class folders)."""
     if path.is_file() and path.name.endswith(".tar.gz"):
         return "archive"
     if path.is_file() and path.suffix in {".parquet", ".arrow"}:
         return "tables"
+    if path.is_file() and path.suffix == ".safetensors":
+        return "tensors"
     if path.is_dir():
         if _batch_folder(path):
             return "batches"

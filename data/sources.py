@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data import files
-from data.cache import Entry, cache_dir, cached, digest, entry_path
+from data.cache import Entry, cache_dir, cached, digest, entry_path, read_entry, write_entry
 from data.files import printable
 from errors import UserError
 
@@ -112,8 +112,13 @@ def load_source(
         kind, where = _locate(name, data_dir)
         if name == "cifar10":
             image_size = None  # its pictures share one small size
-        key = _key(name, kind, where, image_size, skip_bad_images)
-        tensors, meta = cached(key, lambda: build(name, kind, where, image_size, skip_bad_images))
+        if kind == "tensors":
+            tensors, meta = _carried(name, Path(where))
+        else:
+            key = _key(name, kind, where, image_size, skip_bad_images)
+            tensors, meta = cached(
+                key, lambda: build(name, kind, where, image_size, skip_bad_images)
+            )
         origin = _origin(name, kind, where)
     return Source(
         name=name,
@@ -126,8 +131,38 @@ def load_source(
         fingerprint=meta["fingerprint"],
         origin=origin,
         skipped=tuple(meta["skipped"]),
-        no_flip=name == "digits",
+        no_flip=meta.get("no_flip", name == "digits"),
     )
+
+
+def save_source(source: Source, path: Path) -> None:
+    """All of a data set in one checksummed file, which takes its place where a path is asked for.
+
+    It needs no decoder and none of the packages that read tables.
+    """
+    if source.task != "classification":
+        raise UserError(f"{source.name} has no pictures to carry: try --dataset digits.")
+    tensors = {"train_images": source.train.images, "train_labels": source.train.labels}
+    tensors |= {"test_images": source.test.images, "test_labels": source.test.labels}
+    names = ("classes", "mean", "std", "fingerprint", "skipped", "no_flip")
+    meta = {name: getattr(source, name) for name in names}
+    if path.suffix != ".safetensors" or not write_entry(path, tensors, meta):
+        raise UserError(f"{printable(path)} cannot be written; try --out data.safetensors")
+
+
+def _carried(name: str, path: Path) -> Entry:
+    entry = read_entry(path)
+    if entry is None or "train_images" not in entry[0]:
+        raise UserError(
+            f"{printable(path)} is damaged or no data set of this program: make it with "
+            "python -m data prepare --out FILE.safetensors"
+        )
+    if name == "cifar10" and tuple(entry[1]["classes"]) != CIFAR10_CLASSES:
+        raise UserError(
+            f"what lies in {printable(path)} is not CIFAR-10; type --dataset {printable(path)} to "
+            "train on it."
+        )
+    return entry
 
 
 def build(name: str, kind: str, where: str, image_size: int | None, skip_bad: bool) -> Entry:
@@ -331,9 +366,10 @@ def _what_to_type(name: str) -> str:
 def _origin(name: str, kind: str, where: str) -> str:
     if kind == "hub":
         return f"Data: {printable(where)} from the Hugging Face hub."
-    what = {"batches": "Python batches", "archive": "the archive", "tables": "tables"}.get(kind)
+    names = {"batches": "Python batches", "archive": "the archive", "tensors": "decoded tensors"}
+    what = "tables" if kind == "tables" else names.get(kind, "class folders")
     label = "CIFAR-10" if name == "cifar10" else "images"
-    return f"Data: {label} from {what or 'class folders'} at {printable(where)}."
+    return f"Data: {label} from {what} at {printable(where)}."
 
 
 def _key(name: str, kind: str, where: str, image_size: int | None, skip_bad: bool) -> list:

@@ -130,6 +130,24 @@ def test_all_layouts_of_cifar10_give_the_same_tensors(tmp_path):
     for other in ("python", "tar", "saved"):
         assert same(first, load_source("cifar10", data_dir=str(tmp_path / other))), other
 
+    carried = tmp_path / "cifar10.safetensors"
+    words = ["prepare", "--dataset", "cifar10", "--data-dir", str(tmp_path / "tar")]
+    assert main([*words, "--out", str(carried)]) == 0
+    assert same(first, load_source("cifar10", data_dir=str(carried)))
+    assert same(first, load_source(str(carried)))
+    whole = carried.read_bytes()
+    carried.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(UserError, match="damaged"):
+        load_source("cifar10", data_dir=str(carried))
+
+
+def test_carried_digits_are_never_mirrored_and_never_taken_for_cifar10(tmp_path):
+    carried = str(tmp_path / "digits.safetensors")
+    assert main(["prepare", "--dataset", "digits", "--out", carried]) == 0
+    assert load_source(carried).no_flip
+    with pytest.raises(UserError, match="not CIFAR-10; type --dataset"):
+        load_source("cifar10", data_dir=carried)
+
 
 def test_the_environment_names_the_local_copy_of_cifar10(tmp_path, monkeypatch):
     images, labels = small_cifar()
@@ -525,6 +543,9 @@ def test_show_draws_pictures_of_all_classes_though_folders_lie_one_after_the_oth
         ("", "show|stats|prepare"),
         ("show --dataset digits --out nowhere/x.png", "try --out sheet.png"),
         ("show --dataset line", "try --dataset digits"),
+        ("prepare --dataset digits --out nowhere/x.safetensors", "try --out data.safetensors"),
+        ("prepare --dataset digits --out x.pt", "try --out data.safetensors"),
+        ("prepare --dataset line --out x.safetensors", "try --dataset digits"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(words, says, tmp_path, monkeypatch, capsys):
