@@ -24,7 +24,6 @@ from accelerate.utils import (
 from config import Settings, tell
 from errors import UserError
 
-
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
