@@ -215,10 +215,13 @@ class Chrono:
         self._began: float | None = None
         self._mark = clock()
         self._window = 0
+        self._ends = [self._mark]  # of the beginning, the first and the second step
 
     def step(self) -> None:
         self.steps += 1
         self._window += 1
+        if self.steps <= 2:
+            self._ends.append(self.clock())
         if self.steps == self.WARMUP_STEPS:
             self._began = self.clock()
 
@@ -228,6 +231,14 @@ class Chrono:
         value = self._window * batch_size / max(now - self._mark, 1e-9)
         self._mark, self._window = now, 0
         return value
+
+    def leave_out_compiling(self) -> float:
+        """After the second step: by how many seconds the first was longer; no speed counts them."""
+        begin, first, second = self._ends
+        seconds = max(0.0, (first - begin) - (second - first))
+        if self._window == 2:  # else a row was written between them
+            self._mark += seconds
+        return seconds
 
     def pause(self, seconds: float) -> None:
         """Leave out what was no training: evaluation, saving."""

@@ -329,7 +329,6 @@ class Run:
         self.guard = Guard(device, optimizer.optimizer, skip, most)
         self.sums = torch.zeros(self.plan.shards, device=device)
         self.parameters = self.shards.parameters
-        self.chrono = Chrono()
         self.facts = {
             "data": self.source.fingerprint,
             "model": model_fingerprint(self.bare),
@@ -366,6 +365,7 @@ class Run:
         if not self.actions.eval_only and (told := cache_features(self)):
             self.report.show(told)
         self.stop_reason = self.stop.ask_all()  # a stop may have been asked for while we started
+        self.chrono = Chrono()
 
     def _load_best(self) -> None:
         """For --eval-only: the run's best weights, if a run is named; else those of --weights."""
@@ -518,6 +518,8 @@ class Run:
         progress.step += 1
         progress.summed += 1
         self.chrono.step()
+        if self.config.compile and self.chrono.steps == 2:
+            self.report.show(f"compiling took {duration(self.chrono.leave_out_compiling())}")
         at_end = progress.step % self.steps_per_epoch == 0 or progress.step == self.last_step
         if progress.step % self.log_every == 0 or at_end:
             self._write_row()

@@ -18,6 +18,18 @@ from distributed.checkpoint import Progress, Writer, capture
 from models import build_model
 
 
+def markdown(results: dict) -> str:
+    rows = [
+        ["written, MB", f"{results['megabytes']:.0f}"],
+        ["a step waits, s", shown(results["stall"])],
+        ["written beside the steps, s", shown(results["write"])],
+        ["those steps take longer by, s", shown(results["steps slowed by"])],
+        [f"share of a run that saves every {results['every']:.0f} s, %",
+         shown({k: v if k == "n" else 100 * v for k, v in results["share"].items()})],
+    ]  # fmt: skip
+    return table(["a checkpoint", "median (range)"], rows)
+
+
 def main() -> int:
     parser = arguments_of(__doc__)
     parser.add_argument("--model", default="alexnet")
@@ -64,17 +76,10 @@ def main() -> int:
     results = {
         "stall": spread(stalls), "write": spread(writes), "steps slowed by": spread(slowed),
         "share": spread(shares), "stall share": spread([s / arguments.every for s in stalls]),
-        "megabytes": megabytes / 1e6,
+        "megabytes": megabytes / 1e6, "every": arguments.every,
     }  # fmt: skip
-    print(f"{megabytes / 1e6:.0f} MB, median (range) of {arguments.rounds} saves:\n")
-    rows = [
-        ["a step waits, s", shown(results["stall"])],
-        ["written beside the steps, s", shown(results["write"])],
-        ["those steps take longer by, s", shown(results["steps slowed by"])],
-        [f"share of a run that saves every {arguments.every:.0f} s, %",
-         shown({k: v if k == "n" else 100 * v for k, v in results["share"].items()})],
-    ]  # fmt: skip
-    print(table(["", ""], rows))
+    print(f"Median (range) of {arguments.rounds} saves:\n")
+    print(markdown(results))
     finish(arguments, results)
     return 0
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,14 +24,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_megabytes() -> float:
-    """Largest memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peaks() -> dict[str, float]:
+    """Largest memory so far, in MiB: of this process, and what torch held of the GPU (else 0)."""
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    host /= 2**20 if sys.platform == "darwin" else 2**10
+    return {"host_mb": host, "device_mb": device / 2**20}
 
 
 class Gate:
@@ -61,7 +62,7 @@ class Gate:
                 took = time.perf_counter() - self._began
                 per_step = {name: 1e3 * s / self.steps for name, s in self.parts.items()}
                 speed = self.steps * self.batch_size / took
-                say(speed=speed, peak_mb=peak_megabytes(), milliseconds=per_step)
+                say(speed=speed, milliseconds=per_step, **peaks())
 
     def _stand(self) -> None:
         say(ready=True)
@@ -155,7 +156,8 @@ def machine() -> dict[str, str]:
     else:
         device = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else '?'} "
         device += f"{platform.machine()} cores"
-    return {"device": device, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": device, "date": time.strftime("%Y-%m-%d"), **versions}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -167,7 +169,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def finish(parser_arguments: argparse.Namespace, results: object) -> None:
     """Write the JSON file, if one was asked for."""
     if parser_arguments.json:
-        content = {"machine": machine(), "results": results}
+        words = [w for w in sys.argv[1:] if w not in ("--json", parser_arguments.json)]
+        command = shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *words])
+        content = {"command": command, "machine": machine(), "results": results}
         Path(parser_arguments.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

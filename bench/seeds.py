@@ -46,6 +46,18 @@ def with_votes(flags: list[str], folder: Path, tta: int) -> float:
     return float(re.search(r"accuracy ([\d.]+)", said)[1])
 
 
+def markdown(results: dict) -> str:
+    """A row for each way to evaluate; all of them share the seconds of training."""
+    rows = []
+    for name in results["values"]:
+        r = results[name]
+        interval = f" ± {100 * r['half_width']:.2f}" if r["n"] > 1 else ""
+        sd = f"{100 * r['sd']:.2f}" if r["n"] > 1 else "-"
+        took = f"{fmean(results['seconds']):.1f}"
+        rows.append([name, r["n"], f"{100 * r['mean']:.2f} %{interval}", sd, took])
+    return table(["accuracy", "n", "mean, 95 % interval", "sd", "seconds"], rows)
+
+
 def main() -> int:
     parser = arguments_of(__doc__)
     parser.add_argument("--runs", type=int, default=5)
@@ -70,13 +82,9 @@ def main() -> int:
             said = ", ".join(f"{name} {100 * v[-1]:.2f} %" for name, v in accuracies.items())
             print(f"seed {seed}: {said}, {seconds[-1]:.1f} s", flush=True)
     results = {name: statistics(values) for name, values in accuracies.items()}
-    rows = [
-        [name, r["n"], f"{100 * r['mean']:.2f} % ± {100 * r['half_width']:.2f}",
-         f"{100 * r['sd']:.2f}", f"{fmean(seconds):.1f}"]
-        for name, r in results.items()
-    ]  # fmt: skip
-    print("\n" + table(["accuracy", "n", "mean, 95 % interval", "sd", "seconds"], rows))
-    finish(arguments, {**results, "seconds": seconds, "values": accuracies})
+    results |= {"seconds": seconds, "values": accuracies}
+    print("\n" + markdown(results))
+    finish(arguments, results)
     return 0
 
 

@@ -16,6 +16,12 @@ from models import build_model
 from tasks import build_task
 
 
+def markdown(results: dict) -> str:
+    columns = ("shards", "plain", "shards/plain")
+    rows = [[name, *(shown(found[k], 3) for k in columns)] for name, found in results.items()]
+    return table(["", "seconds", "plain accumulation, s", "ratio"], rows)
+
+
 def main() -> int:
     parser = arguments_of(__doc__)
     parser.add_argument("--model", default="resnet18")
@@ -31,7 +37,7 @@ def main() -> int:
     model = build_model(arguments.model, num_classes=10, image_size=size)
     model = model.to(accelerator.device, memory_format=torch.channels_last).train()
     task = build_task("classification", 10, 0.0, model)
-    results, rows = {}, []
+    results = {}
     for count in map(int, arguments.shards.split(",")):
         plan = BatchPlan(count * micro, count, num_processes=1)
         images = torch.randn(plan.batch_size, 3, size, size, device=accelerator.device)
@@ -65,9 +71,8 @@ def main() -> int:
                     series[name].append(time.perf_counter() - began)
         found = results[f"{count} shards"] = {k: spread(v) for k, v in series.items()}
         found["shards/plain"] = ratio(series["shards"], series["plain"])
-        rows.append([count, *(shown(found[k], 3) for k in ("shards", "plain", "shards/plain"))])
     print(f"{arguments.model}, micro-batch {micro}, median (range) of {arguments.rounds} rounds:\n")
-    print(table(["shards", "seconds", "plain accumulation, s", "ratio"], rows))
+    print(markdown(results))
     finish(arguments, results)
     return 0
 

@@ -51,6 +51,10 @@ def seconds_to_first_step(flags: list[str]) -> float:
     return took
 
 
+def markdown(results: dict) -> str:
+    return table(["", "seconds"], [[name, shown(values)] for name, values in results.items()])
+
+
 def main() -> int:
     parser = arguments_of(__doc__)
     parser.add_argument("--model", default="resnet18")
@@ -75,7 +79,7 @@ def main() -> int:
     results = {name: spread(values) for name, values in series.items()}
     results["first step / bare imports"] = ratio(series["first step"], series["bare imports"])
     print(f"Seconds, median (range) of {arguments.rounds} rounds, {model}:\n")
-    print(table(["", "seconds"], [[name, shown(values)] for name, values in results.items()]))
+    print(markdown(results))
     finish(arguments, results)
     return 0
 

@@ -51,8 +51,11 @@ def trainer_arm(gate: Gate, flags: list[str]) -> None:
     raise SystemExit(run.guarded(main, parse_or_exit(flags)))
 
 
-def limit_arm(gate: Gate, flags: list[str]) -> None:
-    """The set-up of the ordinary run, then forward, backward and update on one batch."""
+def limit_arm(gate: Gate, flags: list[str], read: bool = False) -> None:
+    """The set-up of the ordinary run, then forward, backward and update on one batch.
+
+    With `read` the host reads each loss, and so waits for it.
+    """
     import torch
 
     import run
@@ -76,6 +79,8 @@ def limit_arm(gate: Gate, flags: list[str]) -> None:
             run.accelerator.backward(loss / len(labels))
             run.optimizer.step()
             run.optimizer.zero_grad()
+            if read:
+                loss.item()
         return 0
 
     raise SystemExit(run.guarded(main, parse_or_exit(flags)))
@@ -122,13 +127,44 @@ def measure(model: str, arguments, folder: Path) -> dict:
         "trainer/limit": ratio(speed["trainer"], speed["limit"]),
         "trainer/lesson": ratio(speed["trainer"], speed["lesson"]),
         "trainer/accelerate": ratio(speed["trainer"], speed["accelerate"]),
-        "peak_mb": {name: windows[name][-1]["peak_mb"] for name in ARMS},
+        "host_mb": {name: windows[name][-1]["host_mb"] for name in ARMS},
+        "device_mb": {name: windows[name][-1]["device_mb"] for name in ARMS},
         "step_ms": {
             name: spread([w["milliseconds"][name] for w in windows["trainer"]]) for name in parts
         },
         "image_size": SIZES[model],
         "batch_size": arguments.batch_size,
     }
+
+
+def flags_of(model: str, dataset: str, batch_size: int, folder: str) -> list[str]:
+    """A run of the ordinary trainer that goes on as long as it is asked to."""
+    flags = ["--model", model, "--weights", "none", "--dataset", dataset]
+    flags += ["--image-size", str(SIZES[model]), "--batch-size", str(batch_size)]
+    flags += ["--augment", "resized_crop", "--optimizer", "sgd", "--lr", "0.001"]
+    return [*flags, "--epochs", "100000", "--eval-every", "100000", "--run-dir", folder]
+
+
+def markdown(results: dict) -> str:
+    """Speeds and ratios, then memory and where the milliseconds of a step of (a) go."""
+    rows, parts = [], []
+    for model, found in results.items():
+        name, speeds = f"{model} at {found['image_size']}", found["images_per_second"]
+        rows.append([
+            name, *(shown(speeds[arm], 1) for arm in ARMS),
+            *(shown(found[f"trainer/{arm}"]) for arm in ("limit", "lesson", "accelerate")),
+        ])  # fmt: skip
+        times = found["step_ms"]
+        step = 1e3 * found["batch_size"] / speeds["trainer"]["median"]
+        memory = [f"{found[key][arm]:.0f}" for key in ("host_mb", "device_mb")
+                  for arm in ("trainer", "lesson")]  # fmt: skip
+        parts.append([
+            name, f"{step:.1f}", *(f"{v['median']:.1f}" for v in times.values()),
+            " / ".join(memory[:2]), " / ".join(memory[2:]),
+        ])  # fmt: skip
+    names = ["a: trainer", "b: lesson", "c: b, accelerate", "d: limit", "a/d", "a/b", "a/c"]
+    head = ["a: ms of a step", "whole", *times, "host MB a / b", "GPU MB a / b"]
+    return table(["images/s", *names], rows) + "\n\n" + table(head, parts)
 
 
 def main() -> int:
@@ -148,30 +184,15 @@ def main() -> int:
         gate = Gate(arguments.steps, PREFETCHED if lesson else 1, arguments.batch_size)
         if lesson:
             lesson_arm(gate, model, arguments.dataset, size, arguments.batch_size)
-        flags = ["--model", model, "--weights", "none", "--dataset", arguments.dataset]
-        flags += ["--image-size", str(size), "--batch-size", str(arguments.batch_size)]
-        flags += ["--augment", "resized_crop", "--optimizer", "sgd", "--lr", "0.001"]
-        flags += ["--epochs", "100000", "--eval-every", "100000", "--run-dir", arguments.folder]
+        flags = flags_of(model, arguments.dataset, arguments.batch_size, arguments.folder)
         arm = trainer_arm if arguments.arm == "trainer" else limit_arm
         arm(gate, [*flags, *arguments.flags])
-    results, rows, times = {}, [], []
+    results = {}
     for model in arguments.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            found = results[model] = measure(model, arguments, Path(folder))
-        speeds, peak = found["images_per_second"], found["peak_mb"]
-        rows.append([
-            f"{model} at {SIZES[model]}", *(shown(speeds[name], 1) for name in ARMS),
-            *(shown(found[f"trainer/{name}"]) for name in ("limit", "lesson", "accelerate")),
-            f"{peak['trainer']:.0f} / {peak['lesson']:.0f}",
-        ])  # fmt: skip
-        times.append([model, *(f"{v['median']:.1f}" for v in found["step_ms"].values())])
-        head = ["model", *found["step_ms"]]
-    names = ["a: trainer", "b: lesson", "c: b, accelerate", "d: limit", "a/d", "a/b", "a/c"]
-    print(f"Images per second, median (range) of {arguments.rounds} rounds, ", end="")
-    print(f"batch {arguments.batch_size}:\n")
-    print(table(["", *names, "peak MB a / b"], rows))
-    print("\nMilliseconds of a step of (a), beside forward and loader:\n")
-    print(table(head, times))
+            results[model] = measure(model, arguments, Path(folder))
+    print(f"Batch {arguments.batch_size}, median (range) of {arguments.rounds} rounds.\n")
+    print(markdown(results))
     finish(arguments, results)
     return 0
 

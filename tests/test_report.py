@@ -177,6 +177,19 @@ def test_time_left_does_not_count_the_first_slow_steps_and_is_unknown_before():
     assert chrono.left(100) == pytest.approx(50)
 
 
+def test_compiling_is_told_apart_and_in_no_speed():
+    clock = Clock()
+    chrono = Chrono(clock)
+    for took in (60.5, 0.5):
+        clock.now += took
+        chrono.step()
+    assert chrono.leave_out_compiling() == pytest.approx(60)
+    assert chrono.speed(10) == pytest.approx(20)
+    clock.now += 0.5
+    chrono.step()
+    assert chrono.speed(10) == pytest.approx(20)
+
+
 def test_a_pause_counts_neither_in_the_speed_nor_in_the_time_left():
     clock = Clock()
     chrono = Chrono(clock)

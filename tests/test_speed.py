@@ -1,12 +1,15 @@
 """speednet, muon, votes, cached features: the fast ways compute what the slow ones do."""
 
+import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from launches import REPOSITORY, losses, newest, same_weights, train
+from launches import CLEAN, REPOSITORY, losses, newest, same_weights, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -288,3 +291,42 @@ def test_a_step_on_the_cpu_uses_the_memory_that_the_step_before_freed():
         for word in ("keep", "as it is")
     ]
     assert new_pages[0] < new_pages[1] / 20, new_pages
+
+
+RECOMPILED = """
+import sys, train, run
+from config import parse_or_exit
+status = run.guarded(train.main, parse_or_exit(sys.argv[1:]))
+from torch._dynamo.utils import counters
+print("graphs", counters["stats"]["unique_graphs"], "breaks", sum(counters["graph_break"].values()))
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: no g++")
+def test_a_compiled_run_compiles_once_for_training_and_once_for_evaluation(nets):
+    flags = [
+        "--model",
+        "full.py:Net",
+        "--dataset",
+        "digits",
+        "--image-size",
+        "16",
+        "--limit",
+        "200",
+    ]
+    flags += ["--epochs", "3", "--threads", "1", "--no-plots", "--log-every", "5"]
+    plain = train([*flags, "--run-dir", "eager"], nets)
+    assert plain.status == 0, plain.out
+    # 200 images in batches of 64: a short last batch in evaluation, none in training.
+    words = [sys.executable, "-c", RECOMPILED, *flags, "--compile", "--run-dir", "compiled"]
+    env = {k: v for k, v in os.environ.items() if k not in CLEAN} | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(words, cwd=nets, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "graphs 2 breaks 0" in done.stdout and "compiling took" in done.stdout, done.stdout
+    one, two = (torch.tensor(losses(nets / run)) for run in ("eager", "compiled"))
+    assert len(one) == len(two) > 1
+    accuracies = [json.loads((nets / run / "summary.json").read_text())["test/accuracy"]
+                  for run in ("eager", "compiled")]  # fmt: skip
+    assert abs(accuracies[0] - accuracies[1]) < 0.1

@@ -1,0 +1,164 @@
+"""The step of the trainer, with each of its options the other way: what does each one bring?
+
+One process for each row, all with the set-up of the ordinary run (bench.throughput's compute limit:
+forward, backward and update on one batch); they take turns in windows of a few steps. A ratio
+above 1 says that the trainer's own choice is the faster one.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench.measure import Arm, Gate, arguments_of, finish, ratio, shown, spread, table, take_turns
+from bench.throughput import SIZES, flags_of, limit_arm
+
+CPU = (
+    "as trained", "other memory layout", "optimizer not fused", "memory given back", "bf16",
+    "compiled", "loss read each step", "DDP", "DDP, gradients copied",
+)  # fmt: skip
+GPU = (
+    "as trained", "other memory layout", "optimizer not fused", "fp32", "fp32 without TF32",
+    "no cudnn.benchmark", "compiled", "loss read each step", "DDP", "DDP, gradients copied",
+)  # fmt: skip
+FLAGS = {
+    "bf16": ["--mixed-precision", "bf16"],
+    "fp32": ["--mixed-precision", "no"],
+    "fp32 without TF32": ["--mixed-precision", "no"],
+    "compiled": ["--compile"],
+}
+
+
+def change(option: str, model: str) -> None:
+    """Turn one thing round, before the run is set up."""
+    import distributed.accelerator
+    import models
+    import optim
+
+    if option == "other memory layout":
+        entry = models.MODELS[model]
+        models.MODELS[model] = replace(entry, channels_last=not entry.channels_last)
+    elif option == "optimizer not fused":
+        fused = torch.optim.SGD
+        optim.torch.optim.SGD = lambda *a, **k: fused(*a, **k | {"fused": False})
+    elif option == "memory given back":
+        distributed.accelerator.keep_freed_memory = lambda: None
+    elif option in ("fp32 without TF32", "no cudnn.benchmark"):
+        import run
+
+        opened = run.Run.open
+
+        def open_then_change(self) -> None:
+            opened(self)
+            if option == "no cudnn.benchmark":
+                torch.backends.cudnn.benchmark = False
+            else:
+                torch.set_float32_matmul_precision("highest")
+                torch.backends.cudnn.allow_tf32 = False
+
+        run.Run.open = open_then_change
+    elif option.startswith("DDP"):
+        import torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+
+        import run
+
+        ready = run.Run.ready
+
+        def ready_in_ddp(self, model, *prepared) -> None:
+            ready(self, model, *prepared)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            self.model = DistributedDataParallel(
+                model, gradient_as_bucket_view=option == "DDP", broadcast_buffers=False
+            )
+
+        run.Run.ready = ready_in_ddp
+
+
+def measure(model: str, arguments, folder: Path) -> dict:
+    """Windows of all options: images per second, the ratio to "as trained", the first window."""
+    names = GPU if torch.cuda.is_available() else CPU
+    if arguments.only:
+        names = ("as trained", *(name for name in names if name in arguments.only.split(",")))
+    arms, first, left_out = {}, {}, {}
+    try:
+        for name in names:
+            words = [sys.executable, "-m", "bench.options", "--arm", name, "--models", model]
+            words += ["--folder", str(folder / name.replace(" ", "-"))]
+            words += ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
+            os.environ.pop("OMP_NUM_THREADS", None)
+            began = time.perf_counter()
+            try:
+                arms[name] = Arm(words)
+                arms[name].window()
+                first[name] = time.perf_counter() - began
+            except SystemExit as error:
+                left_out[name] = (str(error).strip().splitlines() or ["ended at once"])[-1]
+                arms.pop(name, None)
+        windows = take_turns(arms, arguments.rounds)
+    finally:
+        for arm in arms.values():
+            arm.close()
+    base = [w["speed"] for w in windows["as trained"]]
+    found = {}
+    for name, seen in windows.items():
+        speeds = [w["speed"] for w in seen]
+        found[name] = {
+            "images_per_second": spread(speeds), "as trained/this": ratio(base, speeds),
+            "host_mb": seen[-1]["host_mb"], "device_mb": seen[-1]["device_mb"],
+            "first window, s": first[name],
+        }  # fmt: skip
+    return found | {name: {"left out": why} for name, why in left_out.items()}
+
+
+def markdown(results: dict) -> str:
+    """A row for each model and option."""
+    rows = []
+    for model, found in results.items():
+        for name, seen in found.items():
+            if "left out" in seen:
+                rows.append([model, name, "left out: " + seen["left out"], "", "", ""])
+                continue
+            memory = f"{seen['host_mb']:.0f}"
+            if seen["device_mb"]:
+                memory += f", GPU {seen['device_mb']:.0f}"
+            speed, times = shown(seen["images_per_second"], 1), shown(seen["as trained/this"])
+            late = seen["first window, s"] - found["as trained"]["first window, s"]
+            rows.append([model, name, speed, times, memory, f"{late:+.0f}"])
+    head = ["", "option", "images/s", "as trained / this", "peak MB", "starts later by, s"]
+    return table(head, rows)
+
+
+def main() -> int:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--models", default="my_cnn,alexnet,resnet18")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a window")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--only", help="these options, with commas between")
+    parser.add_argument("--arm", help="be one of the measured processes")
+    parser.add_argument("--folder", help="the measured run's folder")
+    arguments = parser.parse_args()
+    if arguments.arm:
+        option, model = arguments.arm, arguments.models
+        change(option, model)
+        gate = Gate(arguments.steps, 1, arguments.batch_size)
+        flags = flags_of(model, "synthetic", arguments.batch_size, arguments.folder)
+        limit_arm(gate, flags + FLAGS.get(option, []), read=option == "loss read each step")
+    results = {}
+    for model in arguments.models.split(","):
+        assert model in SIZES, f"known: {', '.join(SIZES)}"
+        with tempfile.TemporaryDirectory() as folder:
+            results[model] = measure(model, arguments, Path(folder))
+    print(f"Batch {arguments.batch_size}, median (range) of {arguments.rounds} rounds:\n")
+    print(markdown(results))
+    finish(arguments, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
