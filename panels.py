@@ -11,7 +11,7 @@ import page
 import plots
 from config import TrainConfig, recipe_of
 from data.loaders import EVALUATION_BATCH
-from distributed.accelerator import describe, end
+from distributed.accelerator import cpu_has_bf16, describe, end
 from errors import FAILED, FINISHED, STOPPED
 from report import clean, duration, percent
 from run_dir import SKIPPED, write_json, write_text
@@ -67,6 +67,8 @@ def show_start(run) -> None:
             f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
             f"--dataset {config.dataset} --limit 2000 --epochs 2"
         )
+        if config.mixed_precision == "no" and cpu_has_bf16():
+            run.report.show("this CPU multiplies bf16 faster: try --mixed-precision bf16")
 
 
 def _notes(run) -> list[str]:

@@ -167,6 +167,19 @@ def markdown(results: dict) -> str:
     return table(["images/s", *names], rows) + "\n\n" + table(head, parts)
 
 
+def short(results: dict) -> str:
+    """The medians that matter most."""
+    rows = []
+    for model, found in results.items():
+        speeds = found["images_per_second"]
+        rows.append([
+            f"{model} at {found['image_size']} px, batch {found['batch_size']}",
+            *(f"{speeds[arm]['median']:.0f}" for arm in ("trainer", "lesson")),
+            f"{found['trainer/limit']['median']:.2f}",
+        ])  # fmt: skip
+    return table(["", "Lockstep", "the lesson's loop", "share of the compute limit"], rows)
+
+
 def main() -> int:
     parser = arguments_of(__doc__)
     parser.add_argument("--models", default=",".join(SIZES))

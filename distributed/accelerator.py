@@ -150,6 +150,12 @@ def cpu_share() -> int:
     return max(1, have // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 numbers."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def keep_freed_memory() -> None:
     """Let malloc (glibc's) keep what a step frees, for the next step to use again.
 

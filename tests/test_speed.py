@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from config import TrainConfig
 from data.augment import Augment
+from data.loaders import place
+from data.sources import ImageSet
 from distributed.checkpoint import capture, restore
 from models import MODELS, build_model
 from optim import Muon, build_optimizer, orthogonal
@@ -291,6 +293,14 @@ def test_a_step_on_the_cpu_uses_the_memory_that_the_step_before_freed():
         for word in ("keep", "as it is")
     ]
     assert new_pages[0] < new_pages[1] / 20, new_pages
+
+
+def test_data_stay_in_host_memory_where_the_device_has_no_room(monkeypatch):
+    images = ImageSet(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10).long())
+    free = 3 * images.images.numel()  # the data may take less than a third of it
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+    data, home = place(images, torch.device("cuda"))
+    assert home.type == data.images.device.type == data.labels.device.type == "cpu"
 
 
 RECOMPILED = """
