@@ -31,6 +31,7 @@ def show_start(run) -> None:
         f"{plan.shards_per_process} shard{'s' * (plan.shards_per_process > 1)} x "
         f"{plan.micro_batch_size} images"
     )
+    resumed = run.progress.step > 0
     left = run.last_step - run.progress.step
     per_step = run.seconds_per_image * plan.batch_size / plan.num_processes
     per_test = run.seconds_per_image * run.num_test / 3 / plan.num_processes
@@ -49,7 +50,7 @@ def show_start(run) -> None:
     if run.progress.step >= run.last_step and not run.evaluation_is_due():
         longer = "--epochs N trains longer, --fresh starts over"
         rows.insert(0, ("finished", f"this run is finished at step {run.progress.step}; {longer}"))
-    elif run.progress.step:
+    elif resumed:
         best = run.progress.best
         told = f", best {percent(best)}" if best and run.task.best_is == "accuracy" else ""
         rows.insert(0, ("resumed", f"at step {run.progress.step}, epoch {run.epoch}{told}"))
@@ -67,7 +68,8 @@ def show_start(run) -> None:
             f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
             f"--dataset {config.dataset} --limit 2000 --epochs 2"
         )
-        if config.mixed_precision == "no" and cpu_has_bf16():
+        chosen = run.settings.origin("mixed_precision") != "machine"
+        if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
             run.report.show("this CPU multiplies bf16 faster: try --mixed-precision bf16")
 
 

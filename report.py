@@ -233,7 +233,7 @@ class Chrono:
         return value
 
     def leave_out_compiling(self) -> float:
-        """After the second step: by how many seconds the first was longer; no speed counts them."""
+        """After the second step: the seconds by which the first was longer; not in the speed."""
         begin, first, second = self._ends
         seconds = max(0.0, (first - begin) - (second - first))
         if self._window == 2:  # else a row was written between them
@@ -243,6 +243,8 @@ class Chrono:
     def pause(self, seconds: float) -> None:
         """Leave out what was no training: evaluation, saving."""
         self._mark += seconds
+        if len(self._ends) < 3:
+            self._ends = [end + seconds for end in self._ends]
         if self._began is not None:
             self._began += seconds
 

@@ -65,7 +65,7 @@ def measure(name: str, batch_size: int, rounds: int) -> dict:
     augment = Augment(kind, size, MEAN, STD, seed=0, **more)
     images = torch.randint(0, 256, (batch_size, 3, SIDE, SIDE), dtype=torch.uint8)
     labels, indices = torch.arange(batch_size) % CLASSES, torch.arange(batch_size, device=device)
-    pictures, on_device = images.permute(0, 2, 3, 1).numpy(), images.to(device)
+    pictures, on_device = images.permute(0, 2, 3, 1).contiguous().numpy(), images.to(device)
     one_by_one = theirs(kind, size, more)
 
     def ours() -> None:

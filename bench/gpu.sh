@@ -29,7 +29,11 @@ unset OMP_NUM_THREADS
 print("torch", torch.__version__, "torchvision", torchvision.__version__,
       "accelerate", accelerate.__version__)' || exit 1
 data=synthetic
-"$python" -c 'from data.sources import load_source; load_source("cifar10")' 2>/dev/null && data=cifar10
+if "$python" -m data stats --dataset cifar10; then
+    data=cifar10
+elif [ -n "${CIFAR10_DIR:-}" ]; then
+    exit 1 # the line above says why
+fi
 echo "data: $data"
 
 if [ -z "$rehearse" ]; then
@@ -39,31 +43,31 @@ if [ -z "$rehearse" ]; then
         exit 1
     }
     batch=256 window=(--rounds 3 --steps 20) few=(--rounds 2) run=()
-    step 30 keyed "$python" -m bench.gpu_checks keyed
-    step 40 waits-alexnet "$python" -m bench.gpu_checks waits --model alexnet
-    step 40 waits-speednet "$python" -m bench.gpu_checks waits --model speednet
-    step 40 repeats "$python" -m bench.gpu_checks repeats --model alexnet
+    step 20 keyed "$python" -m bench.gpu_checks keyed
+    step 30 waits-alexnet "$python" -m bench.gpu_checks waits --model alexnet
+    step 30 waits-speednet "$python" -m bench.gpu_checks waits --model speednet
+    step 30 repeats "$python" -m bench.gpu_checks repeats --model alexnet
 else
     echo "left out here: bench.gpu_checks, which compare a GPU with the CPU"
     batch=4 window=(--rounds 1 --steps 1) few=(--rounds 1)
     run=(--limit 64 --batch-size 32 --epochs 1)
 fi
 for model in my_cnn alexnet vgg11 resnet18; do
-    step 45 "throughput-$model" "$python" -m bench.throughput --models "$model" "${window[@]}" \
+    step 40 "throughput-$model" "$python" -m bench.throughput --models "$model" "${window[@]}" \
         --batch-size "$batch" --dataset "$data" --json "$out/throughput-$model.json"
 done
 if [ "$data" = cifar10 ]; then
-    step 90 speednet "$python" -m bench.seeds --runs 3 --tta 2 --json "$out/speednet.json" \
+    step 80 speednet "$python" -m bench.seeds --runs 3 --tta 2 --json "$out/speednet.json" \
         -- --model speednet --dataset cifar10 "${run[@]}"
 fi
-step 60 options "$python" -m bench.options --models resnet18 "${window[@]}" \
+step 120 options "$python" -m bench.options --models resnet18 "${window[@]}" \
     --batch-size "$batch" --json "$out/options.json"
-step 20 augment "$python" -m bench.augment "${few[@]}" --batch-size "$batch" --json "$out/augment.json"
-step 25 shards "$python" -m bench.shards --micro-batch "$((batch / 4))" "${few[@]}" \
+step 15 augment "$python" -m bench.augment "${few[@]}" --batch-size "$batch" --json "$out/augment.json"
+step 15 shards "$python" -m bench.shards --micro-batch "$((batch / 4))" "${few[@]}" \
     --json "$out/shards.json"
-step 30 checkpoint "$python" -m bench.checkpoint --batch-size "$batch" "${few[@]}" \
+step 25 checkpoint "$python" -m bench.checkpoint --batch-size "$batch" "${few[@]}" \
     --json "$out/checkpoint.json"
-step 40 startup "$python" -m bench.startup "${few[@]}" --json "$out/startup.json"
+step 30 startup "$python" -m bench.startup "${few[@]}" --json "$out/startup.json"
 
 printf '\n%s: tables and JSON in %s\n' "$(date -u +%F)" "$out"
 if [ "${#failed[@]}" != 0 ]; then

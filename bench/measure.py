@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import shlex
 import subprocess
 import sys
@@ -41,8 +42,9 @@ class Gate:
     machine whose load changes. `parts` are seconds of a window by name, filled by `timed`.
     """
 
-    def __init__(self, steps: int, warm: int, batch_size: int):
+    def __init__(self, steps: int, warm: int, batch_size: int, rest: float = 0.0):
         self.steps, self.warm, self.batch_size = steps, warm, batch_size
+        self.rest = rest  # seconds after a window in which workers may still be at work
         self.parts: dict[str, float] = {}
         self._left = 0  # of the window; 0 between windows
         self._began = 0.0
@@ -65,6 +67,7 @@ class Gate:
                 say(speed=speed, milliseconds=per_step, **peaks())
 
     def _stand(self) -> None:
+        time.sleep(self.rest)
         say(ready=True)
         if sys.stdin.readline().strip() != "go":
             raise SystemExit(0)
@@ -89,7 +92,7 @@ def say(**values) -> None:
 
 
 class Arm:
-    """One process of a comparison, from its start to `close`."""
+    """One process of a comparison, from its start to `close`; first of all, wait until `ready`."""
 
     def __init__(self, words: list[str], **environment: str):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -98,7 +101,11 @@ class Arm:
             words, cwd=REPOSITORY, env=env, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
+
+    def ready(self) -> "Arm":
+        """Wait until it stands at its first window; SystemExit with its words where it ended."""
         self.hear()
+        return self
 
     def hear(self) -> dict:
         ordinary = []
@@ -126,11 +133,10 @@ class Arm:
 
 
 def take_turns(arms: dict[str, Arm], rounds: int) -> dict[str, list[dict]]:
-    """A window of each arm per round, each round in another order."""
-    names, results = list(arms), {name: [] for name in arms}
+    """A window of each arm per round, each round in another order: no arm has one neighbour."""
+    results = {name: [] for name in arms}
     for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in random.Random(turn).sample(list(arms), len(arms)):
             results[name].append(arms[name].window())
     return results
 
@@ -169,7 +175,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def finish(parser_arguments: argparse.Namespace, results: object) -> None:
     """Write the JSON file, if one was asked for."""
     if parser_arguments.json:
-        words = [w for w in sys.argv[1:] if w not in ("--json", parser_arguments.json)]
+        own = ("--json", parser_arguments.json, f"--json={parser_arguments.json}")
+        words = [word for word in sys.argv[1:] if word not in own]
         command = shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *words])
         content = {"command": command, "machine": machine(), "results": results}
         Path(parser_arguments.json).write_text(json.dumps(content, indent=1), encoding="utf-8")

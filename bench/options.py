@@ -8,7 +8,6 @@ above 1 says that the trainer's own choice is the faster one.
 import os
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +70,8 @@ def change(option: str, model: str) -> None:
 
         def ready_in_ddp(self, model, *prepared) -> None:
             ready(self, model, *prepared)
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             self.model = DistributedDataParallel(
                 model, gradient_as_bucket_view=option == "DDP", broadcast_buffers=False
             )
@@ -80,25 +80,23 @@ def change(option: str, model: str) -> None:
 
 
 def measure(model: str, arguments, folder: Path) -> dict:
-    """Windows of all options: images per second, the ratio to "as trained", the first window."""
-    names = GPU if torch.cuda.is_available() else CPU
-    if arguments.only:
-        names = ("as trained", *(name for name in names if name in arguments.only.split(",")))
-    arms, first, left_out = {}, {}, {}
+    """Windows of all options: images per second, the ratio to "as trained", memory."""
+    arms, left_out = {}, {}
+    os.environ.pop("OMP_NUM_THREADS", None)
     try:
-        for name in names:
+        for name in arguments.options:
             words = [sys.executable, "-m", "bench.options", "--arm", name, "--models", model]
             words += ["--folder", str(folder / name.replace(" ", "-"))]
             words += ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
-            os.environ.pop("OMP_NUM_THREADS", None)
-            began = time.perf_counter()
+            arms[name] = Arm(words, TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled"))
+        for name in list(arms):
             try:
-                arms[name] = Arm(words)
-                arms[name].window()
-                first[name] = time.perf_counter() - began
+                arms[name].ready().window()  # compiles, tunes
             except SystemExit as error:
+                if name == "as trained":
+                    raise
                 left_out[name] = (str(error).strip().splitlines() or ["ended at once"])[-1]
-                arms.pop(name, None)
+                arms.pop(name).close()
         windows = take_turns(arms, arguments.rounds)
     finally:
         for arm in arms.values():
@@ -110,7 +108,6 @@ def measure(model: str, arguments, folder: Path) -> dict:
         found[name] = {
             "images_per_second": spread(speeds), "as trained/this": ratio(base, speeds),
             "host_mb": seen[-1]["host_mb"], "device_mb": seen[-1]["device_mb"],
-            "first window, s": first[name],
         }  # fmt: skip
     return found | {name: {"left out": why} for name, why in left_out.items()}
 
@@ -121,25 +118,25 @@ def markdown(results: dict) -> str:
     for model, found in results.items():
         for name, seen in found.items():
             if "left out" in seen:
-                rows.append([model, name, "left out: " + seen["left out"], "", "", ""])
+                rows.append([model, name, "left out: " + seen["left out"], "", ""])
                 continue
             memory = f"{seen['host_mb']:.0f}"
             if seen["device_mb"]:
                 memory += f", GPU {seen['device_mb']:.0f}"
             speed, times = shown(seen["images_per_second"], 1), shown(seen["as trained/this"])
-            late = seen["first window, s"] - found["as trained"]["first window, s"]
-            rows.append([model, name, speed, times, memory, f"{late:+.0f}"])
-    head = ["", "option", "images/s", "as trained / this", "peak MB", "starts later by, s"]
+            rows.append([model, name, speed, times, memory])
+    head = ["", "option", "images/s", "as trained / this", "peak MB"]
     return table(head, rows)
 
 
 def main() -> int:
+    names = GPU if torch.cuda.is_available() else CPU
     parser = arguments_of(__doc__)
     parser.add_argument("--models", default="my_cnn,alexnet,resnet18")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a window")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--only", help="these options, with commas between")
+    parser.add_argument("--options", default=";".join(names), help="with ; between")
     parser.add_argument("--arm", help="be one of the measured processes")
     parser.add_argument("--folder", help="the measured run's folder")
     arguments = parser.parse_args()
@@ -149,9 +146,14 @@ def main() -> int:
         gate = Gate(arguments.steps, 1, arguments.batch_size)
         flags = flags_of(model, "synthetic", arguments.batch_size, arguments.folder)
         limit_arm(gate, flags + FLAGS.get(option, []), read=option == "loss read each step")
+    arguments.options = list(dict.fromkeys(["as trained", *arguments.options.split(";")]))
+    for kind, known, given in (
+        ("model", SIZES, arguments.models.split(",")), ("option", names, arguments.options),
+    ):  # fmt: skip
+        if unknown := [word for word in given if word not in known]:
+            parser.error(f"no such {kind}: {unknown[0]}; known: {', '.join(known)}")
     results = {}
     for model in arguments.models.split(","):
-        assert model in SIZES, f"known: {', '.join(SIZES)}"
         with tempfile.TemporaryDirectory() as folder:
             results[model] = measure(model, arguments, Path(folder))
     print(f"Batch {arguments.batch_size}, median (range) of {arguments.rounds} rounds:\n")

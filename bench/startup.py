@@ -20,6 +20,7 @@ model = build_model({model!r}, num_classes=10, image_size={size})
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 model(torch.zeros({batch}, 3, {size}, {size})).sum().backward()
 optimizer.step()
+print("stepped", flush=True)
 """
 
 
@@ -29,6 +30,18 @@ def seconds_of(words: list[str], status: int) -> float:
     took = time.perf_counter() - began
     if done.returncode != status:
         raise SystemExit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return took
+
+
+def seconds_to_bare_step(code: str) -> float:
+    began = time.perf_counter()
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        told = process.stdout.readline()
+        took = time.perf_counter() - began
+        process.kill()
+    if told != "stepped\n":
+        raise SystemExit(f"the bare program said {told!r}")
     return took
 
 
@@ -69,13 +82,14 @@ def main() -> int:
     measurements = {
         "--help": lambda: seconds_of(["train.py", "--help"], 0),
         "flag error": lambda: seconds_of(["train.py", "--modle", "alexnet"], 2),
-        "bare imports": lambda: seconds_of(["-c", bare], 0),
+        "bare imports": lambda: seconds_to_bare_step(bare),
         "first step": lambda: seconds_to_first_step(flags),
     }
     series: dict[str, list[float]] = {name: [] for name in measurements}
-    for _ in range(arguments.rounds):
-        for name, measurement in measurements.items():
-            series[name].append(measurement())
+    seconds_to_bare_step(bare)  # reads torch from the disk
+    for turn in range(arguments.rounds):
+        for name in sorted(measurements, reverse=bool(turn % 2)):
+            series[name].append(measurements[name]())
     results = {name: spread(values) for name, values in series.items()}
     results["first step / bare imports"] = ratio(series["first step"], series["bare imports"])
     print(f"Seconds, median (range) of {arguments.rounds} rounds, {model}:\n")

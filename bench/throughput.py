@@ -27,6 +27,7 @@ from bench.measure import (
 SIZES = {"my_cnn": 224, "alexnet": 224, "vgg11": 32, "resnet18": 32}
 ARMS = ("trainer", "lesson", "accelerate", "limit")
 PREFETCHED = 4  # batches that the lesson's two workers hold ready when a window begins
+REST = 3.0  # seconds they have to make those ready, before another arm has its turn
 
 
 def trainer_arm(gate: Gate, flags: list[str]) -> None:
@@ -116,6 +117,8 @@ def measure(model: str, arguments, folder: Path) -> dict:
     """Windows of all arms, and what they say."""
     arms = {name: start(name, model, arguments, folder) for name in ARMS}
     try:
+        for arm in arms.values():
+            arm.ready()
         windows = take_turns(arms, arguments.rounds)
     finally:
         for arm in arms.values():
@@ -194,12 +197,15 @@ def main() -> int:
     if arguments.arm:
         model, size = arguments.models, SIZES[arguments.models]
         lesson = arguments.arm in ("lesson", "accelerate")
-        gate = Gate(arguments.steps, PREFETCHED if lesson else 1, arguments.batch_size)
+        warm, rest = (PREFETCHED, REST) if lesson else (1, 0.0)
+        gate = Gate(arguments.steps, warm, arguments.batch_size, rest)
         if lesson:
             lesson_arm(gate, model, arguments.dataset, size, arguments.batch_size)
         flags = flags_of(model, arguments.dataset, arguments.batch_size, arguments.folder)
         arm = trainer_arm if arguments.arm == "trainer" else limit_arm
         arm(gate, [*flags, *arguments.flags])
+    if unknown := [name for name in arguments.models.split(",") if name not in SIZES]:
+        parser.error(f"no such model here: {unknown[0]}; known: {', '.join(SIZES)}")
     results = {}
     for model in arguments.models.split(","):
         with tempfile.TemporaryDirectory() as folder:

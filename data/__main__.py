@@ -66,10 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     add("stats", _stats, "count images per class; print mean, std, shape and fingerprint")
     prepare = add("prepare", _prepare, "decode the data set into the cache")
     prepare.add_argument(
-        "--out", type=Path, metavar="FILE.safetensors",
+        "--out", type=_safetensors, metavar="FILE.safetensors",
         help="also into this file, to carry elsewhere: --dataset FILE, or CIFAR10_DIR=FILE",
     )  # fmt: skip
     return parser
+
+
+def _safetensors(word: str) -> Path:
+    if not word.endswith(".safetensors") or not Path(word).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{word}: cannot be written; try --out data.safetensors")
+    return Path(word)
 
 
 def _whole(low: int) -> Callable[[str], int]:
@@ -155,7 +161,7 @@ def _stats(source: Source, options: argparse.Namespace) -> None:
 def _prepare(source: Source, options: argparse.Namespace) -> None:
     print(f"{len(source.train)} + {len(source.test)} images ready; cache: {printable(cache_dir())}")
     if options.out:
-        save_source(source, options.out)
+        save_source(source, options.out, options.image_size)
         print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.0f} MB")
     _report_skipped(source)
 

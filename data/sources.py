@@ -113,7 +113,7 @@ def load_source(
         if name == "cifar10":
             image_size = None  # its pictures share one small size
         if kind == "tensors":
-            tensors, meta = _carried(name, Path(where))
+            tensors, meta = _carried(name, Path(where), image_size)
         else:
             key = _key(name, kind, where, image_size, skip_bad_images)
             tensors, meta = cached(
@@ -131,38 +131,50 @@ def load_source(
         fingerprint=meta["fingerprint"],
         origin=origin,
         skipped=tuple(meta["skipped"]),
-        no_flip=meta.get("no_flip", name == "digits"),
+        no_flip=name == "digits",
     )
 
 
-def save_source(source: Source, path: Path) -> None:
+def save_source(source: Source, path: Path, image_size: int | None) -> None:
     """All of a data set in one checksummed file, which takes its place where a path is asked for.
 
-    It needs no decoder and none of the packages that read tables.
+    It needs no decoder and none of the packages that read tables. image_size is what the pictures
+    were decoded for.
     """
-    if source.task != "classification":
-        raise UserError(f"{source.name} has no pictures to carry: try --dataset digits.")
+    if source.name in ("digits", "synthetic", "line"):
+        raise UserError(
+            f"{source.name} needs no file, it is made where it is used; --out is for cifar10, "
+            "a folder, tables or a hub name"
+        )
     tensors = {"train_images": source.train.images, "train_labels": source.train.labels}
     tensors |= {"test_images": source.test.images, "test_labels": source.test.labels}
-    names = ("classes", "mean", "std", "fingerprint", "skipped", "no_flip")
-    meta = {name: getattr(source, name) for name in names}
-    if path.suffix != ".safetensors" or not write_entry(path, tensors, meta):
+    names = ("name", "classes", "mean", "std", "fingerprint", "skipped")
+    meta = {name: getattr(source, name) for name in names} | {"image_size": image_size}
+    if not write_entry(path, tensors, meta):
         raise UserError(f"{printable(path)} cannot be written; try --out data.safetensors")
 
 
-def _carried(name: str, path: Path) -> Entry:
+def _carried(name: str, path: Path, image_size: int | None) -> Entry:
     entry = read_entry(path)
-    if entry is None or "train_images" not in entry[0]:
+    if entry is None or "image_size" not in entry[1]:
         raise UserError(
             f"{printable(path)} is damaged or no data set of this program: make it with "
             "python -m data prepare --out FILE.safetensors"
         )
-    if name == "cifar10" and tuple(entry[1]["classes"]) != CIFAR10_CLASSES:
+    tensors, meta = entry
+    if name == "cifar10" and meta["name"] != "cifar10":
         raise UserError(
             f"what lies in {printable(path)} is not CIFAR-10; type --dataset {printable(path)} to "
             "train on it."
         )
-    return entry
+    side = tensors["train_images"].shape[-1]
+    decoded = side > 64 or side == meta["image_size"]  # smaller ones may be as they came
+    if meta["name"] != "cifar10" and decoded and image_size not in (None, side):
+        raise UserError(
+            f"the pictures in {printable(path)} were decoded for --image-size {side}: type that, "
+            f"or make another with python -m data prepare --image-size {image_size} --out FILE"
+        )
+    return {key: tensor.clone() for key, tensor in tensors.items()}, meta  # no longer of the file
 
 
 def build(name: str, kind: str, where: str, image_size: int | None, skip_bad: bool) -> Entry:

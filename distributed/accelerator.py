@@ -153,14 +153,14 @@ def cpu_share() -> int:
 def cpu_has_bf16() -> bool:
     """Whether this CPU has instructions for products of bf16 numbers."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def keep_freed_memory() -> None:
     """Let malloc (glibc's) keep what a step frees, for the next step to use again.
 
     By default it gives each large tensor back to the system and asks for new, empty pages in the
-    next step: a quarter to a half of a step on a CPU (bench/README.md).
+    next step: 6 to 60 % of a step on a CPU. The peak may grow by a third (bench/README.md).
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

@@ -168,7 +168,7 @@ def test_scripts_carry_placement_and_no_setting_of_the_trainer():
 
 
 def test_every_flag_that_documents_name_is_known():
-    """Of train.py, submit.py, preflight.py, torchrun.sh, or of SLURM, torchrun and Accelerate."""
+    """Of train.py, data, submit.py, preflight.py, torchrun.sh, SLURM, torchrun or Accelerate."""
     sys.path.insert(0, str(LAUNCH))
     try:
         import submit as submit_module
@@ -180,6 +180,7 @@ def test_every_flag_that_documents_name_is_known():
     known |= {"--gpus-per-node", "--ntasks-per-node", "--cpus-per-task", "--signal", "--requeue"}
     known |= {"--gpus-per-task", "--kill-on-bad-exit", "--open-mode", "--jobs", "--config_file"}
     known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--num_processes"}
+    known.add("--out")  # of python -m data
     known |= {
         "--multi_gpu",
         "--gpu-bind",

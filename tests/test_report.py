@@ -177,10 +177,13 @@ def test_time_left_does_not_count_the_first_slow_steps_and_is_unknown_before():
     assert chrono.left(100) == pytest.approx(50)
 
 
-def test_compiling_is_told_apart_and_in_no_speed():
+@pytest.mark.parametrize("pauses", [(0, 0), (100, 0), (0, 100)])
+def test_compiling_is_told_apart_and_not_in_the_speed(pauses):
     clock = Clock()
     chrono = Chrono(clock)
-    for took in (60.5, 0.5):
+    for pause, took in zip(pauses, (60.5, 0.5), strict=True):
+        clock.now += pause  # an evaluation that a resumed run begins with, or one after a step
+        chrono.pause(pause)
         clock.now += took
         chrono.step()
     assert chrono.leave_out_compiling() == pytest.approx(60)

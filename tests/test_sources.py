@@ -141,10 +141,20 @@ def test_all_layouts_of_cifar10_give_the_same_tensors(tmp_path):
         load_source("cifar10", data_dir=str(carried))
 
 
-def test_carried_digits_are_never_mirrored_and_never_taken_for_cifar10(tmp_path):
-    carried = str(tmp_path / "digits.safetensors")
-    assert main(["prepare", "--dataset", "digits", "--out", carried]) == 0
-    assert load_source(carried).no_flip
+def test_a_carried_folder_is_that_folder_at_the_size_it_was_decoded_for(pictures, tmp_path):
+    carried = str(tmp_path / "pictures.safetensors")
+    for size, wrong in (("8", None), ("96", 224)):
+        for file in pictures.rglob("*.png") if size == "96" else ():
+            Image.open(file).resize((120, 100)).save(file)
+        words = ["prepare", "--dataset", str(pictures), "--image-size", size]
+        assert main([*words, "--out", carried]) == 0
+        assert same(
+            load_source(str(pictures), image_size=int(size)),
+            load_source(carried, image_size=int(size)),
+        )
+        if wrong:
+            with pytest.raises(UserError, match="decoded for --image-size 96"):
+                load_source(carried, image_size=wrong)
     with pytest.raises(UserError, match="not CIFAR-10; type --dataset"):
         load_source("cifar10", data_dir=carried)
 
@@ -545,7 +555,7 @@ def test_show_draws_pictures_of_all_classes_though_folders_lie_one_after_the_oth
         ("show --dataset line", "try --dataset digits"),
         ("prepare --dataset digits --out nowhere/x.safetensors", "try --out data.safetensors"),
         ("prepare --dataset digits --out x.pt", "try --out data.safetensors"),
-        ("prepare --dataset line --out x.safetensors", "try --dataset digits"),
+        ("prepare --dataset digits --out x.safetensors", "digits needs no file"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(words, says, tmp_path, monkeypatch, capsys):
