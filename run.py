@@ -45,7 +45,7 @@ from distributed.checkpoint import (
     sweep,
     visible,
 )
-from distributed.shards import Guard, Shards, clip, seed_dropout
+from distributed.shards import Guard, Shards, seed_dropout
 from distributed.stop import SAVE_FAILED, StopVote
 from distributed.watch import Watch
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, UserError
@@ -506,7 +506,10 @@ class Run:
             self.parameters[0].grad.fill_(math.nan)
         if self._scaler() is not None:
             self.accelerator.unscale_gradients()
-        norm = clip(self.parameters, self.config.grad_clip)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
         return self.guard.check(norm, self.sums.sum(), self.progress.step)
 
     def step_done(self) -> None:

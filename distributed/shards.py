@@ -123,24 +123,6 @@ class Shards:
                 b.copy_(part.view(b.shape))
 
 
-def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Clip gradients to a total norm of `limit` (0: leave them); 0-dim, finite if they all are.
-
-    Without a limit, on a CPU, the answer is no norm but 0 or inf, from the check of torch's
-    gradient scaler: it runs on all cores, where the norm of a large tensor runs on one.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    plain = all(g.is_cpu and g.is_floating_point() and not g.is_sparse for g in gradients)
-    if plain and not limit:
-        found, one = torch.zeros(1), torch.ones(1)
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
-        return (found / (1 - found))[0]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if limit:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
-
-
 class Guard:
     """Notices numbers that are not finite before they reach the weights, without a host sync.
 
