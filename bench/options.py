@@ -151,7 +151,7 @@ def main() -> int:
         ("model", SIZES, arguments.models.split(",")), ("option", names, arguments.options),
     ):  # fmt: skip
         if unknown := [word for word in given if word not in known]:
-            parser.error(f"no such {kind}: {unknown[0]}; known: {', '.join(known)}")
+            parser.error(f"no such {kind}: {unknown[0]}; known: {'; '.join(known)}")
     results = {}
     for model in arguments.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
