@@ -6,11 +6,10 @@ so that a column is the work of one core; on a GPU the first column is the GPU's
 """
 
 import sys
-import time
 
 import torch
 
-from bench.measure import arguments_of, finish, ratio, shown, spread, synchronize, table
+from bench.measure import arguments_of, compare, finish, ratio, shown, spread, table
 from data.augment import Augment
 
 MEAN, STD, CLASSES = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26), 10
@@ -73,17 +72,9 @@ def measure(name: str, batch_size: int, rounds: int) -> dict:
         if augment.mixup or augment.cutmix:
             augment.mix(done, labels.to(device), indices, 1, CLASSES)
 
-    series: dict[str, list[float]] = {"lockstep": [], "torchvision": []}
     pair = {"lockstep": ours, "torchvision": lambda: one_by_one(pictures, labels)}
-    for turn in range(rounds + 1):
-        for key in sorted(pair, reverse=bool(turn % 2)):
-            synchronize()
-            began = time.perf_counter()
-            pair[key]()
-            synchronize()
-            if turn:  # the first warms up
-                series[key].append(1e6 * (time.perf_counter() - began) / batch_size)
-    found = {key: spread(values) for key, values in series.items()}
+    series = compare(pair, rounds)
+    found = {key: spread([1e6 * s / batch_size for s in v]) for key, v in series.items()}
     return found | {"times": ratio(series["torchvision"], series["lockstep"])}
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -139,6 +139,20 @@ def take_turns(arms: dict[str, Arm], rounds: int) -> dict[str, list[dict]]:
         for name in random.Random(turn).sample(list(arms), len(arms)):
             results[name].append(arms[name].window())
     return results
+
+
+def compare(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round, in turned order; a first round warms up."""
+    series: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name in list(functions)[:: 1 if turn % 2 else -1]:
+            synchronize()
+            began = time.perf_counter()
+            functions[name]()
+            synchronize()
+            if turn:
+                series[name].append(time.perf_counter() - began)
+    return series
 
 
 def spread(values: list[float]) -> dict[str, float]:

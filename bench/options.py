@@ -7,14 +7,13 @@ above 1 says that the trainer's own choice is the faster one.
 
 import os
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.measure import Arm, Gate, arguments_of, finish, ratio, shown, spread, table, take_turns
-from bench.throughput import SIZES, flags_of, limit_arm
+from bench.measure import Arm, Gate, arguments_of, ratio, shown, spread, table, take_turns
+from bench.throughput import flags_of, limit_arm, of_each_model
 
 CPU = (
     "as trained", "other memory layout", "optimizer not fused", "memory given back", "bf16",
@@ -147,19 +146,9 @@ def main() -> int:
         flags = flags_of(model, "synthetic", arguments.batch_size, arguments.folder)
         limit_arm(gate, flags + FLAGS.get(option, []), read=option == "loss read each step")
     arguments.options = list(dict.fromkeys(["as trained", *arguments.options.split(";")]))
-    for kind, known, given in (
-        ("model", SIZES, arguments.models.split(",")), ("option", names, arguments.options),
-    ):  # fmt: skip
-        if unknown := [word for word in given if word not in known]:
-            parser.error(f"no such {kind}: {unknown[0]}; known: {'; '.join(known)}")
-    results = {}
-    for model in arguments.models.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            results[model] = measure(model, arguments, Path(folder))
-    print(f"Batch {arguments.batch_size}, median (range) of {arguments.rounds} rounds:\n")
-    print(markdown(results))
-    finish(arguments, results)
-    return 0
+    if unknown := [name for name in arguments.options if name not in names]:
+        parser.error(f"no such option: {unknown[0]}; known: {'; '.join(names)}")
+    return of_each_model(parser, arguments, measure, markdown)
 
 
 if __name__ == "__main__":

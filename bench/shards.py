@@ -5,11 +5,10 @@ once in a bare loop, in turns. Goal: within 3 %.
 """
 
 import sys
-import time
 
 import torch
 
-from bench.measure import arguments_of, finish, ratio, shown, spread, synchronize, table
+from bench.measure import arguments_of, compare, finish, ratio, shown, spread, table
 from config import BatchPlan
 from distributed.shards import Shards
 from models import build_model
@@ -51,24 +50,16 @@ def main() -> int:
             for part in shards(batch, 0):
                 loss = task.loss(model(part["images"]), part["labels"])
                 accelerator.backward(loss * shards.scale)
+            model.zero_grad()
 
         def plainly(batch=batch, plan=plan) -> None:
             parts = (batch[name].split(micro) for name in ("images", "labels"))
             for images, labels in zip(*parts, strict=True):
                 loss = task.loss(model(images), labels)
                 accelerator.backward(loss / plan.batch_size)
+            model.zero_grad()
 
-        series: dict[str, list[float]] = {"shards": [], "plain": []}
-        for turn in range(arguments.rounds + 1):
-            pair = [("shards", through_shards), ("plain", plainly)]
-            for name, function in pair if turn % 2 else pair[::-1]:
-                synchronize()
-                began = time.perf_counter()
-                function()
-                model.zero_grad()
-                synchronize()
-                if turn:  # the first warms up
-                    series[name].append(time.perf_counter() - began)
+        series = compare({"shards": through_shards, "plain": plainly}, arguments.rounds)
         found = results[f"{count} shards"] = {k: spread(v) for k, v in series.items()}
         found["shards/plain"] = ratio(series["shards"], series["plain"])
     print(f"{arguments.model}, micro-batch {micro}, median (range) of {arguments.rounds} rounds:\n")

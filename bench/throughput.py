@@ -183,6 +183,20 @@ def short(results: dict) -> str:
     return table(["", "Lockstep", "the lesson's loop", "share of the compute limit"], rows)
 
 
+def of_each_model(parser, arguments, measure, markdown) -> int:
+    """Print and keep what measure(model, arguments, folder) finds for each model asked for."""
+    if unknown := [name for name in arguments.models.split(",") if name not in SIZES]:
+        parser.error(f"no such model here: {unknown[0]}; known: {', '.join(SIZES)}")
+    results = {}
+    for model in arguments.models.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            results[model] = measure(model, arguments, Path(folder))
+    print(f"Batch {arguments.batch_size}, median (range) of {arguments.rounds} rounds.\n")
+    print(markdown(results))
+    finish(arguments, results)
+    return 0
+
+
 def main() -> int:
     parser = arguments_of(__doc__)
     parser.add_argument("--models", default=",".join(SIZES))
@@ -204,16 +218,7 @@ def main() -> int:
         flags = flags_of(model, arguments.dataset, arguments.batch_size, arguments.folder)
         arm = trainer_arm if arguments.arm == "trainer" else limit_arm
         arm(gate, [*flags, *arguments.flags])
-    if unknown := [name for name in arguments.models.split(",") if name not in SIZES]:
-        parser.error(f"no such model here: {unknown[0]}; known: {', '.join(SIZES)}")
-    results = {}
-    for model in arguments.models.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            results[model] = measure(model, arguments, Path(folder))
-    print(f"Batch {arguments.batch_size}, median (range) of {arguments.rounds} rounds.\n")
-    print(markdown(results))
-    finish(arguments, results)
-    return 0
+    return of_each_model(parser, arguments, measure, markdown)
 
 
 if __name__ == "__main__":
