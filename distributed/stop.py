@@ -48,6 +48,8 @@ class StopVote:
         self._pending = None
         self._last_vote = time.monotonic()
         self._beats_per_vote = 1
+        self._began_at = 0  # the beat of the latest vote
+        self._new_phase = False
 
     def install(self) -> "StopVote":
         """Take over the stop signals; the first thing a process does."""
@@ -112,7 +114,8 @@ class StopVote:
 
     def new_phase(self) -> None:
         """Beats get another length from here on, on every process: vote at the next one."""
-        self._beats_per_vote, self._next = 1, self._beats
+        self._next, self._began_at, self._new_phase = self._beats, self._beats, True
+        self._last_vote = time.monotonic()
 
     def ask_all(self) -> int:
         """A vote that waits for everyone: at the end of phases that have no beats."""
@@ -123,25 +126,29 @@ class StopVote:
         return max(agreed, self._collect())
 
     def _start(self) -> None:
-        now = time.monotonic()
-        per_beat = (now - self._last_vote) / self._beats_per_vote
-        self._last_vote = now
-        wish = int(min(max(1.0, self.interval / max(per_beat, 1e-6)), 10_000))
+        now, beats = time.monotonic(), self._beats - self._began_at
+        per_beat = (now - self._last_vote) / max(1, beats)
+        self._last_vote, self._began_at = now, self._beats
+        # At most twice as many as were timed: the first beats on a GPU only fill its queue.
+        wish = max(1, int(min(self.interval / max(per_beat, 1e-6), 2 * beats, 10_000)))
         mine = [self._look(), 0, 0]
         if self.is_main:
-            mine[1:] = wish, int(self._save_is_due())
+            mine[1:] = wish, int(self._save_is_due() and not self.save_agreed)
         ballot = torch.tensor(mine, dtype=torch.int64)
         work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         self._pending = (work, ballot)
         self._next = self._beats + self._beats_per_vote
 
     def _collect(self) -> int:
+        old_phase, self._new_phase = self._new_phase, False
         if self._pending is None:
+            self._beats_per_vote = 1
             return 0
         work, ballot = self._pending
         self._pending = None
         work.wait()
-        code, self._beats_per_vote, save = ballot.tolist()
+        code, wish, save = ballot.tolist()
+        self._beats_per_vote = 1 if old_phase else wish
         self.code = max(self.code, code)
         self.save_agreed = self.save_agreed or bool(save)
         return code

@@ -1,5 +1,6 @@
 """Stop requests: a handler that only sets a flag, and a vote after which all leave together."""
 
+import itertools
 import json
 import os
 import signal
@@ -202,3 +203,70 @@ def test_without_a_request_nobody_stops_and_the_interval_follows_the_speed(told)
         assert one["early"] == [0, 0] and set(one["quiet"]) == {None}
         assert one["quiet"] == told[0]["quiet"]
         assert one["fast"] == told[0]["fast"] > one["slow"] == 1
+
+
+class Clockwork:
+    """A clock that the test moves, and a group whose votes come back as this process gave them."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.votes = 1000.0, []
+        monkeypatch.setattr("distributed.stop.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("distributed.stop.dist.all_reduce", self.reduce)
+        self.vote = StopVote()
+        self.vote.group = object()
+
+    def reduce(self, ballot, **options):
+        self.votes.append(self.now)
+        return self
+
+    def wait(self):
+        pass
+
+    def beats(self, seconds: float, length: float, on_beat=lambda: None) -> list[float]:
+        """Beat for so long; the seconds between the votes begun meanwhile."""
+        began, known = self.now, len(self.votes)
+        while self.now < began + seconds:
+            self.now += length
+            self.vote.poll()
+            on_beat()
+        marks = [began, *self.votes[known:], self.now]
+        return [b - a for a, b in itertools.pairwise(marks)]
+
+
+@pytest.mark.parametrize("length", [0.001, 0.01, 0.05, 0.4, 3.0])
+def test_votes_stay_a_second_apart_whatever_a_step_costs(monkeypatch, length):
+    away = Clockwork(monkeypatch)
+    away.vote.new_phase()
+    gaps = away.beats(200, length)
+    assert max(gaps) <= max(1.2, 1.2 * length)
+    assert len(gaps) < 30 + 200 / max(0.8, length)  # and no more of them than needed
+
+
+def test_a_new_phase_with_other_beats_votes_at_once(monkeypatch):
+    away = Clockwork(monkeypatch)
+    for length in (0.01, 0.5, 0.002, 2.0):
+        away.vote.new_phase()
+        assert max(away.beats(60, length)) <= max(1.2, 1.2 * length), length
+
+
+def test_beats_that_only_fill_a_queue_do_not_put_votes_off_for_long(monkeypatch):
+    away = Clockwork(monkeypatch)
+    away.vote.new_phase()
+    away.beats(0.0001 * 20, 0.0001)  # twenty steps given to a GPU, none done
+    assert max(away.beats(60, 0.05)) < 4
+
+
+def test_a_timed_save_is_agreed_once_each_time_it_is_due(monkeypatch):
+    away = Clockwork(monkeypatch)
+    away.vote.save_every, saves = 60.0, []
+
+    def save():
+        if away.vote.save_agreed:
+            saves.append(away.now)
+            away.vote.saved()
+
+    away.vote.new_phase()
+    away.vote.saved()
+    away.beats(400, 0.02, save)
+    assert len(saves) == 6
+    assert all(60 <= b - a <= 63 for a, b in itertools.pairwise(saves))
