@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class AdaptivePool(nn.Module):
@@ -25,6 +26,22 @@ class AdaptivePool(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.size)
+
+
+def pooled_linear(maps: torch.Tensor, pool: AdaptivePool, linear: nn.Linear) -> torch.Tensor:
+    """linear(pool(maps).flatten(1)), (N, C, h, w) -> (N, F), in its cheaper order.
+
+    Where pooling would enlarge the maps (VGG, 32 pixels: 49 copies of one number), the average
+    over the weights that meet the same number comes first; both are sums, and sums may change
+    places. A forward hook on `linear` is not called then.
+    """
+    height, width = maps.shape[-2:]
+    if height * width >= pool.size**2:
+        return linear(pool(maps).flatten(1))
+    rows = averaging_matrix(height, pool.size, linear.weight)
+    columns = averaging_matrix(width, pool.size, linear.weight)
+    weight = linear.weight.view(-1, pool.size**2) @ torch.kron(rows, columns)  # (F*C, h*w)
+    return F.linear(maps.flatten(1), weight.view(linear.out_features, -1), linear.bias)
 
 
 def averaging_matrix(size: int, bins: int, like: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ With torchvision's parameter names, initialisation and, from its weights, its lo
 import torch
 from torch import nn
 
-from models.pooling import AdaptivePool
+from models.pooling import AdaptivePool, pooled_linear
 
 # Table 1 of the paper: channels of the 3x3 convolutions, blocks separated by 2x2 max pooling.
 COLUMN_A = [[64], [128], [256, 256], [512, 512], [512, 512]]
@@ -40,8 +40,9 @@ class VGG(nn.Module):
         self.apply(initialise)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        maps = self.pool(self.features(images))  # (N, 512, 7, 7)
-        return self.classifier(maps.flatten(1))
+        maps = self.features(images)  # (N, 512, S/32, S/32)
+        hidden = pooled_linear(maps, self.pool, self.classifier[0])  # (N, 4096)
+        return self.classifier[1:](hidden)
 
 
 def initialise(layer: nn.Module) -> None:

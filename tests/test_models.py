@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from config import parse
 from errors import UserError
 from models import MODELS, build_model, lookup, weights
-from models.pooling import AdaptivePool
+from models.pooling import AdaptivePool, pooled_linear
 from models.weights import freeze_backbone, head_prefixes, imagenet_reach, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ def test_a_model_with_published_weights_has_a_recipe_for_them():
 
 
 @pytest.mark.parametrize("name", marked(["alexnet", "vgg11", "vgg16"]))
-@pytest.mark.parametrize("size", [64, 100])
+@pytest.mark.parametrize("size", [64, 100, 224])
 def test_our_weights_are_torchvisions_and_give_the_same_logits(name, size):
     from torchvision.models import get_model
 
@@ -160,6 +160,19 @@ def test_adaptive_pool_equals_torchs(shape, size):
     weight = torch.randn_like(ours)
     gradients = [torch.autograd.grad((y * weight).sum(), maps)[0] for y in (ours, theirs)]
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 5), (7, 7), (9, 8)])
+def test_a_linear_layer_after_pooling_gives_the_same_in_its_cheaper_order(shape):
+    pool, linear = AdaptivePool(7), nn.Linear(5 * 49, 4).double()
+    maps = torch.randn(2, 5, *shape, dtype=torch.float64, requires_grad=True)
+    cheap, plain = pooled_linear(maps, pool, linear), linear(pool(maps).flatten(1))
+    assert torch.allclose(cheap, plain, atol=1e-12)
+    for one, two in zip(
+        *(torch.autograd.grad(y.square().sum(), [maps, *linear.parameters()])
+          for y in (cheap, plain)), strict=True,
+    ):  # fmt: skip
+        assert torch.allclose(one, two, atol=1e-11)
 
 
 def test_adaptive_pool_does_nothing_when_the_size_matches():
