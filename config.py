@@ -268,7 +268,8 @@ def parse(argv: list[str]) -> Settings:
     typed = {**file_layer, **flag_layer}
     saved, asked = {}, {}
     folder = known_run_dir(typed, actions)
-    if folder is not None and not actions.fresh and (folder / "config.json").is_file():
+    starts_over = actions.fresh and not restarted()
+    if folder is not None and not starts_over and (folder / "config.json").is_file():
         saved, asked = read_saved(folder)
         for layer in (file_layer, flag_layer):  # the same command again: what it led to stays
             for name in [n for n, value in layer.items() if asked.get(n, None) == value]:
@@ -473,7 +474,7 @@ def known_run_dir(typed: dict, actions: Actions) -> Path | None:
         return folder.resolve() if folder.is_symlink() else folder
     if typed.get("run_dir"):
         return Path(str(typed["run_dir"]))
-    if actions.dry_run or actions.debug:
+    if actions.dry_run or actions.debug or actions.eval_only or actions.find_lr:
         return None
     env = os.environ
     if env.get("SLURM_ARRAY_JOB_ID"):
@@ -491,6 +492,12 @@ def known_run_dir(typed: dict, actions: Actions) -> Path | None:
     if restarts != "0":
         return Path("runs") / f"launch-{launch}"
     return None
+
+
+def restarted() -> bool:
+    """Whether a launcher, not a person, typed this command again."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in names)
 
 
 def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:

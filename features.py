@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data.loaders import EVALUATION_BATCH, Resident
+from distributed.accelerator import everyones
 from models.weights import head_prefixes
 
 
@@ -31,7 +32,7 @@ def cache_features(run) -> str:
         alone = model.get_submodule(names[0])(given)
     if given.ndim != 2 or not torch.equal(alone.float(), answer.float()):
         return ""
-    if not fits(data, given):
+    if not all(everyones(run.accelerator, fits(data, given))):
         return ""
     for part in data:
         chunks = part.images.split(EVALUATION_BATCH)
@@ -49,8 +50,9 @@ def features_of(run, head: str, images: Tensor) -> tuple[Tensor, Tensor]:
     hook = run.bare.get_submodule(head).register_forward_pre_hook(
         lambda _, inputs: given.append(inputs[0])
     )
+    images = run.inputs(run.augment.evaluate(images))  # resized in full precision, as evaluate()
     with torch.no_grad(), run.accelerator.autocast():
-        answer = run.bare(run.inputs(run.augment.evaluate(images)))
+        answer = run.bare(images)
     hook.remove()
     return given[-1].float(), answer
 

@@ -230,8 +230,9 @@ def draw_mistakes(run, model, classes: list[str], path: Path) -> None:
     test, wrong = run.test_loader.dataset, []
     for indices in torch.arange(min(1000, run.num_test)).split(EVALUATION_BATCH):
         batch = test.__getitems__(indices)
+        images = run.inputs(run.augment.evaluate(batch["images"]))
         with run.accelerator.autocast():
-            logits = model(run.inputs(run.augment.evaluate(batch["images"])))
+            logits = model(images)
         sure, guess = logits.float().softmax(1).cpu().max(1)
         labels = batch["labels"].cpu()
         for place in (guess != labels).nonzero().flatten().tolist():

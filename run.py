@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from config import Settings, TrainConfig, plan_batch, recipe_of, seconds, to_json
+from config import Settings, TrainConfig, plan_batch, recipe_of, restarted, seconds, to_json
 from data.augment import Augment
 from data.keyed_random import mix
 from data.loaders import EVALUATION_BATCH, build_test_loader, build_train_loader
@@ -28,6 +28,7 @@ from distributed.accelerator import (
     code_fingerprint,
     describe,
     end,
+    everyones,
     main_decides,
     model_fingerprint,
     refuse_disagreement,
@@ -288,10 +289,11 @@ class Run:
                 try:
                     told = load_weights(model, self.config.model, self.config.weights, num_classes)
                 except UserError as error:
-                    problem = error
+                    problem = str(error)
             self.accelerator.wait_for_everyone()
-        if problem is not None:
-            raise problem
+        for rank, found in enumerate(everyones(self.accelerator, problem)):
+            if found is not None:
+                raise UserError(f"rank {rank}: {found}" if rank else found)
         return told
 
     def _start_from_data(self, model: torch.nn.Module) -> None:
@@ -327,6 +329,7 @@ class Run:
         if self._scaler() is not None:  # fp16 overflows now and then, above all at its start
             skip, most = True, 3 * SKIPS_IN_A_ROW
         self.guard = Guard(device, optimizer.optimizer, skip, most)
+        self.shards.undoes = skip
         self.sums = torch.zeros(self.plan.shards, device=device)
         self.parameters = self.shards.parameters
         self.facts = {
@@ -510,7 +513,8 @@ class Run:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
-        return self.guard.check(norm, self.sums.sum(), self.progress.step)
+        found = self.guard.check(norm, self.sums.sum(), self.progress.step)
+        return self.shards.undo_buffers(found)
 
     def step_done(self) -> None:
         """After each update: count it, write a row, save, vote."""
@@ -743,12 +747,6 @@ class NumbersGoneBad(RuntimeError):
     """A loss or gradient that is not finite; every process raises it at the same step."""
 
 
-def restarted() -> bool:
-    """Whether a launcher, not a person, typed this command again."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") not in ("", "0") for name in names)
-
-
 def restarts_left() -> bool:
     """Whether an elastic agent stands above us that would restart a process with status 75."""
     most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
@@ -772,6 +770,7 @@ def guarded(main, settings: Settings) -> int:
             print(error, file=sys.stderr, flush=True)
             if run is not None and run.folder is not None:
                 run.watch.stop()
+                run.report.close()  # Windows removes no open file
                 run.folder.abandon()
         else:
             run.watch.leave(error)

@@ -53,7 +53,9 @@ else
     run=(--limit 64 --batch-size 32 --epochs 1)
 fi
 for model in my_cnn alexnet vgg11 resnet18; do
-    step 40 "throughput-$model" "$python" -m bench.throughput --models "$model" "${window[@]}" \
+    steps=()
+    case $model in my_cnn | alexnet) [ -n "$rehearse" ] || steps=(--steps 5) ;; esac # PIL at 224
+    step 40 "throughput-$model" "$python" -m bench.throughput --models "$model" "${window[@]}" "${steps[@]}" \
         --batch-size "$batch" --dataset "$data" --json "$out/throughput-$model.json"
 done
 if [ "$data" = cifar10 ]; then

@@ -18,6 +18,7 @@ from data.keyed_random import AUGMENT, uniforms
 
 QUIET_STEPS = range(3, 10)  # the first steps warm up, the last one writes a row
 SMALL = ["--dataset", "synthetic", "--weights", "none", "--log-every", "1000", "--epochs", "1"]
+SMALL += ["--batch-size", "64"]  # of 2,048 images: enough steps
 
 
 def keyed() -> str:
@@ -39,27 +40,35 @@ def keyed() -> str:
     return f"400,000 keyed numbers equal; augmented images differ by at most {largest:.1e}"
 
 
-def train(flags: list[str]) -> None:
+def train(flags: list[str]) -> int:
+    """Run the ordinary trainer; the number of its steps that were watched for waits."""
     import run
     from train import main
 
+    watched = 0
+
     class Watched(run.Run):
         def batches(self):
+            nonlocal watched
             for number, batch in enumerate(super().batches()):
                 watching = number in QUIET_STEPS and "--deterministic" not in flags
                 torch.cuda.set_sync_debug_mode("error" if watching else "default")
+                watched += watching
                 yield batch
 
     run.Run = Watched
     status = run.guarded(main, parse_or_exit(flags))
     if status:
         raise SystemExit(status)
+    return watched
 
 
 def waits(model: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         steps = str(QUIET_STEPS.stop + 1)
-        train([*SMALL, "--model", model, "--max-steps", steps, "--run-dir", f"{folder}/run"])
+        flags = [*SMALL, "--model", model, "--max-steps", steps, "--run-dir", f"{folder}/run"]
+        if (watched := train(flags)) < len(QUIET_STEPS):
+            raise SystemExit(f"{model}: only {watched} steps of {len(QUIET_STEPS)} were watched")
     return f"{model}: the host waits for nothing in {len(QUIET_STEPS)} steps"
 
 

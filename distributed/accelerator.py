@@ -48,7 +48,7 @@ def build_accelerator(settings: Settings) -> tuple[Accelerator, Settings]:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=decided.get("mixed_precision", settings.config.mixed_precision),
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=limit),

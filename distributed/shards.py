@@ -54,6 +54,8 @@ class Shards:
             id(b) for m in self.bare.modules() if isinstance(m, _NormBase) for b in m.buffers()
         }
         self.read_in_training = any(id(b) not in norms for b in self.buffers)
+        self.undoes = False  # whether buffers as they were before a step are kept for undo_buffers
+        self.before: list[Tensor] = []
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -64,6 +66,7 @@ class Shards:
         """Yield the shards of this process: the loop runs forward and backward on each."""
         count, size = self.plan.shards_per_process, self.plan.micro_batch_size
         start = after_first = None
+        self.before = [b.clone() for b in self.buffers] if self.undoes else []
         if self.buffers and count > 1:
             start = [b.clone() for b in self.buffers]
         gradients = []
@@ -87,6 +90,13 @@ class Shards:
             self._add_in_order(gradients)
         if self.read_in_training:
             self.broadcast_buffers()
+
+    def undo_buffers(self, found: Tensor) -> Tensor:
+        """Where the update is left out (found = 1), what its step did to the buffers is too."""
+        if self.undoes:
+            for now, old in zip(self.buffers, self.before, strict=True):
+                now.copy_(torch.where(found > 0, old, now))
+        return found
 
     def _take_gradients(self) -> Tensor:
         flat = torch.cat([
@@ -145,18 +155,21 @@ class Guard:
         bad_step, skipped, in_a_row, bad_loss = self.state.unbind()
         here = (bad_loss < 0) & ~torch.isfinite(losses)
         found = bad if self.skip else bad | (bad_step >= 0)
-        self.state = torch.stack([
+        first, first_here = (
             torch.where(bad & (bad_step < 0), step, bad_step),
-            skipped + bad,
-            (in_a_row + 1) * bad,
             torch.where(here, step, bad_loss),
-        ])  # fmt: skip
+        )
+        if self.skip:  # a good update ends a streak: the next one has a first step of its own
+            first, first_here = (torch.where(bad, at, -1) for at in (first, first_here))
+        self.state = torch.stack([first, skipped + bad, (in_a_row + 1) * bad, first_here])
         found = found.float()
         self.optimizer.found_inf, self.optimizer.grad_scale = found, None
         return found
 
     def report(self) -> dict[str, int]:
-        """First bad step (-1: none), skipped updates, the latest in a row; one host sync."""
+        """First bad step (-1: none; with skip: of the latest streak), skipped updates, the latest
+        in a row; one host sync.
+        """
         bad_step, skipped, in_a_row, bad_loss = self.state.tolist()
         return {
             "bad_step": bad_step, "skipped": skipped, "in_a_row": in_a_row, "bad_loss": bad_loss

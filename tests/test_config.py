@@ -93,6 +93,22 @@ def saved_run(tmp_path, *words, name="old", **decided):
 # --- layers --------------------------------------------------------------------------------------
 
 
+def test_a_restart_of_a_fresh_start_keeps_what_its_first_life_decided(tmp_path, monkeypatch):
+    folder = saved_run(tmp_path, "--model", "resnet18", shards="8")
+    words = ("--model", "resnet18", "--fresh", "--run-dir", folder)
+    assert config(*words).shards == "auto"  # typed by a person: the old run is set aside
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert config(*words).shards == "8"  # typed again by SLURM: it is that run which goes on
+
+
+def test_what_makes_no_run_takes_no_jobs_folder(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert config("--model", "resnet18").run_dir == str(Path("runs") / "slurm-7")
+    for words in (("--eval-only", "--weights", "w.safetensors"), ("--find-lr",), ("--dry-run",)):
+        assert config("--model", "resnet18", *words).run_dir is None
+
+
 def test_each_layer_wins_over_the_one_below(tmp_path):
     assert TrainConfig().epochs == 10
     assert config("--model", "vgg11").epochs == MODELS["vgg11"].recipe["epochs"] == 30

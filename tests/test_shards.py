@@ -271,7 +271,9 @@ def test_in_stop_mode_no_update_is_made_from_the_first_bad_number_on():
 def test_in_skip_mode_bad_updates_are_left_out_counted_and_too_many_in_a_row_stop():
     guard, changed = guarded_steps(True, {0, 2, 3}, 5)
     assert changed == [False, True, False, False, True]
-    assert guard.report() == {"bad_step": 0, "skipped": 3, "in_a_row": 0, "bad_loss": 0}
+    assert guard.report() == {"bad_step": -1, "skipped": 3, "in_a_row": 0, "bad_loss": -1}
+    guard, _ = guarded_steps(True, {0, 2, 3})  # the first of the streak under way is to blame
+    assert guard.report() == {"bad_step": 2, "skipped": 3, "in_a_row": 2, "bad_loss": 2}
     assert not guard.must_stop(guard.report())
     guard, _ = guarded_steps(True, set(range(1, 10)), 10)
     assert guard.report()["in_a_row"] == 9 and not guard.must_stop(guard.report())
@@ -284,3 +286,16 @@ def test_a_bad_gradient_without_a_bad_loss_blames_no_loss():
     guard = Guard(torch.device("cpu"), torch.optim.SGD([weight], lr=0.1, fused=True), False)
     guard.check(torch.tensor(float("nan")), torch.tensor(1.0), 4)
     assert guard.report() == {"bad_step": 4, "skipped": 1, "in_a_row": 1, "bad_loss": -1}
+
+
+def test_a_step_whose_update_is_left_out_leaves_the_running_statistics_alone():
+    for found in (0.0, 1.0):
+        model = full()
+        made = Shards(FakeAccelerator(), model, BatchPlan(SIZE, 2, 1), lambda *_: 5, False)
+        made.undoes = True
+        before = [b.clone() for b in model.buffers()]
+        for part in made(batch(), 0):
+            model(part["images"] * (float("nan") if found else 1.0))
+        made.undo_buffers(torch.tensor(found))
+        same = [torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True)]
+        assert same == [bool(found)] * 3
