@@ -104,7 +104,7 @@ def test_a_restart_of_a_fresh_start_keeps_what_its_first_life_decided(tmp_path, 
 def test_what_makes_no_run_takes_no_jobs_folder(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    assert config("--model", "resnet18").run_dir == str(Path("runs") / "slurm-7")
+    assert config("--model", "resnet18").run_dir.endswith("slurm-7")
     for words in (("--eval-only", "--weights", "w.safetensors"), ("--find-lr",), ("--dry-run",)):
         assert config("--model", "resnet18", *words).run_dir is None
 
