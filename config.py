@@ -40,7 +40,10 @@ class TrainConfig:
     )
     data_dir: str | None = setting(None, "where a local copy of the data lies", group="what")
     weights: str = setting(
-        "auto", "auto, none, imagenet or a .pth/.safetensors file to start from", group="what"
+        "auto",
+        "auto (imagenet for alexnet where it can be had, else none), none, imagenet, or a "
+        ".pth/.safetensors file to start from",
+        group="what",
     )
     freeze: str = setting(
         "none", "train everything, or only the head", group="what", choices=("none", "backbone")
@@ -116,7 +119,9 @@ class TrainConfig:
     limit: int = setting(
         0, "use only so many training and test images; 0: all", group="images", low=0
     )
-    num_workers: int = setting(0, "data loader workers per process", group="images", low=0)
+    num_workers: int = setting(
+        0, "ignored: images lie in memory, no worker loads them", group="images", low=0
+    )
     skip_bad_images: bool = setting(
         False, "leave out images that cannot be read, and list them", group="images"
     )
@@ -146,7 +151,10 @@ class TrainConfig:
     )
     keep: int = setting(3, "newest checkpoints kept, besides the best model", group="run", low=2)
     log_every: int = setting(
-        0, "steps between rows of metrics.jsonl; 0: ten an epoch", group="run", low=0
+        0,
+        "steps between rows of metrics.jsonl; 0: ten an epoch, at most 50 steps",
+        group="run",
+        low=0,
     )
     plots: bool = setting(True, "draw the run's pictures at its end", group="run")
     track: str = setting(
@@ -336,7 +344,12 @@ def build_parser() -> argparse.ArgumentParser:
     act.add_argument("--dry-run", action="store_true", help="build all, one step, write nothing")
     act.add_argument("--eval-only", action="store_true", help="evaluate the run's best model")
     act.add_argument("--find-lr", action="store_true", help="suggest a learning rate and stop")
-    act.add_argument("--resume", nargs="?", const="runs/latest", help="run folder to continue")
+    act.add_argument(
+        "--resume",
+        nargs="?",
+        const="runs/latest",
+        help="run folder to continue (alone: runs/latest)",
+    )
     act.add_argument("--fresh", action="store_true", help="start over in --run-dir")
     act.add_argument(
         "--allow-change",

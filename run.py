@@ -255,7 +255,7 @@ class Run:
         return source
 
     def build_model(self) -> torch.nn.Module:
-        """The model with its starting weights, tried on two images before anything is written."""
+        """The model with its starting weights, tried on a few images before anything is written."""
         config, source, device = self.config, self.source, self.accelerator.device
         seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
         num_classes = max(1, len(source.classes))

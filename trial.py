@@ -48,7 +48,7 @@ def try_model(run, model: torch.nn.Module) -> float:
         raise UserError(
             f"--model {run.config.model}: fails on {size} images {shape} at --image-size "
             f"{run.config.image_size}: {str(error).splitlines()[0]}; "
-            "python train.py --debug with the same flags shows where"
+            "python train.py --debug with the same flags but --run-dir shows where"
         ) from None
     unused = [n for n, p in trial.named_parameters() if p.requires_grad and p.grad is None]
     if unused and len(unused) == sum(p.requires_grad for p in trial.parameters()):

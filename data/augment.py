@@ -113,7 +113,8 @@ class Augment:
         """Images blended with those of the reversed batch, and soft targets (n, num_classes).
 
         mixup (Zhang et al., ICLR 2018) blends whole images, cutmix (Yun et al., ICCV 2019) pastes a
-        box; with both on, a coin decides. The whole tensor is treated alike, keyed by its first
+        box; with both on (from code; the command line takes one), a coin
+        decides. The whole tensor is treated alike, keyed by its first
         index, so give it one shard at a time.
         """
         targets = F.one_hot(labels, num_classes).float()

@@ -150,8 +150,8 @@ class Watch:
         own += f"{self.phase}: {type(error).__name__}: {error}"
         if out_of_memory(error):
             own += (
-                "\nout of memory: try a smaller --batch-size, or more --accumulate (the same "
-                "result in smaller pieces), or a smaller --image-size"
+                "\nout of memory: in a new run, try a smaller --batch-size or --image-size, "
+                "or more --accumulate (smaller pieces); docs/troubleshooting.md has more"
             )
         if peer_failed(error):
             time.sleep(1.5)  # the one that failed first may still be writing its report

@@ -1,6 +1,6 @@
 """Checks the nodes before a run: one table, a remedy per finding, go (0) or no go (1).
 
-Alone:             python launch/preflight.py -- --model alexnet --dataset cifar10
+Alone:             python launch/preflight.py -- --model resnet18 --dataset cifar10
 In an allocation:  LOCKSTEP_PREFLIGHT=1 sbatch ... launch/slurm.sbatch, or
                    python launch/submit.py --preflight ...
 """

@@ -1,4 +1,4 @@
-"""Submits a training job to SLURM, after checking all that can be checked before it queues.
+"""Submits a training job to SLURM, after checking its flags: all that needs no data and no node.
 
 python launch/submit.py --nodes 2 --gpus 8 --time 4h -- --model vgg16 --dataset cifar10
 """
@@ -147,10 +147,13 @@ def trainer_settings(arguments: list[str], python: str) -> dict[str, tuple[str, 
 
 
 def check_settings(settings: dict, options: argparse.Namespace) -> None:
-    """What only the allocation makes wrong: data left to chance, a batch that does not divide."""
+    """What only a job makes wrong: data or weights left to chance, a batch that does not divide."""
     if settings["dataset"][0] == "auto":
         raise Problem("name the data set, e.g. --dataset cifar10: a job does not take what it "
                       "happens to reach")  # fmt: skip
+    if settings["model"][0] == "alexnet" and settings["weights"][0] == "auto":
+        raise Problem("name alexnet's start, --weights none or --weights imagenet: a job does not "
+                      "take what it happens to reach")  # fmt: skip
     if options.array and not options.sweep and settings["seed"][1] == "flag":
         raise Problem("--seed with --array would train the same run in every task: drop it (the "
                       "task's number is the seed), or use --sweep")  # fmt: skip
@@ -314,7 +317,7 @@ def submit(argv: list[str]) -> int:
     options = build_parser().parse_args(own)
     if not arguments:
         raise Problem("train.py's flags are missing: submit.py --nodes 1 --gpus 8 -- --model "
-                      "alexnet --dataset cifar10")  # fmt: skip
+                      "resnet18 --dataset cifar10")  # fmt: skip
     check(options)
     python = options.python or sys.executable
     if options.array or options.sweep:

@@ -398,6 +398,7 @@ def test_submit_hands_sbatch_every_byte(tmp_path):
     [
         ([], ["--modell", "alexnet"], "--model"),
         ([], ["--model", "alexnet"], "name the data set"),
+        ([], ["--model", "alexnet", "--dataset", "cifar10"], "name alexnet's start"),
         ([], [*TINY, "--data-dir", "a\nb"], "line break"),
         (["--nodes", "3"], [*TINY, "--batch-size", "16"], "15 and 18 do"),
         (["--time", "soon"], TINY, "--time soon"),

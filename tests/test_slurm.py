@@ -320,6 +320,15 @@ def test_a_wrong_flag_fails_at_once_and_does_not_requeue(slurm):
     assert "--modell: no such option" in log(slurm, job) and restarts(slurm, job) == 0
 
 
+def test_a_job_that_only_evaluates_weights_succeeds_and_leaves_no_run(slurm, alone):
+    flags = [*TRAIN, "--eval-only", "--weights", str(alone / "model.safetensors")]
+    job = sbatch(slurm, "--nodes=2", flags=flags)
+    assert slurm.wait(job) == "COMPLETED", log(slurm, job)
+    best = json.loads((alone / "summary.json").read_text())["best/test/accuracy"]
+    assert f"{100 * best:.2f} %" in log(slurm, job), (best, log(slurm, job))
+    assert not (slurm.home / "runs" / f"slurm-{job}").exists()
+
+
 def test_a_forgotten_srun_is_named(slurm):
     train = f"{sys.executable} train.py --model resnet18 --dataset digits"
     job = slurm.run("sbatch", "--parsable", "--nodes=2", f"--wrap={train}", cwd=slurm.home).strip()
