@@ -159,11 +159,11 @@ def test_sbatch_lines_stand_where_slurm_reads_them():
 def test_scripts_carry_placement_and_no_setting_of_the_trainer():
     """The one flag a script adds is the array task's seed."""
     flags = {s for a in build_parser()._actions for s in a.option_strings if s.startswith("--")}
-    flags -= {"--help", "--resume", "--seed", "--run-dir"}
+    flags -= {"--help", "--resume", "--seed", "--run-dir", "--eval-only", "--find-lr", "--dry-run"}
     for script in SCRIPTS:
         code = [re.sub(r"(^|\s)#.*", "", line) for line in script.read_text().splitlines()]
         words = set(re.findall(r"--[a-z][a-z-]+", "\n".join(code)))
-        shown_in_messages = {"--dataset", "--model"}
+        shown_in_messages = {"--dataset", "--model", "--weights"}
         assert not (words & flags) - shown_in_messages, script.name
 
 
