@@ -115,7 +115,6 @@ class StopVote:
     def new_phase(self) -> None:
         """Beats get another length from here on, on every process: vote at the next one."""
         self._next, self._began_at, self._new_phase = self._beats, self._beats, True
-        self._last_vote = time.monotonic()
 
     def ask_all(self) -> int:
         """A vote that waits for everyone: at the end of phases that have no beats."""

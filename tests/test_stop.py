@@ -249,6 +249,16 @@ def test_a_new_phase_with_other_beats_votes_at_once(monkeypatch):
         assert max(away.beats(60, length)) <= max(1.2, 1.2 * length), length
 
 
+def test_one_process_looks_too_when_its_phases_are_short(monkeypatch, tmp_path):
+    away = Clockwork(monkeypatch)
+    away.vote.group, away.vote.stop_file = None, tmp_path / "STOP"
+    away.vote.stop_file.touch()
+    for _ in range(10):  # epochs of a tenth of a second
+        away.vote.new_phase()
+        away.beats(0.1, 0.01)
+    assert away.vote.poll() == STOP_FILE
+
+
 def test_beats_that_only_fill_a_queue_do_not_put_votes_off_for_long(monkeypatch):
     away = Clockwork(monkeypatch)
     away.vote.new_phase()
