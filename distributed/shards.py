@@ -54,7 +54,7 @@ class Shards:
             id(b) for m in self.bare.modules() if isinstance(m, _NormBase) for b in m.buffers()
         }
         self.read_in_training = any(id(b) not in norms for b in self.buffers)
-        self.undoes = False  # whether buffers as they were before a step are kept for undo_buffers
+        self.undoes = False  # whether undo_buffers puts the buffers from before a step back
         self.before: list[Tensor] = []
 
     @property
@@ -65,10 +65,9 @@ class Shards:
     def __call__(self, batch: dict, step: int) -> Iterator[dict]:
         """Yield the shards of this process: the loop runs forward and backward on each."""
         count, size = self.plan.shards_per_process, self.plan.micro_batch_size
-        start = after_first = None
-        self.before = [b.clone() for b in self.buffers] if self.undoes else []
-        if self.buffers and count > 1:
-            start = [b.clone() for b in self.buffers]
+        self.before = [b.clone() for b in self.buffers] if self.undoes or count > 1 else []
+        start = self.before if self.before and count > 1 else None
+        after_first = None
         gradients = []
         for index in range(count):
             last = index == count - 1

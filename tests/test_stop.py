@@ -235,48 +235,48 @@ class Clockwork:
 
 @pytest.mark.parametrize("length", [0.001, 0.01, 0.05, 0.4, 3.0])
 def test_votes_stay_a_second_apart_whatever_a_step_costs(monkeypatch, length):
-    away = Clockwork(monkeypatch)
-    away.vote.new_phase()
-    gaps = away.beats(200, length)
+    clock = Clockwork(monkeypatch)
+    clock.vote.new_phase()
+    gaps = clock.beats(200, length)
     assert max(gaps) <= max(1.2, 1.2 * length)
     assert len(gaps) < 30 + 200 / max(0.8, length)  # and no more of them than needed
 
 
 def test_a_new_phase_with_other_beats_votes_at_once(monkeypatch):
-    away = Clockwork(monkeypatch)
+    clock = Clockwork(monkeypatch)
     for length in (0.01, 0.5, 0.002, 2.0):
-        away.vote.new_phase()
-        assert max(away.beats(60, length)) <= max(1.2, 1.2 * length), length
+        clock.vote.new_phase()
+        assert max(clock.beats(60, length)) <= max(1.2, 1.2 * length), length
 
 
 def test_one_process_looks_too_when_its_phases_are_short(monkeypatch, tmp_path):
-    away = Clockwork(monkeypatch)
-    away.vote.group, away.vote.stop_file = None, tmp_path / "STOP"
-    away.vote.stop_file.touch()
+    clock = Clockwork(monkeypatch)
+    clock.vote.group, clock.vote.stop_file = None, tmp_path / "STOP"
+    clock.vote.stop_file.touch()
     for _ in range(10):  # epochs of a tenth of a second
-        away.vote.new_phase()
-        away.beats(0.1, 0.01)
-    assert away.vote.poll() == STOP_FILE
+        clock.vote.new_phase()
+        clock.beats(0.1, 0.01)
+    assert clock.vote.poll() == STOP_FILE
 
 
 def test_beats_that_only_fill_a_queue_do_not_put_votes_off_for_long(monkeypatch):
-    away = Clockwork(monkeypatch)
-    away.vote.new_phase()
-    away.beats(0.0001 * 20, 0.0001)  # twenty steps given to a GPU, none done
-    assert max(away.beats(60, 0.05)) < 4
+    clock = Clockwork(monkeypatch)
+    clock.vote.new_phase()
+    clock.beats(0.0001 * 20, 0.0001)  # twenty steps given to a GPU, none done
+    assert max(clock.beats(60, 0.05)) < 4
 
 
 def test_a_timed_save_is_agreed_once_each_time_it_is_due(monkeypatch):
-    away = Clockwork(monkeypatch)
-    away.vote.save_every, saves = 60.0, []
+    clock = Clockwork(monkeypatch)
+    clock.vote.save_every, saves = 60.0, []
 
     def save():
-        if away.vote.save_agreed:
-            saves.append(away.now)
-            away.vote.saved()
+        if clock.vote.save_agreed:
+            saves.append(clock.now)
+            clock.vote.saved()
 
-    away.vote.new_phase()
-    away.vote.saved()
-    away.beats(400, 0.02, save)
+    clock.vote.new_phase()
+    clock.vote.saved()
+    clock.beats(400, 0.02, save)
     assert len(saves) == 6
     assert all(60 <= b - a <= 63 for a, b in itertools.pairwise(saves))
