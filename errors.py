@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 # Exit status of a process of ours; 130 is a second Ctrl-C at a terminal.
 FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
+
+
+class NumbersGoneBad(RuntimeError):
+    """A loss or gradient that is not finite; every process raises it at the same step."""

@@ -9,85 +9,152 @@ if __name__ == "__main__":  # before torch is imported: --help and a typo cost n
     SETTINGS = parse_or_exit(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
+import math
+from collections.abc import Iterable
+
 import torch
 
+from data.build import Batch, Data, build_data
 from distributed import faults
-from lr_finder import find_lr
-from optim import build_optimizer
-from panels import show_evaluation, show_start
-from run import Run, guarded
+from distributed.checkpoint import Progress
+from distributed.world import World
+from optim import build_average, build_optimizer, set_lr
+from report import panels
+from report.ending import finish, run_to_exit
+from report.logbook import Logbook
+from training.checkpoints import Checkpoints, load_best
+from training.features import cache_features
+from training.learner import Learner
+from training.lr_finder import find_lr
+from training.not_finite import refuse_not_finite
+from training.observer import Observer
+from training.plan import decide
+from training.schedule import Schedule, build_schedule
+from training.start import agreed_facts, read_source, start_model, weights_card
 
 
-def main(run: Run) -> int:
-    """One life of a run, from the data to the exit status."""
-    run.open()
-    run.load_data()
-    model = run.build_model()
-    optimizer = build_optimizer(model, run.config)
-    run.ready(*run.accelerator.prepare(model, optimizer, run.train_loader, run.test_loader))
-    run.resume()
-    show_start(run)
-    if run.actions.eval_only:
-        return show_evaluation(run, evaluate(run))
-    if run.actions.find_lr:
-        return find_lr(run, train_step)
+def main(world: World, observer: Observer) -> int:
+    """One life of a run, from the plan to the exit status."""
+    plan = decide(world)
+    log = world.enter(Logbook(plan, world))
+    source = read_source(plan, world)
+    data = build_data(plan.settings, source, world.num_processes, world.device)
+    plan = plan.with_batch(data.batch)
+    config, actions = plan.config, plan.actions
 
-    while not run.is_over():
-        if not run.evaluation_is_due():
-            train_one_epoch(run)
-        if run.evaluation_is_due() and not run.stop_reason:
-            run.keep(evaluate(run))
-    return run.finish()
+    started = start_model(plan, data, world)
+    average = build_average(started.model, config)
+    optimizer = build_optimizer(started.model, config)
+    model, optimizer, *loaders = world.accelerator.prepare(started.model, optimizer, *data.loaders)
+    data = data.prepared(loaders)
+    learner = Learner(model, optimizer, average, started.task, config, data.batch, world)
+    schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run)
+
+    facts, card = agreed_facts(plan.settings, data, learner.bare, world), weights_card(plan, data)
+    checkpoints = world.enter(Checkpoints(plan.folder, config, facts, card, world, log.saved))
+    progress = checkpoints.resume(learner, actions.allow_change, log.screen.warn)
+    weights = load_best(config, learner) if actions.eval_only else ""
+    log.begin(plan, data, facts, progress)
+    cached = "" if actions.eval_only else cache_features(learner, data, config, world)
+    world.stop.ask_all()  # a stop may have been asked for while we started
+    panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
+    observer.started(learner, data, schedule, progress)
+    if actions.eval_only:
+        results = evaluate(learner, data, world, progress)
+        return panels.show_evaluation(log.screen, results, weights, learner.task, data)
+    if actions.find_lr:
+        found = find_lr(learner, data, world, train_step)
+        return panels.show_rates(log.screen, found, config, world)
+
+    while not (schedule.over(progress) or world.stop.reason):
+        if not schedule.evaluates(progress):
+            log.open_epoch(schedule, progress)
+            batches = world.watched(data.rest_of_epoch(*schedule.place(progress.step)), progress)
+            batches = observer.batches(batches)
+            train_one_epoch(learner, data, batches, schedule, progress, checkpoints, log, world)
+        if schedule.evaluates(progress) and not world.stop.reason:
+            with log.pause():
+                results = evaluate(learner, data, world, progress)
+            if results and log.evaluated(results, learner.task, data, schedule, progress):
+                problem = checkpoints.save_weights("model.safetensors", learner, progress)
+                log.kept_best(problem, progress)
+    if actions.dry_run:
+        return panels.show_trial(log.screen, data, started.seconds_per_image)
+    return finish(log, checkpoints, learner, data, schedule, progress, world)
 
 
-def train_one_epoch(run: Run) -> None:
-    """Train on what is left of the epoch; stops early when all processes agreed to stop."""
-    run.model.train()
-    for batch in run.batches():  # this process's slice of the global batch
-        run.set_lr()
-        train_step(run, batch)
-        run.step_done()
+def train_one_epoch(
+    learner: Learner,
+    data: Data,
+    batches: Iterable[Batch],
+    schedule: Schedule,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    log: Logbook,
+    world: World,
+) -> None:
+    """Train on what is left of an epoch; stops early when all processes agreed to stop."""
+    learner.model.train()
+    for batch in batches:  # this process's slice of the global batch
+        set_lr(learner.optimizer, schedule.lr(progress.step))
+        train_step(learner, data, batch, progress.step, schedule.place(progress.step)[0])
+        progress.count_step()
+        log.step(schedule, progress)
+        writes_row = schedule.logs(progress.step)
+        if writes_row or world.device.type == "cpu":  # where it costs no wait
+            refuse_not_finite(learner, data, schedule, log.run_folder)
+        if writes_row:
+            images = progress.take_summed() * data.batch.batch_size
+            log.row(math.fsum(learner.take_loss_sums()) / images, data, schedule, progress)
+        world.beat(progress.step)
+        if checkpoints.due(progress, schedule) and not world.stop.reason:
+            refuse_not_finite(learner, data, schedule, log.run_folder)
+            with log.pause():
+                checkpoints.save(learner, progress)
+        if world.stop.reason or not schedule.trains(progress):
+            break
 
 
-def train_step(run: Run, batch: dict) -> None:
+def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int) -> None:
     """One update of the weights: forward and backward for each shard, then the optimizer."""
-    model, optimizer, augment, task = run.model, run.optimizer, run.augment, run.task
-    for shard, part in enumerate(run.shards(batch, run.progress.step), run.shards.first):
-        images = run.inputs(augment.train(part["images"], part["indices"], run.epoch))
+    augment, task, shards = data.augment, learner.task, learner.shards
+    for shard, part in enumerate(shards(batch, step), shards.first):
+        images = learner.inputs(augment.train(part["images"], part["indices"], epoch))
         labels = part["labels"].to(images.device, non_blocking=True)
-        images, labels = run.mix(images, labels, part["indices"])
-        logits = model(images)
+        images, labels = augment.mix(images, labels, part["indices"], epoch, task.num_classes)
+        logits = learner.model(images)
         loss = task.loss(logits, labels)  # summed over the shard
-        run.accelerator.backward(loss * run.shards.scale)
-        run.sums[shard] += loss.detach()  # on the device: reading it each step would wait
-    skipped = run.gradients_are_bad()
-    optimizer.step()
-    optimizer.zero_grad()
-    if run.average is not None:
-        run.average.update(run.bare, skipped)
+        learner.accelerator.backward(loss * shards.scale)
+        learner.sums[shard] += loss.detach()  # on the device: reading it each step would wait
+    skipped = learner.check_gradients(step)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    if learner.average is not None:
+        learner.average.update(learner.bare, skipped)
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict[str, dict] | None:
+def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> dict | None:
     """Metrics of each split, every image counted once; None if the run was told to stop."""
-    model = run.evaluated_model().eval()
+    world.phase("evaluate", progress.step, new_beats=True)
+    model, augment, task = learner.evaluated_model().eval(), data.augment, learner.task
     results = {}
-    for split, loader in run.evaluation_loaders():
-        counts = run.task.new_counts(run.accelerator.device)
+    for split, loader in data.test_loaders.items():
+        counts = task.new_counts(world.device)
         for batch in loader:
-            faults.hit("evaluate", run.progress.step)
-            images = run.augment.evaluate(batch["images"])
-            with run.accelerator.autocast():
-                logits = run.augment.vote(lambda view: model(run.inputs(view)), images)
+            faults.hit("evaluate", progress.step)
+            images = augment.evaluate(batch["images"])
+            with world.accelerator.autocast():
+                logits = augment.vote(lambda view: model(learner.inputs(view)), images)
             labels, weights = (batch[name].to(logits.device) for name in ("labels", "weights"))
-            run.task.count(counts, logits, labels, weights)
-            if run.beat():
+            task.count(counts, logits, labels, weights)
+            if world.beat(progress.step):
                 return None
-        counts = run.accelerator.reduce(counts, reduction="sum").cpu()
-        results[split] = run.task.metrics(counts)
+        counts = world.accelerator.reduce(counts, reduction="sum").cpu()
+        results[split] = task.metrics(counts)
         assert results[split]["images"] == len(loader.dataset), "an image was lost or counted twice"
     return results
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main, SETTINGS))
+    raise SystemExit(run_to_exit(main, SETTINGS))

@@ -46,6 +46,16 @@ class Progress:
     sums: list[float] = field(default_factory=list)  # what the next metrics row adds up
     summed: int = 0  # steps in those sums
 
+    def count_step(self) -> None:
+        """An update was made; the next row counts it."""
+        self.step += 1
+        self.summed += 1
+
+    def take_summed(self) -> int:
+        """The updates of a row; the next row begins."""
+        summed, self.summed = self.summed, 0
+        return summed
+
 
 # --- what is saved: plain CPU tensors, taken in one go -------------------------------------------
 

@@ -1,0 +1,117 @@
+"""All that a run reads: the data set, the batch that is possible, loaders, augmentation."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from config import BatchPlan, Settings, plan_batch
+from data.augment import Augment
+from data.loaders import EVALUATION_BATCH, Resident, build_test_loader, build_train_loader
+from data.order import GlobalBatchSampler, split_validation
+from data.sources import ImageSet, Source, limited
+from errors import UserError
+from models import lookup
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and evaluation batches; knows nothing of the model.
+
+    `test_loaders` are by split: "val", where a part of the training images is held out, and "test".
+    """
+
+    source: Source
+    batch: BatchPlan
+    augment: Augment
+    sampler: GlobalBatchSampler
+    train_loader: DataLoader
+    test_loaders: dict[str, DataLoader]
+
+    @property
+    def train(self) -> Resident:
+        return self.train_loader.dataset
+
+    @property
+    def test(self) -> Resident:
+        return self.test_loaders["test"].dataset
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.source.classes)
+
+    @property
+    def chosen_on(self) -> str:
+        """The split that decides which weights are the best."""
+        return "val" if "val" in self.test_loaders else "test"
+
+    @property
+    def loaders(self) -> list[DataLoader]:
+        """What Accelerate prepares."""
+        return [self.train_loader, *self.test_loaders.values()]
+
+    def prepared(self, loaders: list[DataLoader]) -> Self:
+        """The same with the loaders that Accelerate made of `loaders`."""
+        tests = dict(zip(self.test_loaders, loaders[1:], strict=True))
+        return replace(self, train_loader=loaders[0], test_loaders=tests)
+
+    def rest_of_epoch(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """This process's slice of each global batch of an epoch, from one of its steps on."""
+        self.sampler.start(epoch, first_step)
+        yield from self.train_loader
+
+    def endless(self) -> Iterator[Batch]:
+        """Epoch after epoch, for trials that are no run."""
+        for epoch in itertools.count():
+            yield from self.rest_of_epoch(epoch, 0)
+
+    def indices(self, step: int) -> list[int]:
+        """Which training images the global batch of a step holds."""
+        per_epoch = self.sampler.steps_per_epoch
+        self.sampler.start(step // per_epoch, step % per_epoch)
+        return next(iter(self.sampler)).tolist()
+
+
+def build_data(
+    settings: Settings, source: Source, num_processes: int, device: torch.device
+) -> Data:
+    """Loaders and augmentation of a loaded source for so many processes.
+
+    Raises UserError where the batch, the shards and the processes do not fit together.
+    """
+    config = settings.config
+    entry = lookup(config.model)
+    if entry.task != source.task:
+        fits = "--dataset line" if entry.task == "regression" else "an image data set"
+        raise UserError(
+            f"--model {config.model} is for {entry.task}, the data set {source.name} is for "
+            f"{source.task}; give it {fits}"
+        )
+    train, test = limited(source.train, config.limit), limited(source.test, config.limit)
+    if settings.actions.dry_run:
+        test = limited(test, 2 * EVALUATION_BATCH * num_processes)
+    tests = {"test": test}
+    if config.val_fraction:
+        kept, held_out = split_validation(len(train), config.val_fraction, config.seed)
+        validation = ImageSet(train.images[held_out], train.labels[held_out])
+        train = ImageSet(train.images[kept], train.labels[kept])
+        tests = {"val": validation, "test": test}
+    batch = plan_batch(settings, num_processes, len(train))
+    train_loader, sampler = build_train_loader(train, batch.batch_size, config.seed, device)
+    augment = Augment(
+        config.augment, config.image_size, source.mean, source.std, config.seed,
+        cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
+        alternating_flip=config.alternating_flip, no_flip=source.no_flip,
+        tta=config.tta,
+    )  # fmt: skip
+    test_loaders = {
+        split: build_test_loader(images, num_processes, device) for split, images in tests.items()
+    }
+    return Data(source, batch, augment, sampler, train_loader, test_loaders)
+

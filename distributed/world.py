@@ -1,0 +1,133 @@
+"""The processes of a run: the accelerator, what they agree on, and how they leave together."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+
+from config import Settings, seconds
+from distributed import accelerator as machine
+from distributed import faults
+from distributed.checkpoint import Progress
+from distributed.stop import StopVote
+from distributed.watch import Watch
+from errors import NumbersGoneBad, UserError
+
+T = TypeVar("T")
+
+
+class World:
+    """One process among those of a run. A context: leaving it undoes what entering it changed.
+
+    `settings` are the given ones with what only the machine could decide. What is entered with
+    `enter` is left first, in turn. On the way out of an error that all processes share, the groups
+    end; after any other failure they may hang, and are left to the end of the process.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.began = time.monotonic()
+        self.stop = StopVote().install()
+        try:
+            self.accelerator, self.settings = machine.build_accelerator(settings)
+            self.device: torch.device = self.accelerator.device
+            self.is_main: bool = self.accelerator.is_main_process
+            self.num_processes: int = self.accelerator.num_processes
+            self.process_index: int = self.accelerator.process_index
+            self.stop.connect(self.num_processes, self.is_main, machine.wait_limit())
+        except BaseException:
+            self.stop.uninstall()
+            raise
+        if self.settings.config.max_time:
+            self.stop.deadline = self.began + seconds(self.settings.config.max_time)
+        self.watch = Watch(self.process_index, self.num_processes)
+        self._contexts = contextlib.ExitStack()
+        self._failure: tuple[BaseException, str] | None = None
+        self.left_behind = False  # something hangs that the interpreter's end would wait for
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        try:
+            self._contexts.__exit__(kind, error, trace)
+        finally:
+            if error is None or isinstance(error, UserError):
+                self._leave(error)
+            self.stop.uninstall()
+
+    def _leave(self, error: BaseException | None) -> None:
+        if error is None:
+            machine.end(self.accelerator)
+        if error is None or self.is_main:
+            self.watch.stop()
+        else:
+            self.watch.leave(error)
+
+    def enter(self, context: contextlib.AbstractContextManager[T]) -> T:
+        """Enter a context that ends with this one, before it and before those entered earlier."""
+        return self._contexts.enter_context(context)
+
+    def failure(self, error: BaseException) -> str:
+        """What went wrong, in words; the first call for an error also writes its crash report."""
+        if self._failure is None or self._failure[0] is not error:
+            shared = isinstance(error, NumbersGoneBad)  # nobody crashed: all of them say the same
+            self._failure = error, str(error) if shared else self.watch.report(error)
+        return self._failure[1]
+
+    # --- agreeing -------------------------------------------------------------------------------
+
+    def main_decides(self, decide: Callable[[], T]) -> T:
+        """What decide() returns on the main process; its UserError is raised on every process."""
+        return machine.main_decides(self.accelerator, decide)
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, on every process."""
+        return machine.broadcast(self.accelerator, value)
+
+    def everyones(self, mine: T) -> list[T]:
+        """This value of every process, by rank."""
+        return machine.everyones(self.accelerator, mine)
+
+    def refuse_disagreement(self, facts: dict[str, str]) -> None:
+        """All processes must hold the same facts; the odd ones are named in a UserError."""
+        machine.refuse_disagreement(self.accelerator, facts)
+
+    def describe(self) -> str:
+        """`2 x NVIDIA A100`, `CPU (2 threads)`: the devices in words."""
+        return machine.describe(self.accelerator)
+
+    # --- while it runs --------------------------------------------------------------------------
+
+    def phase(self, name: str, step: int, new_beats: bool = False) -> None:
+        """Where this process is, for those who wait for it; with `new_beats`, beats that follow
+        have another length."""
+        self.watch.at(name, step)
+        if new_beats:
+            self.stop.new_phase()
+
+    def watched(self, batches: Iterable[T], progress: Progress) -> Iterator[T]:
+        """The batches of an epoch: others see whether this process waits for data or computes."""
+        self.phase("data", progress.step, new_beats=True)
+        for batch in batches:
+            faults.hit("step", progress.step)
+            self.watch.at("step", progress.step)
+            yield batch
+            self.watch.at("data", progress.step)
+
+    def beat(self, step: int) -> bool:
+        """One vote beat, in training and in evaluation; whether to leave."""
+        self.watch.at(self.watch.phase, step)
+        return bool(self.stop.poll())
+
+
+def restarts_left() -> bool:
+    """Whether an elastic agent stands above us that would restart a process with status 75."""
+    most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < most

@@ -1,0 +1,242 @@
+"""What a run tells: rows, status, the best so far, trackers, the screen, the ending."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import TracebackType
+from typing import Self
+
+from config import restarted, to_json
+from data.build import Data
+from distributed.checkpoint import Progress, sweep
+from distributed.world import World
+from errors import FINISHED, UserError
+from report import panels
+from report.screen import Chrono, Report
+from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_trackers
+from tasks import Classification, Regression
+from training.plan import Plan, starts_over
+from training.run_dir import RunDir, describe_environment, launch_command, set_aside
+from training.schedule import Schedule
+
+LIVES_WITHOUT_PROGRESS = 3
+
+
+class Logbook:
+    """Writes on the main process; on the others it only keeps count. Gets numbers, no model.
+
+    Entering the folder happens here: it is locked, and its status says how each life ended. On the
+    way out of an error the status says so; a folder in which no run was born is removed.
+    """
+
+    def __init__(self, plan: Plan, world: World) -> None:
+        self.plan, self.world = plan, world
+        self.screen = Report(enabled=world.is_main)
+        for title, text in plan.shouts:
+            self.screen.shout(title, text)
+        for text in plan.warnings:
+            self.screen.warn(text)
+        self.folder: RunDir | None = None  # on the main process, where there is one
+        self.life = 0
+        self.clock = Chrono()
+        self.trackers: list[Tracker] = []
+        self._row_problem = ""
+        if plan.folder is not None:
+            self.life = world.main_decides(self._enter_folder)
+            world.stop.stop_file = plan.folder / "STOP"
+            world.watch.start(plan.folder, limited=not plan.actions.debug)
+            if self.folder is not None:
+                self.screen.attach(plan.folder)
+                world.watch.on_beat = self.folder.beat
+                world.watch.on_stall = lambda text: self.status(status="failed", reason=text)
+
+    def _enter_folder(self) -> int:
+        """Lock the folder; the number of this life."""
+        folder, actions = self.plan.folder, self.plan.actions
+        if starts_over(actions):
+            aside = set_aside(folder)
+            if aside is not None:
+                self.screen.show(f"the old run is now {aside}")
+        if actions.debug and (folder / "config.json").exists():
+            raise UserError(
+                f"{folder} holds a run, and --debug makes a small one of its own: name another "
+                "--run-dir, or none"
+            )
+        run_dir = RunDir(folder)
+        run_dir.open()
+        self.folder = run_dir
+        (folder / "STOP").unlink(missing_ok=True)
+        sweep(run_dir.checkpoints)
+        return int(run_dir.read_status().get("life", -1)) + 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.screen.close_bar()
+        if error is None:
+            return
+        if isinstance(error, UserError):
+            self.screen.close()  # Windows removes no open file
+            if self.folder is not None:
+                self.world.watch.stop()
+                self.folder.abandon()
+        elif isinstance(error, Exception) and self.folder is not None:
+            step = self.world.watch.step
+            again = self.folder.read_status().get("failed_at") == step
+            reason = self.world.failure(error).splitlines()[0]
+            self.status(status="failed", reason=reason, failed_at=step, failed_twice=again)
+
+    # --- the beginning of a life ----------------------------------------------------------------
+
+    def begin(self, plan: Plan, data: Data, facts: dict[str, str], progress: Progress) -> None:
+        """The files that say this run is alive again; refuses a loop of crashes.
+
+        `plan` is the one that the data completed.
+        """
+        self.plan = plan
+        if self.plan.folder is not None:
+            self.world.main_decides(lambda: self._begin(data, facts, progress))
+
+    def _begin(self, data: Data, facts: dict[str, str], progress: Progress) -> None:
+        folder, settings = self.folder, self.plan.settings
+        self._refuse_crash_loop(progress.step)
+        folder.keep_metrics(progress.metrics_rows)
+        if self.life == 0 or not (folder.folder / "config.json").exists():
+            gpus = self.world.device.type == "cuda"
+            command = launch_command(list(settings.argv), self.world.num_processes, gpus)
+            about = describe_environment({"devices": self.world.describe(), **facts})
+            folder.write_birth(to_json(settings), command, about)
+            folder.write_source(data.source)
+        else:
+            folder.write_config(to_json(settings))
+        folder.link_latest()
+        self.trackers = build_trackers(
+            self.plan.config.track, folder.folder, folder.folder.name,
+            asdict(self.plan.config), self.screen.warn,
+        )  # fmt: skip
+        folder.begin_life(self.life, progress.step)
+
+    def _refuse_crash_loop(self, step: int) -> None:
+        """Automatic restarts end where lives die without getting further."""
+        old = self.folder.read_status()
+        died = old.get("status") in ("running", "failed")
+        deaths = int(old.get("deaths", 0)) + 1 if died and old.get("resumed_at") == step else 0
+        self.folder.status(
+            deaths=deaths, failed_at=old.get("failed_at") if died else None, failed_twice=False
+        )
+        if not restarted():
+            return
+        message = ""
+        if deaths >= LIVES_WITHOUT_PROGRESS:
+            message = f"{deaths} lives in a row died after step {step} without a new checkpoint"
+        if old.get("failed_twice"):
+            message = f"step {old['failed_at']} failed twice in a row: {old['reason']}"
+        if message:
+            self.folder.status(status="failed", reason=message)
+            raise UserError(f"{message}; see {self.folder.folder / 'crash'} and start it by hand")
+
+    # --- while it trains ------------------------------------------------------------------------
+
+    def open_epoch(self, schedule: Schedule, progress: Progress) -> None:
+        """A bar for what is left of an epoch, where the screen has one."""
+        epoch, first = schedule.place(progress.step)
+        title = f"epoch {epoch + 1}/{self.plan.config.epochs}"
+        self.screen.open_bar(schedule.steps_per_epoch, first, title)
+
+    def step(self, schedule: Schedule, progress: Progress) -> None:
+        """An update was made."""
+        self.clock.step()
+        if self.plan.config.compile and self.clock.steps == 2:
+            self.screen.show(f"compiling took {duration(self.clock.leave_out_compiling())}")
+        self.screen.advance((progress.step - 1) % schedule.steps_per_epoch + 1)
+
+    def row(self, train_loss: float, data: Data, schedule: Schedule, progress: Progress) -> None:
+        """A row of training: the mean loss of an image since the last one."""
+        row = {
+            "step": progress.step,
+            "epoch": schedule.place(progress.step - 1)[0] + 1,
+            "train/loss": train_loss,
+            "lr": schedule.lr(progress.step - 1),
+            "speed/images_per_second": self.clock.speed(data.batch.batch_size),
+        }
+        self._record(row, progress)
+        left = self.clock.left(schedule.last_step - progress.step)
+        self.screen.train_line(row, schedule.last_step, left)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens within counts as no training: the speed and the time left leave it out."""
+        began = time.monotonic()
+        yield
+        self.clock.pause(time.monotonic() - began)
+
+    def evaluated(
+        self, results: dict[str, dict], task: Classification | Regression, data: Data,
+        schedule: Schedule, progress: Progress,
+    ) -> bool:  # fmt: skip
+        """Record an evaluation in rows and progress; whether it is the best so far."""
+        progress.evaluated = progress.step
+        progress.last = results["test"]
+        epoch = progress.step / schedule.steps_per_epoch
+        epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
+        row = {"step": progress.step, "epoch": epoch}
+        for split, metrics in results.items():
+            row |= {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, float)}
+        chosen = results.get("val", results["test"])[task.best_is]
+        better = task.better(chosen, progress.best)
+        if better:
+            progress.best, progress.best_epoch = chosen, epoch
+            progress.best_step, progress.best_metrics = progress.step, results["test"]
+        self._record(row, progress)
+        left = self.clock.left(schedule.last_step - progress.step)
+        panels.show_epoch(self.screen, self.plan, task, data, schedule, progress, row, better, left)
+        return better
+
+    def _record(self, row: dict, progress: Progress) -> None:
+        """A row for metrics.jsonl, the truth, and for the trackers, its copies."""
+        progress.metrics_rows += 1
+        if self.folder is None:
+            return
+        problem = self.folder.append_metrics(row)
+        if problem and not self._row_problem:
+            self.screen.warn(f"metrics.jsonl cannot be written ({problem}); rows wait in memory")
+        self._row_problem = problem
+        self.status(step=progress.step)
+        for tracker in self.trackers:
+            tracker.log(row)
+
+    def status(self, **values: object) -> None:
+        """Into status.json, which is worth no crash where the disk is full."""
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                self.folder.status(**values)
+
+    def saved(self, problem: str) -> None:
+        """From the writer's thread: a failed save is on the screen and in the status at once."""
+        if problem:
+            self.screen.warn(problem)
+        self.status(last_save_error=problem)
+
+    def kept_best(self, problem: str, progress: Progress) -> None:
+        """The best weights were written, or why not."""
+        if problem:
+            self.screen.warn(problem)
+        self.status(step=progress.step, best=progress.best)
+
+    # --- at the end -----------------------------------------------------------------------------
+
+    def finish_trackers(self, code: int) -> bool:
+        """Whether all have their rows; those that hang are left behind."""
+        patience = FINISH_SECONDS if code == FINISHED else STOP_SECONDS
+        return all([tracker.finish(patience) for tracker in self.trackers])
+
+    def close(self) -> None:
+        """The last line is written."""
+        self.screen.close()
+        if self.folder is not None:
+            self.folder.close()

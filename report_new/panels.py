@@ -1,0 +1,237 @@
+"""What a run shows at its start, at each evaluation and at its end; what it sums up on disk."""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+from torch import nn
+
+from config import TrainConfig, recipe_of
+from data.build import Data
+from distributed.accelerator import cpu_has_bf16
+from distributed.checkpoint import Progress
+from distributed.world import World
+from errors import FAILED, FINISHED, STOPPED
+from report import pictures
+from report.screen import Report, duration, percent
+from tasks import Classification, Regression
+from training.learner import Learner
+from training.lr_finder import Rates
+from training.plan import Plan
+from training.run_dir import SKIPPED, write_json, write_text
+from training.schedule import Schedule
+from training.start import Started
+
+PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
+
+
+def show_start(
+    screen: Report, plan: Plan, data: Data, started: Started, learner: Learner,
+    schedule: Schedule, progress: Progress, world: World,
+) -> None:  # fmt: skip
+    """The start panel: what will run, and every setting that is not the default."""
+    config, batch, settings = plan.config, data.batch, plan.settings
+    total = sum(p.numel() for p in learner.bare.parameters())
+    trainable = sum(p.numel() for p in learner.parameters)
+    held = "" if trainable == total else f", {trainable:,} of them train"
+    equation = (
+        f"{batch.batch_size} = {batch.num_processes} process{'es' * (batch.num_processes > 1)} x "
+        f"{batch.shards_per_process} shard{'s' * (batch.shards_per_process > 1)} x "
+        f"{batch.micro_batch_size} images"
+    )
+    per_epoch, left = schedule.steps_per_epoch, schedule.last_step - progress.step
+    per_step = started.seconds_per_image * batch.batch_size / batch.num_processes
+    per_test = started.seconds_per_image * len(data.test) / 3 / batch.num_processes
+    evaluations = math.ceil(left / per_epoch / config.eval_every)
+    expected = left * per_step + evaluations * per_test
+    rows = [
+        ("model", f"{config.model}, {total:,} parameters{held}"),
+        ("weights", started.weights or "from scratch"),
+        ("data", f"{config.dataset}: {len(data.train):,} training, {len(data.test):,} test images"),
+        ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
+        ("batch", equation),
+        ("steps", f"{schedule.last_step} ({per_epoch} an epoch, {config.epochs} epochs)"),
+        ("time", f"about {duration(expected)}"),
+        ("folder", config.run_dir or "none (dry run)"),
+    ]
+    resumed = progress.step > 0
+    if schedule.over(progress):
+        longer = "--epochs N trains longer, --fresh starts over"
+        rows.insert(0, ("finished", f"this run is finished at step {progress.step}; {longer}"))
+    elif resumed:
+        best = progress.best
+        shown = f", best {percent(best)}" if best and learner.task.best_is == "accuracy" else ""
+        epoch = schedule.place(progress.step)[0]
+        rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{shown}"))
+    hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
+    changed = [
+        (f.name, str(getattr(config, f.name)), settings.origin(f.name))
+        for f in fields(TrainConfig)
+        if f.name not in hidden and getattr(config, f.name) != f.default
+    ]
+    screen.start_panel("lockstep", rows, changed)
+    for note in filter(None, (batch.note, *_notes(plan, data))):
+        screen.warn(note)
+    if expected > 1800 and world.device.type == "cpu":
+        screen.show(
+            f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
+            f"--dataset {config.dataset} --limit 2000 --epochs 2"
+        )
+        chosen = settings.origin("mixed_precision") != "machine"
+        if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
+            screen.show("this CPU multiplies bf16 faster: try --mixed-precision bf16")
+
+
+def _notes(plan: Plan, data: Data) -> list[str]:
+    config, notes = plan.config, []
+    if config.num_workers:
+        notes.append(
+            "--num-workers is ignored: the images are in memory and augmented on the device"
+        )
+    if data.source.skipped:
+        where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
+        notes.append(f"{len(data.source.skipped)} images cannot be read and are left out{where}")
+    usual = recipe_of(config.model, config.weights).get("optimizer", TrainConfig.optimizer)
+    if config.optimizer != usual and plan.settings.origin("lr") in ("recipe", "default"):
+        notes.append(
+            f"the learning rate {config.lr:g} is meant for {usual}; one for {config.optimizer} is "
+            "found by --find-lr, and given with --lr"
+        )
+    return notes
+
+
+def show_epoch(
+    screen: Report, plan: Plan, task: Classification | Regression, data: Data,
+    schedule: Schedule, progress: Progress, row: dict, better: bool, left: float, stopping: bool,
+) -> None:  # fmt: skip
+    """One line that can be read from across the room; long runs show one in so many."""
+    epochs, epoch = plan.config.epochs, row["epoch"]
+    words = [f"epoch {epoch}/{epochs}"]
+    for split in ("val", "test"):
+        if f"{split}/loss" in row:
+            words.append(f"{split} loss {row[f'{split}/loss']:.4f}")
+        if f"{split}/accuracy" in row:
+            words.append(f"accuracy {percent(row[f'{split}/accuracy'])}")
+        if f"{split}/r2" in row:
+            words.append(f"R2 {row[f'{split}/r2']:.4f}")
+    words.append(f"best {percent(progress.best)}" if task.best_is == "accuracy" else "")
+    words.append(f"ETA {duration(left)}" if left else "")
+    quiet = epochs > 40 and epoch % max(1, epochs // 20)
+    if not quiet or stopping or schedule.over(progress):
+        screen.epoch_line("  ".join(filter(None, words)), better)
+    if not (plan.actions.dry_run or plan.actions.debug):  # a few steps teach no model anything
+        doubts = task.doubts(progress.last, data.classes)
+        if epoch < PATIENCE and schedule.trains(progress):
+            doubts = {word: text for word, text in doubts.items() if word == "explodes"}
+        screen.warn_once(doubts)
+
+
+def show_evaluation(
+    screen: Report, results: dict[str, dict] | None, weights: str,
+    task: Classification | Regression, data: Data,
+) -> int:  # fmt: skip
+    """What --eval-only prints; nothing is written. The exit status."""
+    if results is None:
+        return STOPPED
+    rows = []
+    for split, metrics in results.items():
+        numbers = (f"{k} {v:.6g}" for k, v in metrics.items() if isinstance(v, float))
+        rows.append((split, f"{metrics['images']} images: {', '.join(numbers)}"))
+    if "confusion" in results["test"]:
+        screen.class_table(data.classes, results["test"]["confusion"])
+    screen.end_panel(f"evaluated {weights}", rows, good=True)
+    screen.warn_once(task.doubts(results["test"], data.classes))
+    return FINISHED
+
+
+def show_trial(screen: Report, data: Data, seconds_per_image: float) -> int:
+    """What --dry-run ends with. The exit status."""
+    rows = [("tried", "one step and two evaluation batches; nothing was written")]
+    epoch = seconds_per_image * len(data.train) / data.batch.num_processes
+    rows.append(("epoch", f"about {duration(epoch)} of training"))
+    screen.end_panel("dry run: all is well", rows, good=True)
+    return FINISHED
+
+
+def write_summary(
+    folder: Path, plan: Plan, data: Data, schedule: Schedule, progress: Progress,
+    status: str, reason: str, life: int, skipped_updates: int,
+) -> None:  # fmt: skip
+    """summary.json and confusion.json. Raises OSError."""
+    best, last = progress.best_metrics, progress.last
+    summary = {
+        "status": status, "reason": reason, "dataset": plan.config.dataset,
+        "model": plan.config.model, "step": progress.step,
+        "epoch": progress.step / schedule.steps_per_epoch, "seconds": progress.seconds,
+        "best_chosen_on": "validation" if data.chosen_on == "val" else "test",
+        "best/epoch": progress.best_epoch, "best/step": progress.best_step,
+        "life": life, "skipped_images": len(data.source.skipped),
+        "skipped_updates": skipped_updates,
+    }  # fmt: skip
+    summary |= {f"test/{k}": v for k, v in last.items() if isinstance(v, float)}
+    summary["test/images"] = last.get("images")
+    summary |= {f"best/test/{k}": v for k, v in best.items() if isinstance(v, float)}
+    write_json(folder / "summary.json", summary)
+    if "confusion" in best:  # a file of its own: a thousand classes are a million numbers
+        about = {"split": "test", "step": progress.best_step, "epoch": progress.best_epoch}
+        matrix = json.dumps({**about, "matrix": best["confusion"]}, separators=(",", ":"))
+        write_text(folder / "confusion.json", matrix + "\n")
+
+
+def show_ending(
+    screen: Report, folder: Path, page: Path | None, data: Data, progress: Progress,
+    model: nn.Module, code: int, reason: str,
+) -> None:  # fmt: skip
+    """The table and the panel of the end."""
+    best, last = progress.best_metrics, progress.last
+    rows = []
+    if "accuracy" in best:
+        screen.class_table(data.classes, best["confusion"])
+        split = "validation part" if data.chosen_on == "val" else "test split"
+        rows.append(("last", f"{percent(last['accuracy'])} of {last['images']} test images"))
+        words = f"{percent(best['accuracy'])} at epoch {progress.best_epoch}"
+        rows.append(("best", f"{words} (best epoch chosen on the {split})"))
+    elif best:
+        rows.append(("test", f"loss {last['loss']:.4f}, R2 {last['r2']:.4f}"))
+        learned = {k: v.flatten().tolist() for k, v in model.state_dict().items()}
+        rows += [(k, f"{v[0]:.4f}") for k, v in learned.items() if len(v) == 1]
+    rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
+    rows.append(("folder", str(folder)))
+    if page is not None:
+        rows.append(("page", str(page)))
+    title = "finished"
+    if code == STOPPED:
+        title = f"stopped at step {progress.step}: {reason}"
+        rows.append(("go on", f"python train.py --resume {folder}"))
+    elif code == FAILED:
+        title = f"ended without its last checkpoint: {reason}"
+    else:
+        if data.source.task == "classification":
+            rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
+        rows.append(("repeat", f"sh {folder / 'command.sh'}"))
+    screen.end_panel(title, rows, good=code == FINISHED)
+
+
+def show_rates(screen: Report, found: Rates | None, config: TrainConfig, world: World) -> int:
+    """What --find-lr prints: the table, the picture and what to type. The exit status."""
+    if found is None:
+        screen.show(f"--find-lr: {world.stop.why(world.stop.reason)}; nothing is suggested")
+        return STOPPED
+    if not world.is_main:
+        return FINISHED
+    path = Path("runs") / f"find-lr-{Path(config.model.replace(':', '-')).name}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        pictures.lr_curve(found.rates, found.losses, found.suggestion, path)
+        picture = str(path)
+    except OSError as error:
+        screen.warn(f"--find-lr: {path} cannot be written ({error}); type it in another folder")
+        picture = "none"
+    every = max(1, len(found.rates) // 12)
+    shown = list(zip(found.rates, found.losses, strict=True))[::every]
+    rows = [(f"{rate:.2e}", f"loss {loss:.4f}") for rate, loss in shown]
+    rows += [("picture", picture), ("suggested", f"--lr {found.suggestion:.2g}")]
+    rows.append(("optimizer", f"{config.optimizer}, batch {config.batch_size}; no run was made"))
+    screen.end_panel("learning rate", rows, good=True)
+    return FINISHED

@@ -1,0 +1,1 @@
+"""What surrounds the loop: plan, schedule, learner, checkpoints, logbook."""

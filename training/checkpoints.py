@@ -1,0 +1,163 @@
+"""When a run is saved, and where it goes on."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from config import TrainConfig, seconds
+from distributed.checkpoint import (
+    Progress,
+    Writer,
+    capture,
+    newest_valid,
+    read_checkpoint,
+    restore,
+    save_tensors,
+)
+from distributed.world import World
+from errors import UserError
+from training.learner import Learner
+
+
+class Checkpoints:
+    """The checkpoints and weights of one run folder; of none, where nothing is kept.
+
+    `facts` are fingerprints (data, order, model, code) that a checkpoint carries and a resume
+    compares. `card` is what a file of weights says of itself. Leaving the context waits for the
+    save that is under way.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        config: TrainConfig,
+        facts: dict[str, str],
+        card: dict[str, object],
+        world: World,
+        on_saved: Callable[[str], None],
+    ) -> None:
+        self.folder, self.facts, self.card, self.world = folder, facts, card, world
+        self.writer = None
+        if folder is not None and world.is_main:
+            self.writer = Writer(folder / "checkpoints", config.keep, lambda _: on_saved(self._why()))
+        by_time = config.checkpoint_every != "epoch" and not config.checkpoint_every.isdigit()
+        world.stop.save_every = seconds(config.checkpoint_every) if by_time else None
+        self._mark = world.began
+        self._saved: tuple[int, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if self.writer is not None:
+            self.writer.wait()
+
+    def resume(
+        self, learner: Learner, allowed: tuple[str, ...], warn: Callable[[str], None]
+    ) -> Progress:
+        """Restore the newest whole checkpoint, if there is one; where the run stands.
+
+        `allowed` are the --allow-change names. Raises UserError where the data are others.
+        """
+        if self.folder is None:
+            return Progress()
+        places = self.folder / "checkpoints"
+        found = self.world.main_decides(lambda: newest_valid(places, warn))
+        if found is None:
+            return Progress()
+        path, manifest = found
+        self._compare(manifest["facts"], allowed, warn)
+        files, progress = read_checkpoint(path)
+        restore(
+            files, learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
+        )
+        if len(progress.sums) != len(learner.sums):
+            progress.summed = 0
+        elif self.world.is_main:  # they are those of all processes together
+            learner.sums.copy_(torch.tensor(progress.sums))
+        return progress
+
+    def _compare(
+        self, facts: dict[str, str], allowed: tuple[str, ...], warn: Callable[[str], None]
+    ) -> None:
+        if facts.get("data") != self.facts["data"] and "dataset" not in allowed:
+            raise UserError(
+                f"the data are not those this run was trained on (fingerprint {facts.get('data')}, "
+                f"now {self.facts['data']}); bring the old data back, start a new run, or add "
+                "--allow-change dataset"
+            )
+        if facts.get("order", self.facts["order"]) != self.facts["order"]:
+            warn("the order of the samples is no longer that of this checkpoint")
+        if facts.get("code") != self.facts["code"]:
+            warn(
+                "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
+            )
+
+    def save(self, learner: Learner, progress: Progress) -> None:
+        """A checkpoint of this step: a copy to host memory now, the disk in the background.
+
+        All processes take part.
+        """
+        self.world.phase("save", progress.step)
+        learner.agree_on_buffers()
+        progress.sums = learner.loss_sums()
+        if self.writer is not None:
+            self.writer.wait()
+            now = time.monotonic()
+            progress.seconds += now - self._mark
+            self._mark = now
+            files = capture(
+                learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
+            )
+            self.writer.start(files, progress, self.facts)
+        self.world.stop.saved()
+        self._saved = (progress.step, progress.evaluated)
+
+    def save_last(self, learner: Learner, progress: Progress) -> str:
+        """Make sure that this very state is on the disk; why it is not, on every process."""
+        if self._saved != (progress.step, progress.evaluated):
+            self.save(learner, progress)
+        failed = self.world.main_decides(self._wait)
+        if failed:  # once more: the disk may have room again
+            self.save(learner, progress)
+            failed = self.world.main_decides(self._wait)
+        return failed
+
+    def _wait(self) -> str:
+        self.writer.wait()
+        return self.writer.error
+
+    def _why(self) -> str:
+        return self.writer.error if self.writer is not None else ""
+
+    def save_weights(self, name: str, learner: Learner, progress: Progress) -> str:
+        """Main process: the evaluated weights with all that prediction needs, readable without
+        this program. Returns why they could not be written."""
+        if self.writer is None:
+            return ""
+        card = {**self.card, "step": progress.step}
+        metadata = {"lockstep": json.dumps(card)}  # one key: safetensors keeps no order of several
+        try:
+            save_tensors(self.folder / name, learner.weights(), metadata)
+        except Exception as error:
+            return f"{name} could not be written ({error}); training goes on"
+        return ""
+
+
+def load_best(path: Path, learner: Learner) -> None:
+    """For --eval-only: a run's best weights."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        raise UserError(f"--eval-only: {path} is missing or cannot be read") from None
+    learner.load_weights(tensors)

@@ -1,0 +1,33 @@
+"""What is said where a loss or a gradient is no finite number any more."""
+
+from pathlib import Path
+
+from data.build import Data
+from errors import NumbersGoneBad
+from training.learner import Learner
+from training.run_dir import write_json
+from training.schedule import Schedule
+
+
+def refuse_not_finite(
+    learner: Learner, data: Data, schedule: Schedule, folder: Path | None
+) -> None:
+    """Raise NumbersGoneBad where an update could not be made; one host wait, on all processes.
+
+    The images of that update are named in `folder`, which the main process has.
+    """
+    found = learner.not_finite()
+    if found is None:
+        return
+    indices = data.indices(found.step)
+    where = f"in the loss on rank {found.ranks}" if found.ranks else "in the gradient"
+    if folder is not None:
+        (folder / "crash").mkdir(exist_ok=True)
+        facts = {"step": found.step, "ranks": found.ranks, "indices": indices}
+        write_json(folder / "crash" / "nonfinite.json", facts)
+    raise NumbersGoneBad(
+        f"a number that is not finite appeared {where} at step {found.step} "
+        f"(learning rate {schedule.lr(found.step):.3g}, samples {indices[:8]}...); the weights "
+        "before it are kept. Try a lower --lr, --grad-clip 1, or --mixed-precision bf16 instead of "
+        "fp16"
+    )

@@ -1,0 +1,126 @@
+"""What a run is going to do: the world looked at once, by the main process, for all of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from config import Actions, BatchPlan, Settings, TrainConfig, recipe_of, restarted
+from data.sources import choose_dataset
+from distributed.checkpoint import visible
+from distributed.world import World
+from errors import UserError
+from models import lookup
+from models.weights import imagenet_reach
+from run_dir import fresh_name
+
+Layer = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decided before anything is loaded; the same on every process.
+
+    `folder` is None for trials that leave no run. `goes_on`: the folder holds a checkpoint or, for
+    --eval-only, weights, so that none need to be found to start from. `shouts` are (title, text) of
+    choices that were made because something is missing, `warnings` sentences.
+    """
+
+    settings: Settings
+    config: TrainConfig
+    folder: Path | None
+    goes_on: bool
+    shouts: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def actions(self) -> Actions:
+        return self.settings.actions
+
+    def with_batch(self, batch: BatchPlan) -> "Plan":
+        """The plan with the batch and the shards that the data and the processes allow."""
+        decided = {"batch_size": batch.batch_size, "shards": str(batch.shards)}
+        changed = {k: v for k, v in decided.items() if v != getattr(self.config, k)}
+        settings = self.settings.with_layer("batch plan", changed)
+        return replace(self, settings=settings, config=settings.config)
+
+
+def leaves_no_run(actions: Actions) -> bool:
+    return actions.dry_run or actions.find_lr or actions.eval_only
+
+
+def decide(world: World) -> Plan:
+    """Choose data set, starting weights and run folder, once, on the main process."""
+    settings = world.settings
+    found = world.main_decides(lambda: _look(settings))
+    settings = settings.with_layer("recipe", found["recipe"])
+    for origin, values in found["layers"].items():
+        settings = settings.with_layer(origin, values, before=found["before"])
+    folder = None
+    if not leaves_no_run(settings.actions):
+        config, debug = settings.config, settings.actions.debug
+        folder = world.main_decides(lambda: _choose_folder(config, debug))
+        settings = settings.with_layer("run folder", {"run_dir": str(folder)})
+    return Plan(
+        settings, settings.config, folder, found["goes_on"], found["shouts"], found["warnings"]
+    )
+
+
+def _look(settings: Settings) -> dict:
+    """Which data, which weights; what the user typed always wins."""
+    config, layers = settings.config, {}
+    shouts: list[tuple[str, str]] = []
+    warnings: list[str] = []
+    goes_on = _has_weights(settings)
+    entry = lookup(config.model)
+    asked = config.dataset
+    if asked == "auto" and entry.task == "regression":
+        asked = "line"
+    dataset, reason = choose_dataset(asked, config.data_dir)
+    if config.dataset == "auto":
+        if dataset == "digits":
+            shouts.append(("training on digits, not on CIFAR-10", reason))
+        layers["available"] = {"dataset": dataset}
+    weights = config.weights
+    if weights == "auto":
+        weights = "none"
+        if config.model == "alexnet" and entry.finetune:
+            reached, reason = imagenet_reach(config.model)
+            weights = "imagenet" if reached else "none"
+            if not reached:
+                warnings.append(f"starting from scratch: {reason}")
+        layers.setdefault("available", {})["weights"] = weights
+    elif weights == "imagenet" and not goes_on:
+        reached, reason = imagenet_reach(config.model)
+        if not reached:
+            raise UserError(f"--weights imagenet: {reason}")
+    if dataset == "digits":  # a moved or mirrored digit of 8 pixels is another digit
+        layers["data set"] = {"augment": "none"}
+    before = next((o for o in ("saved run", "--debug") if o in settings.layers), "")
+    before = before or next((o for o in settings.layers if o.startswith("file")), "flag")
+    return {
+        "layers": layers,
+        "goes_on": goes_on,
+        "recipe": recipe_of(config.model, weights),
+        "before": before,
+        "shouts": tuple(shouts),
+        "warnings": tuple(warnings),
+    }
+
+
+def _has_weights(settings: Settings) -> bool:
+    """Whether the run folder holds what --weights would only begin with."""
+    config, actions = settings.config, settings.actions
+    if config.run_dir is None or starts_over(actions):
+        return False
+    return actions.eval_only or bool(visible(Path(config.run_dir) / "checkpoints"))
+
+
+def starts_over(actions: Actions) -> bool:
+    """--fresh, as a person typed it: a launcher that restarts the command means to go on."""
+    return actions.fresh and not restarted()
+
+
+def _choose_folder(config: TrainConfig, debug: bool) -> Path:
+    if config.run_dir is None:
+        return fresh_name(Path("runs"), "debug" if debug else config.model, config.dataset)
+    return Path(config.run_dir)

@@ -1,0 +1,123 @@
+"""From a plan to what the loop needs: the data set, a model with its starting weights, facts."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config import Settings, to_json
+from data.build import Data
+from data.keyed_random import mix
+from data.sources import Source, load_source
+from distributed import faults
+from distributed.accelerator import code_fingerprint, model_fingerprint
+from distributed.shards import seed_dropout
+from distributed.world import World
+from errors import UserError
+from models import build_model, lookup
+from models.weights import freeze_backbone, load_weights
+from tasks import Classification, Regression, build_task
+from training.plan import Plan
+
+WEIGHTS = 102  # a stream of `mix`, beside those of data/keyed_random.py
+
+
+@dataclass(frozen=True)
+class Started:
+    """A model on its device; `weights` says where its weights come from, "" for from scratch."""
+
+    model: nn.Module
+    weights: str
+
+
+def read_source(plan: Plan, world: World) -> Source:
+    """The data set of a plan, the same on every process."""
+    faults.hit("data")
+    config = plan.config
+    source = load_source(
+        config.dataset, data_dir=config.data_dir, image_size=config.image_size,
+        skip_bad_images=config.skip_bad_images, seed=config.seed,
+    )  # fmt: skip
+    # Before anything is built from it: another number of classes would die inside DDP.
+    world.refuse_disagreement({"data": source.fingerprint})
+    return source
+
+
+def start_model(plan: Plan, data: Data, world: World) -> Started:
+    """The model with its starting weights, the same on every process, on the device."""
+    config = plan.config
+    entry = lookup(config.model)
+    seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
+    num_classes = max(1, len(data.classes))
+    model = build_model(config.model, num_classes=num_classes, image_size=config.image_size)
+    weights = ""
+    if config.weights not in ("none", "auto") and not plan.goes_on:
+        weights = _load_weights(model, config.model, config.weights, num_classes, world)
+    if config.freeze == "backbone":
+        freeze_backbone(model, config.model)
+    if hasattr(model, "start_from_data") and not weights:
+        _start_from_data(model, data, world)
+    layout = torch.channels_last if entry.channels_last else torch.contiguous_format
+    return Started(model.to(world.device, memory_format=layout), weights)
+
+
+def _load_weights(
+    model: nn.Module, name: str, weights: str, num_classes: int, world: World
+) -> str:
+    """One process of each node first, which may have to download them, then the others."""
+    message, problem = "", None
+    for mine in (True, False):
+        if world.accelerator.is_local_main_process == mine:
+            try:
+                message = load_weights(model, name, weights, num_classes)
+            except UserError as error:
+                problem = str(error)
+        world.accelerator.wait_for_everyone()
+    for rank, found in enumerate(world.everyones(problem)):
+        if found is not None:
+            raise UserError(f"rank {rank}: {found}" if rank else found)
+    return message
+
+
+def _start_from_data(model: nn.Module, data: Data, world: World) -> None:
+    """Weights that a model takes from the images: made by the main process, sent to all.
+
+    A resumed run overwrites them with those of its checkpoint.
+    """
+    if world.is_main:
+        images = data.train.images[:2000].cpu()
+        model.start_from_data(data.augment.evaluate(images))
+    state = world.broadcast(model.state_dict() if world.is_main else None)
+    model.load_state_dict(state)
+
+
+def agreed_facts(settings: Settings, data: Data, model: nn.Module, world: World) -> dict[str, str]:
+    """Fingerprints of what decides a run's numbers, which all processes must share."""
+    own_file = Path(settings.config.model.partition(".py:")[0] + ".py")
+    facts = {
+        "data": data.source.fingerprint,
+        "model": model_fingerprint(model),
+        "order": data.sampler.fingerprint(),
+        "code": code_fingerprint(own_file),
+    }
+    digest = hashlib.blake2b(to_json(settings).encode(), digest_size=8).hexdigest()
+    world.refuse_disagreement({**facts, "settings": digest})
+    return facts
+
+
+def weights_card(plan: Plan, data: Data) -> dict[str, object]:
+    """What a file of weights says of itself, so that predict.py needs nothing else."""
+    source = data.source
+    return {
+        "model": plan.config.model, "image_size": plan.config.image_size,
+        "classes": source.classes, "mean": source.mean, "std": source.std,
+        "dataset": plan.config.dataset,
+    }  # fmt: skip
+
+
+def start_task(plan: Plan, data: Data, model: nn.Module) -> Classification | Regression:
+    """What the batches mean to this model."""
+    num_classes = max(1, len(data.classes))
+    return build_task(data.source.task, num_classes, plan.config.label_smoothing, model)
