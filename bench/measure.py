@@ -39,7 +39,7 @@ class Gate:
     """Lets a loop run in windows of `warm` untimed and `steps` timed steps, each upon a "go".
 
     Between windows the loop stands still, so that the processes of a comparison take turns on a
-    machine whose load changes. `parts` are seconds of a window by name, filled by `timed`.
+    machine whose load changes. `parts` are seconds of a window by name, filled by `count`.
     """
 
     def __init__(self, steps: int, warm: int, batch_size: int, rest: float = 0.0):
@@ -73,18 +73,9 @@ class Gate:
             raise SystemExit(0)
         self._left = self.warm + self.steps
 
-    def timed(self, thing: object, name: str, part: str) -> None:
-        """Count the seconds of thing.name(...) under `part`; for CPUs, which do not run ahead."""
-        function = getattr(thing, name)
-
-        def counted(*arguments, **keywords):
-            began = time.perf_counter()
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - began
-
-        setattr(thing, name, counted)
+    def count(self, part: str, seconds: float) -> None:
+        """So long a part of a step took; for CPUs, which do not run ahead."""
+        self.parts[part] = self.parts.get(part, 0.0) + seconds
 
 
 def say(**values) -> None:

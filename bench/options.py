@@ -7,13 +7,22 @@ above 1 says that the trainer's own choice is the faster one.
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from bench.measure import Arm, Gate, arguments_of, ratio, shown, spread, table, take_turns
-from bench.throughput import flags_of, limit_arm, of_each_model
+from bench.throughput import Limit, flags_of, of_each_model
+from config import parse_or_exit
+from data.build import Data
+from distributed.accelerator import keep_freed_memory
+from distributed.checkpoint import Progress
+from report.ending import run_to_exit
+from train import main as train_main
+from training.learner import Learner
+from training.schedule import Schedule
 
 CPU = (
     "as trained", "other memory layout", "optimizer not fused", "memory given back", "bf16",
@@ -31,51 +40,39 @@ FLAGS = {
 }
 
 
-def change(option: str, model: str) -> None:
-    """Turn one thing round, before the run is set up."""
-    import distributed.accelerator
-    import models
-    import optim
+class Changed(Limit):
+    """The limit's loop after one thing of the set-up was turned round."""
 
-    if option == "other memory layout":
-        entry = models.MODELS[model]
-        models.MODELS[model] = replace(entry, channels_last=not entry.channels_last)
-    elif option == "optimizer not fused":
-        fused = torch.optim.SGD
-        optim.torch.optim.SGD = lambda *a, **k: fused(*a, **k | {"fused": False})
-    elif option == "memory given back":
-        distributed.accelerator.keep_freed_memory = lambda: None
-    elif option in ("fp32 without TF32", "no cudnn.benchmark"):
-        import run
+    def __init__(self, gate: Gate, option: str) -> None:
+        super().__init__(gate, read=option == "loss read each step")
+        self.option = option
 
-        opened = run.Run.open
-
-        def open_then_change(self) -> None:
-            opened(self)
-            if option == "no cudnn.benchmark":
+    def started(
+        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
+    ) -> None:
+        match self.option:
+            case "other memory layout":
+                learner.channels_last = not learner.channels_last
+                layout = torch.channels_last if learner.channels_last else torch.contiguous_format
+                learner.bare.to(memory_format=layout)
+            case "optimizer not fused":
+                for group in learner.optimizer.param_groups:
+                    group["fused"] = False
+            case "memory given back":
+                keep_freed_memory(False)
+            case "no cudnn.benchmark":
                 torch.backends.cudnn.benchmark = False
-            else:
+            case "fp32 without TF32":
                 torch.set_float32_matmul_precision("highest")
                 torch.backends.cudnn.allow_tf32 = False
-
-        run.Run.open = open_then_change
-    elif option.startswith("DDP"):
-        import torch.distributed as dist
-        from torch.nn.parallel import DistributedDataParallel
-
-        import run
-
-        ready = run.Run.ready
-
-        def ready_in_ddp(self, model, *prepared) -> None:
-            ready(self, model, *prepared)
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            self.model = DistributedDataParallel(
-                model, gradient_as_bucket_view=option == "DDP", broadcast_buffers=False
-            )
-
-        run.Run.ready = ready_in_ddp
+            case "DDP" | "DDP, gradients copied":
+                backend = "nccl" if torch.cuda.is_available() else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+                learner.model = DistributedDataParallel(
+                    learner.model, gradient_as_bucket_view=self.option == "DDP",
+                    broadcast_buffers=False,
+                )  # fmt: skip
+        super().started(learner, data, schedule, progress)
 
 
 def measure(model: str, arguments, folder: Path) -> dict:
@@ -141,10 +138,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.arm:
         option, model = arguments.arm, arguments.models
-        change(option, model)
         gate = Gate(arguments.steps, 1, arguments.batch_size)
         flags = flags_of(model, "synthetic", arguments.batch_size, arguments.folder)
-        limit_arm(gate, flags + FLAGS.get(option, []), read=option == "loss read each step")
+        settings = parse_or_exit(flags + FLAGS.get(option, []))
+        return run_to_exit(train_main, settings, Changed(gate, option))
     arguments.options = list(dict.fromkeys(["as trained", *arguments.options.split(";")]))
     if unknown := [name for name in arguments.options if name not in names]:
         parser.error(f"no such option: {unknown[0]}; known: {'; '.join(names)}")

@@ -4,83 +4,64 @@
 `down` and `turns` are no faults but the controls: weights moved by one unit in the last place.
 """
 
-import os
+import itertools
 import sys
+from collections.abc import Iterable
 
 import torch
 
 from config import parse_or_exit
-from run import Run, guarded
+from data.build import Batch, Data
+from distributed.checkpoint import Progress
+from distributed.shards import Shards
+from report.ending import run_to_exit
 from train import main
+from training.learner import Learner
+from training.observer import Observer
+from training.recorder import observer_asked_for
+from training.schedule import Schedule
 
 
-def nudge(run: Run, directions: tuple[float, float]) -> None:
+class Planted(Observer):
+    """Another observer's run with a fault in it."""
+
+    def __init__(self, fault: str, recorder: Observer) -> None:
+        self.fault, self.recorder = fault, recorder
+
+    def started(
+        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
+    ) -> None:
+        self.recorder.started(learner, data, schedule, progress)
+        self.progress, self.schedule = progress, schedule
+        rank, count = learner.accelerator.process_index, learner.accelerator.num_processes
+        match self.fault:
+            case "up" | "down" | "turns":
+                nudge(learner.parameters, self.fault)
+            case "seed":  # the last rank draws its augmentation from another seed
+                data.augment.seed += rank == count - 1
+            case "schedule":  # the rate moves on once per process, as a prepared scheduler would
+                total = max(1, schedule.total_steps // count)
+                object.__setattr__(schedule, "total_steps", total)
+            case "batchnorm":  # running statistics move with every shard of a process
+                Shards.buffers = []
+            case "buffers":  # each rank evaluates with its own running statistics
+                learner.shards.broadcast_buffers = lambda: None
+
+    def batches(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        begins = self.schedule.place(self.progress.step)[1] == 0
+        if self.fault == "skip" and begins:  # every epoch begins with its second batch
+            batches = itertools.islice(batches, 1, None)
+        return self.recorder.batches(batches)
+
+
+def nudge(parameters: list[torch.nn.Parameter], towards: str) -> None:
     """The smallest change there is, to see how far rounding alone carries a run."""
-    for number, p in enumerate(run.parameters):
-        towards = torch.full_like(p.data, directions[number % 2])
-        p.data.copy_(torch.nextafter(p.data, towards))
-
-
-def up(run: Run) -> None:
-    nudge(run, (torch.inf, torch.inf))
-
-
-def down(run: Run) -> None:
-    nudge(run, (-torch.inf, -torch.inf))
-
-
-def turns(run: Run) -> None:
-    nudge(run, (torch.inf, -torch.inf))
-
-
-def seed(run: Run) -> None:
-    """The last rank draws its augmentation from another seed."""
-    if last_rank(run):
-        run.augment.seed += 1
-
-
-def skip(run: Run) -> None:
-    """Every epoch begins with its second batch."""
-    start = run.sampler.start
-    run.sampler.start = lambda epoch, first=0: start(epoch, first + (first == 0))
-
-
-def schedule(run: Run) -> None:
-    """The learning rate moves on once per process, as a prepared scheduler would."""
-    total, run.total_steps = run.total_steps, 0
-    run.total_steps = max(1, total // run.accelerator.num_processes)
-
-
-def batchnorm(run: Run) -> None:
-    """Running statistics move with every shard of a process, not with shard 0 alone."""
-    type(run.shards).buffers = []  # on the class: an instance looks them up each time
-
-
-def buffers(run: Run) -> None:
-    """Each rank evaluates with its own running statistics."""
-    run.shards.broadcast_buffers = lambda: None
-
-
-def last_rank(run: Run) -> bool:
-    return run.accelerator.process_index == run.accelerator.num_processes - 1
-
-
-PLANTS = {f.__name__: f for f in (up, down, turns, seed, skip, schedule, batchnorm, buffers)}
-
-
-def planted_main(run: Run) -> int:
-    plant = PLANTS.get(os.environ["LOCKSTEP_PLANT"])
-    if plant is not None:
-        resume = run.resume
-
-        def resume_with_plant() -> None:
-            resume()
-            plant(run)
-
-        run.resume = resume_with_plant
-    return main(run)
+    ways = {"up": (1, 1), "down": (-1, -1), "turns": (1, -1)}[towards]
+    for number, p in enumerate(parameters):
+        limit = torch.full_like(p.data, ways[number % 2] * torch.inf)
+        p.data.copy_(torch.nextafter(p.data, limit))
 
 
 if __name__ == "__main__":
-    os.environ["LOCKSTEP_PLANT"] = sys.argv[1]
-    raise SystemExit(guarded(planted_main, parse_or_exit(sys.argv[3:])))
+    fault, flags = sys.argv[1], sys.argv[3:]
+    raise SystemExit(run_to_exit(main, parse_or_exit(flags), Planted(fault, observer_asked_for())))

@@ -10,7 +10,11 @@ import itertools
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import torch
 
 from bench.measure import (
     Arm,
@@ -23,6 +27,15 @@ from bench.measure import (
     table,
     take_turns,
 )
+from config import parse_or_exit
+from data.build import Batch, Data
+from distributed.checkpoint import Progress
+from optim import set_lr
+from report.ending import run_to_exit
+from train import main as train_main
+from training.learner import Learner
+from training.observer import Observer
+from training.schedule import Schedule
 
 SIZES = {"my_cnn": 224, "alexnet": 224, "vgg11": 32, "resnet18": 32}
 ARMS = ("trainer", "lesson", "accelerate", "limit")
@@ -30,61 +43,62 @@ PREFETCHED = 4  # batches that the lesson's two workers hold ready when a window
 REST = 3.0  # seconds they have to make those ready, before another arm has its turn
 
 
-def trainer_arm(gate: Gate, flags: list[str]) -> None:
-    """The ordinary run; only its batches come through the gate."""
-    import run
-    from config import parse_or_exit
-    from train import main
+class Gated(Observer):
+    """The ordinary run: its batches come through the gate, torch's hooks take the time of a step.
 
-    class GatedRun(run.Run):
-        def ready(self, *prepared) -> None:
-            super().ready(*prepared)
-            gate.timed(self.augment, "train", "augment")
-            gate.timed(self.accelerator, "backward", "backward")
-            gate.timed(self.optimizer, "step", "optimizer")
-            for name in ("gradients_are_bad", "step_done"):
-                gate.timed(self, name, name)
+    `parts` of a step on a CPU, in order: batch (loader and augmentation), forward, backward (with
+    the checks of its gradients), optimizer, rest (rows, votes, saving).
+    """
 
-        def batches(self):
-            return gate.through(super().batches())
+    def __init__(self, gate: Gate) -> None:
+        self.gate, self._part, self._mark = gate, "rest", time.perf_counter()
 
-    run.Run = GatedRun
-    raise SystemExit(run.guarded(main, parse_or_exit(flags)))
+    def started(
+        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
+    ) -> None:
+        learner.bare.register_forward_pre_hook(lambda *_: self._enter("forward"))
+        learner.bare.register_forward_hook(lambda *_: self._enter("backward"))
+        learner.optimizer.optimizer.register_step_pre_hook(lambda *_: self._enter("optimizer"))
+        learner.optimizer.optimizer.register_step_post_hook(lambda *_: self._enter("rest"))
+
+    def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in self.gate.through(batches):
+            self._enter("batch")
+            yield batch
+            self._enter("rest")
+
+    def _enter(self, part: str) -> None:
+        now = time.perf_counter()
+        self.gate.count(self._part, now - self._mark)
+        self._part, self._mark = part, now
 
 
-def limit_arm(gate: Gate, flags: list[str], read: bool = False) -> None:
+class Limit(Observer):
     """The set-up of the ordinary run, then forward, backward and update on one batch.
 
     With `read` the host reads each loss, and so waits for it.
     """
-    import torch
 
-    import run
-    from config import parse_or_exit
-    from optim import build_optimizer
+    def __init__(self, gate: Gate, read: bool = False) -> None:
+        self.gate, self.read = gate, read
 
-    def main(run: run.Run) -> int:
-        run.open()
-        run.load_data()
-        model = run.build_model()
-        optimizer = build_optimizer(model, run.config)
-        run.ready(*run.accelerator.prepare(model, optimizer, run.train_loader, run.test_loader))
-        run.set_lr()
-        indices = torch.arange(run.plan.micro_batch_size)
-        batch = run.train_loader.dataset.__getitems__(indices)
-        images = run.inputs(run.augment.train(batch["images"], indices, 0))
+    def started(
+        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
+    ) -> None:
+        set_lr(learner.optimizer, schedule.lr(0))
+        indices = torch.arange(data.batch.micro_batch_size)
+        batch = data.train.__getitems__(indices)
+        images = learner.inputs(data.augment.train(batch["images"], indices, 0))
         labels = batch["labels"].to(images.device)
-        run.model.train()
-        for _ in gate.through(itertools.repeat(None)):
-            loss = run.task.loss(run.model(images), labels)
-            run.accelerator.backward(loss / len(labels))
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            if read:
+        learner.model.train()
+        for _ in self.gate.through(itertools.repeat(None)):
+            loss = learner.task.loss(learner.model(images), labels)
+            learner.accelerator.backward(loss / len(labels))
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+            if self.read:
                 loss.item()
-        return 0
-
-    raise SystemExit(run.guarded(main, parse_or_exit(flags)))
+        raise SystemExit(0)
 
 
 def lesson_arm(gate: Gate, model: str, dataset: str, image_size: int, batch_size: int) -> None:
@@ -216,8 +230,8 @@ def main() -> int:
         if lesson:
             lesson_arm(gate, model, arguments.dataset, size, arguments.batch_size)
         flags = flags_of(model, arguments.dataset, arguments.batch_size, arguments.folder)
-        arm = trainer_arm if arguments.arm == "trainer" else limit_arm
-        arm(gate, [*flags, *arguments.flags])
+        observer = Gated(gate) if arguments.arm == "trainer" else Limit(gate)
+        return run_to_exit(train_main, parse_or_exit([*flags, *arguments.flags]), observer)
     return of_each_model(parser, arguments, measure, markdown)
 
 

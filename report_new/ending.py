@@ -19,7 +19,7 @@ from report.screen import quiet_libraries, show_tracebacks
 from training.checkpoints import Checkpoints
 from training.learner import Learner
 from training.observer import Observer
-from training.recorder import Recorder
+from training.recorder import observer_asked_for
 from training.schedule import Schedule
 
 
@@ -77,15 +77,12 @@ def run_to_exit(
     main: Callable[[World, Observer], int], settings: Settings, observer: Observer | None = None
 ) -> int:
     """Run main in a world of its own; every ending is a sentence, told once, and a status."""
-    if observer is None:
-        folder = os.environ.get("LOCKSTEP_RECORD")
-        observer = Recorder(Path(folder)) if folder else Observer()
     world = None
     try:
         quiet_libraries()
         world = World(settings)
         with world:
-            status = main(world, observer)
+            status = main(world, observer or observer_asked_for())
         if world.left_behind:  # the interpreter's end would wait for what hangs
             sys.stdout.flush()
             os._exit(status)
