@@ -4,7 +4,6 @@ Later layers win: default < recipe of the model < data set < saved run < --debug
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
@@ -16,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from errors import UserError
-from models import did_you_mean, lookup, told_by_weights
+from common.text import did_you_mean, nearest, seconds
+from errors import UserError, all_of
+from models import lookup, told_by_weights
 
 __version__ = "0.1.0"
 
@@ -234,14 +234,15 @@ class Settings:
 
 def parse(argv: list[str]) -> Settings:
     """Settings of a command line; every problem is reported together as one UserError."""
-    problems: list[str] = []
+    problems: list[UserError] = []
     parser = build_parser()
     known, unknown = parser.parse_known_args([spell(word) for word in argv])
     given = vars(known)
     flags = [s for action in parser._actions for s in action.option_strings]
     problems += [unknown_flag(word, flags) for word in unknown if word.startswith("--")]
     if not problems and unknown:
-        problems.append(f"{' '.join(unknown)}: not an option; every option starts with --")
+        message = f"{' '.join(unknown)}: not an option; every option starts with --"
+        problems.append(UserError(message, code="unknown-flag"))
 
     flag_layer = {}
     for name in HINTS:
@@ -258,16 +259,17 @@ def parse(argv: list[str]) -> Settings:
     )  # fmt: skip
     for name in actions.allow_change:
         if name not in HINTS:
-            problems.append(f"--allow-change {name}: not a setting{did_you_mean(name, HINTS)}")
+            message = f"--allow-change {name}: not a setting{did_you_mean(name, HINTS)}"
+            problems.append(UserError(message, code="unknown-setting"))
     for layer in (flag_layer, file_layer):
         if "model" in layer:
             try:
                 lookup(str(layer["model"]))
             except UserError as error:
-                problems.append(str(error))
+                problems.append(error)
             break
     if problems:
-        raise UserError("\n".join(problems))
+        raise all_of(problems)
     for layer in (file_layer, flag_layer):  # "auto" leaves a value to recipe and machine
         for name in [n for n, v in layer.items() if v == HINTS[n].default == "auto"]:
             del layer[name]
@@ -318,7 +320,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one sentence, without its page of usage."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see python {self.prog.removeprefix('python ')} --help")
+        raise UserError(
+            f"{message}; see python {self.prog.removeprefix('python ')} --help", code="unknown-flag"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -371,17 +375,22 @@ def spell(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def unknown_flag(word: str, flags: list[str]) -> str:
+def unknown_flag(word: str, flags: list[str]) -> UserError:
     flag = word.partition("=")[0]
     if flag == "--pretrained":  # torchvision's word of old
-        return "--pretrained: no such option; type --weights imagenet, or a file of weights"
-    return f"{flag}: no such option{did_you_mean(flag, flags)}; see python train.py --help"
+        message = "--pretrained: no such option; type --weights imagenet, or a file of weights"
+    else:
+        message = f"{flag}: no such option{did_you_mean(flag, flags)}; see python train.py --help"
+    return UserError(message, code="unknown-flag")
 
 
-def convert(name: str, value, shown: str, into: dict, problems: list[str]) -> None:
+def convert(
+    name: str, value: object, shown: str, into: dict[str, object], problems: list[UserError]
+) -> None:
     """Put the typed value of one setting into a layer, or its problem on the list."""
     if name not in HINTS:
-        problems.append(f"{shown}: no such setting{did_you_mean(name, HINTS)}")
+        message = f"{shown}: no such setting{did_you_mean(name, HINTS)}"
+        problems.append(UserError(message, code="unknown-setting"))
         return
     f, kind = HINTS[name], TYPES[name]
     optional = type(None) in typing.get_args(kind)
@@ -412,16 +421,20 @@ def convert(name: str, value, shown: str, into: dict, problems: list[str]) -> No
                 raise ValueError
     except (TypeError, ValueError, OverflowError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        problems.append(f"{shown} {value!r}: must be {wanted[kind]}")
+        message = f"{shown} {value!r}: must be {wanted[kind]}"
+        problems.append(UserError(message, code="bad-value"))
         return
     choices, low, high = (f.metadata[key] for key in ("choices", "low", "high"))
+    message = ""
     if choices and value not in choices:
         hint = did_you_mean(str(value), map(str, choices))
-        problems.append(f"{shown} {value}: not known{hint}; one of: {', '.join(map(str, choices))}")
+        message = f"not known{hint}; one of: {', '.join(map(str, choices))}"
     elif low is not None and value < low:
-        problems.append(f"{shown} {value}: must be at least {low}")
+        message = f"must be at least {low}"
     elif high is not None and value > high:
-        problems.append(f"{shown} {value}: must be at most {high}")
+        message = f"must be at most {high}"
+    if message:
+        problems.append(UserError(f"{shown} {value}: {message}", code="bad-value"))
     else:
         into[name] = value
 
@@ -436,11 +449,13 @@ def read_yaml(path: Path) -> dict[str, object]:
     def mapping(loader, node):
         keys = [loader.construct_object(key) for key, _ in node.value]
         if not all(isinstance(key, str) for key in keys):
-            raise UserError(f"--config {path}: must be lines like `lr: 0.05`")
+            raise UserError(f"--config {path}: must be lines like `lr: 0.05`", code="bad-yaml")
         keys = [key.replace("-", "_") for key in keys]
         twice = {k for k in keys if keys.count(k) > 1}
         if twice:
-            raise UserError(f"--config {path}: {', '.join(sorted(twice))} stands there twice")
+            raise UserError(
+                f"--config {path}: {', '.join(sorted(twice))} stands there twice", code="bad-yaml"
+            )
         return {
             k: loader.construct_object(v, deep=True)
             for k, (_, v) in zip(keys, node.value, strict=True)
@@ -454,15 +469,17 @@ def read_yaml(path: Path) -> dict[str, object]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)  # a SafeLoader
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"--config {path}: cannot be read ({error.strerror})", code="no-config-file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"--config {path}: not valid YAML{line}") from None
+        raise UserError(f"--config {path}: not valid YAML{line}", code="bad-yaml") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"--config {path}: must be lines like `lr: 0.05`")
+        raise UserError(f"--config {path}: must be lines like `lr: 0.05`", code="bad-yaml")
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
@@ -475,14 +492,16 @@ def known_run_dir(typed: dict, actions: Actions) -> Path | None:
         folder = Path(actions.resume)
         if typed.get("run_dir") and Path(str(typed["run_dir"])) != folder:
             raise UserError(
-                f"--resume {folder} and --run-dir {typed['run_dir']} name two folders: drop one"
+                f"--resume {folder} and --run-dir {typed['run_dir']} name two folders: drop one",
+                code="two-run-dirs",
             )
         if not (folder / "config.json").is_file():
             others = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
-            near = difflib.get_close_matches(folder.name, others, n=1)
-            hint = f" (did you mean {folder.parent / near[0]}?)" if near else ""
+            near = nearest(folder.name, others)
+            hint = f" (did you mean {folder.parent / near}?)" if near else ""
             raise UserError(
-                f"--resume {folder}: holds no run{hint}; a run folder has a config.json"
+                f"--resume {folder}: holds no run{hint}; a run folder has a config.json",
+                code="no-run",
             )
         return folder.resolve() if folder.is_symlink() else folder
     if typed.get("run_dir"):
@@ -500,7 +519,8 @@ def known_run_dir(typed: dict, actions: Actions) -> Path | None:
     if restarts != "0" and launch in ("none", ""):
         raise UserError(
             "this launcher restarts what fails, but gives its lives no name to find their folder "
-            "by: add --run-dir runs/NAME, or start it with launch/torchrun.sh"
+            "by: add --run-dir runs/NAME, or start it with launch/torchrun.sh",
+            code="nameless-launch",
         )
     if restarts != "0":
         return Path("runs") / f"launch-{launch}"
@@ -526,7 +546,8 @@ def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
         return saved, dict(content.get("asked", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{folder / 'config.json'} cannot be read; mend it, or start over with --fresh"
+            f"{folder / 'config.json'} cannot be read; mend it, or start over with --fresh",
+            code="bad-config-json",
         ) from None
 
 
@@ -542,17 +563,23 @@ def refuse_conflicts(typed: dict, saved: dict, folder: Path, allowed: tuple[str,
         names = " ".join(c.split()[0][2:] for c in conflicts)
         raise UserError(
             f"{folder} is a run with other settings: {', '.join(conflicts)}. Drop them to go on, "
-            f"add --allow-change {names}, or start a new run with another --run-dir"
+            f"add --allow-change {names}, or start a new run with another --run-dir",
+            code="other-settings",
         )
 
 
 def check(settings: Settings) -> None:
     """Problems that more than one field makes, all in one UserError."""
     c, problems = settings.config, []
+
+    def wrong(message: str, code: str = "bad-value") -> None:
+        problems.append(UserError(message, code=code))
+
     entry = lookup(c.model)
     if c.image_size < entry.min_image_size:
-        problems.append(
-            f"--image-size {c.image_size}: {c.model} needs at least {entry.min_image_size}"
+        wrong(
+            f"--image-size {c.image_size}: {c.model} needs at least {entry.min_image_size}",
+            "image-too-small",
         )
     for name in ("max_time", "checkpoint_every"):
         value = getattr(c, name)
@@ -562,37 +589,21 @@ def check(settings: Settings) -> None:
             try:
                 seconds(value)
             except UserError as error:
-                problems.append(f"--{name.replace('_', '-')} {error}")
+                wrong(f"--{name.replace('_', '-')} {error}", error.code)
     if NUMBER.fullmatch(c.checkpoint_every) and int(c.checkpoint_every) < 1:
-        problems.append("--checkpoint-every 0: must be at least 1 step")
+        wrong("--checkpoint-every 0: must be at least 1 step")
     if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
-        problems.append(f"--shards {c.shards}: must be auto or a whole number from 1")
+        wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
     if c.bitwise and c.mixed_precision == "fp16":
-        problems.append("--bitwise --mixed-precision fp16: choose bf16 or no")
+        wrong("--bitwise --mixed-precision fp16: choose bf16 or no", "contradiction")
     if (c.mixup or c.cutmix) and entry.task == "regression":
-        problems.append(f"--mixup and --cutmix blend classes; {c.model} is for regression")
+        wrong(f"--mixup and --cutmix blend classes; {c.model} is for regression", "contradiction")
     if c.mixup and c.cutmix:
-        problems.append("--mixup and --cutmix: choose one of them")
+        wrong("--mixup and --cutmix: choose one of them", "contradiction")
     if settings.actions.fresh and settings.actions.resume:
-        problems.append("--fresh and --resume contradict each other: drop one")
+        wrong("--fresh and --resume contradict each other: drop one", "contradiction")
     if problems:
-        raise UserError("\n".join(problems))
-
-
-def seconds(text: str) -> float:
-    """`3h50m`, `90s`, `1d` or `1:30:00` as seconds."""
-    if re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) and text:
-        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-        total = sum(int(n) * units[u] for n, u in re.findall(r"(\d+)([dhms])", text))
-    elif re.fullmatch(r"\d+(:\d\d){1,2}", text):
-        total = 0
-        for part in text.split(":"):
-            total = total * 60 + int(part)
-    else:
-        total = 0
-    if total <= 0:
-        raise UserError(f"{text}: not a length of time; write 3h50m, 90s or 1:30:00")
-    return float(total)
+        raise all_of(problems)
 
 
 @dataclass(frozen=True)
@@ -621,7 +632,8 @@ def plan_batch(settings: Settings, num_processes: int, num_images: int) -> Batch
         possible = [n for n in range(1, shards + 1) if shards % n == 0]
         raise UserError(
             f"{num_processes} processes cannot share {shards} shards evenly; numbers that can: "
-            f"{', '.join(map(str, possible))}"
+            f"{', '.join(map(str, possible))}",
+            code="uneven-shards",
         )
     batch = c.batch_size
     if batch % shards:
@@ -630,7 +642,8 @@ def plan_batch(settings: Settings, num_processes: int, num_images: int) -> Batch
             options = f"{low} and {high} do" if low else f"{high} does"
             raise UserError(
                 f"--batch-size {batch} does not divide over {shards} shards "
-                f"({num_processes} processes x {shards // num_processes} each); {options}"
+                f"({num_processes} processes x {shards // num_processes} each); {options}",
+                code="uneven-batch",
             )
         batch = low or high
         note = (
@@ -639,7 +652,8 @@ def plan_batch(settings: Settings, num_processes: int, num_images: int) -> Batch
     if num_images < shards:
         raise UserError(
             f"{num_images} training images are fewer than the {shards} shards of a batch; "
-            "use fewer processes or less --accumulate"
+            "use fewer processes or less --accumulate",
+            code="too-few-images",
         )
     if batch > num_images:
         smaller = num_images // shards * shards
@@ -677,7 +691,11 @@ def parse_or_exit(argv: list[str]) -> Settings:
     try:
         return parse(argv)
     except (OSError, ValueError) as error:  # a name that no file can have, a number without end
-        tell(error if isinstance(error, UserError) else UserError(f"cannot be understood: {error}"))
+        tell(
+            error
+            if isinstance(error, UserError)
+            else UserError(f"cannot be understood: {error}", code="bad-settings")
+        )
         raise SystemExit(2) from None
 
 

@@ -61,7 +61,10 @@ def find_lr(run, train_step) -> int:
         run.report.show(f"--find-lr: {run.stop.why(run.stop_reason)} after {len(raw)} steps")
         return STOPPED
     if not raw:
-        raise UserError("--find-lr: the loss is not finite even at the smallest learning rate")
+        raise UserError(
+            "--find-lr: the loss is not finite even at the smallest learning rate",
+            code="loss-not-finite",
+        )
     losses = smooth(raw)
     suggestion = suggest(rates, losses)
     if run.is_main:

@@ -9,12 +9,13 @@ import torch
 
 import page
 import plots
+from common.disk import write_json, write_text
+from common.text import duration, percent, printable
 from config import TrainConfig, recipe_of
 from data.loaders import EVALUATION_BATCH
 from distributed.accelerator import cpu_has_bf16, describe, end
 from errors import FAILED, FINISHED, STOPPED
-from report import clean, duration, percent
-from run_dir import SKIPPED, write_json, write_text
+from run_dir import SKIPPED
 from tracking import FINISH_SECONDS, STOP_SECONDS
 
 PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
@@ -212,7 +213,7 @@ def draw_pictures(run, folder: Path) -> None:
         lines = inputs.flatten().cpu(), test.labels.flatten().cpu(), model(inputs).flatten().cpu()
         plots.line_fit(*lines, folder / "line.png")
         return
-    classes = [clean(name) for name in run.source.classes]
+    classes = [printable(name) for name in run.source.classes]
     if "confusion" in run.progress.best_metrics:
         plots.confusion(run.progress.best_metrics["confusion"], classes, folder / "confusion.png")
     first = torch.arange(min(32, run.num_train))
