@@ -7,11 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+from common.disk import read_json
+from common.text import duration, printable
 from distributed.checkpoint import verify, visible
 from distributed.watch import alive
 from errors import UserError
-from report import Report, clean, duration
-from run_dir import free_bytes, read_json
+from report import Report
+from run_dir import free_bytes
 
 
 def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
@@ -19,7 +21,7 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     status = read_json(folder / "status.json", {})
     config = read_json(folder / "config.json")
     if config is None:
-        raise UserError(f"{folder} holds no run: it has no readable config.json")
+        raise UserError(f"{folder} holds no run: it has no readable config.json", code="no-run")
     rows = [("status", describe_status(folder, status))]
     if status.get("reason"):
         rows.append(("reason", status["reason"]))
@@ -103,7 +105,7 @@ def main() -> int:
     try:
         rows, advice, well = examine(folder)
     except UserError as error:
-        print(clean(error), file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         return 2
     Report().end_panel(f"{folder}", [*rows, ("type", advice)], good=well)
     return 0 if well else 1

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import heapq
 import html
-import json
 import math
 import shlex
 import statistics
@@ -20,11 +19,11 @@ from functools import cached_property
 from pathlib import Path
 
 from chart import chart, short
+from common.disk import parse_object, read_json, write_text
+from common.text import duration, percent, printable
 from config import TrainConfig
 from errors import FINISHED, USER_ERROR, UserError
 from plots import MOST_NAMES
-from report import clean, duration, percent
-from run_dir import write_text
 
 STYLE = (Path(__file__).resolve().parent / "page.css").read_text(encoding="utf-8")
 MOST_PAIRS = 20
@@ -35,16 +34,7 @@ PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 def text(value: object) -> str:
     """Anything from outside as HTML text or attribute: no markup, no control characters."""
-    return html.escape(clean(" ".join(str(value).split())))
-
-
-def parsed(line: str) -> dict:
-    """A JSON object; empty where the text is none."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return html.escape(printable(" ".join(str(value).split())))
 
 
 def content(path: Path) -> str:
@@ -61,11 +51,11 @@ class Files:
     def __init__(self, folder: Path):
         self.folder, self.name = folder, folder.resolve().name
         self.config, self.summary, self.status, self.environment, self.classes, self.confusion = (
-            parsed(content(folder / f"{name}.json"))
+            read_json(folder / f"{name}.json", {})
             for name in ("config", "summary", "status", "environment", "classes", "confusion")
         )
         lines = content(folder / "metrics.jsonl").split("\n")
-        self.rows = [row for line in lines if (row := parsed(line))]
+        self.rows = [row for line in lines if (row := parse_object(line))]
         # The end of a life stands in summary.json a moment before it does in status.json.
         told = self.status if self.status.get("status") in STATES else {}
         same = self.summary.get("life") == told.get("life")
@@ -271,7 +261,9 @@ def command(files: Files) -> str:
     lines = [line for line in lines if line and not line.startswith("#")]
     if files.state != "finished":
         lines.append(f"python train.py --resume {shlex.quote(str(files.folder))}  # goes on")
-    return '<pre tabindex="0">' + "\n".join(html.escape(clean(line)) for line in lines) + "</pre>"
+    return (
+        '<pre tabindex="0">' + "\n".join(html.escape(printable(line)) for line in lines) + "</pre>"
+    )
 
 
 def settings(files: Files) -> str:
@@ -355,10 +347,12 @@ def main() -> int:
     folder = parser.parse_args().run
     try:
         if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
-            raise UserError(f"{folder} holds no run: it has no config.json and no metrics.jsonl")
-        print(clean(write_page(folder)))
+            raise UserError(
+                f"{folder} holds no run: it has no config.json and no metrics.jsonl", code="no-run"
+            )
+        print(printable(write_page(folder)))
     except (UserError, OSError) as error:
-        print(clean(error), file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         return USER_ERROR
     return FINISHED
 

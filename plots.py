@@ -2,8 +2,10 @@
 
 import functools
 import math
-import os
 from pathlib import Path
+
+from common.disk import whole
+from common.text import printable
 
 MOST_NAMES = 30  # classes whose names still fit beside a confusion matrix
 MOST_MISTAKES = 30  # lines of text beside a larger one
@@ -12,8 +14,8 @@ LONGEST_NAME = 24  # characters, of a class beside a picture
 
 def plain(text: object) -> str:
     """A name from outside as matplotlib may draw it: no math markup, nothing without a glyph."""
-    shown = (c if c == "\n" or c.isprintable() else "?" for c in str(text))
-    shown = (c if has_glyph(c) else f"<{ord(c):X}>" for c in shown)
+    lines = "\n".join(map(printable, str(text).split("\n")))
+    shown = (c if has_glyph(c) else f"<{ord(c):X}>" for c in lines)
     return "".join(shown).replace("$", r"\$")
 
 
@@ -72,12 +74,8 @@ def figure(*arguments, **options):
 
 def save(drawn, path: Path) -> None:
     """Write a figure under its name only when it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole(path, sync=False) as partial:
         drawn.savefig(partial, dpi=110, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def curves(rows: list[dict], path: Path) -> None:

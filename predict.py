@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
         return USER_ERROR
     import torch
 
-    from data.files import printable
+    from common.text import printable
 
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     results, status = {}, FINISHED

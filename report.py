@@ -13,26 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from common.text import duration, percent, printable
+
 SECONDS_BETWEEN_LINES = 5.0  # in a file; every row is in metrics.jsonl anyway
-
-
-def clean(text: object) -> str:
-    """Text from outside (class names, paths) without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
-def duration(seconds: float) -> str:
-    """12s, 4m10s, 3h05m."""
-    seconds = int(seconds + 0.5)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 class Report:
@@ -63,7 +46,7 @@ class Report:
             return
         line = isinstance(thing, str)  # a line is never broken: it can be searched and copied
         if line:
-            thing = Text("\n".join(map(clean, thing.split("\n"))), style=style or "")
+            thing = Text("\n".join(map(printable, thing.split("\n"))), style=style or "")
         self.console.print(thing, soft_wrap=line)
         if self.log is not None:
             with contextlib.suppress(OSError):  # a full disk must not end the run
@@ -71,7 +54,7 @@ class Report:
                 self.log.file.flush()
 
     def warn(self, text: str) -> None:
-        self.show(f"warning: {clean(text)}", "bold yellow")
+        self.show(f"warning: {printable(text)}", "bold yellow")
 
     def warn_once(self, doubts: dict[str, str]) -> None:
         """Warnings that each evaluation would repeat: only those whose word is new."""
@@ -82,7 +65,9 @@ class Report:
 
     def shout(self, title: str, text: str) -> None:
         """A warning no one can miss."""
-        self.show(Panel(Text(clean(text)), title=Text(clean(title)), border_style="bold yellow"))
+        self.show(
+            Panel(Text(printable(text)), title=Text(printable(title)), border_style="bold yellow")
+        )
 
     def start_panel(self, title: str, rows: list[tuple[str, str]], settings: list[tuple]) -> None:
         """What will run: facts, then each setting that is no default, with its origin."""
@@ -90,16 +75,16 @@ class Report:
         table.add_column(style="bold")
         table.add_column()
         for name, value in rows:
-            table.add_row(Text(clean(name)), Text(clean(value)))
+            table.add_row(Text(printable(name)), Text(printable(value)))
         if settings:
             table.add_row("", "")
             for name, value, origin in settings:
-                words = Text(clean(value)).append(f"  ({clean(origin)})", style="dim")
-                table.add_row(Text(clean(name), style="cyan"), words)
+                words = Text(printable(value)).append(f"  ({printable(origin)})", style="dim")
+                table.add_row(Text(printable(name), style="cyan"), words)
         self.show(
             Panel(
                 table,
-                title=Text(clean(title)),
+                title=Text(printable(title)),
                 title_align="left",
                 border_style="blue",
                 expand=False,
@@ -161,9 +146,9 @@ class Report:
             others = [(count, other) for other, count in enumerate(row) if other != index and count]
             taken = max(others, default=None, key=lambda pair: pair[0])
             table.add_row(
-                Text(clean(classes[index])), str(total), str(right),
+                Text(printable(classes[index])), str(total), str(right),
                 percent(right / total) if total else "-",
-                Text(f"{clean(classes[taken[1]])} ({taken[0]})" if taken else ""),
+                Text(f"{printable(classes[taken[1]])} ({taken[0]})" if taken else ""),
             )  # fmt: skip
         self.show(table)
 
@@ -173,9 +158,9 @@ class Report:
         table.add_column("confidence", justify="right")
         for path, found in results.items():
             for rank, (name, confidence) in enumerate(found):
-                first = Text(clean(path)) if rank == 0 else ""
+                first = Text(printable(path)) if rank == 0 else ""
                 style = "bold" if rank == 0 else "dim"
-                table.add_row(first, Text(clean(name), style=style), percent(confidence))
+                table.add_row(first, Text(printable(name), style=style), percent(confidence))
             table.add_section()
         self.show(table)
 
@@ -184,12 +169,12 @@ class Report:
         table.add_column(style="bold")
         table.add_column()
         for name, value in rows:
-            table.add_row(Text(clean(name)), Text(clean(value)))
+            table.add_row(Text(printable(name)), Text(printable(value)))
         style = "green" if good else "yellow"
         self.show(
             Panel(
                 table,
-                title=Text(clean(title)),
+                title=Text(printable(title)),
                 title_align="left",
                 border_style=style,
                 expand=False,

@@ -15,7 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from config import Settings, TrainConfig, plan_batch, recipe_of, restarted, seconds, to_json
+from common.disk import write_json
+from common.text import duration, seconds
+from config import Settings, TrainConfig, plan_batch, recipe_of, restarted, to_json
 from data.augment import Augment
 from data.keyed_random import mix
 from data.loaders import EVALUATION_BATCH, build_test_loader, build_train_loader
@@ -56,14 +58,13 @@ from models.__main__ import table_of_layers
 from models.weights import freeze_backbone, imagenet_reach, load_weights
 from optim import WeightAverage, lr_at, set_lr
 from panels import show_epoch, write_ending
-from report import Chrono, Report, duration, quiet_libraries
+from report import Chrono, Report, quiet_libraries
 from run_dir import (
     RunDir,
     describe_environment,
     fresh_name,
     launch_command,
     set_aside,
-    write_json,
 )
 from tasks import build_task
 from tracking import build_trackers

@@ -15,6 +15,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from common.disk import parse_object, read_json, whole, write_json, write_text
+from common.text import file_name
 from errors import UserError
 
 try:
@@ -27,52 +29,21 @@ SKIPPED = "skipped_images.txt"
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
 
 
-def write_text(path: Path, text: str, sync: bool = True) -> None:
-    """Write a file so that a reader (or a crash) sees the old or the new one, never half."""
-    partial = path.with_name(f"{path.name}.{threading.get_ident()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def read_json(path: Path, default=None):
-    """The object in a JSON file, or the default where it is missing or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return default
-    return found if isinstance(found, dict) else default
-
-
 def fresh_name(root: Path, model: str, dataset: str) -> Path:
     """The first unused runs/<model>-<dataset>-<n>, claimed by creating it."""
-
-    def plain(text: str) -> str:
-        stem = Path(text.replace(":", "/")).name or "data"
-        return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
-
     for number in range(1, 100_000):
-        folder = root / f"{plain(model)}-{plain(dataset)}-{number}"
+        folder = root / f"{file_name(model)}-{file_name(dataset)}-{number}"
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
         except OSError as error:
             raise UserError(
-                f"{root} cannot hold a run ({error.strerror}); name a folder with --run-dir"
+                f"{root} cannot hold a run ({error.strerror}); name a folder with --run-dir",
+                code="run-dir-unwritable",
             ) from None
         return folder
-    raise UserError(f"{root} is full of runs; name a folder with --run-dir")
+    raise UserError(f"{root} is full of runs; name a folder with --run-dir", code="run-dir-full")
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -89,15 +60,7 @@ def set_aside(folder: Path) -> Path | None:
         if not target.exists():
             folder.rename(target)
             return target
-    raise UserError(f"{folder}: too many old runs beside it; remove some")
-
-
-def is_row(line: str) -> bool:
-    """Whether a line of metrics.jsonl is whole: a crash may leave half of one."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+    raise UserError(f"{folder}: too many old runs beside it; remove some", code="run-dir-full")
 
 
 class RunDir:
@@ -125,14 +88,16 @@ class RunDir:
             if entries and not ours:
                 raise UserError(
                     f"{folder} holds files that are no run ({sorted(entries)[0]}, ...); "
-                    "choose an empty folder for --run-dir"
+                    "choose an empty folder for --run-dir",
+                    code="run-dir-foreign",
                 )
             probe = folder / ".probe"
             probe.write_bytes(b"x")
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"{folder} cannot be written ({error.strerror}); choose another --run-dir"
+                f"{folder} cannot be written ({error.strerror}); choose another --run-dir",
+                code="run-dir-unwritable",
             ) from None
         self._take_lock()
         self.checkpoints.mkdir(exist_ok=True)
@@ -143,11 +108,8 @@ class RunDir:
         file = path.open("a+", encoding="utf-8")
         file.seek(0)
         text = file.read()
-        owner = {}
-        with contextlib.suppress(ValueError):
-            owner = json.loads(text)
-        owner = owner if isinstance(owner, dict) else {}
-        told = (
+        owner = parse_object(text) or {}
+        message = (
             f"{self.folder} is in use by process {owner.get('pid')} on {owner.get('host')} "
             f"since {owner.get('since')}"
             + (f" (job {owner['job']})" if owner.get("job") else "")
@@ -157,13 +119,13 @@ class RunDir:
             try:  # lockf, unlike flock, is not inherited by forked workers that outlive the owner
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(told) from None
+                raise UserError(message, code="run-dir-in-use") from None
         # Where there are no POSIX locks between the two, the heartbeat tells who lives.
         elsewhere = owner.get("host") not in (None, fcntl and socket.gethostname())
         same_job = job and owner.get("job") == job
         age = time.time() - path.stat().st_mtime if text else STALE_SECONDS
         if elsewhere and not same_job and age < STALE_SECONDS and not owner.get("released"):
-            raise UserError(told)
+            raise UserError(message, code="run-dir-in-use")
         self._lock = file  # held open: closing it, or a second open, would give the lock away
         self._owner = {
             "host": socket.gethostname(),
@@ -244,7 +206,7 @@ class RunDir:
             text = self.metrics_file.read_text(encoding="utf-8")
         except OSError:
             return []
-        return [line for line in text.split("\n") if is_row(line)]
+        return [line for line in text.split("\n") if parse_object(line) is not None]
 
     def read_metrics(self) -> list[dict]:
         return [json.loads(line) for line in self.metrics_lines()]
@@ -287,9 +249,8 @@ class RunDir:
         link = self.folder.parent / "latest"
         with contextlib.suppress(OSError):
             if link.is_symlink() or not link.exists():
-                partial = link.with_name(f"latest.{os.getpid()}")
-                partial.symlink_to(self.folder.name, target_is_directory=True)
-                partial.replace(link)
+                with whole(link, sync=False) as partial:
+                    partial.symlink_to(self.folder.name, target_is_directory=True)
 
 
 def launch_command(argv: list[str], num_processes: int, gpus: bool = False) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from run_dir import read_json, write_json
+from common.disk import read_json, write_json
 
 REACH_SECONDS = 3.0
 FINISH_SECONDS, STOP_SECONDS = 60.0, 10.0  # for its last rows; a stop may have half a minute

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from common.text import printable
 from config import Parser
 from data.augment import KINDS, Augment
 from data.cache import cache_dir
-from data.files import printable
 from data.sources import DATASETS, Source, choose_dataset, load_source, save_source
 from errors import UserError
 
@@ -93,7 +93,9 @@ def _show(source: Source, options: argparse.Namespace) -> None:
     from PIL import Image
 
     if source.task != "classification":
-        raise UserError(f"{source.name} has no pictures to show: try --dataset digits.")
+        raise UserError(
+            f"{source.name} has no pictures to show: try --dataset digits.", code="no-pictures"
+        )
     total = len(source.train)
     indices = torch.arange(min(ROWS, total)) * total // min(ROWS, total)  # folders lie by class
     images = source.train.images[indices]
@@ -118,7 +120,8 @@ def _show(source: Source, options: argparse.Namespace) -> None:
         sheet.save(options.out)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot write {printable(options.out)}: {error}; try --out sheet.png"
+            f"cannot write {printable(options.out)}: {error}; try --out sheet.png",
+            code="output-unwritable",
         ) from None
     if sys.stdout.isatty() and "utf" in (sys.stdout.encoding or "").lower():
         print(half_blocks(sheet))

@@ -91,7 +91,8 @@ def build_data(
         fits = "--dataset line" if entry.task == "regression" else "an image data set"
         raise UserError(
             f"--model {config.model} is for {entry.task}, the data set {source.name} is for "
-            f"{source.task}; give it {fits}"
+            f"{source.task}; give it {fits}",
+            code="data-of-another-task",
         )
     train, test = limited(source.train, config.limit), limited(source.test, config.limit)
     if settings.actions.dry_run:

@@ -7,10 +7,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from common.disk import digest, whole
 
 Entry = tuple[dict[str, torch.Tensor], dict]  # tensors, and what is known about them (JSON)
 
@@ -37,8 +39,7 @@ def cache_dir() -> Path:
 
 def entry_path(key: object) -> Path:
     """The file of a key: anything JSON can write, and that changes whenever the data do."""
-    text = json.dumps([FORMAT, key])
-    return cache_dir() / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
+    return cache_dir() / f"{digest(json.dumps([FORMAT, key]), 16)}.safetensors"
 
 
 def cached(key: object, build: Callable[[], Entry]) -> Entry:
@@ -71,9 +72,9 @@ def read_entry(path: Path) -> Entry | None:
         sealed = json.loads(header["lockstep"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    if header.get("seal") != _seal(header["lockstep"]) or sealed["format"] != FORMAT:
+    if header.get("seal") != digest(header["lockstep"], 16) or sealed["format"] != FORMAT:
         return None
-    if {name: digest(tensor) for name, tensor in tensors.items()} != sealed["checksums"]:
+    if {name: digest_of(tensor) for name, tensor in tensors.items()} != sealed["checksums"]:
         return None
     return tensors, sealed["meta"]
 
@@ -83,30 +84,21 @@ def write_entry(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> boo
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    checksums = {name: digest(tensor) for name, tensor in tensors.items()}
+    checksums = {name: digest_of(tensor) for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, "checksums": checksums, "meta": meta})
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={"lockstep": text, "seal": _seal(text)})
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file(tensors, partial, metadata={"lockstep": text, "seal": digest(text, 16)})
     except (OSError, SafetensorError):
-        with suppress(OSError):
-            partial.unlink()
         return False
     return True
 
 
-def digest(tensor: torch.Tensor) -> str:
+def digest_of(tensor: torch.Tensor) -> str:
     """blake2b over a tensor's type, shape and bytes."""
     state = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return state.hexdigest()
-
-
-def _seal(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
@@ -124,7 +116,7 @@ def _node_lock(path: Path, seen: tuple[int, int, int] | None) -> Iterator[bool]:
     The operating system frees the lock when its holder dies. The lock carries the node's name:
     nodes that share a cache folder build side by side, and the last rename wins.
     """
-    node = hashlib.blake2b(_node_name().encode(), digest_size=4).hexdigest()
+    node = digest(_node_name(), 4)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_suffix(f".{node}.lock").open("ab")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from common.text import printable
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -44,11 +45,6 @@ class Records:
     classes: tuple[str, ...]
 
 
-def printable(text: object) -> str:
-    """Control characters and broken encodings escaped: folder names come from strangers."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
 def layout(path: Path) -> str:
     """What lies there: "batches", "archive", "tables", "tensors" or "folder" (of class folders)."""
     if path.is_file() and path.name.endswith(".tar.gz"):
@@ -69,7 +65,8 @@ def layout(path: Path) -> str:
     raise UserError(
         f"{printable(path)} holds no pictures this program can read: give a folder with one "
         "subfolder of images per class, a parquet file or a folder of them, a save_to_disk "
-        "folder, or the cifar-10-batches-py folder."
+        "folder, or the cifar-10-batches-py folder.",
+        code="unknown-layout",
     )
 
 
@@ -100,7 +97,8 @@ def read_class_folders(root: Path) -> Records:
     if len(classes) < 2:
         raise UserError(
             f"{printable(train)} has {len(classes)} class folder(s), and telling classes apart "
-            "takes two: give the folder that holds one subfolder of images per class."
+            "takes two: give the folder that holds one subfolder of images per class.",
+            code="too-few-classes",
         )
     paths, labels, is_test = [], [], []
     for base in filter(None, (train, test)):
@@ -108,14 +106,16 @@ def read_class_folders(root: Path) -> Records:
             if folder.name not in classes:
                 raise UserError(
                     f"the class folder {printable(folder)} has no partner in {printable(train)}: "
-                    "training would never see that class; add training images or remove it."
+                    "training would never see that class; add training images or remove it.",
+                    code="class-without-partner",
                 )
             found = _images_below(folder, root)
             if not found:
                 raise UserError(
                     f"the class folder {printable(folder)} holds no images "
                     f"({', '.join(sorted(SUFFIXES))}; links that lead out of the data set do not "
-                    "count): add some or remove the folder."
+                    "count): add some or remove the folder.",
+                    code="empty-class",
                 )
             paths += found
             labels += [classes.index(folder.name)] * len(found)
@@ -211,11 +211,16 @@ def read_tables(path: Path) -> Records:
                 with pyarrow.OSFile(str(file)) as source:
                     table = pyarrow.ipc.open_stream(source).read_all()
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{printable(file)} is damaged or no table: {error}") from None
+            raise UserError(
+                f"{printable(file)} is damaged or no table: {error}", code="bad-table"
+            ) from None
         splits[split].append(table)
     if len(folders) > 1:
         names = ", ".join(sorted(printable(folder) for folder in folders))
-        raise UserError(f"{printable(path)} holds several data sets ({names}): give one of them.")
+        raise UserError(
+            f"{printable(path)} holds several data sets ({names}): give one of them.",
+            code="several-data-sets",
+        )
     return records_of_tables(dict(splits), printable(path))
 
 
@@ -223,7 +228,10 @@ def records_of_tables(splits: dict[str, list["pyarrow.Table"]], origin: str) -> 
     """Records of tables by split name; image and label columns found by name, else by type."""
     train = splits.pop("train", None) or (splits.popitem()[1] if len(splits) == 1 else None)
     if not train:
-        raise UserError(f"{origin} has no train split, only {', '.join(map(repr, splits))}.")
+        raise UserError(
+            f"{origin} has no train split, only {', '.join(map(repr, splits))}.",
+            code="no-train-split",
+        )
     image, label, classes = _columns(train[0].schema, origin)
     items, raw_labels = _rows(train, image, label, origin)
     is_test = [False] * len(items)
@@ -238,13 +246,16 @@ def records_of_tables(splits: dict[str, list["pyarrow.Table"]], origin: str) -> 
         names += [f"row {row} of {split} in {origin}" for row in range(len(more_items))]
         break
     if None in raw_labels:
-        raise UserError(f"{names[raw_labels.index(None)]} has no label in column '{label}'.")
+        raise UserError(
+            f"{names[raw_labels.index(None)]} has no label in column '{label}'.", code="no-label"
+        )
     if classes is None or any(isinstance(value, str) for value in raw_labels):
         for name, value in zip(names, raw_labels, strict=True):
             if not isinstance(value, str) and (value != int(value) or value < 0):
                 raise UserError(
                     f"{name} has the label {value} in column '{label}': labels are whole numbers "
-                    "from 0, or text; mend the column or drop the row."
+                    "from 0, or text; mend the column or drop the row.",
+                    code="bad-label",
                 )
         values = sorted(set(raw_labels))
         classes = tuple(map(str, values))
@@ -271,7 +282,8 @@ def _columns(schema: "pyarrow.Schema", origin: str) -> tuple[str, str, tuple[str
                 return name
         raise UserError(
             f"{origin} has columns {', '.join(map(printable, schema.names))}; this program needs "
-            f"one called {' or '.join(known)} (or a single one of type {kind})."
+            f"one called {' or '.join(known)} (or a single one of type {kind}).",
+            code="no-such-column",
         )
 
     image = pick(("img", "image"), "Image")
@@ -304,7 +316,9 @@ def _rows(
     for row, item in enumerate(items):
         # A path may name a device or a pipe, which would never end.
         if not (item if isinstance(item, bytes) else isinstance(item, Path) and item.is_file()):
-            raise UserError(f"row {row} of {origin} has no image in column '{image}'.")
+            raise UserError(
+                f"row {row} of {origin} has no image in column '{image}'.", code="no-image"
+            )
     return items, labels
 
 
@@ -326,7 +340,8 @@ def read_cifar_batches(path: Path) -> tuple[torch.Tensor, list[int], list[bool]]
         except Exception as error:  # a damaged pickle can raise anything
             raise UserError(
                 f"{name} in {printable(path)} is no CIFAR-10 batch: {printable(error)}. "
-                "Fetch the data set again, from a source you trust."
+                "Fetch the data set again, from a source you trust.",
+                code="bad-cifar-batch",
             ) from None
         images.append(data.reshape(-1, 3, 32, 32))
         labels += targets
@@ -370,9 +385,13 @@ def _batch_contents(path: Path) -> list[tuple[str, bytes]]:
                     if member.isreg() and name in CIFAR_BATCHES and member.size < 2**26:
                         found[name] = tar.extractfile(member).read()
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"{printable(archive)} is a damaged archive: {error}") from None
+            raise UserError(
+                f"{printable(archive)} is a damaged archive: {error}", code="bad-archive"
+            ) from None
     if missing := [name for name in CIFAR_BATCHES if name not in found]:
-        raise UserError(f"{printable(path)} lacks {', '.join(missing)} of CIFAR-10.")
+        raise UserError(
+            f"{printable(path)} lacks {', '.join(missing)} of CIFAR-10.", code="cifar-incomplete"
+        )
     return [(name, found[name]) for name in CIFAR_BATCHES]
 
 
@@ -415,11 +434,15 @@ def decode_all(
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise UserError(
                         f"cannot decode {reason}. Replace or remove that image, or leave such "
-                        "images out with --skip-bad-images."
+                        "images out with --skip-bad-images.",
+                        code="bad-image",
                     )
                 skipped.append(reason)
     if not arrays:
-        raise UserError(f"not one image could be decoded; the first: {[*skipped, 'none there'][0]}")
+        raise UserError(
+            f"not one image could be decoded; the first: {[*skipped, 'none there'][0]}",
+            code="bad-image",
+        )
     height, width, _ = arrays[0].shape
     same = all(array.shape == (height, width, 3) for array in arrays)
     if image_size and not (same and height == width <= SMALL):
@@ -428,7 +451,8 @@ def decode_all(
         other = next(array.shape for array in arrays if array.shape != arrays[0].shape)
         raise UserError(
             f"the images differ in size ({width}x{height}, {other[1]}x{other[0]}): say what they "
-            "shall become, for example --image-size 64."
+            "shall become, for example --image-size 64.",
+            code="sizes-differ",
         )
     images = np.empty((len(arrays), 3, height, width), dtype=np.uint8)
     for place in range(len(arrays)):

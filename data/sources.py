@@ -1,7 +1,5 @@
 """Where the pictures come from: a named data set, a folder, tables or the hub -> tensors."""
 
-import difflib
-import hashlib
 import json
 import os
 import re
@@ -13,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from common.disk import digest
+from common.text import nearest, printable
 from data import files
-from data.cache import Entry, cache_dir, cached, digest, entry_path, read_entry, write_entry
-from data.files import printable
+from data.cache import Entry, cache_dir, cached, digest_of, entry_path, read_entry, write_entry
 from errors import UserError
 
 __all__ = ["DATASETS", "ImageSet", "Source", "cache_dir", "choose_dataset", "load_source"]
@@ -86,7 +85,9 @@ def choose_dataset(dataset: str, data_dir: str | None = None) -> tuple[str, str]
     if kind == "hub":
         reached, why = _hub_has(dataset, where)
         if not reached:
-            raise UserError(f"{_cannot_be_had(dataset, why)} {_what_to_type(dataset)}")
+            raise UserError(
+                f"{_cannot_be_had(dataset, why)} {_what_to_type(dataset)}", code="data-unreachable"
+            )
     return dataset, _origin(dataset, kind, where)
 
 
@@ -144,14 +145,18 @@ def save_source(source: Source, path: Path, image_size: int | None) -> None:
     if source.name in ("digits", "synthetic", "line"):
         raise UserError(
             f"{source.name} needs no file, it is made where it is used; --out is for cifar10, "
-            "a folder, tables or a hub name"
+            "a folder, tables or a hub name",
+            code="needs-no-file",
         )
     tensors = {"train_images": source.train.images, "train_labels": source.train.labels}
     tensors |= {"test_images": source.test.images, "test_labels": source.test.labels}
     names = ("name", "classes", "mean", "std", "fingerprint", "skipped")
     meta = {name: getattr(source, name) for name in names} | {"image_size": image_size}
     if not write_entry(path, tensors, meta):
-        raise UserError(f"{printable(path)} cannot be written; try --out data.safetensors")
+        raise UserError(
+            f"{printable(path)} cannot be written; try --out data.safetensors",
+            code="output-unwritable",
+        )
 
 
 def _carried(name: str, path: Path, image_size: int | None) -> Entry:
@@ -159,20 +164,23 @@ def _carried(name: str, path: Path, image_size: int | None) -> Entry:
     if entry is None or "image_size" not in entry[1]:
         raise UserError(
             f"{printable(path)} is damaged or no data set of this program: make it with "
-            "python -m data prepare --out FILE.safetensors"
+            "python -m data prepare --out FILE.safetensors",
+            code="bad-data-file",
         )
     tensors, meta = entry
     if name == "cifar10" and meta["name"] != "cifar10":
         raise UserError(
             f"what lies in {printable(path)} is not CIFAR-10; type --dataset {printable(path)} to "
-            "train on it."
+            "train on it.",
+            code="not-cifar10",
         )
     side = tensors["train_images"].shape[-1]
     decoded = side > 64 or side == meta["image_size"]  # smaller ones may be as they came
     if meta["name"] != "cifar10" and decoded and image_size not in (None, side):
         raise UserError(
             f"the pictures in {printable(path)} were decoded for --image-size {side}: type that, "
-            f"or make another with python -m data prepare --image-size {image_size} --out FILE"
+            f"or make another with python -m data prepare --image-size {image_size} --out FILE",
+            code="other-image-size",
         )
     return {key: tensor.clone() for key, tensor in tensors.items()}, meta  # no longer of the file
 
@@ -198,7 +206,8 @@ def build(name: str, kind: str, where: str, image_size: int | None, skip_bad: bo
         if images.shape[1:] != (3, 32, 32) or len(classes) > 10:
             raise UserError(
                 f"what lies at {printable(where)} is not CIFAR-10: {len(classes)} classes, images "
-                f"of {tuple(images.shape[1:])}; type --dataset {printable(where)} to train on it."
+                f"of {tuple(images.shape[1:])}; type --dataset {printable(where)} to train on it.",
+                code="not-cifar10",
             )
         if classes == tuple(map(str, range(len(classes)))):  # a table that does not name them
             classes = CIFAR10_CLASSES
@@ -211,15 +220,21 @@ def build(name: str, kind: str, where: str, image_size: int | None, skip_bad: bo
 
 def _check(labels: torch.Tensor, is_test: torch.Tensor, classes: tuple[str, ...], at: str) -> None:
     if len(classes) < 2:
-        raise UserError(f"{at} has {len(classes)} class(es): telling classes apart takes two.")
+        raise UserError(
+            f"{at} has {len(classes)} class(es): telling classes apart takes two.",
+            code="too-few-classes",
+        )
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(
             f"{at} has labels from {labels.min()} to {labels.max()}, but {len(classes)} classes: "
-            f"labels must lie in 0..{len(classes) - 1}; mend the label column."
+            f"labels must lie in 0..{len(classes) - 1}; mend the label column.",
+            code="bad-label",
         )
     for split, there in (("training", ~is_test), ("test", is_test)):
         if not there.any():
-            raise UserError(f"{at} has no {split} images that can be read: add some.")
+            raise UserError(
+                f"{at} has no {split} images that can be read: add some.", code="empty-split"
+            )
 
 
 def _describe(
@@ -235,15 +250,14 @@ def _describe(
         "test_labels": test[1],
     }
     mean, std = _mean_and_std(train[0])
-    checksums = {name: digest(tensor) for name, tensor in tensors.items()}
+    checksums = {name: digest_of(tensor) for name, tensor in tensors.items()}
     fingerprint = _fingerprint(classes, checksums)
     facts = {"classes": classes, "mean": mean, "std": std, "skipped": skipped}
     return tensors, {**facts, "fingerprint": fingerprint}
 
 
 def _fingerprint(classes: tuple[str, ...], checksums: dict[str, str]) -> str:
-    text = json.dumps([classes, checksums])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return digest(json.dumps([classes, checksums]))
 
 
 def _mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
@@ -301,7 +315,7 @@ def _line(seed: int) -> Source:
         classes=(),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-        fingerprint=_fingerprint((), {"x": digest(x), "y": digest(y)}),
+        fingerprint=_fingerprint((), {"x": digest_of(x), "y": digest_of(y)}),
         origin=f"Data: {DATASETS['line']}.",
     )
 
@@ -320,12 +334,16 @@ def _locate(name: str, data_dir: str | None) -> tuple[str, str]:
         if kind == "folder":
             raise UserError(
                 f"{printable(path)} holds class folders, not a copy of CIFAR-10; to train on them "
-                f"type --dataset {printable(path)}."
+                f"type --dataset {printable(path)}.",
+                code="not-cifar10",
             )
         return kind, str(path)
     if name == "folder":
         if not data_dir:
-            raise UserError("--dataset folder needs --data-dir FOLDER, one subfolder per class.")
+            raise UserError(
+                "--dataset folder needs --data-dir FOLDER, one subfolder per class.",
+                code="no-data-dir",
+            )
         path = _existing(data_dir, "--data-dir")
         return files.layout(path), str(path)
     path = Path(name).expanduser()
@@ -334,18 +352,24 @@ def _locate(name: str, data_dir: str | None) -> tuple[str, str]:
     if HUB_NAME.fullmatch(name) and not name.startswith("."):
         return "hub", name
     if os.sep in name or "/" in name:
-        raise UserError(f"there is no folder or file {printable(name)}: check the path.")
-    close = difflib.get_close_matches(name.lower(), DATASETS, n=1)
+        raise UserError(
+            f"there is no folder or file {printable(name)}: check the path.", code="no-such-path"
+        )
+    close = nearest(name.lower(), DATASETS)
     raise UserError(
-        f"there is no data set '{printable(name)}'{f'; did you mean {close[0]}?' if close else '.'}"
-        f" Known: {', '.join(DATASETS)}, the path of a folder, or a hub name like user/name."
+        f"there is no data set '{printable(name)}'{f'; did you mean {close}?' if close else '.'}"
+        f" Known: {', '.join(DATASETS)}, the path of a folder, or a hub name like user/name.",
+        code="unknown-data-set",
     )
 
 
 def _existing(path: str, said_by: str) -> Path:
     found = Path(path).expanduser()
     if not found.exists():
-        raise UserError(f"{said_by} names {printable(path)}, which does not exist: check the path.")
+        raise UserError(
+            f"{said_by} names {printable(path)}, which does not exist: check the path.",
+            code="no-such-path",
+        )
     return found.absolute()
 
 
@@ -461,14 +485,19 @@ def _read_hub(repository: str) -> files.Records:
         return files.read_tables(folder)
     reached, why = _reach_hub(repository)
     if not reached:
-        raise UserError(f"{_cannot_be_had(repository, why)} {_what_to_type(repository)}")
+        raise UserError(
+            f"{_cannot_be_had(repository, why)} {_what_to_type(repository)}",
+            code="data-unreachable",
+        )
     from datasets import load_dataset
 
     try:
         splits = load_dataset(repository)
     except Exception as error:  # network, disk, several configurations, unknown formats
         first_line = printable((str(error).splitlines() or [type(error).__name__])[0])
-        raise UserError(f"the hub's {repository} cannot be loaded: {first_line}") from None
+        raise UserError(
+            f"the hub's {repository} cannot be loaded: {first_line}", code="hub-refused"
+        ) from None
     tables = {
         split: [part.data.table.replace_schema_metadata(part.features.arrow_schema.metadata)]
         for split, part in splits.items()

@@ -9,7 +9,8 @@ from typing import Self, TypeVar
 
 import torch
 
-from config import Settings, seconds
+from common.text import seconds
+from config import Settings
 from distributed import accelerator as machine
 from distributed import faults
 from distributed.checkpoint import Progress

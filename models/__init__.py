@@ -5,7 +5,6 @@ This file imports no torch, so that the command line can read the table at once.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.text import did_you_mean
 from errors import UserError
 from models.own_file import (
     call_with_known_arguments,
@@ -208,7 +208,9 @@ def lookup(name: str) -> ModelEntry:
         )
     raise UserError(
         f"--model {name}: no such model{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}, "
-        "any classifier of torchvision as torchvision:<name>, your own as path/to/file.py:ClassName"
+        "any classifier of torchvision as torchvision:<name>, your own as "
+        "path/to/file.py:ClassName",
+        code="unknown-model",
     )
 
 
@@ -223,19 +225,14 @@ def told_by_weights(weights: str) -> dict:
         return {}
 
 
-def did_you_mean(word: str, known: object) -> str:
-    """' (did you mean alexnet?)', or '' when nothing known is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
 def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     """The model, initialised from torch's global generator: seed that for repeatable weights."""
     entry = lookup(name)
     if entry.task == "classification" and image_size < entry.min_image_size:
         raise UserError(
             f"--image-size {image_size}: {name} needs at least {entry.min_image_size}; "
-            f"type --image-size {max(entry.min_image_size, int(entry.recipe['image_size']))}"
+            f"type --image-size {max(entry.min_image_size, int(entry.recipe['image_size']))}",
+            code="image-too-small",
         )
     module, _, attribute = entry.target.rpartition(":")
     if is_own_file(entry.target):
@@ -253,7 +250,8 @@ def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     if {parameter.requires_grad for parameter in model.parameters()} == {False}:
         raise UserError(
             f"--model {name}: no parameter has requires_grad=True, so nothing can learn; take out "
-            "what freezes them (--freeze backbone trains the last layer alone)"
+            "what freezes them (--freeze backbone trains the last layer alone)",
+            code="nothing-trains",
         )
     return model
 
@@ -268,7 +266,8 @@ def _torchvision_entry(name: str) -> ModelEntry:
     if name not in known:
         raise UserError(
             f"--model {TORCHVISION}{name}: torchvision has no classifier of that name"
-            f"{did_you_mean(name, known)}; it has {', '.join(known)}"
+            f"{did_you_mean(name, known)}; it has {', '.join(known)}",
+            code="unknown-model",
         )
     return ModelEntry(
         target=TORCHVISION + name,

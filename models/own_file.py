@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import inspect
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.text import did_you_mean
 from errors import UserError
 
 
@@ -24,14 +24,19 @@ def check_own_file(name: str) -> None:
     """UserError unless the file is there, is Python and speaks of the class. Runs nothing."""
     path, class_name = _split(name)
     if not path.is_file():
-        raise UserError(f"--model {name}: there is no file {path} (looked in {Path.cwd()})")
+        raise UserError(
+            f"--model {name}: there is no file {path} (looked in {Path.cwd()})",
+            code="no-model-file",
+        )
     content = path.read_bytes()
     try:
         statements = ast.parse(content).body  # Python itself knows marks and coding lines
     except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}; mend the file") from None
+        raise UserError(
+            f"{path}, line {error.lineno}: {error.msg}; mend the file", code="bad-model-file"
+        ) from None
     except ValueError as error:
-        raise UserError(f"{path} is no Python file: {error}") from None
+        raise UserError(f"{path} is no Python file: {error}", code="bad-model-file") from None
     classes = [node.name for node in statements if isinstance(node, ast.ClassDef)]
     # A class that the file imports from elsewhere is in its text, though not among its classes.
     if not class_name or class_name.encode() not in content:
@@ -53,7 +58,8 @@ def load_own_class(name: str) -> type:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
         line = f", line {frames[-1].lineno}" if frames else ""
         raise UserError(
-            f"{path}{line}: the file cannot be imported: {type(error).__name__}: {error}"
+            f"{path}{line}: the file cannot be imported: {type(error).__name__}: {error}",
+            code="bad-model-file",
         ) from error
     finally:
         if folder in sys.path:
@@ -66,7 +72,8 @@ def load_own_class(name: str) -> type:
     if not (inspect.isclass(found) and issubclass(found, nn.Module)):
         raise UserError(
             f"--model {name}: {class_name} is not an nn.Module; "
-            f"write class {class_name}(nn.Module) and call super().__init__() in its __init__"
+            f"write class {class_name}(nn.Module) and call super().__init__() in its __init__",
+            code="not-a-module",
         )
     return found
 
@@ -85,7 +92,8 @@ def call_with_known_arguments(make: Callable, known: dict[str, Any], name: str) 
         raise UserError(
             f"--model {name}: __init__ needs {', '.join(needed)}, which nobody gives; "
             f"write a default (def __init__(self, num_classes, {needed[0]}=...)); "
-            "only num_classes and image_size are passed"
+            "only num_classes and image_size are passed",
+            code="unknown-argument",
         )
     return make(**{key: value for key, value in known.items() if key in parameters})
 
@@ -102,7 +110,9 @@ def size_lazy_layers(model: Any, image_size: int, name: str) -> None:
             model.eval()(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:
         told = str(error).splitlines()[0]
-        raise UserError(f"--model {name}: fails on two images of {image_size}: {told}") from error
+        raise UserError(
+            f"--model {name}: fails on two images of {image_size}: {told}", code="model-fails"
+        ) from error
     model.train()
 
 
@@ -113,8 +123,9 @@ def _split(name: str) -> tuple[Path, str]:
 
 def _no_such_class(name: str, classes: list[str]) -> UserError:
     path, class_name = _split(name)
-    near = difflib.get_close_matches(class_name, classes, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = did_you_mean(class_name, classes)
     given = f"there is no class {class_name} in the file{hint}" if class_name else "name a class"
     listed = f"it has {', '.join(classes)}" if classes else "it has no class at all"
-    return UserError(f"--model {name}: {given}; {listed}; type {path}:ClassName")
+    return UserError(
+        f"--model {name}: {given}; {listed}; type {path}:ClassName", code="unknown-class"
+    )

@@ -89,7 +89,8 @@ def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) ->
                 f"it was trained as --model {theirs['model']} --image-size {theirs['image_size']}"
                 if (theirs := told_by_weights(weights))
                 else "name the model (and --image-size) that these weights were trained with"
-            )
+            ),
+            code="weights-do-not-fit",
         )
     model.load_state_dict(given, strict=False)
     if not fresh:
@@ -121,7 +122,10 @@ def head_prefixes(model: nn.Module, name: str) -> tuple[str, ...]:
             if any(True for _ in module.parameters(recurse=False))
         ]
         if not layers:
-            raise UserError(f"--model {name}: no layer of it has a parameter, nothing can learn")
+            raise UserError(
+                f"--model {name}: no layer of it has a parameter, nothing can learn",
+                code="nothing-trains",
+            )
         heads.append(f"{layers[-1]}." if layers[-1] else "")
     return tuple(heads)
 
@@ -136,7 +140,8 @@ def freeze_backbone(model: nn.Module, name: str) -> None:
     if not frozen:
         raise UserError(
             f"--freeze backbone: {name} has no layers besides its head, so nothing would be "
-            "frozen; leave --freeze out"
+            "frozen; leave --freeze out",
+            code="nothing-trains",
         )
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -177,7 +182,7 @@ def _imagenet_file(name: str) -> Path:
 def _fetch_imagenet(name: str) -> Path:
     reachable, sentence = imagenet_reach(name)
     if not reachable:
-        raise UserError(f"--weights imagenet: {sentence}")
+        raise UserError(f"--weights imagenet: {sentence}", code="weights-unreachable")
     file, url = _imagenet_file(name), _imagenet_url(name)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -187,16 +192,24 @@ def _fetch_imagenet(name: str) -> Path:
                 url, str(file), hash_prefix=checksum and checksum[1], progress=False
             )
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--weights imagenet: {url} did not arrive ({error})") from error
+            raise UserError(
+                f"--weights imagenet: {url} did not arrive ({error})", code="weights-unreachable"
+            ) from error
     return file
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weights file by name, on the CPU."""
     if file.is_dir():
-        raise UserError(f"--weights {file} is a folder; type {file / 'model.safetensors'}")
+        raise UserError(
+            f"--weights {file} is a folder; type {file / 'model.safetensors'}",
+            code="no-weights-file",
+        )
     if not file.is_file():
-        raise UserError(f"--weights {file}: there is no such file (nor is it the word imagenet)")
+        raise UserError(
+            f"--weights {file}: there is no such file (nor is it the word imagenet)",
+            code="no-weights-file",
+        )
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -209,7 +222,8 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"--weights {file} cannot be read: it is damaged, or holds more than tensors, and code "
             "in a weights file is never run; save torch.save(model.state_dict(), 'weights.pth') "
-            "or a .safetensors file"
+            "or a .safetensors file",
+            code="bad-weights-file",
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -218,7 +232,8 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         isinstance(value, torch.Tensor) for value in state.values()
     ):
         raise UserError(
-            f"--weights {file} is no table of tensors by name; save model.state_dict() into it"
+            f"--weights {file} is no table of tensors by name; save model.state_dict() into it",
+            code="bad-weights-file",
         )
     return state
 

@@ -61,7 +61,8 @@ class Logbook:
         if actions.debug and (folder / "config.json").exists():
             raise UserError(
                 f"{folder} holds a run, and --debug makes a small one of its own: name another "
-                "--run-dir, or none"
+                "--run-dir, or none",
+                code="run-dir-in-use",
             )
         run_dir = RunDir(folder)
         run_dir.open()
@@ -138,7 +139,10 @@ class Logbook:
             message = f"step {old['failed_at']} failed twice in a row: {old['reason']}"
         if message:
             self.folder.status(status="failed", reason=message)
-            raise UserError(f"{message}; see {self.folder.folder / 'crash'} and start it by hand")
+            raise UserError(
+                f"{message}; see {self.folder.folder / 'crash'} and start it by hand",
+                code="crash-loop",
+            )
 
     # --- while it trains ------------------------------------------------------------------------
 

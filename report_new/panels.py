@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from common.disk import write_json, write_text
+from common.text import duration, percent
 from config import TrainConfig, recipe_of
 from data.build import Data
 from distributed.accelerator import cpu_has_bf16
@@ -14,12 +16,12 @@ from distributed.checkpoint import Progress
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
 from report import pictures
-from report.screen import Report, duration, percent
+from report.screen import Report
 from tasks import Classification, Regression
 from training.learner import Learner
 from training.lr_finder import Rates
 from training.plan import Plan
-from training.run_dir import SKIPPED, write_json, write_text
+from training.run_dir import SKIPPED
 from training.schedule import Schedule
 from training.start import Started
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.text import percent, printable
 from data.build import Data
 from data.loaders import EVALUATION_BATCH
 from distributed.checkpoint import Progress
 from report import pictures
-from report.screen import clean, percent
 from training.learner import Learner
 
 
@@ -30,7 +30,7 @@ def draw_pictures(
         labels, answers = data.test.labels.flatten().cpu(), model(inputs).flatten().cpu()
         pictures.line_fit(inputs.flatten().cpu(), labels, answers, folder / "line.png")
         return
-    classes = [clean(name) for name in data.classes]
+    classes = [printable(name) for name in data.classes]
     if "confusion" in progress.best_metrics:
         matrix = progress.best_metrics["confusion"]
         pictures.confusion(matrix, classes, folder / "confusion.png")

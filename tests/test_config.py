@@ -9,6 +9,7 @@ import sys
 import pytest
 from launches import REPOSITORY
 
+from common.text import seconds
 from config import (
     HINTS,
     MAY_CHANGE,
@@ -18,7 +19,6 @@ from config import (
     build_parser,
     parse,
     plan_batch,
-    seconds,
     to_json,
 )
 from errors import UserError

@@ -20,6 +20,7 @@ from launches import REPOSITORY, SMALL, train
 import page
 import plots
 from chart import MOST_POINTS, thinned, ticks
+from common.text import printable
 
 OWNED = "parent.document.title='owned';document.title='owned'"
 CLASSES = [
@@ -163,7 +164,7 @@ def test_text_from_outside_stays_text(folder):
     }  # fmt: skip
     assert {name for name, _ in seen.attributes} <= known
     for name in CLASSES:
-        shown = "".join(c if c.isprintable() else "?" for c in name)
+        shown = printable(name)
         assert shown in seen.texts, shown
     assert not any(c for c in made if not c.isprintable() and c != "\n")
     made.encode("utf-8")
@@ -453,7 +454,7 @@ def test_a_browser_shows_hostile_text_and_keeps_the_page_in_its_width(look, fold
     seen, console, asked = look(page.build(folder), width)
     assert console == [] and asked == ["/harness.html", "/report.html"]
     assert seen["title"] == "harness" and seen["inside"] == f"{folder.name}: finished"
-    assert seen["classes"] == ["".join(c if c.isprintable() else "?" for c in n) for n in CLASSES]
+    assert seen["classes"] == [printable(name) for name in CLASSES]
     assert seen["width"] == seen["scroll"] == width and seen["outside"] == []
     assert len(seen["images"]) == 2 and all(seen["images"])
     assert seen["styled"] != "none"

@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from report import Chrono, Report, clean, duration, percent
+from common.text import duration, percent, printable
+from report import Chrono, Report
 
 HOSTILE = "[red]boo[/red] \x1b[31mred\x07 [/b] line\nbreak [bold"
 
@@ -137,7 +138,7 @@ def test_words_for_numbers():
         "0s", "12s", "1m00s", "4m10s", "1h00m", "3h05m"
     ]  # fmt: skip
     assert percent(0.91234) == "91.23 %"
-    assert clean("a\x1b[0m\n\u202e犬") == "a?[0m??犬"
+    assert printable("a\x1b[0m\n\u202e犬") == "a\\x1b[0m\\n\\u202e犬"
 
 
 # --- speed and time left -------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import run_dir
+from common.disk import read_json, write_json, write_text
 from errors import UserError
 from run_dir import (
     STALE_SECONDS,
@@ -21,10 +22,7 @@ from run_dir import (
     describe_environment,
     fresh_name,
     launch_command,
-    read_json,
     set_aside,
-    write_json,
-    write_text,
 )
 
 REPOSITORY = str(Path(__file__).resolve().parent.parent)

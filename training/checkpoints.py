@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from config import TrainConfig, seconds
+from common.text import seconds
+from config import TrainConfig
 from distributed.checkpoint import (
     Progress,
     Writer,
@@ -94,7 +95,8 @@ class Checkpoints:
             raise UserError(
                 f"the data are not those this run was trained on (fingerprint {facts.get('data')}, "
                 f"now {self.facts['data']}); bring the old data back, start a new run, or add "
-                "--allow-change dataset"
+                "--allow-change dataset",
+                code="other-data",
             )
         if facts.get("order", self.facts["order"]) != self.facts["order"]:
             warn("the order of the samples is no longer that of this checkpoint")
@@ -159,5 +161,7 @@ def load_best(path: Path, learner: Learner) -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError):
-        raise UserError(f"--eval-only: {path} is missing or cannot be read") from None
+        raise UserError(
+            f"--eval-only: {path} is missing or cannot be read", code="weights-unreadable"
+        ) from None
     learner.load_weights(tensors)

@@ -67,6 +67,9 @@ def find_lr(learner: Learner, data: Data, world: World, train_step: Step) -> Rat
         if world.beat(step + 1):
             return None
     if not raw:
-        raise UserError("--find-lr: the loss is not finite even at the smallest learning rate")
+        raise UserError(
+            "--find-lr: the loss is not finite even at the smallest learning rate",
+            code="loss-not-finite",
+        )
     losses = smooth(raw)
     return Rates(rates, losses, suggest(rates, losses))

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from common.disk import write_json
 from data.build import Data
 from errors import NumbersGoneBad
 from training.learner import Learner
-from training.run_dir import write_json
 from training.schedule import Schedule
 
 

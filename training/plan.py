@@ -92,7 +92,7 @@ def _look(settings: Settings) -> dict:
     elif weights == "imagenet" and not goes_on:
         reached, reason = imagenet_reach(config.model)
         if not reached:
-            raise UserError(f"--weights imagenet: {reason}")
+            raise UserError(f"--weights imagenet: {reason}", code="weights-not-reached")
     if dataset == "digits":  # a moved or mirrored digit of 8 pixels is another digit
         layers["data set"] = {"augment": "none"}
     before = next((o for o in ("saved run", "--debug") if o in settings.layers), "")

@@ -1,12 +1,12 @@
 """From a plan to what the loop needs: the data set, a model with its starting weights, facts."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from common.disk import digest
 from config import Settings, to_json
 from data.build import Data
 from data.keyed_random import mix
@@ -102,8 +102,7 @@ def agreed_facts(settings: Settings, data: Data, model: nn.Module, world: World)
         "order": data.sampler.fingerprint(),
         "code": code_fingerprint(own_file),
     }
-    digest = hashlib.blake2b(to_json(settings).encode(), digest_size=8).hexdigest()
-    world.refuse_disagreement({**facts, "settings": digest})
+    world.refuse_disagreement({**facts, "settings": digest(to_json(settings))})
     return facts
 
 

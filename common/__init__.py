@@ -1,0 +1,1 @@
+"""Small things below everything else, without torch: what text, files and mistakes share."""

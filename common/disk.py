@@ -1,0 +1,62 @@
+"""Files that are whole or not there, JSON that may be damaged, and digests."""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block ends without an error.
+
+    A reader (or a crash) sees the old file or the new one, never half; `sync` waits for the disk,
+    so that this holds for a power cut too. An error leaves the old file and nothing beside it.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        yield partial
+        if sync:
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, sync: bool = True) -> None:
+    """A text file in UTF-8, whole or not at all."""
+    with whole(path, sync) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def parse_object(text: str) -> dict | None:
+    """A JSON object; None where the text is none, as half a line that a crash left."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_json(path: Path, default: dict | None = None) -> dict | None:
+    """The object in a JSON file, or the default where it is missing or damaged."""
+    try:
+        found = parse_object(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    return default if found is None else found
+
+
+def digest(content: str | bytes, size: int = 8) -> str:
+    """blake2b of text or bytes, `size` bytes of it, in hexadecimal."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.blake2b(content, digest_size=size).hexdigest()

@@ -1,0 +1,65 @@
+"""Words for a screen, a page or a file name: cleaned, shortened, read and written."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from errors import UserError
+
+
+def printable(text: object) -> str:
+    """Text from outside (class names, paths) with control characters escaped, as \\x1b.
+
+    Nothing that is left can move a cursor, turn the direction of writing or break a line.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def file_name(text: str) -> str:
+    """The last part of a path, a hub name or FILE.py:Class as a plain file name."""
+    stem = Path(text.replace(":", "/")).name or "data"
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like this one; "" when none is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), "")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' (did you mean alexnet?)', or '' when nothing known is near."""
+    near = nearest(word, known)
+    return f" (did you mean {near}?)" if near else ""
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """12s, 4m10s, 3h05m."""
+    seconds = int(seconds + 0.5)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+
+
+def seconds(text: str) -> float:
+    """`3h50m`, `90s`, `1d` or `1:30:00` as seconds."""
+    if re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) and text:
+        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+        total = sum(int(n) * units[u] for n, u in re.findall(r"(\d+)([dhms])", text))
+    elif re.fullmatch(r"\d+(:\d\d){1,2}", text):
+        total = 0
+        for part in text.split(":"):
+            total = total * 60 + int(part)
+    else:
+        total = 0
+    if total <= 0:
+        raise UserError(
+            f"{text}: not a length of time; write 3h50m, 90s or 1:30:00", code="bad-duration"
+        )
+    return float(total)

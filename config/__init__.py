@@ -1,0 +1,12 @@
+"""Every setting: fields, layers and their origins, command line and YAML, batch plan; no torch."""
+
+from config.batch import BatchPlan, plan_batch
+from config.command_line import Parser, build_parser, parse, parse_or_exit, tell
+from config.fields import HINTS, MAY_CHANGE, TYPES, TrainConfig
+from config.layers import Actions, Settings, recipe_of, restarted, to_json
+
+__all__ = [
+    "HINTS", "MAY_CHANGE", "TYPES", "Actions", "BatchPlan", "Parser", "Settings", "TrainConfig",
+    "build_parser", "parse", "parse_or_exit", "plan_batch", "recipe_of", "restarted", "tell",
+    "to_json",
+]  # fmt: skip

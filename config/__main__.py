@@ -1,0 +1,21 @@
+"""`python -m config FLAGS`: each value and where it comes from; `--json` first, for scripts."""
+
+import sys
+from dataclasses import asdict
+
+from config import parse_or_exit, to_json
+
+
+def main(arguments: list[str]) -> int:
+    as_json = arguments[:1] == ["--json"]  # before the flags, so none can be mistaken
+    shown = parse_or_exit(arguments[1:] if as_json else arguments)
+    if as_json:
+        print(to_json(shown))
+        return 0
+    for key, value in asdict(shown.config).items():
+        print(f"{key:18} {value!s:24} {shown.origin(key)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,238 @@
+"""Words of a command line and lines of a YAML file -> Settings; what is wrong, in one sentence."""
+
+import argparse
+import os
+import socket
+import sys
+import time
+import typing
+from pathlib import Path
+
+from common.text import did_you_mean
+from config.fields import DEBUG_PRESET, GROUPS, HINTS, MAY_CHANGE, TYPES, TrainConfig, convert
+from config.layers import (
+    Actions,
+    Settings,
+    __version__,
+    check,
+    known_run_dir,
+    read_saved,
+    recipe_of,
+    refuse_conflicts,
+    restarted,
+)
+from errors import UserError, all_of
+from models import lookup
+
+
+def parse(argv: list[str]) -> Settings:
+    """Settings of a command line; every problem is reported together as one UserError."""
+    problems: list[UserError] = []
+    parser = build_parser()
+    known, unknown = parser.parse_known_args([spell(word) for word in argv])
+    given = vars(known)
+    flags = [s for action in parser._actions for s in action.option_strings]
+    problems += [unknown_flag(word, flags) for word in unknown if word.startswith("--")]
+    if not problems and unknown:
+        message = f"{' '.join(unknown)}: not an option; every option starts with --"
+        problems.append(UserError(message, code="unknown-flag"))
+
+    flag_layer = {}
+    for name in HINTS:
+        if given.get(name) is not None:
+            convert(name, given[name], "--" + name.replace("_", "-"), flag_layer, problems)
+    file_layer = {}
+    if given["config"]:
+        for name, value in read_yaml(Path(given["config"])).items():
+            convert(name, value, f"{given['config']}: {name}", file_layer, problems)
+    actions = Actions(
+        debug=given["debug"], dry_run=given["dry_run"], eval_only=given["eval_only"],
+        find_lr=given["find_lr"], fresh=given["fresh"], resume=given["resume"],
+        allow_change=tuple(n.replace("-", "_") for n in given["allow_change"]),
+    )  # fmt: skip
+    for name in actions.allow_change:
+        if name not in HINTS:
+            message = f"--allow-change {name}: not a setting{did_you_mean(name, HINTS)}"
+            problems.append(UserError(message, code="unknown-setting"))
+    for layer in (flag_layer, file_layer):
+        if "model" in layer:
+            try:
+                lookup(str(layer["model"]))
+            except UserError as error:
+                problems.append(error)
+            break
+    if problems:
+        raise all_of(problems)
+    for layer in (file_layer, flag_layer):  # "auto" leaves a value to recipe and machine
+        for name in [n for n, v in layer.items() if v == HINTS[n].default == "auto"]:
+            del layer[name]
+            file_layer.pop(name, None)
+
+    typed = {**file_layer, **flag_layer}
+    saved, asked = {}, {}
+    folder = known_run_dir(typed, actions)
+    starts_over = actions.fresh and not restarted()
+    if folder is not None and not starts_over and (folder / "config.json").is_file():
+        saved, asked = read_saved(folder)
+        for layer in (file_layer, flag_layer):  # the same command again: what it led to stays
+            for name in [n for n, value in layer.items() if asked.get(n, None) == value]:
+                if name in saved and name not in MAY_CHANGE:
+                    del layer[name]
+        typed = {**file_layer, **flag_layer}
+        refuse_conflicts(typed, saved, folder, actions.allow_change)
+    if folder is not None:
+        saved["run_dir"] = str(folder)
+    layers: dict[str, dict] = {}
+    model = typed.get("model", saved.get("model", TrainConfig.model))
+    layers["recipe"] = recipe_of(model, typed.get("weights", saved.get("weights", "none")))
+    if saved:
+        layers["saved run"] = saved
+    if actions.debug:
+        layers["--debug"] = dict(DEBUG_PRESET)
+    if file_layer:
+        layers[f"file {given['config']}"] = file_layer
+    layers["flag"] = flag_layer
+    settings = Settings(layers, actions, tuple(argv), {**asked, **typed})
+    check(settings)
+    return settings
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one sentence, without its page of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(
+            f"{message}; see python {self.prog.removeprefix('python ')} --help", code="unknown-flag"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="train.py",
+        description="Train an image classifier: the same run on one process or many.",
+        allow_abbrev=False,
+        epilog="Start with: python train.py --debug     Models: python -m models",
+    )
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for name, f in HINTS.items():
+        flag = "--" + name.replace("_", "-")
+        default = "" if f.default in (None, False) else f" (default {f.default})"
+        choices = f" [{'|'.join(map(str, f.metadata['choices']))}]" if f.metadata["choices"] else ""
+        text = (f.metadata["help"] + choices + default).replace("%", "%%")
+        group = groups[f.metadata["group"]]
+        if TYPES[name] is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(flag, default=None, help=text, metavar=name.upper())
+    act = parser.add_argument_group("this command")
+    act.add_argument("--debug", action="store_true", help="one process, few images, anomaly checks")
+    act.add_argument("--dry-run", action="store_true", help="build all, one step, write nothing")
+    act.add_argument("--eval-only", action="store_true", help="evaluate the run's best model")
+    act.add_argument("--find-lr", action="store_true", help="suggest a learning rate and stop")
+    act.add_argument(
+        "--resume",
+        nargs="?",
+        const="runs/latest",
+        help="run folder to continue (alone: runs/latest)",
+    )
+    act.add_argument("--fresh", action="store_true", help="start over in --run-dir")
+    act.add_argument(
+        "--allow-change",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="settings a resumed run may change",
+    )
+    act.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file")
+    act.add_argument("--version", action="version", version=f"lockstep {__version__}")
+    return parser
+
+
+def spell(word: str) -> str:
+    """`--batch_size=8` as `--batch-size=8`: both spellings are accepted."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def unknown_flag(word: str, flags: list[str]) -> UserError:
+    flag = word.partition("=")[0]
+    if flag == "--pretrained":  # torchvision's word of old
+        message = "--pretrained: no such option; type --weights imagenet, or a file of weights"
+    else:
+        message = f"{flag}: no such option{did_you_mean(flag, flags)}; see python train.py --help"
+    return UserError(message, code="unknown-flag")
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """Settings of a YAML file; duplicate keys and anything but a flat table are refused."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        pass
+
+    def mapping(loader, node):
+        keys = [loader.construct_object(key) for key, _ in node.value]
+        if not all(isinstance(key, str) for key in keys):
+            raise UserError(f"--config {path}: must be lines like `lr: 0.05`", code="bad-yaml")
+        keys = [key.replace("-", "_") for key in keys]
+        twice = {k for k in keys if keys.count(k) > 1}
+        if twice:
+            raise UserError(
+                f"--config {path}: {', '.join(sorted(twice))} stands there twice", code="bad-yaml"
+            )
+        return {
+            k: loader.construct_object(v, deep=True)
+            for k, (_, v) in zip(keys, node.value, strict=True)
+        }
+
+    def whole(loader, node):  # YAML 1.1 would make 5400 of 1:30:00
+        return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+    Strict.add_constructor("tag:yaml.org,2002:int", whole)
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)  # a SafeLoader
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: cannot be read ({error.strerror})", code="no-config-file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(f"--config {path}: not valid YAML{line}", code="bad-yaml") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"--config {path}: must be lines like `lr: 0.05`", code="bad-yaml")
+    return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def tell(error: UserError) -> None:
+    """Print what one process finds wrong before it can ask the others: once, if all find the same.
+
+    The main process speaks at once. The first process of each other node waits: where all meet the
+    same, the launcher ends it meanwhile; where only its node is wrong, nobody else can say so.
+    """
+    env = os.environ
+    rank = env.get("RANK") or env.get("SLURM_PROCID") or "0"
+    if rank == "0":
+        print(error, file=sys.stderr, flush=True)
+    elif (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID")) == "0":
+        time.sleep(2)
+        host = env.get("SLURMD_NODENAME") or socket.gethostname()
+        print(f"rank {rank} on {host}: {error}", file=sys.stderr, flush=True)
+
+
+def parse_or_exit(argv: list[str]) -> Settings:
+    """Settings, or a sentence per problem on stderr (once, on many processes) and status 2."""
+    try:
+        return parse(argv)
+    except (OSError, ValueError) as error:  # a name that no file can have, a number without end
+        tell(
+            error
+            if isinstance(error, UserError)
+            else UserError(f"cannot be understood: {error}", code="bad-settings")
+        )
+        raise SystemExit(2) from None

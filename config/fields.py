@@ -1,0 +1,221 @@
+"""TrainConfig: every setting with its help, its limits and what a resumed run may change."""
+
+import re
+import typing
+from dataclasses import dataclass, field, fields
+
+from common.text import did_you_mean
+from errors import UserError
+
+
+def setting(default, help: str, *, group: str = "", choices: tuple = (), low=None, high=None):
+    """A dataclass field that carries what the command line and the checks need to know."""
+    extra = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=extra)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides what a run computes. Plain values; saved as config.json."""
+
+    model: str = setting(
+        "alexnet", "a name from `python -m models`, torchvision:NAME or FILE.py:Class", group="what"
+    )
+    dataset: str = setting(
+        "auto", "auto, cifar10, digits, synthetic, line, a folder, a hub name", group="what"
+    )
+    data_dir: str | None = setting(None, "where a local copy of the data lies", group="what")
+    weights: str = setting(
+        "auto",
+        "auto (imagenet for alexnet where it can be had, else none), none, imagenet, or a "
+        ".pth/.safetensors file to start from",
+        group="what",
+    )
+    freeze: str = setting(
+        "none", "train everything, or only the head", group="what", choices=("none", "backbone")
+    )
+
+    epochs: int = setting(10, "passes over the training images", group="length", low=1)
+    max_steps: int | None = setting(
+        None, "stop after this many optimizer steps", group="length", low=1
+    )
+    max_time: str | None = setting(
+        None, "save and stop after this long, as 3h50m; the run can go on later", group="length"
+    )
+    eval_every: int = setting(1, "evaluate every so many epochs", group="length", low=1)
+
+    batch_size: int = setting(
+        64, "images per optimizer step, over all processes together", group="batch", low=1
+    )
+    accumulate: int = setting(
+        1, "micro-batches a process adds up per step, to save memory", group="batch", low=1
+    )
+    shards: str = setting(
+        "auto", "parts a batch is cut into, a constant of the run (auto: processes x accumulate)",
+        group="batch",
+    )  # fmt: skip
+
+    optimizer: str = setting(
+        "sgd", "how weights are updated", group="optimizer", choices=("sgd", "adamw", "muon")
+    )
+    lr: float = setting(0.05, "peak learning rate", group="optimizer", low=0.0)
+    momentum: float = setting(0.9, "momentum of sgd and muon", group="optimizer", low=0.0, high=1.0)
+    weight_decay: float = setting(
+        5e-4, "weight decay (not on biases and norms)", group="optimizer", low=0.0
+    )
+    schedule: str = setting(
+        "cosine", "how the learning rate falls", group="optimizer",
+        choices=("constant", "cosine", "linear", "step"),
+    )  # fmt: skip
+    warmup: float = setting(0.0, "epochs of linear warm-up", group="optimizer", low=0.0, high=1e6)
+    label_smoothing: float = setting(
+        0.0, "probability spread over the other classes", group="optimizer", low=0.0, high=0.999
+    )
+    grad_clip: float = setting(
+        0.0, "largest gradient norm; 0 does not clip", group="optimizer", low=0.0
+    )
+    ema: float = setting(
+        0.0, "decay of the averaged weights that are evaluated; 0 is off", group="optimizer",
+        low=0.0, high=0.999999,
+    )  # fmt: skip
+    on_nonfinite: str = setting(
+        "stop", "a loss or gradient that is not a number: stop, or skip that update",
+        group="optimizer", choices=("stop", "skip"),
+    )  # fmt: skip
+
+    image_size: int = setting(32, "pixels a side that the model sees", group="images", low=1)
+    augment: str = setting(
+        "flip", "random changes to training images", group="images",
+        choices=("none", "flip", "crop", "resized_crop", "translate"),
+    )  # fmt: skip
+    cutout: int = setting(0, "side of a square that is blanked, in pixels", group="images", low=0)
+    mixup: float = setting(0.0, "mixup's alpha; 0 is off", group="images", low=0.0, high=10.0)
+    cutmix: float = setting(0.0, "cutmix's alpha; 0 is off", group="images", low=0.0, high=10.0)
+    alternating_flip: bool = setting(
+        False, "flip each image every other epoch instead of at random", group="images"
+    )
+    tta: int = setting(
+        0, "test-time augmentation: 1 adds the mirror image, 2 also shifts", group="images",
+        choices=(0, 1, 2),
+    )  # fmt: skip
+    val_fraction: float = setting(
+        0.0, "part of the training images that chooses the best epoch", group="images",
+        low=0.0, high=0.9,
+    )  # fmt: skip
+    limit: int = setting(
+        0, "use only so many training and test images; 0: all", group="images", low=0
+    )
+    num_workers: int = setting(
+        0, "ignored: images lie in memory, no worker loads them", group="images", low=0
+    )
+    skip_bad_images: bool = setting(
+        False, "leave out images that cannot be read, and list them", group="images"
+    )
+
+    mixed_precision: str = setting(
+        "auto", "auto is bf16 where the GPU has it", group="machine",
+        choices=("auto", "no", "bf16", "fp16"),
+    )  # fmt: skip
+    compile: bool = setting(False, "compile the model", group="machine")
+    deterministic: bool = setting(False, "bit-exact GPU runs, slower", group="machine")
+    bitwise: bool = setting(
+        False, "the same bits on any number of processes (CPU), slower", group="machine"
+    )
+    threads: int = setting(
+        0, "CPU threads per process; 0: the CPUs shared by the processes", group="machine", low=0
+    )
+    seed: int = setting(
+        0, "decides order, augmentation, dropout and weights", group="machine", low=0,
+        high=2**63 - 1,
+    )  # fmt: skip
+
+    run_dir: str | None = setting(
+        None, "the run's folder; continues if it holds a run", group="run"
+    )
+    checkpoint_every: str = setting(
+        "5m", "steps (500), time (5m) or epoch between checkpoints", group="run"
+    )
+    keep: int = setting(3, "newest checkpoints kept, besides the best model", group="run", low=2)
+    log_every: int = setting(
+        0,
+        "steps between rows of metrics.jsonl; 0: ten an epoch, at most 50 steps",
+        group="run",
+        low=0,
+    )
+    plots: bool = setting(True, "draw the run's pictures at its end", group="run")
+    track: str = setting(
+        "none", "also report to", group="run", choices=("none", "wandb", "tensorboard")
+    )
+
+
+# What a resumed run may change without being asked twice: length, placement and reporting.
+MAY_CHANGE = frozenset(
+    {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
+    | {"track", "plots", "data_dir", "num_workers", "accumulate", "run_dir", "tta"}
+)
+DEBUG_PRESET = {
+    "epochs": 1, "max_steps": 8, "limit": 512, "compile": False, "num_workers": 0,
+    "track": "none", "log_every": 1,
+}  # fmt: skip
+GROUPS = {
+    "what": "what to train", "length": "how long", "batch": "batch", "optimizer": "optimizer",
+    "images": "images", "machine": "machine", "run": "what it leaves",
+}  # fmt: skip
+NUMBER = re.compile("[0-9]+")  # "²".isdigit() is true
+HINTS = {f.name: f for f in fields(TrainConfig)}
+TYPES = typing.get_type_hints(TrainConfig)
+
+
+def convert(
+    name: str, value: object, shown: str, into: dict[str, object], problems: list[UserError]
+) -> None:
+    """Put the typed value of one setting into a layer, or its problem on the list."""
+    if name not in HINTS:
+        message = f"{shown}: no such setting{did_you_mean(name, HINTS)}"
+        problems.append(UserError(message, code="unknown-setting"))
+        return
+    f, kind = HINTS[name], TYPES[name]
+    optional = type(None) in typing.get_args(kind)
+    kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
+    if value is None and optional:
+        into[name] = None
+        return
+    try:
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError
+        elif isinstance(value, bool):
+            raise ValueError
+        elif kind is int:
+            if isinstance(value, float) and not value.is_integer():
+                raise ValueError
+            value = int(value)
+        elif kind is float:
+            value = float(value)
+            if value != value or value in (float("inf"), float("-inf")):
+                raise ValueError
+        elif not isinstance(value, str | int | float):
+            raise ValueError
+        else:
+            value = str(value)
+            value.encode()  # half a character, of a name that is not UTF-8, can stand in no file
+            if not value or any(c < " " for c in value):
+                raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        message = f"{shown} {value!r}: must be {wanted[kind]}"
+        problems.append(UserError(message, code="bad-value"))
+        return
+    choices, low, high = (f.metadata[key] for key in ("choices", "low", "high"))
+    message = ""
+    if choices and value not in choices:
+        hint = did_you_mean(str(value), map(str, choices))
+        message = f"not known{hint}; one of: {', '.join(map(str, choices))}"
+    elif low is not None and value < low:
+        message = f"must be at least {low}"
+    elif high is not None and value > high:
+        message = f"must be at most {high}"
+    if message:
+        problems.append(UserError(f"{shown} {value}: {message}", code="bad-value"))
+    else:
+        into[name] = value

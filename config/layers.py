@@ -1,0 +1,213 @@
+"""The layers a configuration is made of, and where each value comes from.
+
+Later layers win: default < recipe of the model < data set < saved run < --debug < YAML file < flag.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from common.text import nearest, seconds
+from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
+from errors import UserError, all_of
+from models import lookup, told_by_weights
+
+__version__ = "0.1.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actions:
+    """What this one command does with the configuration; not part of the run's identity."""
+
+    debug: bool = False
+    dry_run: bool = False
+    eval_only: bool = False
+    find_lr: bool = False
+    fresh: bool = False
+    resume: str | None = None
+    allow_change: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The layers a configuration was made of; later layers win."""
+
+    layers: Mapping[str, Mapping[str, object]]
+    actions: Actions = Actions()
+    argv: tuple[str, ...] = ()
+    typed: Mapping[str, object] = field(default_factory=dict)  # in this life or an earlier one
+
+    @property
+    def config(self) -> TrainConfig:
+        merged = {}
+        for values in self.layers.values():
+            merged |= values
+        return TrainConfig(**merged)
+
+    def origin(self, name: str) -> str:
+        """Where the value of a field comes from, as the start panel shows it."""
+        return next((o for o, v in reversed(self.layers.items()) if name in v), "default")
+
+    def asked(self, name: str) -> bool:
+        """Whether the user typed this value (as a flag or in a file) for this very command."""
+        return any(name in v for o, v in self.layers.items() if o == "flag" or o.startswith("file"))
+
+    def with_layer(self, origin: str, values: Mapping[str, object], before: str = "") -> "Settings":
+        """A copy with one more layer: on top, or just below the layers a user typed."""
+        if origin in self.layers:
+            layers = {**self.layers, origin: {**self.layers[origin], **values}}
+        elif before in self.layers:
+            layers = {}
+            for name, old in self.layers.items():
+                if name == before:
+                    layers[origin] = dict(values)
+                layers[name] = old
+        else:
+            layers = {**self.layers, origin: dict(values)}
+        return replace(self, layers=layers)
+
+
+def recipe_of(model: str, weights: str) -> dict[str, object]:
+    """The model's recipe: from scratch, or for fine-tuning where it starts from weights."""
+    entry = lookup(model)
+    recipe = dict(entry.recipe)
+    if weights not in ("none", "auto"):
+        recipe |= entry.finetune
+        size = told_by_weights(weights).get("image_size", 0)
+        if size >= entry.min_image_size and entry.task == "classification":
+            recipe["image_size"] = size
+    return recipe
+
+
+def known_run_dir(typed: dict, actions: Actions) -> Path | None:
+    """The run folder as far as the command or the job decides it; None: a fresh one is chosen.
+
+    A SLURM job (or array task), and the lives under one restarting launcher, share a folder.
+    """
+    if actions.resume is not None:
+        folder = Path(actions.resume)
+        if typed.get("run_dir") and Path(str(typed["run_dir"])) != folder:
+            raise UserError(
+                f"--resume {folder} and --run-dir {typed['run_dir']} name two folders: drop one",
+                code="two-run-dirs",
+            )
+        if not (folder / "config.json").is_file():
+            others = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
+            near = nearest(folder.name, others)
+            hint = f" (did you mean {folder.parent / near}?)" if near else ""
+            raise UserError(
+                f"--resume {folder}: holds no run{hint}; a run folder has a config.json",
+                code="no-run",
+            )
+        return folder.resolve() if folder.is_symlink() else folder
+    if typed.get("run_dir"):
+        return Path(str(typed["run_dir"]))
+    if actions.dry_run or actions.debug or actions.eval_only or actions.find_lr:
+        return None
+    env = os.environ
+    if env.get("SLURM_ARRAY_JOB_ID"):
+        return Path("runs") / f"slurm-{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    in_step = env.get("SLURM_STEP_ID") and not env.get("SLURM_PTY_PORT")  # no shell of a person
+    if env.get("SLURM_JOB_ID") and in_step:
+        return Path("runs") / f"slurm-{env['SLURM_JOB_ID']}"
+    restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    launch = re.sub(r"[^A-Za-z0-9_-]", "_", env.get("TORCHELASTIC_RUN_ID", "none"))
+    if restarts != "0" and launch in ("none", ""):
+        raise UserError(
+            "this launcher restarts what fails, but gives its lives no name to find their folder "
+            "by: add --run-dir runs/NAME, or start it with launch/torchrun.sh",
+            code="nameless-launch",
+        )
+    if restarts != "0":
+        return Path("runs") / f"launch-{launch}"
+    return None
+
+
+def restarted() -> bool:
+    """Whether a launcher, not a person, typed this command again."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in names)
+
+
+def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """What a run's settings became, and what was typed for it in any of its lives."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved, problems = {}, []
+        for name, value in content["config"].items():
+            if name in HINTS:
+                convert(name, value, name, saved, problems)
+        if problems:
+            raise ValueError(problems)
+        return saved, dict(content.get("asked", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{folder / 'config.json'} cannot be read; mend it, or start over with --fresh",
+            code="bad-config-json",
+        ) from None
+
+
+def refuse_conflicts(typed: dict, saved: dict, folder: Path, allowed: tuple[str, ...]) -> None:
+    """A resumed run keeps its settings; what the user typed differently is listed, all at once."""
+    conflicts = [
+        f"--{name.replace('_', '-')} {value} (the run has {saved[name]})"
+        for name, value in typed.items()
+        if name in saved and value != saved[name]
+        and name not in MAY_CHANGE and name not in allowed
+    ]  # fmt: skip
+    if conflicts:
+        names = " ".join(c.split()[0][2:] for c in conflicts)
+        raise UserError(
+            f"{folder} is a run with other settings: {', '.join(conflicts)}. Drop them to go on, "
+            f"add --allow-change {names}, or start a new run with another --run-dir",
+            code="other-settings",
+        )
+
+
+def check(settings: Settings) -> None:
+    """Problems that more than one field makes, all in one UserError."""
+    c, problems = settings.config, []
+
+    def wrong(message: str, code: str = "bad-value") -> None:
+        problems.append(UserError(message, code=code))
+
+    entry = lookup(c.model)
+    if c.image_size < entry.min_image_size:
+        wrong(
+            f"--image-size {c.image_size}: {c.model} needs at least {entry.min_image_size}",
+            "image-too-small",
+        )
+    for name in ("max_time", "checkpoint_every"):
+        value = getattr(c, name)
+        if value and not (
+            name == "checkpoint_every" and (value == "epoch" or NUMBER.fullmatch(value))
+        ):
+            try:
+                seconds(value)
+            except UserError as error:
+                wrong(f"--{name.replace('_', '-')} {error}", error.code)
+    if NUMBER.fullmatch(c.checkpoint_every) and int(c.checkpoint_every) < 1:
+        wrong("--checkpoint-every 0: must be at least 1 step")
+    if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
+        wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
+    if c.bitwise and c.mixed_precision == "fp16":
+        wrong("--bitwise --mixed-precision fp16: choose bf16 or no", "contradiction")
+    if (c.mixup or c.cutmix) and entry.task == "regression":
+        wrong(f"--mixup and --cutmix blend classes; {c.model} is for regression", "contradiction")
+    if c.mixup and c.cutmix:
+        wrong("--mixup and --cutmix: choose one of them", "contradiction")
+    if settings.actions.fresh and settings.actions.resume:
+        wrong("--fresh and --resume contradict each other: drop one", "contradiction")
+    if problems:
+        raise all_of(problems)
+
+
+def to_json(settings: Settings) -> str:
+    """config.json: the values and where each came from."""
+    config = asdict(settings.config)
+    origins = {name: settings.origin(name) for name in config}
+    content = {"version": __version__, "config": config, "origins": origins}
+    return json.dumps({**content, "asked": dict(settings.typed)}, indent=2)

@@ -1,0 +1,68 @@
+"""Small things below everything: mistakes with a code, files that are whole, words for numbers."""
+
+import pickle
+import threading
+
+import pytest
+
+from common import disk
+from common.text import did_you_mean, file_name, seconds
+from errors import UserError, all_of
+
+
+def test_a_mistake_keeps_its_code_on_its_way():
+    """Between processes it is pickled; several together are told as one."""
+    error = UserError("no such model", code="unknown-model")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.code) == ("no such model", "unknown-model")
+    both = all_of([error, UserError("no such flag", code="unknown-flag")])
+    assert (str(both), both.code) == ("no such model\nno such flag", "unknown-model")
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, sync):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with disk.whole(path, sync) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    with pytest.raises(RuntimeError), disk.whole(path, sync) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "new"
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+
+    def write(letter):
+        for _ in range(50):
+            disk.write_text(path, letter * 10_000, sync=False)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    text = path.read_text()
+    assert len(text) == 10_000 and len(set(text)) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"7", b'{"a":', b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_json_file_is_the_default(tmp_path, damage):
+    path = tmp_path / "file.json"
+    assert disk.read_json(path, {}) == {}
+    path.write_bytes(damage)
+    assert disk.read_json(path, {}) == {} and disk.read_json(path) is None
+
+
+def test_words():
+    assert seconds("1h30m") == seconds("1:30:00") == 5400
+    with pytest.raises(UserError) as caught:
+        seconds("soon")
+    assert caught.value.code == "bad-duration"
+    assert did_you_mean("alexnt", ["alexnet", "vgg"]) == " (did you mean alexnet?)"
+    assert did_you_mean("zzz", ["alexnet"]) == ""
+    assert [file_name(n) for n in ("a/b c", "net.py:Net", "user/set")] == ["b_c", "Net", "set"]
