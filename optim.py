@@ -138,6 +138,11 @@ def orthogonal(matrix: torch.Tensor, steps: int = 3) -> torch.Tensor:
     return (x if wide is matrix else x.T).to(matrix.dtype)
 
 
+def build_average(model: nn.Module, config: TrainConfig) -> "WeightAverage | None":
+    """The averaged weights of --ema; to be made before Accelerate wraps the model's forward."""
+    return WeightAverage(model, config.ema) if config.ema else None
+
+
 class WeightAverage:
     """An exponential moving average of the weights (EMA), as a second, separate model.
 

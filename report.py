@@ -53,6 +53,11 @@ class Report:
                 self.log.print(thing, soft_wrap=line)
                 self.log.file.flush()
 
+    def note(self, text: str) -> None:
+        """A line, where there is something to say."""
+        if text:
+            self.show(text)
+
     def warn(self, text: str) -> None:
         self.show(f"warning: {printable(text)}", "bold yellow")
 

@@ -53,15 +53,17 @@ def main(world: World, observer: Observer) -> int:
     facts, card = agreed_facts(plan.settings, data, learner.bare, world), weights_card(plan, data)
     checkpoints = world.enter(Checkpoints(plan.folder, config, facts, card, world, log.saved))
     progress = checkpoints.resume(learner, actions.allow_change, log.screen.warn)
-    weights = load_best(config, learner) if actions.eval_only else ""
+    if actions.eval_only:
+        started = load_best(config, learner, started)
     log.begin(plan, data, facts, progress)
-    cached = "" if actions.eval_only else cache_features(learner, data, config, world)
+    if not actions.eval_only:
+        log.screen.note(cache_features(learner, data, config, world))
     world.stop.ask_all()  # a stop may have been asked for while we started
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     observer.started(learner, data, schedule, progress)
     if actions.eval_only:
         results = evaluate(learner, data, world, progress)
-        return panels.show_evaluation(log.screen, results, weights, learner.task, data)
+        return panels.show_evaluation(log.screen, results, started.weights, learner.task, data)
     if actions.find_lr:
         found = find_lr(learner, data, world, train_step)
         return panels.show_rates(log.screen, found, config, world)
@@ -79,7 +81,7 @@ def main(world: World, observer: Observer) -> int:
                 problem = checkpoints.save_weights("model.safetensors", learner, progress)
                 log.kept_best(problem, progress)
     if actions.dry_run:
-        return panels.show_trial(log.screen, data, started.seconds_per_image)
+        return panels.show_trial(log.screen, data, started.trial.seconds_per_image)
     return finish(log, checkpoints, learner, data, schedule, progress, world)
 
 

@@ -112,14 +112,16 @@ class Augment:
     ) -> tuple[Tensor, Tensor]:
         """Images blended with those of the reversed batch, and soft targets (n, num_classes).
 
+        Both as they are where neither mixup nor cutmix is on.
+
         mixup (Zhang et al., ICLR 2018) blends whole images, cutmix (Yun et al., ICCV 2019) pastes a
         box; with both on (from code; the command line takes one), a coin
         decides. The whole tensor is treated alike, keyed by its first
         index, so give it one shard at a time.
         """
-        targets = F.one_hot(labels, num_classes).float()
         if not (self.mixup or self.cutmix):
-            return images, targets
+            return images, labels
+        targets = F.one_hot(labels, num_classes).float()
         first = indices[:1].to(images.device, non_blocking=True)
         coin, chance, row, column = uniforms(self.seed, epoch, first, 4, MIX).T  # (1,) each
         keep = None  # (1, 1) or (H, W): the part of its own image in each pixel

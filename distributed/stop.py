@@ -32,13 +32,15 @@ class StopVote:
 
     def __init__(self, interval: float = 1.0):
         self.interval = interval
-        self.code = 0
+        self.code = 0  # what this process wishes or knows
+        self.reason = 0  # what all agreed on
         self.signal_name = ""
         self.deadline: float | None = None
         self.save_every: float | None = None  # seconds between checkpoints, on the main clock
         self.save_agreed = False  # set for all processes at the same beat; the loop clears it
         self.stop_file: Path | None = None
         self.group = None
+        self._handlers: dict[int, object] = {}
         self.is_main = True
         self._parent = os.getppid() if launched() else None
         self._last_save = time.monotonic()
@@ -55,9 +57,17 @@ class StopVote:
         """Take over the stop signals; the first thing a process does."""
         for name in SIGNALS:
             if hasattr(signal, name):  # Windows has no SIGUSR1
+                number = getattr(signal, name)
                 with contextlib.suppress(ValueError, OSError):
-                    signal.signal(getattr(signal, name), self._on_signal)
+                    self._handlers[number] = signal.signal(number, self._on_signal)
         return self
+
+    def uninstall(self) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self._handlers.items():
+            with contextlib.suppress(ValueError, OSError, TypeError):
+                signal.signal(number, handler)
+        self._handlers.clear()
 
     def connect(self, num_processes: int, is_main: bool, limit: float) -> None:
         """Vote with the other processes from now on."""
@@ -98,6 +108,10 @@ class StopVote:
 
     def poll(self) -> int:
         """One shared beat: 0, or the agreed reason; the same answer on every process."""
+        self.reason = self.reason or self._poll()
+        return self.reason
+
+    def _poll(self) -> int:
         if self.group is None:
             now = time.monotonic()
             if now - self._last_vote > 0.2:  # the file and the clock need no look at each step
@@ -119,10 +133,12 @@ class StopVote:
     def ask_all(self) -> int:
         """A vote that waits for everyone: at the end of phases that have no beats."""
         if self.group is None:
-            return self._look()
+            self.reason = self._look()
+            return self.reason
         agreed = self._collect()
         self._start()
-        return max(agreed, self._collect())
+        self.reason = max(agreed, self._collect())
+        return self.reason
 
     def _start(self) -> None:
         now, beats = time.monotonic(), self._beats - self._began_at

@@ -4,9 +4,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from common.text import duration
 from config import restarted, to_json
 from data.build import Data
 from distributed.checkpoint import Progress, sweep
@@ -50,6 +52,11 @@ class Logbook:
                 self.screen.attach(plan.folder)
                 world.watch.on_beat = self.folder.beat
                 world.watch.on_stall = lambda text: self.status(status="failed", reason=text)
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Where the main process writes; None on the others and where nothing is left."""
+        return self.folder.folder if self.folder is not None else None
 
     def _enter_folder(self) -> int:
         """Lock the folder; the number of this life."""
@@ -100,6 +107,7 @@ class Logbook:
         `plan` is the one that the data completed.
         """
         self.plan = plan
+        self.clock = Chrono()
         if self.plan.folder is not None:
             self.world.main_decides(lambda: self._begin(data, facts, progress))
 
@@ -198,7 +206,10 @@ class Logbook:
             progress.best_step, progress.best_metrics = progress.step, results["test"]
         self._record(row, progress)
         left = self.clock.left(schedule.last_step - progress.step)
-        panels.show_epoch(self.screen, self.plan, task, data, schedule, progress, row, better, left)
+        stopping = bool(self.world.stop.reason)
+        panels.show_epoch(
+            self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping
+        )
         return better
 
     def _record(self, row: dict, progress: Progress) -> None:

@@ -15,6 +15,7 @@ from distributed.accelerator import cpu_has_bf16
 from distributed.checkpoint import Progress
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
+from models.__main__ import table_of_layers
 from report import pictures
 from report.screen import Report
 from tasks import Classification, Regression
@@ -43,8 +44,8 @@ def show_start(
         f"{batch.micro_batch_size} images"
     )
     per_epoch, left = schedule.steps_per_epoch, schedule.last_step - progress.step
-    per_step = started.seconds_per_image * batch.batch_size / batch.num_processes
-    per_test = started.seconds_per_image * len(data.test) / 3 / batch.num_processes
+    per_step = started.trial.seconds_per_image * batch.batch_size / batch.num_processes
+    per_test = started.trial.seconds_per_image * len(data.test) / 3 / batch.num_processes
     evaluations = math.ceil(left / per_epoch / config.eval_every)
     expected = left * per_step + evaluations * per_test
     rows = [
@@ -72,8 +73,10 @@ def show_start(
         for f in fields(TrainConfig)
         if f.name not in hidden and getattr(config, f.name) != f.default
     ]
+    if plan.actions.debug:
+        screen.show(table_of_layers(config.model, config.image_size, max(1, len(data.classes))))
     screen.start_panel("lockstep", rows, changed)
-    for note in filter(None, (batch.note, *_notes(plan, data))):
+    for note in filter(None, (batch.note, *_notes(plan, data, started))):
         screen.warn(note)
     if expected > 1800 and world.device.type == "cpu":
         screen.show(
@@ -85,8 +88,13 @@ def show_start(
             screen.show("this CPU multiplies bf16 faster: try --mixed-precision bf16")
 
 
-def _notes(plan: Plan, data: Data) -> list[str]:
+def _notes(plan: Plan, data: Data, started: Started) -> list[str]:
     config, notes = plan.config, []
+    if unused := started.trial.unused:
+        notes.append(
+            f"{', '.join(unused[:5])} of {config.model} never get a gradient and stay as they are: "
+            "does forward use them?"
+        )
     if config.num_workers:
         notes.append(
             "--num-workers is ignored: the images are in memory and augmented on the device"

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +26,8 @@ from distributed.checkpoint import (
 from distributed.world import World
 from errors import UserError
 from training.learner import Learner
+from training.schedule import Schedule
+from training.start import Started
 
 
 class Checkpoints:
@@ -105,6 +108,10 @@ class Checkpoints:
                 "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
             )
 
+    def due(self, progress: Progress, schedule: Schedule) -> bool:
+        """Whether it is time, by steps or by the clock that all processes share."""
+        return self.world.stop.save_agreed or schedule.saves(progress.step)
+
     def save(self, learner: Learner, progress: Progress) -> None:
         """A checkpoint of this step: a copy to host memory now, the disk in the background.
 
@@ -156,8 +163,16 @@ class Checkpoints:
         return ""
 
 
-def load_best(path: Path, learner: Learner) -> None:
-    """For --eval-only: a run's best weights."""
+def load_best(config: TrainConfig, learner: Learner, started: Started) -> Started:
+    """For --eval-only: the run's best weights, if a run is named; else those of --weights."""
+    if config.run_dir is None:
+        if not started.weights:
+            raise UserError(
+                "--eval-only needs what to evaluate: --resume runs/NAME, or --weights FILE",
+                code="nothing-to-evaluate",
+            )
+        return started
+    path = Path(config.run_dir) / "model.safetensors"
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError):
@@ -165,3 +180,4 @@ def load_best(path: Path, learner: Learner) -> None:
             f"--eval-only: {path} is missing or cannot be read", code="weights-unreadable"
         ) from None
     learner.load_weights(tensors)
+    return replace(started, weights=str(path))

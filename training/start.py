@@ -20,16 +20,19 @@ from models import build_model, lookup
 from models.weights import freeze_backbone, load_weights
 from tasks import Classification, Regression, build_task
 from training.plan import Plan
+from training.trial import Trial, try_model
 
 WEIGHTS = 102  # a stream of `mix`, beside those of data/keyed_random.py
 
 
 @dataclass(frozen=True)
 class Started:
-    """A model on its device; `weights` says where its weights come from, "" for from scratch."""
+    """A model on its device, tried; `weights` says where they come from, "" for from scratch."""
 
     model: nn.Module
+    task: Classification | Regression
     weights: str
+    trial: Trial
 
 
 def read_source(plan: Plan, world: World) -> Source:
@@ -46,7 +49,7 @@ def read_source(plan: Plan, world: World) -> Source:
 
 
 def start_model(plan: Plan, data: Data, world: World) -> Started:
-    """The model with its starting weights, the same on every process, on the device."""
+    """The model with its starting weights, tried before anything is written, on the device."""
     config = plan.config
     entry = lookup(config.model)
     seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
@@ -59,8 +62,15 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         freeze_backbone(model, config.model)
     if hasattr(model, "start_from_data") and not weights:
         _start_from_data(model, data, world)
+    task = build_task(data.source.task, num_classes, config.label_smoothing, model)
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
-    return Started(model.to(world.device, memory_format=layout), weights)
+    model = model.to(world.device, memory_format=layout)
+    trial = try_model(model, task, data, config, world, plan.actions.debug)
+    if plan.actions.debug:
+        torch.autograd.set_detect_anomaly(True)
+    if config.compile:
+        model.compile(dynamic=False)
+    return Started(model, task, weights, trial)
 
 
 def _load_weights(
@@ -114,9 +124,3 @@ def weights_card(plan: Plan, data: Data) -> dict[str, object]:
         "classes": source.classes, "mean": source.mean, "std": source.std,
         "dataset": plan.config.dataset,
     }  # fmt: skip
-
-
-def start_task(plan: Plan, data: Data, model: nn.Module) -> Classification | Regression:
-    """What the batches mean to this model."""
-    num_classes = max(1, len(data.classes))
-    return build_task(data.source.task, num_classes, plan.config.label_smoothing, model)

@@ -3,35 +3,55 @@
 import math
 import time
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from config import TrainConfig
+from data.build import Data
 from distributed.watch import out_of_memory
+from distributed.world import World
 from errors import UserError
+from models import lookup
+from tasks import Classification, Regression
+from training.learner import inputs
 
 MOST_IMAGES = 16  # enough to see a mistake and to guess a step's time
 
 
-def try_model(run, model: torch.nn.Module) -> float:
+@dataclass(frozen=True)
+class Trial:
+    """What a forward and backward of a copy showed. `unused` parameters never got a gradient."""
+
+    seconds_per_image: float
+    unused: tuple[str, ...] = ()
+
+
+def try_model(
+    model: nn.Module, task: Classification | Regression, data: Data, config: TrainConfig,
+    world: World, debug: bool,
+) -> Trial:  # fmt: skip
     """One forward and backward of a copy: seconds per image.
 
     Errors of a learner's model become sentences (UserError); parameters that never get a gradient
-    are named and frozen in `model`.
+    are frozen in `model`.
     """
-    train = run.train_loader.dataset
-    trial, size = deepcopy(model).train(), min(run.plan.micro_batch_size, MOST_IMAGES)
+    channels_last = lookup(config.model).channels_last
+    trial, size = deepcopy(model).train(), min(data.batch.micro_batch_size, MOST_IMAGES)
     seconds_per_image = math.inf
-    indices = torch.arange(size) % len(train)
-    batch = train.__getitems__(indices.to(train.labels.device))
+    indices = torch.arange(size) % len(data.train)
+    batch = data.train.__getitems__(indices.to(data.train.labels.device))
     try:
-        for _ in range(1 if run.actions.debug else 2):  # the first one also warms up
+        for _ in range(1 if debug else 2):  # the first one also warms up
             began = time.monotonic()
-            images = run.inputs(run.augment.train(batch["images"], batch["indices"], 0))
+            images = data.augment.train(batch["images"], batch["indices"], 0)
+            images = inputs(images, world.device, channels_last)
             labels = batch["labels"].to(images.device)
-            with run.accelerator.autocast():
+            with world.accelerator.autocast():
                 answer = trial(images)
-                refuse_other_shape(run, answer, size)
-                loss = run.task.loss(answer, labels)
+                refuse_other_shape(answer, size, data, config.model)
+                loss = task.loss(answer, labels)
             loss.backward()
             if images.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -42,37 +62,33 @@ def try_model(run, model: torch.nn.Module) -> float:
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if run.actions.debug or out_of_memory(error):
+        if debug or out_of_memory(error):
             raise
         shape = tuple(batch["images"].shape)
         raise UserError(
-            f"--model {run.config.model}: fails on {size} images {shape} at --image-size "
-            f"{run.config.image_size}: {str(error).splitlines()[0]}; "
+            f"--model {config.model}: fails on {size} images {shape} at --image-size "
+            f"{config.image_size}: {str(error).splitlines()[0]}; "
             "python train.py --debug with the same flags but --run-dir shows where"
         ) from None
     unused = [n for n, p in trial.named_parameters() if p.requires_grad and p.grad is None]
     if unused and len(unused) == sum(p.requires_grad for p in trial.parameters()):
         raise UserError(
-            f"--model {run.config.model}: no parameter gets a gradient; does forward use "
+            f"--model {config.model}: no parameter gets a gradient; does forward use "
             "its layers, without .detach() or torch.no_grad()?"
         )
     if unused:
-        run.report.warn(
-            f"{', '.join(unused[:5])} of {run.config.model} never get a gradient and stay "
-            "as they are: does forward use them?"
-        )
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and name not in unused)
-    return seconds_per_image
+    return Trial(seconds_per_image, tuple(unused))
 
 
-def refuse_other_shape(run, answer, size: int) -> None:
+def refuse_other_shape(answer: object, size: int, data: Data, name: str) -> None:
     """A classifier answers (size, classes) logits: other classes would be counted as these."""
     logits = answer[0] if isinstance(answer, tuple) else answer
-    wanted = (size, len(run.source.classes))
-    if run.source.task == "classification" and tuple(logits.shape) != wanted:
+    wanted = (size, len(data.classes))
+    if data.source.task == "classification" and tuple(logits.shape) != wanted:
         raise UserError(
-            f"--model {run.config.model}: answers {tuple(logits.shape)} to {size} images, but "
-            f"{run.source.name} has {wanted[1]} classes: it must be {wanted}; a class whose "
+            f"--model {name}: answers {tuple(logits.shape)} to {size} images, but "
+            f"{data.source.name} has {wanted[1]} classes: it must be {wanted}; a class whose "
             "__init__ takes num_classes is given the number"
         )
