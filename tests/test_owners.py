@@ -1,0 +1,169 @@
+"""The owners of a run, each alone: schedule, world, plan, logbook, checkpoints, learner."""
+
+import json
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+
+from config import BatchPlan, TrainConfig, parse
+from distributed.checkpoint import Progress
+from distributed.world import World
+from errors import UserError
+from optim import build_optimizer
+from report.logbook import Logbook
+from tasks import Classification
+from training.checkpoints import Checkpoints
+from training.learner import Learner
+from training.plan import decide
+from training.schedule import build_schedule
+
+FACTS = {"data": "a", "model": "b", "order": "c", "code": "d"}
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    def made(*flags: str):
+        given = ["--model", "my_cnn", "--dataset", "digits", "--threads", "1", *flags]
+        return parse(given)
+
+    yield made
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+# --- schedule -------------------------------------------------------------------------------------
+
+
+def schedule(per_epoch: int = 7, **values):
+    return build_schedule(TrainConfig(**values), per_epoch)
+
+
+def test_a_run_is_as_long_as_its_epochs_or_its_steps_whichever_is_less():
+    assert schedule(epochs=3).last_step == 21
+    assert schedule(epochs=3, max_steps=5).last_step == 5
+    assert schedule(epochs=3, max_steps=50).last_step == 21
+    assert build_schedule(TrainConfig(epochs=3), 7, dry_run=True).last_step == 1
+
+
+def test_each_epoch_is_evaluated_once_and_so_is_the_end_whatever_its_length():
+    plan, seen, progress = schedule(epochs=5, max_steps=30, eval_every=2), [], Progress()
+    while not plan.over(progress):
+        if plan.evaluates(progress):
+            seen.append(progress.step)
+            progress.evaluated = progress.step
+        else:
+            progress.count_step()
+    assert seen == [14, 28, 30]
+
+
+def test_a_kill_between_the_last_step_and_its_evaluation_leaves_the_evaluation_due():
+    assert schedule(epochs=2).evaluates(Progress(step=14, evaluated=7))
+    assert not schedule(epochs=2).over(Progress(step=14, evaluated=7))
+    assert schedule(epochs=2).over(Progress(step=14, evaluated=14))
+
+
+def test_rows_and_checkpoints_come_by_steps_and_a_row_at_each_epochs_end():
+    plan = schedule(epochs=2, log_every=3, checkpoint_every="5")
+    assert [s for s in range(1, 15) if plan.logs(s)] == [3, 6, 7, 9, 12, 14]
+    assert [s for s in range(1, 15) if plan.saves(s)] == [5, 10]
+    assert [s for s in range(1, 15) if schedule(checkpoint_every="epoch").saves(s)] == [7, 14]
+    assert not any(schedule(checkpoint_every="5m").saves(s) for s in range(1, 15))
+
+
+def test_the_rate_falls_over_all_planned_steps_also_where_max_steps_ends_the_run_before():
+    whole, part = schedule(epochs=4), schedule(epochs=4, max_steps=3)
+    assert [whole.lr(s) for s in range(28)] == [part.lr(s) for s in range(28)]
+    assert whole.lr(0) == TrainConfig.lr and whole.lr(27) < 0.01 * TrainConfig.lr
+
+
+# --- world ----------------------------------------------------------------------------------------
+
+
+def test_a_world_gives_the_signals_back_after_a_run_and_after_a_mistake(settings):
+    def handlers():
+        return [signal.getsignal(getattr(signal, f"SIG{n}")) for n in ("TERM", "INT", "USR1")]
+
+    before = handlers()
+    with World(settings()) as world:
+        assert handlers() != before and world.num_processes == 1
+    assert handlers() == before
+    with pytest.raises(UserError, match="no"), World(settings()):
+        raise UserError("no")
+    assert handlers() == before
+    with pytest.raises(UserError, match="fp16"):  # before the world is whole
+        World(settings("--mixed-precision", "fp16"))
+    assert handlers() == before
+
+
+def test_what_was_entered_is_left_before_the_world_in_turn(settings):
+    left = []
+
+    class Part:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, kind, error, trace):
+            left.append((self.name, kind))
+
+    with pytest.raises(RuntimeError), World(settings()) as world:
+        world.enter(Part("log")), world.enter(Part("checkpoints"))
+        raise RuntimeError("x")
+    assert left == [("checkpoints", RuntimeError), ("log", RuntimeError)]
+
+
+# --- logbook and checkpoints ----------------------------------------------------------------------
+
+
+def test_a_mistake_leaves_no_folder_and_a_failure_says_so_in_the_status(settings, tmp_path):
+    for error, left in ((UserError("x"), False), (RuntimeError("broken"), True)):
+        with pytest.raises(type(error)), World(settings("--run-dir", "run")) as world:
+            world.enter(Logbook(decide(world), world))
+            raise error
+        assert (tmp_path / "run").exists() == left
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "failed" and "broken" in status["reason"]
+
+
+def test_a_trial_writes_nothing(settings, tmp_path):
+    with World(settings("--dry-run")) as world:
+        log = world.enter(Logbook(decide(world), world))
+        log.status(status="finished")
+        assert log.run_folder is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def learner_of(world: World, seed: int = 0) -> Learner:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3))
+    config = TrainConfig(model="my_cnn", optimizer="sgd")
+    prepared = world.accelerator.prepare(model, build_optimizer(model, config))
+    return Learner(*prepared, None, Classification(3), config, BatchPlan(8, 2, 1), world)
+
+
+def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tmp_path):
+    config = TrainConfig(keep=2, checkpoint_every="1")
+    with World(settings()) as world:
+        learner, progress = learner_of(world), Progress(step=4, summed=2)
+        learner.sums += torch.tensor([1.5, 2.5])
+        args = (tmp_path, config, FACTS, {}, world, lambda problem: None)
+        with Checkpoints(*args) as checkpoints:
+            checkpoints.save(learner, progress)
+        other = learner_of(world, seed=1)
+        with Checkpoints(*args) as checkpoints:
+            found = checkpoints.resume(other, (), lambda text: None)
+        assert found.step == 4 and found.summed == 2
+        assert other.take_loss_sums() == [1.5, 2.5] and other.take_loss_sums() == [0, 0]
+        for name, tensor in learner.bare.state_dict().items():
+            assert torch.equal(tensor, other.bare.state_dict()[name])
+        args = (tmp_path, config, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
+        with Checkpoints(*args) as checkpoints, pytest.raises(UserError, match="not those"):
+            checkpoints.resume(other, (), lambda text: None)
