@@ -28,6 +28,26 @@ class AdaptivePool(nn.Module):
         return str(self.size)
 
 
+def without_deterministic_backward(model: nn.Module) -> list[str]:
+    """`name (Kind)` of each layer whose backward on a GPU has no deterministic form in torch.
+
+    Average pooling to 1 x 1 is a mean, which has one.
+    """
+    kinds = (
+        nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d, nn.AvgPool3d,
+        nn.MaxPool3d, nn.FractionalMaxPool2d, nn.MaxUnpool2d, nn.Upsample, nn.ReflectionPad1d,
+        nn.ReflectionPad2d, nn.ReplicationPad2d,
+    )  # fmt: skip
+    found = []
+    for name, layer in model.named_modules():
+        size = getattr(layer, "output_size", None)
+        if isinstance(layer, kinds) and not (
+            isinstance(layer, nn.AdaptiveAvgPool2d) and size in (1, (1, 1), [1, 1])
+        ):
+            found.append(f"{name or 'the model'} ({type(layer).__name__})")
+    return found
+
+
 def pooled_linear(maps: torch.Tensor, pool: AdaptivePool, linear: nn.Linear) -> torch.Tensor:
     """linear(pool(maps).flatten(1)), (N, C, h, w) -> (N, F), in its cheaper order.
 

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 from models.pooling import AdaptivePool
 
@@ -21,7 +23,13 @@ def build_from_torchvision(name: str, num_classes: int, image_size: int) -> nn.M
         options = {"aux_logits": True, "init_weights": True, "transform_input": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}  # a position embedding for each patch
+    if name == "googlenet":
+        options["blocks"] = googlenet_blocks()
     model = get_model(name, weights=None, num_classes=num_classes, **options)
+    for layer in list(model.modules()):
+        for child_name, child in layer.named_children():
+            if type(child) is nn.AdaptiveAvgPool2d and child.output_size in ((6, 6), (7, 7)):
+                setattr(layer, child_name, ZooPool(child.output_size[0]))
     if name in AUXILIARY:
         model.auxiliary_weight, model.auxiliary_heads = AUXILIARY[name]
         model.register_forward_hook(_plain_tuple)
@@ -32,6 +40,31 @@ def build_from_torchvision(name: str, num_classes: int, image_size: int) -> nn.M
     elif name.startswith("efficientnet"):
         model.classifier[-1].reset_parameters()
     return model
+
+
+class ZooPool(AdaptivePool):
+    """AdaptivePool, but on a CPU torch's own kernel: deterministic there, and with its bits."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        if maps.device.type == "cpu":
+            return F.adaptive_avg_pool2d(maps, self.size)
+        return super().forward(maps)
+
+
+def googlenet_blocks() -> list:
+    """The blocks of torchvision's GoogLeNet, with auxiliary heads that pool through ZooPool."""
+    from torchvision.models.googlenet import BasicConv2d, Inception, InceptionAux
+
+    class AuxiliaryHead(InceptionAux):
+        def __init__(self, in_channels: int, num_classes: int, **options: Any) -> None:
+            super().__init__(in_channels, num_classes, **options)
+            self.pool = ZooPool(4)
+
+        def forward(self, maps: torch.Tensor) -> torch.Tensor:
+            hidden = self.conv(self.pool(maps)).flatten(1)  # (N, 2048)
+            return self.fc2(self.dropout(F.relu(self.fc1(hidden), inplace=True)))
+
+    return [BasicConv2d, Inception, AuxiliaryHead]
 
 
 def _plain_tuple(model: nn.Module, inputs: tuple, outputs: Any) -> Any:

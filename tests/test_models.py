@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -24,11 +25,12 @@ from launches import SMALL, losses, train
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import parse
 from errors import UserError
 from models import MODELS, build_model, lookup, weights
-from models.pooling import AdaptivePool, pooled_linear
+from models.pooling import AdaptivePool, pooled_linear, without_deterministic_backward
 from models.weights import freeze_backbone, head_prefixes, imagenet_reach, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +180,95 @@ def test_a_linear_layer_after_pooling_gives_the_same_in_its_cheaper_order(shape)
 def test_adaptive_pool_does_nothing_when_the_size_matches():
     maps = torch.randn(2, 5, 6, 6)
     assert AdaptivePool(6)(maps) is maps
+
+
+# No backward that differs from time to time on a GPU. A meta tensor takes the path of a GPU's.
+
+ONE_OF_EACH_FAMILY = [
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet",
+    "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
+    "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5",
+    "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_16", "wide_resnet50_2",
+]  # fmt: skip
+WITHOUT_DETERMINISTIC_FORM = re.compile(
+    "_adaptive_avg_pool2d|adaptive_max_pool|avg_pool3d|max_unpool|upsample_|grid_sampler|"
+    "reflection_pad|replication_pad"
+)
+
+
+def backward_of(model: nn.Module, images: torch.Tensor) -> set[str]:
+    """The operations of one backward pass that torch has in no deterministic form for a GPU."""
+    seen = set()
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            seen.add(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    answer = model.train()(images)
+    loss = sum(logits.sum() for logits in (answer if isinstance(answer, tuple) else (answer,)))
+    with Listen():
+        loss.backward()
+    assert any("backward" in name for name in seen)
+    return set(filter(WITHOUT_DETERMINISTIC_FORM.search, seen))
+
+
+def test_every_family_of_torchvision_is_in_the_list():
+    from torchvision import models as zoo
+
+    def family(name: str) -> str:
+        return re.match("(vgg.*_bn|[a-z]+(_v[23]|_[xy]_)?)", name)[0].replace("vgg19", "vgg11")
+
+    names = zoo.list_models(module=zoo)
+    known = {family(name) for name in ONE_OF_EACH_FAMILY} | {"vgg13_bn", "vgg16_bn"}
+    assert {family(name) for name in names} <= known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *("torchvision:" + n for n in ONE_OF_EACH_FAMILY)])
+def test_no_model_of_the_zoo_has_a_backward_that_deterministic_refuses(name):
+    device = "cpu" if "regnet" in name else "meta"  # regnet copies while it is built
+    size = 64 if device == "cpu" else max(224, lookup(name).min_image_size)
+    with torch.device(device):
+        model = build_model(name, num_classes=10, image_size=size)
+        assert backward_of(model, torch.empty(2, 3, size, size)) == set()
+    assert without_deterministic_backward(model) == []
+
+
+def test_googlenet_trains_without_a_backward_that_deterministic_refuses():
+    with torch.device("meta"):
+        model = build_model("googlenet", num_classes=10, image_size=96)
+        assert backward_of(model, torch.empty(2, 3, 96, 96)) == set()
+
+
+@pytest.mark.parametrize("name", ["googlenet", "alexnet", pytest.param("vgg11", marks=pytest.mark.slow)])
+def test_what_replaces_torchvisions_pooling_gives_its_bits_on_a_cpu(name):
+    from torchvision.models import get_model
+
+    options = {"aux_logits": True, "init_weights": True, "transform_input": True}
+    torch.manual_seed(0)
+    theirs = get_model(
+        name, weights=None, num_classes=10, **(options if name == "googlenet" else {})
+    )
+    torch.manual_seed(0)
+    ours = build_model(f"torchvision:{name}", num_classes=10, image_size=96)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    images = torch.randn(2, 3, 96, 96)
+    answers = []
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(1)
+        out = model(images)
+        out = tuple(out) if isinstance(out, tuple) else (out,)
+        sum(logits.square().sum() for logits in out).backward()
+        answers += [[*out, *(p.grad for p in model.parameters())]]
+    assert all(map(torch.equal, *answers))
+
+
+def test_layers_without_a_deterministic_backward_are_named():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(6), nn.Upsample(8))
+    told = without_deterministic_backward(nn.Sequential(layers, nn.AdaptiveAvgPool2d(1)))
+    assert told == ["0.1 (AdaptiveAvgPool2d)", "0.2 (Upsample)"]
 
 
 # Names
