@@ -6,6 +6,7 @@ In an allocation:  LOCKSTEP_PREFLIGHT=1 sbatch ... launch/slurm.sbatch, or
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
@@ -23,7 +25,10 @@ HERE = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")
 FILES_WANTED = 4096  # open files: sockets to every rank, data files, shared memory
 CLOCK_SECONDS = 5.0  # apart by more, locks and heartbeats on a shared disk look stale
-REACH_SECONDS = 60.0
+REACH_SECONDS = 60.0  # for an answer of the head node, and in each collective
+TRY_SECONDS = 600.0  # one step of the command: torch from a slow disk, CUDA's start, the data
+GPU_SECONDS = 180.0  # torch and CUDA again, a product, NCCL's connections
+TRY_GPU = [sys.executable, str(Path(__file__).resolve()), "--try-gpu"]
 CHECKPOINTS = 6  # three kept, one being written, the best and the last weights
 GIGABYTE = 1e9
 
@@ -39,6 +44,9 @@ def own_facts(gpus_asked: int) -> dict:
         "builds": {},
         "asked": gpus_asked,
         "gpus": [],
+        "cards": [],
+        "kernels": [],
+        "cuda": "",
         "files": 0,
         "broken": "",
     }
@@ -53,8 +61,14 @@ def own_facts(gpus_asked: int) -> dict:
         import torch
 
         facts["builds"]["torch"] = build_of(torch.__version__, torch.version.cuda)
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        facts["gpus"] = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
+        with warnings.catch_warnings(record=True) as told:  # a driver that is too old, say
+            warnings.simplefilter("always")
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        facts["cuda"] = str(told[0].message).splitlines()[0] if told and not count else ""
+        cards = [torch.cuda.get_device_properties(i) for i in range(count)]
+        facts["gpus"] = [str(card.uuid) for card in cards]
+        facts["cards"] = [(card.name, card.major, card.minor) for card in cards]
+        facts["kernels"] = torch.cuda.get_arch_list() if count else []
         import torchvision
 
         cuda = getattr(torchvision.version, "cuda", None)
@@ -78,9 +92,11 @@ def try_trainer(arguments: list[str]) -> tuple[bool, str, int]:
     env |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     command = [sys.executable, str(HERE / "train.py"), *arguments, "--dry-run"]
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TRY_SECONDS)
     except subprocess.TimeoutExpired:
-        return False, "no answer from train.py --dry-run in ten minutes", 0
+        return False, f"no answer from train.py --dry-run in {TRY_SECONDS:.0f} s", 0
+    except OSError as error:
+        return False, str(error), 0
     found = re.search(r"([\d,]+) parameters", done.stdout)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     told = lines[-1] if lines else f"exit status {done.returncode}"
@@ -90,10 +106,11 @@ def try_trainer(arguments: list[str]) -> tuple[bool, str, int]:
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is already there."""
-    folder = folder.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
+    for place in (folder.absolute(), *folder.absolute().parents):
+        with suppress(OSError):  # a folder that may not be looked into
+            if place.is_dir():
+                return place
+    return Path("/")
 
 
 class Unreachable(Exception):
@@ -103,20 +120,25 @@ class Unreachable(Exception):
 class Peers:
     """The other processes of the launch; alone, everything is its own."""
 
-    def __init__(self):
+    def __init__(self, host: str):
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        self.host = host
         if self.size == 1:
             return
         import torch.distributed as dist
 
         head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.reach(head, port)
-        limit = timedelta(seconds=REACH_SECONDS)
-        store = dist.TCPStore(head, port, self.size, self.rank == 0, timeout=limit)
-        dist.init_process_group(
-            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=limit
+        limit = timedelta(seconds=TRY_SECONDS + REACH_SECONDS)
+        self.store = dist.TCPStore(
+            head, port, self.size, self.rank == 0, timeout=limit, wait_for_workers=False
         )
+        self.meet("started", TRY_SECONDS + REACH_SECONDS)
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("gloo", self.store), rank=self.rank,
+            world_size=self.size, timeout=timedelta(seconds=REACH_SECONDS),
+        )  # fmt: skip
 
     def reach(self, head: str, port: int) -> None:
         """Wait for the head node's port in words, before a library waits for it in silence."""
@@ -130,20 +152,61 @@ class Peers:
                     "one when it is submitted again",
                 )
             return
-        deadline = time.monotonic() + REACH_SECONDS
+        began = told = time.monotonic()
         while True:
             try:
                 socket.create_connection((head, port), timeout=5).close()
                 return
             except OSError as error:
-                if time.monotonic() > deadline:
+                # Refused: the host answers, and rank 0 there may still be loading torch.
+                refused = isinstance(error, ConnectionRefusedError)
+                now = time.monotonic()
+                if now - began > REACH_SECONDS + (TRY_SECONDS if refused else 0):
                     raise Unreachable(
-                        f"{socket.gethostname()} cannot reach the head node at {head}:{port} "
-                        f"({error})",
+                        f"{self.host} cannot reach the head node at {head}:{port} ({error})",
                         "check that it is the head node's address, that rank 0 runs there, and "
                         "that no firewall stands between",
                     ) from None
+                if now - told > 60:
+                    told = now
+                    say(f"{self.host} waits for the head node at {head}:{port} ({error})")
                 time.sleep(0.5)
+
+    def meet(self, event: str, limit: float) -> None:
+        """Wait until this has happened on all ranks; who is missing is told each minute.
+
+        Over the store, since nodes may come minutes apart and a collective's limit is short.
+        """
+        if self.size == 1:
+            return
+        self.store.set(f"{event}/{self.rank}", self.host)
+        if self.rank == 0:
+            problem = self.missing(event, limit)
+            self.store.set(event, problem)
+        else:
+            self.store.wait([event], timedelta(seconds=limit + REACH_SECONDS))
+            problem = self.store.get(event).decode()
+        if problem:
+            time.sleep(1)  # the store ends with rank 0: let the others read it
+            raise Unreachable(problem, "look at the log for what these ranks said, and at their "
+                              "nodes; --sbatch=--exclude=NODE avoids one")  # fmt: skip
+
+    def missing(self, event: str, limit: float) -> str:
+        """Which ranks this has not happened on within the limit, or ''."""
+        waiting = [f"{event}/{rank}" for rank in range(self.size)]
+        began = told = time.monotonic()
+        while not self.store.check(waiting):
+            now = time.monotonic()
+            over = now - began > limit
+            if over or now - told > 60:
+                told = now
+                ranks = [r for r, key in enumerate(waiting) if not self.store.check([key])]
+                lost = f"{len(ranks)} of {self.size} ranks have not {event}: {ranks[:8]}"
+                if over:
+                    return f"{lost} after {now - began:.0f} s"
+                say(f"{self.host} waits: {lost}")
+            time.sleep(0.2)
+        return ""
 
     def gather(self, mine) -> list:
         if self.size == 1:
@@ -155,20 +218,24 @@ class Peers:
         return everyone
 
     def sum_known_numbers(self) -> tuple[bool, float]:
-        """All-reduce 2^22 known integers: (right, megabytes per second)."""
-        if self.size == 1:
-            return True, 0.0
-        import torch
-        import torch.distributed as dist
+        return known_sum(self.rank, self.size, 2**22, "cpu") if self.size > 1 else (True, 0.0)
 
-        numbers = torch.arange(2**22, dtype=torch.float32) % 1024 + self.rank
-        want = (torch.arange(2**22, dtype=torch.float32) % 1024) * self.size
-        want += self.size * (self.size - 1) / 2
-        dist.all_reduce(torch.zeros(1))  # connects
-        began = time.monotonic()
-        dist.all_reduce(numbers)
-        seconds = time.monotonic() - began
-        return bool(torch.equal(numbers, want)), numbers.nbytes / 1e6 / seconds
+
+def known_sum(rank: int, size: int, count: int, device) -> tuple[bool, float]:
+    """All-reduce so many known integers: (right, megabytes per second)."""
+    import torch
+    import torch.distributed as dist
+
+    base = torch.arange(count, device=device, dtype=torch.float32) % 1024
+    numbers = base + rank
+    want = base * size + size * (size - 1) / 2
+    dist.all_reduce(first := torch.zeros(1, device=device))  # connects
+    first.item()
+    began = time.monotonic()
+    dist.all_reduce(numbers)
+    numbers[:1].item()  # a GPU has it later than the call returns
+    seconds = time.monotonic() - began
+    return bool(torch.equal(numbers, want)), numbers.nbytes / 1e6 / seconds
 
 
 def shared_folder(peers: Peers, folder: Path) -> str:
@@ -180,15 +247,82 @@ def shared_folder(peers: Peers, folder: Path) -> str:
     try:
         mine.write_text(token, encoding="utf-8")
     except OSError as error:
-        problem = f"rank {peers.rank} cannot write {place}: {error.strerror}"
+        problem = f"rank {peers.rank} on {peers.host} cannot write {place}: {error.strerror}"
     peers.gather(None)
-    seen = [r for r in range(peers.size) if (place / f".preflight-{token}-{r}").is_file()]
+    lost = list(range(peers.size))
+    with suppress(OSError):  # a folder that may not be looked into: all are lost
+        lost = [r for r in lost if not (place / f".preflight-{token}-{r}").is_file()]
     peers.gather(None)
-    mine.unlink(missing_ok=True)
-    if not problem and len(seen) < peers.size:
-        lost = sorted(set(range(peers.size)) - set(seen))
-        problem = f"rank {peers.rank} does not see in {place} what ranks {lost} wrote"
-    return next(filter(None, peers.gather(problem)), "")
+    with suppress(OSError):  # a read-only disk refuses even to remove what is not there
+        mine.unlink()
+    if not problem and lost:
+        problem = (
+            f"rank {peers.rank} on {peers.host} does not see in {place} what ranks {lost} wrote"
+        )
+    # Who cannot write knows more than who does not see it.
+    told = sorted(filter(None, peers.gather(problem)), key=lambda text: "cannot" not in text)
+    return told[0] if told else ""
+
+
+def try_gpu(backend: str = "nccl", kind: str = "cuda") -> None:
+    """One rank's GPU: a product, then one all-reduce with all the others; a line for each.
+
+    In a process of its own: a broken driver or network hangs below Python, or aborts.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else 0)
+    store: dist.Store = dist.HashStore()
+    try:
+        torch.cuda.set_device(device)
+        ones = torch.ones(1024, 1024, device=device)
+        right = bool((ones @ ones == 1024).all())
+        print(json.dumps({"product": right}), flush=True)
+        if size > 1:
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            limit = timedelta(seconds=GPU_SECONDS)
+            store = dist.TCPStore(*place, size, False, timeout=limit, wait_for_workers=False)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("gpu", store), rank=rank, world_size=size,
+            timeout=timedelta(seconds=REACH_SECONDS),
+        )  # fmt: skip
+        right, speed = known_sum(rank, size, 2**24, device)
+        print(json.dumps({"sum": right, "speed": speed}), flush=True)
+        store.set(f"gpu sum/{rank}", "done")  # who leaves early breaks the others' connections
+        store.wait([f"gpu sum/{r}" for r in range(size)], timedelta(seconds=REACH_SECONDS))
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(json.dumps({"error": f"{type(error).__name__}: {' '.join(lines[:3])}"}), flush=True)
+    os._exit(0)  # what NCCL would still like to tell or to wait for
+
+
+def gpu_facts() -> dict:
+    """What try_gpu() said: product and sum right or not, MB/s, or an error in words."""
+    try:
+        process = subprocess.Popen(
+            TRY_GPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+    except OSError as error:
+        return {"error": str(error)}
+    out, ended = "", "no answer"
+    try:
+        out, err = process.communicate(timeout=GPU_SECONDS)
+        telling = [line for line in err.splitlines() if re.search("error|timeout|NCCL", line, re.I)]
+        ended = telling[-1].strip()[:300] if telling else f"exit status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        ended = f"no answer in {GPU_SECONDS:.0f} s"
+        with suppress(subprocess.TimeoutExpired):  # stuck in the driver: not even killed
+            out, _ = process.communicate(timeout=5)
+    found: dict = {}
+    for line in out.splitlines():
+        with suppress(ValueError, TypeError):  # not ours
+            found |= json.loads(line)
+    if "sum" not in found and "error" not in found:
+        found["error"] = ended
+    return found
 
 
 def differing(everyone: list[dict], value_of) -> str:
@@ -224,6 +358,10 @@ def judge(everyone: list[dict]) -> list[tuple[str, str, str]]:
     remedy = "install torch and torchvision together, from one index"
     row("torch's build", first["builds"].get("torch", "?"), problem, remedy)
     row(*gpu_row(everyone))
+    if any(f["gpus"] for f in everyone):
+        row(*kernels_row(everyone))
+        row(*product_row(everyone))
+        row(*nccl_row(everyone))
     low = [f for f in everyone if 0 < f["files"] < FILES_WANTED]
     problem = f"{low[0]['host']}: {low[0]['files']} open files" if low else ""
     row("file limit", str(first["files"]), problem, f"ulimit -n {FILES_WANTED} in LOCKSTEP_ENV")
@@ -247,6 +385,7 @@ def gpu_row(everyone: list[dict]) -> tuple[str, str, str, str]:
     for facts in everyone:
         if len(facts["gpus"]) != asked and not problem:
             problem = f"{facts['host']}: {asked} GPUs asked for, torch sees {len(facts['gpus'])}"
+            problem += f" ({facts['cuda']})" if facts["cuda"] else ""
         if len(facts["gpus"]) > facts["local_rank"]:
             key = (facts["host"], facts["gpus"][facts["local_rank"]])
             if key in taken:
@@ -258,6 +397,85 @@ def gpu_row(everyone: list[dict]) -> tuple[str, str, str, str]:
     return "GPUs per node", str(asked), problem, remedy
 
 
+def has_kernels(major: int, minor: int, kernels: list[str]) -> bool:
+    """Whether a torch built for these architectures runs on a GPU of this compute capability."""
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in kernels]
+    if None in built or not built:  # another vendor's names
+        return True
+    for found in built:
+        have = int(found[2]), int(found[3])
+        if found[4] == "a":
+            fits = have == (major, minor)
+        elif found[1] == "sm" or found[4]:  # within one major version, upwards
+            fits = have[0] == major and have[1] <= minor
+        else:  # the driver translates it for whatever is newer
+            fits = have <= (major, minor)
+        if fits:
+            return True
+    return False
+
+
+def kernels_row(everyone: list[dict]) -> tuple[str, str, str, str]:
+    kernels, problem = next(f["kernels"] for f in everyone if f["gpus"]), ""
+    fine: dict[str, None] = {}
+    for facts in everyone:
+        for name, major, minor in facts["cards"]:
+            fine[f"{name} (sm_{major}{minor})"] = None
+            if not problem and not has_kernels(major, minor, facts["kernels"]):
+                problem = (
+                    f"{facts['host']}: {name} is sm_{major}{minor}, this torch has kernels for "
+                    f"{' '.join(facts['kernels'])}"
+                )
+    remedy = (
+        "install a torch build that has it: for an older GPU one of an older CUDA, for a newer "
+        f"GPU a newer torch (here {everyone[0]['builds'].get('torch', '?')})"
+    )
+    return "GPU's kernels", ", ".join(fine) or " ".join(kernels), problem, remedy
+
+
+def place_of(facts: dict) -> str:
+    return f"rank {facts['rank']} on {facts['host']}"
+
+
+def product_row(everyone: list[dict]) -> tuple[str, str, str, str]:
+    """Each rank's GPU computes; where one rank has none, nothing was tried."""
+    bad = [f for f in everyone if f.get("gpu") and not f["gpu"].get("product")]
+    problem = ""
+    if bad:
+        told = bad[0]["gpu"].get("error") or "a product of known numbers is wrong"
+        problem = f"{place_of(bad[0])}: {told}"
+    fine = "each computes" if everyone[0].get("gpu") else "not tried"
+    remedy = (
+        "nvidia-smi on that node; a GPU that fails there too: name it to the administrator, "
+        "--sbatch=--exclude=NODE avoids it"
+    )
+    return "GPU's product", fine, problem, remedy
+
+
+def nccl_row(everyone: list[dict]) -> tuple[str, str, str, str]:
+    tried = [f for f in everyone if f.get("gpu")]
+    if not tried or any(not f["gpu"].get("product") for f in tried):
+        return "NCCL", "not tried: first each process needs a GPU that computes", "", ""
+    bad = [f for f in tried if not f["gpu"].get("sum")]
+    bad.sort(key=lambda f: f["gpu"].get("error", "").startswith("no answer"))  # a victim, mostly
+    problem = ""
+    if bad:
+        told = bad[0]["gpu"].get("error") or "the sum of known numbers is wrong"
+        problem = f"{place_of(bad[0])}: {told}"
+    speed = min(f["gpu"].get("speed", 0.0) for f in tried)
+    remedy = (
+        "in LOCKSTEP_ENV: export NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME=eth0, the interface "
+        f"between the nodes (here {os.environ.get('NCCL_SOCKET_IFNAME', 'not set')}); if "
+        "NCCL_IB_DISABLE=1 or NCCL_P2P_DISABLE=1 mends it, InfiniBand or the way between the "
+        "GPUs is broken"
+    )
+    return "NCCL", f"{len(everyone)} processes, {speed:.0f} MB/s", problem, remedy
+
+
+def say(text: str) -> None:
+    print(f"lockstep: {text}", file=sys.stderr, flush=True)
+
+
 def table(rows: list[tuple[str, str, str]]) -> str:
     width = max(len(row[0]) for row in rows)
     lines = []
@@ -266,6 +484,23 @@ def table(rows: list[tuple[str, str, str]]) -> str:
         if remedy:
             lines.append(f"{'':{width + 6}}-> {remedy}")
     return "\n".join(lines)
+
+
+def trial_facts(arguments: list[str], folder: Path, host: str) -> dict[str, str]:
+    """One step of the command on this node, and whether its checkpoints will find room."""
+    fine, told, parameters = try_trainer(arguments)
+    facts = {
+        "model and data": "" if fine else f"{host}: {told}",
+        "model and data fine": "one step without network went well",
+    }
+    place = existing(folder)
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return facts | {"room": f"{host} cannot tell the room in {place}: {error.strerror}"}
+    need = parameters * 4 * 2 * CHECKPOINTS  # weights and momentum, 4 bytes each
+    room = f"{free / GIGABYTE:.0f} GB free, about {need / GIGABYTE:.1f} GB needed"
+    return facts | {"room fine": room, "room": room if free < need else ""}
 
 
 def alone(facts: dict, told: str, remedy: str) -> int:
@@ -288,27 +523,29 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--gpus", type=int, help="GPUs a node should have (default: SLURM's word)")
     parser.add_argument("--run-dir", default="runs", help="where the run will be kept")
+    parser.add_argument("--try-gpu", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(own)
+    if options.try_gpu:
+        try_gpu()
     asked = options.gpus
     facts = own_facts(0)
     if asked is None:
         asked = int(os.environ.get("SLURM_GPUS_ON_NODE") or len(facts["gpus"]))
     facts["asked"] = asked
     folder = Path(options.run_dir)
-    if facts["local_rank"] == 0 and arguments and not facts["broken"]:
-        fine, told, parameters = try_trainer(arguments)
-        facts["model and data"] = "" if fine else f"{facts['host']}: {told}"
-        facts["model and data fine"] = "one step without network went well"
-        free = shutil.disk_usage(existing(folder)).free
-        need = parameters * 4 * 2 * CHECKPOINTS  # weights and momentum, 4 bytes each
-        facts["room fine"] = f"{free / GIGABYTE:.0f} GB free, about {need / GIGABYTE:.1f} GB needed"
-        facts["room"] = facts["room fine"] if free < need else ""
-    elif not arguments:
-        facts["model and data fine"] = facts["room fine"] = "not tried: no flags after --"
+    facts["model and data fine"] = facts["room fine"] = (
+        "not tried" if arguments else ("not tried: no flags after --")
+    )
     try:
         if facts["broken"] and "torch" not in facts["builds"]:
             raise Unreachable("not tried: torch cannot be imported", "mend torch first")
-        peers = Peers()
+        peers = Peers(facts["host"])  # first: what follows may take minutes on one node alone
+        if facts["local_rank"] == 0 and arguments and not facts["broken"]:
+            facts |= trial_facts(arguments, folder, facts["host"])
+        peers.meet("tried the command", TRY_SECONDS + REACH_SECONDS)
+        if all(peers.gather(len(facts["gpus"]) > facts["local_rank"])):
+            facts["gpu"] = gpu_facts()
+            peers.meet("tried their GPUs", GPU_SECONDS + REACH_SECONDS)
         facts["run folder"] = shared_folder(peers, folder)
         facts["run folder fine"] = f"{existing(folder)} is writable from all"
         facts["sum is right"], speed = peers.sum_known_numbers()
@@ -320,8 +557,8 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:
         return alone(
             facts, f"rank {facts['rank']} cannot talk to the others: {str(error).splitlines()[0]}",
-            "check the firewall between the nodes, and GLOO_SOCKET_IFNAME "
-            f"({os.environ.get('GLOO_SOCKET_IFNAME', 'not set')})",
+            "read what the other nodes said; if they said nothing, check the firewall between them "
+            f"and GLOO_SOCKET_IFNAME ({os.environ.get('GLOO_SOCKET_IFNAME', 'not set')})",
         )  # fmt: skip
     rows = judge(everyone)
     told = (

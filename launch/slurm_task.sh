@@ -25,11 +25,17 @@ export GROUP_RANK=$SLURM_NODEID GROUP_WORLD_SIZE=$SLURM_STEP_NUM_NODES
 export MASTER_ADDR=${address:-$head}
 export MASTER_PORT=${LOCKSTEP_PORT:?slurm.sbatch tests a port on the head node and sets it}
 
-if [ "$GROUP_WORLD_SIZE" -gt 1 ] && [ -z "${GLOO_SOCKET_IFNAME:-}" ]; then
-    # Gloo would ask for the host's own name, which may not resolve, or only to 127.0.0.1.
-    way=$("${LOCKSTEP_PYTHON:-python}" launch/network.py way "$MASTER_ADDR") || exit 2
-    read -r _ _ interface <<<"$way"
-    if [ -n "$interface" ]; then export GLOO_SOCKET_IFNAME=$interface; fi
+if [ "$GROUP_WORLD_SIZE" -gt 1 ]; then
+    # Gloo would ask for the host's own name, which may not resolve, or only to 127.0.0.1; NCCL
+    # skips lo and docker*, but not other bridges and tunnels that lead nowhere.
+    interface=${GLOO_SOCKET_IFNAME:-}
+    if [ -z "$interface" ]; then
+        way=$("${LOCKSTEP_PYTHON:-python}" launch/network.py way "$MASTER_ADDR") || exit 2
+        read -r _ _ interface <<<"$way"
+    fi
+    if [ -n "$interface" ]; then
+        export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+    fi
 fi
 
 trap : TERM INT USR1 USR2 # SLURM sends signals to every process: the command acts, this one waits

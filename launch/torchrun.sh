@@ -34,8 +34,12 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-if [ -z "$nproc" ]; then # nvidia-smi -L prints a line per GPU
+if [ -z "$nproc" ]; then # nvidia-smi -L prints a line per GPU, also of those that CUDA shall not see
     nproc=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU')
+    if [ "$nproc" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # numbers, GPU-... or MIG-...
+        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+        nproc=${#visible[@]}
+    fi
     [ "$nproc" -gt 0 ] || nproc=1
 fi
 for number in "$nproc" "$nnodes"; do
@@ -72,8 +76,10 @@ sys.exit(not network.is_free(int(sys.argv[2])))' "$here" "${head##*:}" ||
     rdzv+=(--rdzv-endpoint="$head" --rdzv-conf="is_host=$([ "$is_head" = yes ] && echo 1 || echo 0)")
     rdzv+=(--local-addr="${local_addr:-$mine}")
     # Gloo would ask for the host's own name, which may not resolve, or only to 127.0.0.1.
-    if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && [ -n "$interface" ]; then
-        export GLOO_SOCKET_IFNAME=$interface
+    # NCCL would skip lo and docker*, but not other bridges and tunnels that lead nowhere.
+    interface=${GLOO_SOCKET_IFNAME:-$interface}
+    if [ -n "$interface" ]; then
+        export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
     fi
 fi
 # An agent without this hands its processes its own store: after a restart they find old keys there.

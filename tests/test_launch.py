@@ -558,6 +558,60 @@ def test_torchrun_passes_the_signals_and_every_argument(tmp_path):
     assert Path(f"{got}.env").read_text() == "1"
 
 
+@pytest.mark.parametrize(
+    ("visible", "processes"),
+    [
+        (None, 8),
+        ("0,1", 2),
+        ("3", 1),
+        ("", 1),
+        ("GPU-8a-1,GPU-8a-2,GPU-8a-3", 3),
+        ("MIG-1,MIG-2", 2),
+    ],
+)
+def test_torchrun_starts_a_process_per_gpu_that_cuda_may_see(visible, processes, tmp_path):
+    for name, text in {
+        "nvidia-smi": 'for i in {0..7}; do echo "GPU $i: H100 (UUID: GPU-8a-$i)"; done',
+        "python": 'printf "%s\\n" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOCKSTEP_PYTHON": str(tmp_path / "python")}
+    env |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert f"--nproc-per-node={processes}" in torchrun("--", *TINY, **env).stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "gloo", "nccl"),
+    [({}, "lo", "lo"), ({"NCCL_SOCKET_IFNAME": "ib0"}, "lo", "ib0"),
+     ({"GLOO_SOCKET_IFNAME": "eth7"}, "eth7", "eth7"),
+     ({"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}, "eth7", "ib0")],
+)  # fmt: skip
+def test_gloo_and_nccl_take_the_way_to_the_head_unless_told_otherwise(given, gloo, nccl, tmp_path):
+    (tmp_path / "python").write_text(f"""#!/bin/bash
+case "$1" in *network.py | -c) exec {sys.executable} "$@" ;; esac
+echo "ways $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME"
+""")
+    (tmp_path / "python").chmod(0o755)
+    env = {"LOCKSTEP_PYTHON": str(tmp_path / "python"), **given}
+    done = torchrun("--nproc", "1", "--nnodes", "2", "--head", f"127.0.0.1:{free_port()}", "--",
+                    *TINY, **env)  # fmt: skip
+    assert f"ways {gloo} {nccl}" in done.stdout, done.stderr
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/bash\n[ $2 = node ] && echo ' NodeAddr=127.0.0.1' || echo n1\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    place = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]",
+             "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "0",
+             "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "LOCKSTEP_PORT": "1"}  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm_task.sh"), env["LOCKSTEP_PYTHON"]], cwd=ROOT, text=True,
+        env={**os.environ, **env, **place, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert f"ways {gloo} {nccl}" in done.stdout, done.stderr
+
+
 def test_a_jobs_port_is_a_function_of_its_number_unless_it_is_taken():
     def port(job: int) -> int:
         command = [sys.executable, str(LAUNCH / "network.py"), "port", str(job)]
@@ -599,7 +653,8 @@ def test_preflight_names_what_differs_between_nodes():
         "rank": 0, "host": "n1", "local_rank": 0, "python": "3.12.1",
         "versions": dict.fromkeys(preflight.PACKAGES, "1"), "builds": {"torch": "cu128",
         "torchvision": "cu128"}, "asked": 1, "gpus": ["GPU-a"], "files": 65536, "broken": "",
-        "time": 100.0,
+        "time": 100.0, "cuda": "", "cards": [("A100", 8, 0)], "kernels": ["sm_80", "sm_90"],
+        "gpu": {"product": True, "sum": True, "speed": 9000.0},
     }  # fmt: skip
     other = {**facts, "rank": 1, "host": "n2", "gpus": ["GPU-b"]}
     assert not any(remedy for *_, remedy in preflight.judge([facts, other]))
@@ -610,16 +665,60 @@ def test_preflight_names_what_differs_between_nodes():
 
     assert findings(python="3.11.0") == {"python": "n1: 3.12.1; n2: 3.11.0"}
     assert findings(gpus=[]) == {"GPUs per node": "n2: 1 GPUs asked for, torch sees 0"}
+    old = findings(gpus=[], cuda="the NVIDIA driver is too old")["GPUs per node"]
+    assert old.endswith("torch sees 0 (the NVIDIA driver is too old)")
+    assert findings(cards=[("V100", 7, 0)]) == {
+        "GPU's kernels": "n2: V100 is sm_70, this torch has kernels for sm_80 sm_90"
+    }
+    broken = findings(gpu={"error": "CUDA error: uncorrectable ECC error"})
+    assert broken == {"GPU's product": "rank 1 on n2: CUDA error: uncorrectable ECC error"}
+    assert "is wrong" in findings(gpu={"product": False})["GPU's product"]
+    assert findings(gpu={"product": True, "error": "no answer in 180 s"}) == {
+        "NCCL": "rank 1 on n2: no answer in 180 s"
+    }
+    assert "is wrong" in findings(gpu={"product": True, "sum": False})["NCCL"]
     assert findings(host="n1", gpus=["GPU-a"])["GPUs per node"].startswith("ranks 0 and 1 share")
     assert "clocks" in findings(time=160.0)
     assert "file limit" in findings(files=1024)
     assert "datasets" in findings(
         versions=dict.fromkeys(preflight.PACKAGES[:-1], "1") | {"datasets": "2"}
     )
-    told = preflight.shared_folder(preflight.Peers(), Path("/proc/nowhere"))
-    assert told.startswith("rank 0 cannot write /proc")
+    told = preflight.shared_folder(preflight.Peers("n1"), Path("/proc/nowhere"))
+    assert told.startswith("rank 0 on n1 cannot write /proc")
     build = findings(builds={"torch": "cpu", "torchvision": "cu128"})
     assert build == {"torch's build": "n2: torch for cpu beside torchvision for cu128"}
+
+
+def test_preflight_knows_which_gpus_a_torch_build_has_kernels_for():
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        from preflight import has_kernels
+    finally:
+        sys.path.remove(str(LAUNCH))
+    built = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+    runs = {(7, 0): False, (7, 5): True, (8, 9): True, (9, 0): True, (10, 3): True, (11, 0): False}
+    assert {card: has_kernels(*card, built) for card in runs} == runs
+    assert has_kernels(12, 1, ["sm_90", "compute_90"]) and not has_kernels(9, 1, ["sm_90a"])
+    assert has_kernels(9, 0, ["gfx90a"]), "names of another vendor decide nothing"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [("print('{\"product\": true}', flush=True); import time; time.sleep(60)",
+      {"product": True, "error": "no answer in 1 s"}),
+     ("print('noise'); import sys; sys.exit('RuntimeError: NCCL is broken\\n frame #1')",
+      {"error": "RuntimeError: NCCL is broken"}),
+     ("import os; os._exit(3)", {"error": "exit status 3"})],
+)  # fmt: skip
+def test_a_gpu_check_that_hangs_or_dies_becomes_a_fact(code, found, monkeypatch):
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        import preflight
+    finally:
+        sys.path.remove(str(LAUNCH))
+    monkeypatch.setattr(preflight, "TRY_GPU", [sys.executable, "-c", code])
+    monkeypatch.setattr(preflight, "GPU_SECONDS", 1.0)
+    assert preflight.gpu_facts() == found
 
 
 # What a second node does differently: each line of the table can be made to say no.
@@ -633,7 +732,22 @@ if "torch missing" in what:
 else:
     import torch, torch.distributed as dist
 if "reach" in what:
-    preflight.REACH_SECONDS = 1
+    preflight.REACH_SECONDS, preflight.TRY_SECONDS = 1, 0
+if "read only" in what:
+    def refused(*words, **more):
+        raise OSError(30, "Read-only file system")
+    preflight.Path.write_text = preflight.Path.unlink = refused
+if "gpu" in what:  # faked: the rank's own card, a check on the CPU over gloo
+    facts_of, rank = preflight.own_facts, os.environ["RANK"]
+    preflight.own_facts = lambda asked: facts_of(asked) | {
+        "gpus": ["GPU-" + rank], "cards": [("H100", 9, 0)], "kernels": ["sm_90"]}
+    after = "while True: time.sleep(1)" if "hangs" in what else "os.abort()"
+    meet = f"dist.init_process_group = lambda *_, **__: exec({after!r})"
+    code = f"import os, sys, time; sys.path.insert(0, {sys.path[0]!r}); import preflight, torch;"
+    code += "import torch.distributed as dist; torch.cuda.set_device = print;"
+    code += meet + ";" if {"hangs", "aborts"} & set(what) else ""
+    preflight.TRY_GPU = [sys.executable, "-c", code + "preflight.try_gpu('gloo', 'cpu')"]
+    preflight.GPU_SECONDS = 30 if "hangs" in what or "waits" in what else 120
 if "all" in what:
     sys.version = "3.9.9 (planted)"
     version = preflight.metadata.version
@@ -646,6 +760,9 @@ if "all" in what:
     preflight.shutil.disk_usage = lambda path: disk(10)
     preflight.try_trainer = lambda words: (False, "no such data set here", 10**8)
     os.chdir(os.environ["ELSEWHERE"])
+elif "slow" in what:
+    preflight.REACH_SECONDS = 3
+    preflight.try_trainer = lambda words: (time.sleep(9), (True, "fine", 10**6))[1]
 else:
     preflight.try_trainer = lambda words: (True, "fine", 10**6)
 sys.exit(preflight.main(sys.argv[1:]))
@@ -722,6 +839,54 @@ def test_preflight_of_a_node_that_cannot_join_still_shows_its_table(rank, what, 
     assert "Traceback" not in text
     table = verdicts(text)
     assert table["network"] not in ("", "ok") and table["clocks"] == "ok"
+
+
+def two_nodes(what: tuple[str, str], words: list[str], **env: str) -> tuple[list, list[str]]:
+    """Exit statuses and words of two ranks, each with something planted."""
+    port = free_port()
+    both = [preflight_node(rank, port, what[rank], words, **env) for rank in (0, 1)]
+    told = [process.communicate(timeout=240)[0] for process in both]
+    return [process.returncode for process in both], told
+
+
+@pytest.mark.slow
+def test_preflight_waits_for_a_slow_trial_on_one_node_and_says_go(tmp_path):
+    """Rank 0's trial takes three times as long as rank 1 waits for an answer."""
+    port = free_port()
+    both = [preflight_node(rank, port, "slow", ["--", *TINY], HERE=str(tmp_path),
+                           LOCAL_RANK=str(rank)) for rank in (0, 1)]  # fmt: skip
+    told = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and "\nGO" in told[0], told
+
+
+@pytest.mark.slow
+def test_preflight_names_the_node_whose_disk_is_read_only_and_no_firewall(tmp_path):
+    status, told = two_nodes(("", "read only"), ["--", *TINY], HERE=str(tmp_path))
+    assert status == [1, 1], told
+    assert f"rank 1 on n1 cannot write {tmp_path}: Read-only file system" in told[0], told
+    assert not any("Traceback" in text or "firewall" in text for text in told), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "no"),
+    [
+        ("gpu", ""),
+        ("gpu,hangs", "no answer in 30 s"),
+        ("gpu,aborts", "rank 1 on n1: exit status -6"),
+    ],
+)
+def test_preflight_with_gpus_computes_and_adds_over_all_or_says_why_not(what, no, tmp_path):
+    """The GPUs are faked, and gloo stands for NCCL: what is checked is the way to a verdict."""
+    first = what.replace("aborts", "waits")
+    status, told = two_nodes((first, what), ["--gpus", "1"], HERE=str(tmp_path))
+    table = verdicts(told[0])
+    assert table["GPU's kernels"] == table["GPU's product"] == "ok", told
+    if no:
+        assert status == [1, 1] and "NCCL_SOCKET_IFNAME" in table["NCCL"], told
+        assert no in told[0], told
+    else:
+        assert status == [0, 0] and table["NCCL"] == "ok" and "2 processes, " in told[0], told
 
 
 @pytest.mark.slow
