@@ -20,7 +20,7 @@ from common.text import duration, seconds
 from config import Settings, TrainConfig, plan_batch, recipe_of, restarted, to_json
 from data.augment import Augment
 from data.keyed_random import mix
-from data.loaders import EVALUATION_BATCH, build_test_loader, build_train_loader
+from data.loaders import build_test_loader, build_train_loader, evaluation_batch
 from data.order import split_validation
 from data.sources import ImageSet, Source, choose_dataset, limited, load_source
 from distributed import faults
@@ -218,29 +218,33 @@ class Run:
                 f"{source.task}; give it {fits}"
             )
         train, test = limited(source.train, config.limit), limited(source.test, config.limit)
+        device = accelerator.device
+        test_batch = evaluation_batch(len(test), config.image_size, device)
+        test_batch *= accelerator.num_processes
         if self.actions.dry_run:
-            test = limited(test, 2 * EVALUATION_BATCH * accelerator.num_processes)
+            test = limited(test, 2 * test_batch)
         self.validation_loader = None
         if config.val_fraction:
             keep, held_out = split_validation(len(train), config.val_fraction, config.seed)
             validation = ImageSet(train.images[held_out], train.labels[held_out])
             train = ImageSet(train.images[keep], train.labels[keep])
-            loader = build_test_loader(validation, accelerator.num_processes, accelerator.device)
-            self.validation_loader = accelerator.prepare(loader)
+            self.validation_loader = accelerator.prepare(
+                build_test_loader(validation, test_batch, device)
+            )
         self.plan = plan_batch(self.settings, accelerator.num_processes, len(train))
         self.source, self.num_train, self.num_test = source, len(train), len(test)
         decided = {"batch_size": self.plan.batch_size, "shards": str(self.plan.shards)}
         changed = {k: v for k, v in decided.items() if v != getattr(config, k)}
         self.settings = self.settings.with_layer("batch plan", changed)
         self.train_loader, self.sampler = build_train_loader(
-            train, self.plan.batch_size, config.seed, accelerator.device
+            train, self.plan.batch_size, config.seed, device
         )
-        self.test_loader = build_test_loader(test, accelerator.num_processes, accelerator.device)
+        self.test_loader = build_test_loader(test, test_batch, device)
         self.augment = Augment(
             config.augment, config.image_size, source.mean, source.std, config.seed,
             cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
             alternating_flip=config.alternating_flip, no_flip=source.no_flip,
-            tta=config.tta,
+            tta=config.tta, samples=0 if device.type == "cpu" else self.num_train,
         )  # fmt: skip
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch

@@ -51,16 +51,15 @@ class Classification:
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
         # The rank of the true class, ties by class number; the same for every batch shape.
         true = logits.gather(1, labels[:, None])
-        higher = (logits > true).sum(1)
-        tied_before = ((logits == true) & (self._classes(logits) < labels[:, None])).sum(1)
+        tied_before = (logits == true) & (self._classes(logits) < labels[:, None])
+        before = ((logits > true) | tied_before).sum(1)
         broken = logits.isnan().any(1)  # an answer that is no number is wrong everywhere
-        rank = torch.where(broken, self.num_classes, higher + tied_before)
+        rank = torch.where(broken, self.num_classes, before)
         predicted = torch.where(broken, (labels + 1) % self.num_classes, logits.argmax(1))
-        counts[0] += ((loss / LOSS_UNIT).round().long() * weights).sum()
-        counts[1] += ((rank == 0) * weights).sum()
-        counts[2] += ((rank < 5) * weights).sum()
-        counts[3] += weights.sum()
-        cells = labels * self.num_classes + predicted
+        units = (loss / LOSS_UNIT).round().long()
+        found = torch.stack([units, rank == 0, rank < 5, weights]) * weights
+        counts[:4].add_(found.sum(1))
+        cells = torch.add(predicted, labels, alpha=self.num_classes)
         counts[4:].scatter_add_(0, cells, weights)
 
     def _classes(self, logits: Tensor) -> Tensor:
@@ -134,9 +133,9 @@ class Regression:
             self.loss(outputs, targets)
         squares = ((predictions - targets) ** 2).sum(1).clamp(max=LARGEST_LOSS)
         values = (squares.nan_to_num(nan=LARGEST_LOSS), targets.sum(1), (targets**2).sum(1))
-        for place, value in enumerate(values):
-            counts[place] += ((value / LOSS_UNIT).round().long() * weights).sum()
-        counts[3] += weights.sum()
+        units = (torch.stack(values) / LOSS_UNIT).round().long() * weights
+        counts[:3].add_(units.sum(1))
+        counts[3].add_(weights.sum())
 
     def metrics(self, counts: Tensor) -> dict:
         squares, total, total_squares = (x * LOSS_UNIT for x in counts[:3].tolist())

@@ -3,6 +3,10 @@
 What happens to an image depends on (seed, epoch, its index) alone, never on its batch, its position
 or the number of processes. Each image has draws of its own, which torchvision's transforms do not
 give on a batch: they draw once per call.
+
+What is random is chosen apart from what is done to pixels (`Augment.choices`, `Augment.mixtures`:
+a row of numbers for each image), so that on a GPU, where each small operation costs the host more
+than the device, an epoch's rows are made at once and a step only looks them up.
 """
 
 import functools
@@ -22,6 +26,7 @@ CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP_AREA = (0.08, 1.0)  # of the image's area, uniform
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height, log-uniform
 TRANSLATE_PIXELS = 2
+CHUNK = 2**18  # images whose choices are made at once: some 100 MB of whole numbers meanwhile
 
 
 class Augment:
@@ -36,6 +41,9 @@ class Augment:
     pixels; mixup and cutmix are the alpha of Beta(alpha, alpha), 0 means off. alternating_flip
     mirrors each image in every second epoch instead of by chance (Jordan, 2024, arXiv:2404.00498).
     no_flip leaves all flips out: mirrored digits are other things. tta is the level of `vote`.
+
+    samples, where it is not 0, is the number of training images: the choices of an epoch are made
+    for all of them when its first batch comes, and are the same bits as those made batch by batch.
 
     Two-dimensional inputs are features of a regression and pass through unchanged.
     """
@@ -53,6 +61,7 @@ class Augment:
         alternating_flip: bool = False,
         no_flip: bool = False,
         tta: int = 0,
+        samples: int = 0,
     ) -> None:
         if kind not in KINDS:
             raise UserError(f"{kind!r} is not a kind of augmentation; known: {', '.join(KINDS)}")
@@ -60,7 +69,8 @@ class Augment:
         self.mean, self.std = tuple(mean), tuple(std)
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix
         self.alternating_flip, self.no_flip = alternating_flip, no_flip
-        self.tta = tta
+        self.tta, self.samples = tta, samples
+        self._tables: dict[str, tuple[tuple, Tensor]] = {}  # what an epoch's rows are for; the rows
 
     def train(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:  # (n, C, S, S)
         """Augmented, normalised float32 images of image_size from uint8 (n, C, H, W)."""
@@ -69,19 +79,13 @@ class Augment:
         indices = indices.to(images.device, non_blocking=True)
         if self.kind == "none" and not self.cutout:
             return self.evaluate(images)
-        num_draws = 5 + 2 * CROP_TRIES if self.kind == "resized_crop" else 5
-        draws = uniforms(self.seed, epoch, indices, num_draws, AUGMENT)
-        flip = self._flip(draws[:, 0], indices, epoch)
+        chosen = self._rows(self.choices, indices, epoch, images)
+        mirrored, corner, place = chosen[:, :1] > 0, chosen[:, 1:3], chosen[:, 3:]
         if self.kind == "resized_crop":
-            top, left, height, width = random_boxes(*images.shape[2:], draws[:, 1:3], draws[:, 5:])
-            images = resized_crop(
-                self._normalise(images), top, left, height, width, flip, self.image_size
-            )
+            images = resized_crop(self._normalise(images), place, mirrored, self.image_size)
         else:
-            images = self.evaluate(self._move(images, draws[:, 1:3], flip))
-        if self.cutout:
-            images = cut_out(images, draws[:, 3], draws[:, 4], self.cutout)
-        return images
+            images = self.evaluate(self._move(images, place, mirrored))
+        return cut_out(images, corner, self.cutout) if self.cutout else images
 
     def evaluate(self, images: Tensor) -> Tensor:  # (n, C, S, S)
         """Normalised float32 images of image_size from uint8 (n, C, H, W); no randomness."""
@@ -105,7 +109,8 @@ class Augment:
             views.append((0.25, wider[:, :, 2:, 2:]))
         if not self.no_flip:
             views = [(w / 2, x) for w, view in views for x in (view, view.flip(3))]
-        return sum(weight * model(view) for weight, view in views)
+        # In float32: what the views' logits differ by would be lost in the precision of a model.
+        return sum(weight * model(view).float() for weight, view in views)
 
     def mix(
         self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int, num_classes: int
@@ -121,21 +126,83 @@ class Augment:
         """
         if not (self.mixup or self.cutmix):
             return images, labels
+        targets = (labels[:, None] == _pixels(num_classes, labels.device)).float()
+        if not (self.mixup or self.cutmix):
+            return images, labels
         targets = F.one_hot(labels, num_classes).float()
         first = indices[:1].to(images.device, non_blocking=True)
-        coin, chance, row, column = uniforms(self.seed, epoch, first, 4, MIX).T  # (1,) each
-        keep = None  # (1, 1) or (H, W): the part of its own image in each pixel
-        if self.mixup:
-            keep = beta_quantile(chance, self.mixup)[:, None]
+        mixture = self._rows(self.mixtures, first, epoch, images)  # (1, 7)
+        share = keep = mixture[:, 6:]  # (1, 1) or (H, W): the part of its own image in each pixel
         if self.cutmix:
-            side = (1 - beta_quantile(chance, self.cutmix)).sqrt()
             height, width = images.shape[2:]
-            rows = _span(row, (side * height).floor(), height)
-            columns = _span(column, (side * width).floor(), width)
-            outside = (~(rows.T & columns)).float()
-            keep = outside if keep is None else torch.where(coin[:, None] < 0.5, keep, outside)
+            rows, columns = _inside(mixture[0, :2], mixture[0, 2:4], max(height, width))
+            box = rows[:height, None] & columns[:width]
+            keep = torch.where(box, mixture[:, 4], mixture[:, 5])
         images = images.flip(0).lerp(images, keep)
-        return images, targets.flip(0).lerp(targets, keep.mean())
+        return images, targets.flip(0).lerp(targets, share)
+
+    def _rows(
+        self, choose: Callable[..., Tensor], indices: Tensor, epoch: int, images: Tensor
+    ) -> Tensor:
+        """choose(indices, epoch, height, width); with `samples`, rows of a table of the epoch."""
+        height, width = images.shape[2:]
+        if not self.samples:
+            return choose(indices, epoch, height, width)
+        key = (epoch, height, width, images.device)
+        made, table = self._tables.get(choose.__name__, (None, None))
+        if made != key:
+            chunks = torch.arange(self.samples, device=images.device).split(CHUNK)
+            table = torch.cat([choose(chunk, epoch, height, width) for chunk in chunks])
+            self._tables[choose.__name__] = key, table
+        return table[indices]
+
+    def choices(self, indices: Tensor, epoch: int, height: int, width: int) -> Tensor:
+        """What happens to images (height, width) of these indices, whole numbers, a row for each.
+
+        Columns: 1 if mirrored; top and left of the square cut out; then top, left, height, width
+        of the box (float32), or for moves (int64) the row and the column that come first.
+        """
+        boxes = self.kind == "resized_crop"
+        draws = uniforms(self.seed, epoch, indices, 5 + 2 * CROP_TRIES * boxes, AUGMENT)
+        mirrored = self._flip(draws[:, 0], indices, epoch).float()
+        corner = _start(draws[:, 3:5], self.cutout, self.image_size)
+        if boxes:
+            place = random_boxes(height, width, draws[:, 1:3], draws[:, 5:])
+            return torch.column_stack([mirrored, corner, *place])
+        reach = {"crop": (height // 8, width // 8), "translate": (TRANSLATE_PIXELS,) * 2}
+        reach = reach.get(self.kind, (0, 0))
+        place = [(draws[:, i + 1] * (2 * reach[i] + 1)).long() for i in (0, 1)]
+        if self.kind == "translate":  # a crop begins in the border that it pads with
+            place = [first - TRANSLATE_PIXELS for first in place]
+        return torch.column_stack([mirrored.long(), corner.long(), *place])
+
+    def mixtures(self, indices: Tensor, epoch: int, height: int, width: int) -> Tensor:
+        """How a shard of images (height, width) that begins with each of these indices is mixed.
+
+        float32 columns: top, left, bottom, right of a box; how much of its own image a pixel keeps
+        inside and outside of it; the mean of that over all pixels.
+        """
+        coin, chance, row, column = uniforms(self.seed, epoch, indices, 4, MIX).unbind(1)
+        top = left = bottom = right = torch.zeros_like(coin)
+        inside = outside = share = beta_quantile(chance, self.mixup) if self.mixup else top
+        if self.cutmix:
+            pastes = coin >= 0.5 if self.mixup else torch.ones_like(coin, dtype=torch.bool)
+            side = (1 - beta_quantile(chance, self.cutmix)).sqrt()
+            rows, columns = (side * height).floor(), (side * width).floor()
+            top, left = _start(row, rows, height), _start(column, columns, width)
+            bottom, right = top + rows, left + columns
+            area = (bottom.clamp(max=height) - top.clamp(min=0)) * (
+                right.clamp(max=width) - left.clamp(min=0)
+            )
+            inside, outside, share = (
+                torch.where(pastes, pasted, blended)
+                for pasted, blended in (
+                    (0.0, inside),
+                    (1.0, outside),
+                    ((height * width - area) / (height * width), share),
+                )
+            )
+        return torch.stack([top, left, bottom, right, inside, outside, share], dim=1)
 
     def _normalise(self, images: Tensor) -> Tensor:
         """(images / 255 - mean) / std as one multiplication and addition."""
@@ -151,23 +218,24 @@ class Augment:
             return (uniforms(self.seed, 0, indices, 1, FLIP)[:, 0] < 0.5) ^ bool(epoch % 2)
         return draw < 0.5
 
-    def _move(self, images: Tensor, draws: Tensor, flip: Tensor) -> Tensor:
-        """The same uint8 images, shifted by whole pixels and mirrored as the kind says."""
+    def _move(self, images: Tensor, first: Tensor, mirrored: Tensor) -> Tensor:
+        """The same uint8 images, shifted by whole pixels and mirrored as the kind says.
+
+        `first` (n, 2) is the row and the column that come first, `mirrored` is bool (n, 1).
+        """
         if self.kind == "none" or (self.kind == "flip" and self.no_flip):
             return images
         channels, height, width = images.shape[1:]
-        reach = {"crop": (height // 8, width // 8), "translate": (TRANSLATE_PIXELS,) * 2}
-        reach_rows, reach_columns = reach.get(self.kind, (0, 0))
-        rows = _shifted(height, reach_rows, draws[:, 0])
-        columns = _shifted(width, reach_columns, draws[:, 1])
-        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        across = _pixels(width, images.device)
+        rows = _pixels(height, images.device) + first[:, :1]
+        columns = torch.where(mirrored, across.flip(0), across) + first[:, 1:]
         if self.kind == "crop":
+            reach_rows, reach_columns = height // 8, width // 8
             images = F.pad(images, (reach_columns, reach_columns, reach_rows, reach_rows))
-            rows, columns = rows + reach_rows, columns + reach_columns
-        else:
+        elif self.kind == "translate":
             rows, columns = _reflected(rows, height), _reflected(columns, width)
-        places = (rows[:, :, None] * images.shape[3] + columns[:, None, :]).flatten(1)[:, None]
-        moved = images.flatten(2).gather(2, places.expand(-1, channels, -1))
+        places = torch.add(columns[:, None], rows[:, :, None], alpha=images.shape[3])
+        moved = images.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, channels, -1))
         return moved.unflatten(2, (height, width))
 
 
@@ -180,20 +248,15 @@ def resize(images: Tensor, size: int) -> Tensor:
     return _resample(images, rows, _resize_weights(width, size, images.device))
 
 
-def resized_crop(
-    images: Tensor,
-    top: Tensor,
-    left: Tensor,
-    height: Tensor,
-    width: Tensor,
-    flip: Tensor,
-    size: int,
-) -> Tensor:
-    """Each image's own box (whole pixels, float (n,) each), mirrored where `flip`, at `size`."""
-    rows = _interpolation(top, height, images.shape[2], size)
-    columns = _interpolation(left, width, images.shape[3], size)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return _resample(images, rows, columns)
+def resized_crop(images: Tensor, boxes: Tensor, mirrored: Tensor, size: int) -> Tensor:
+    """Each image's own box (n, 4) at `size`, left and right exchanged where `mirrored` (n, 1).
+
+    A box is top, left, height and width in whole pixels, as floats.
+    """
+    height, width = images.shape[2:]
+    upright = torch.cat([torch.zeros_like(mirrored), mirrored], dim=1)
+    weights = _interpolation(boxes[:, :2], boxes[:, 2:], max(height, width), size, upright)
+    return _resample(images, weights[:, 0, :, :height], weights[:, 1, :, :width])
 
 
 def random_boxes(
@@ -220,14 +283,15 @@ def random_boxes(
     return top, left, box_height, box_width
 
 
-def cut_out(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+def cut_out(images: Tensor, corner: Tensor, side: int) -> Tensor:
     """Normalised images with a square of the mean colour (DeVries and Taylor, arXiv:1708.04552).
 
-    Its centre may be any pixel (uniforms row, column (n,)), so a part may lie outside the image.
+    `corner` (n, 2) is its top and left; a part of it may lie outside the image.
     """
     height, width = images.shape[2:]
-    rows, columns = _span(row, side, height), _span(column, side, width)
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+    rows, columns = _inside(corner, corner + side, max(height, width)).unbind(1)
+    hole = rows[:, :height, None] & columns[:, None, :width]
+    return images.masked_fill(hole[:, None], 0.0)
 
 
 def beta_quantile(chance: Tensor, alpha: float) -> Tensor:
@@ -263,26 +327,38 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 @functools.cache
+def _pixels(side: int, device: torch.device) -> Tensor:
+    return torch.arange(side, device=device)
+
+
+@functools.cache
+def _centres(side: int, device: torch.device) -> Tensor:
+    return _pixels(side, device) + 0.5
+
+
+@functools.cache
 def _resize_weights(side: int, size: int, device: torch.device) -> Tensor:  # (1, size, side)
     whole = torch.tensor([0.0, side], device=device)
     return _interpolation(whole[:1], whole[1:], side, size)
 
 
-def _interpolation(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """Matrices (n, size, side) that scale pixels start..start+length of an axis to `size` pixels.
+def _interpolation(
+    start: Tensor, length: Tensor, side: int, size: int, mirrored: Tensor | None = None
+) -> Tensor:
+    """Matrices (..., size, side) that scale pixels start..start+length of an axis to `size` pixels.
 
     Each row is a triangle around the output pixel's centre, two output pixels wide when shrinking
     (antialias) and two input pixels wide when enlarging (bilinear); pixels outside do not count.
     """
-    scale = length / size
-    output = torch.arange(size, device=start.device) + 0.5
-    centre = start[:, None] + output * scale[:, None]
-    pixel = torch.arange(side, device=start.device) + 0.5
-    reach = scale.clamp(min=1)[:, None, None]
-    weights = (1 - (pixel - centre[:, :, None]).abs() / reach).clamp(min=0)
-    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
-    weights = weights * inside[:, None]
-    return weights / weights.sum(2, keepdim=True)
+    scale, start = (length / size)[..., None], start[..., None]
+    output, pixel = _centres(size, start.device), _centres(side, start.device)
+    if mirrored is not None:
+        output = torch.where(mirrored[..., None], output.flip(0), output)
+    centre = start + output * scale
+    weights = (1 - (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None]).clamp(min=0)
+    inside = (pixel > start) & (pixel < start + length[..., None])
+    weights = weights * inside[..., None, :]
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -291,19 +367,17 @@ def _resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return rows[:, None] @ images
 
 
-def _shifted(side: int, reach: int, draw: Tensor) -> Tensor:  # int64 (n, side)
-    """Where the pixels of an axis come from after a random shift by -reach..reach."""
-    shift = (draw * (2 * reach + 1)).long() - reach
-    return torch.arange(side, device=draw.device) + shift[:, None]
-
-
 def _reflected(places: Tensor, side: int) -> Tensor:
     """Places beyond the border as their mirror images inside; the border itself is not doubled."""
     return (side - 1) - ((side - 1) - places.abs()).abs()
 
 
-def _span(draw: Tensor, length: Tensor | int, side: int) -> Tensor:  # bool (n, side)
-    """Which pixels of an axis lie in an interval of `length` pixels around a random pixel."""
-    start = (draw * side).floor() - length // 2
-    pixel = torch.arange(side, device=draw.device)
-    return (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+def _start(draw: Tensor, length: Tensor | int, side: int) -> Tensor:
+    """Where an interval of `length` pixels begins that lies around a random pixel of an axis."""
+    return (draw * side).floor() - length // 2
+
+
+def _inside(start: Tensor, end: Tensor, side: int) -> Tensor:  # bool (..., side)
+    """Which pixels of an axis are at least `start` and before `end`."""
+    pixel = _pixels(side, start.device)
+    return (pixel >= start[..., None]) & (pixel < end[..., None])

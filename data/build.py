@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from config import BatchPlan, Settings, plan_batch
 from data.augment import Augment
-from data.loaders import EVALUATION_BATCH, Resident, build_test_loader, build_train_loader
+from data.loaders import Resident, build_test_loader, build_train_loader, evaluation_batch
 from data.order import GlobalBatchSampler, split_validation
 from data.sources import ImageSet, Source, limited
 from errors import UserError
@@ -95,8 +95,9 @@ def build_data(
             code="data-of-another-task",
         )
     train, test = limited(source.train, config.limit), limited(source.test, config.limit)
+    test_batch = evaluation_batch(len(test), config.image_size, device) * num_processes
     if settings.actions.dry_run:
-        test = limited(test, 2 * EVALUATION_BATCH * num_processes)
+        test = limited(test, 2 * test_batch)
     tests = {"test": test}
     if config.val_fraction:
         kept, held_out = split_validation(len(train), config.val_fraction, config.seed)
@@ -109,10 +110,10 @@ def build_data(
         config.augment, config.image_size, source.mean, source.std, config.seed,
         cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
         alternating_flip=config.alternating_flip, no_flip=source.no_flip,
-        tta=config.tta,
+        tta=config.tta, samples=0 if device.type == "cpu" else len(train),
     )  # fmt: skip
     test_loaders = {
-        split: build_test_loader(images, num_processes, device) for split, images in tests.items()
+        split: build_test_loader(images, test_batch, device) for split, images in tests.items()
     }
     return Data(source, batch, augment, sampler, train_loader, test_loaders)
 

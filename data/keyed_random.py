@@ -59,9 +59,14 @@ def uniforms(
     return (words >> 8).float() * 2**-24  # 24 bits fit a float32, so this is exact
 
 
-def permutation(seed: int, epoch: int, n: int, stream: int = ORDER) -> Tensor:  # (n,)
-    """A random order of 0..n-1 as an int64 tensor on the CPU, the same with any torch version."""
-    words = _words(seed, epoch, torch.arange(n), 1, stream)
+def permutation(
+    seed: int, epoch: int, n: int, stream: int = ORDER, device: torch.device | str = "cpu"
+) -> Tensor:  # (n,)
+    """A random order of 0..n-1 as an int64 tensor, the same on any device, with any torch version.
+
+    It is made where it will lie: on a GPU nobody waits for it.
+    """
+    words = _words(seed, epoch, torch.arange(n, device=device), 1, stream)
     # 62 bits: equal keys, which would favour the smaller index, are out of the question.
     return torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
 

@@ -8,6 +8,10 @@ from data.order import EvaluationBatchSampler, GlobalBatchSampler
 from data.sources import ImageSet
 
 EVALUATION_BATCH = 128  # images per forward and process: the same shape on any number of them
+LARGEST_EVALUATION_BATCH = 1024  # on a GPU, where a small batch costs the host more than the device
+EVALUATION_PIXELS = (
+    2**24
+)  # of a batch on a GPU, at the model's size: what memory there holds easily
 
 
 class Resident(Dataset):
@@ -53,10 +57,23 @@ def build_train_loader(
     return _loader(data, sampler, home, device), sampler
 
 
-def build_test_loader(images: ImageSet, num_processes: int, device: torch.device) -> DataLoader:
-    """Every image once, in equal batches on all processes; padding weighs 0."""
+def evaluation_batch(num_images: int, image_size: int, device: torch.device) -> int:
+    """Images per forward and process, a constant of the run on one kind of device.
+
+    On a GPU a batch is as large as the images at the model's size allow, in steps of 32 images and
+    at least what it is on a CPU, but none is larger than the whole set.
+    """
+    if device.type == "cpu":
+        return EVALUATION_BATCH
+    whole = -(-num_images // EVALUATION_BATCH) * EVALUATION_BATCH
+    most = min(LARGEST_EVALUATION_BATCH, EVALUATION_PIXELS // image_size**2 // 32 * 32, whole)
+    return max(EVALUATION_BATCH, most)
+
+
+def build_test_loader(images: ImageSet, batch_size: int, device: torch.device) -> DataLoader:
+    """Every image once, in equal global batches of batch_size; padding weighs 0."""
     data, home = place(images, device)
-    sampler = EvaluationBatchSampler(len(data), EVALUATION_BATCH * num_processes)
+    sampler = EvaluationBatchSampler(len(data), batch_size, device=home)
     return _loader(data, sampler, home, device)
 
 
