@@ -286,8 +286,8 @@ def code_digests(*extra: Path) -> dict[str, str]:
     here = Path(__file__).resolve().parent.parent
     names = ("train.py", "run.py", "trial.py", "features.py", "tasks.py", "optim.py")
     files = [here / name for name in names]
-    for room in ("data", "distributed", "models"):
-        files += sorted((here / room).glob("*.py"))
+    for room in ("common", "config", "data", "distributed", "models"):
+        files += sorted((here / room).rglob("*.py"))
     named = {path.relative_to(here).as_posix(): path for path in files}
     named |= {str(path): path for path in (p.expanduser() for p in extra) if path.is_file()}
 
