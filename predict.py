@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from config import Parser
+from common.parser import Parser
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
 

@@ -1,7 +1,8 @@
 """Every setting: fields, layers and their origins, command line and YAML, batch plan; no torch."""
 
+from common.parser import Parser
 from config.batch import BatchPlan, plan_batch
-from config.command_line import Parser, build_parser, parse, parse_or_exit, tell
+from config.command_line import build_parser, parse, parse_or_exit, tell
 from config.fields import HINTS, MAY_CHANGE, TYPES, TrainConfig
 from config.layers import Actions, Settings, recipe_of, restarted, to_json
 

@@ -5,9 +5,9 @@ import os
 import socket
 import sys
 import time
-import typing
 from pathlib import Path
 
+from common.parser import Parser
 from common.text import did_you_mean
 from config.fields import DEBUG_PRESET, GROUPS, HINTS, MAY_CHANGE, TYPES, TrainConfig, convert
 from config.layers import (
@@ -95,15 +95,6 @@ def parse(argv: list[str]) -> Settings:
     settings = Settings(layers, actions, tuple(argv), {**asked, **typed})
     check(settings)
     return settings
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one sentence, without its page of usage."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(
-            f"{message}; see python {self.prog.removeprefix('python ')} --help", code="unknown-flag"
-        )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ import typing
 from dataclasses import dataclass, field, fields
 
 from common.text import did_you_mean
+from data.sources import NAMES
 from errors import UserError
 
 
@@ -21,9 +22,7 @@ class TrainConfig:
     model: str = setting(
         "alexnet", "a name from `python -m models`, torchvision:NAME or FILE.py:Class", group="what"
     )
-    dataset: str = setting(
-        "auto", "auto, cifar10, digits, synthetic, line, a folder, a hub name", group="what"
-    )
+    dataset: str = setting("auto", f"{', '.join(NAMES)}, a path, a hub name", group="what")
     data_dir: str | None = setting(None, "where a local copy of the data lies", group="what")
     weights: str = setting(
         "auto",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from common.parser import Parser
 from common.text import printable
-from config import Parser
 from data.augment import KINDS, Augment
 from data.cache import cache_dir
-from data.sources import DATASETS, Source, choose_dataset, load_source, save_source
+from data.sources import NAMES, Source, choose_dataset, load_source, save_source
 from errors import UserError
 
 ROWS, COLUMNS = 8, 8  # of the sheet: a picture per row, an epoch per column
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     common = Parser(add_help=False, allow_abbrev=False)
-    names = ", ".join(DATASETS)
+    names = ", ".join(NAMES)
     common.add_argument(
         "--dataset", default="auto", help=f"{names}, a folder, a file or a hub name (default auto)"
     )

@@ -285,7 +285,7 @@ def code_digests(*extra: Path) -> dict[str, str]:
     """File -> hash of the sources that decide the numbers, and of a learner's own model file."""
     here = Path(__file__).resolve().parent.parent
     files = [here / name for name in ("train.py", "tasks.py", "optim.py")]
-    for room in ("data", "distributed", "models", "training"):
+    for room in ("common", "config", "data", "distributed", "models", "training"):
         files += sorted((here / room).rglob("*.py"))
     named = {path.relative_to(here).as_posix(): path for path in files}
     named |= {str(path): path for path in (p.expanduser() for p in extra) if path.is_file()}

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 import predict
 from config import parse
 from data.augment import Augment
-from data.files import decode, read_class_folders
+from data.files import decode
 from data.keyed_random import permutation, uniforms
 from data.loaders import build_test_loader, build_train_loader
 from data.order import EvaluationBatchSampler, GlobalBatchSampler, split_validation
 from data.sources import load_source
+from data.sources.folder import read_class_folders
 from errors import UserError
 from models import build_model
 from models.__main__ import table_of_layers

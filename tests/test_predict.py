@@ -16,7 +16,8 @@ from PIL import Image
 import lr_finder
 import page
 from config import TrainConfig
-from data.files import decode_all, read_class_folders
+from data.files import decode_all
+from data.sources.folder import read_class_folders
 from models import build_model
 from predict import main as predict_main
 from predict import prepare

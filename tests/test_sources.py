@@ -1,5 +1,6 @@
 """Laws of the data sources: same tensors from any layout, nothing trusted, decoded once."""
 
+import dataclasses
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import types
 import zlib
 from pathlib import Path
 
@@ -16,9 +18,12 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from config import HINTS, build_parser
 from data import cache, files, sources
 from data.__main__ import main
-from data.sources import CIFAR10_CLASSES, choose_dataset, load_source
+from data.sources import choose_dataset, cifar_batches, folder, hub, load_source
+from data.sources.cifar10 import CIFAR10
+from data.sources.published import Published
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +63,7 @@ def small_cifar() -> tuple[np.ndarray, np.ndarray]:
     return images, np.arange(60) % 10
 
 
-def write_parquet(folder: Path, images, labels, num_train: int, classes=CIFAR10_CLASSES) -> Path:
+def write_parquet(folder: Path, images, labels, num_train: int, classes=CIFAR10.classes) -> Path:
     import pyarrow
     import pyarrow.parquet
 
@@ -81,7 +86,7 @@ def write_parquet(folder: Path, images, labels, num_train: int, classes=CIFAR10_
 def write_batches(folder: Path, images, labels) -> Path:
     folder.mkdir(parents=True)
     rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-    for number, name in enumerate(files.CIFAR_BATCHES):
+    for number, name in enumerate(cifar_batches.BATCH_NAMES):
         part = slice(10 * number, 10 * number + 10)
         batch = {b"data": rows[part], b"labels": labels[part].tolist()}
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
@@ -109,7 +114,7 @@ def test_all_layouts_of_cifar10_give_the_same_tensors(tmp_path):
     with tarfile.open(tmp_path / "tar" / "cifar-10-python.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "python" / "cifar-10-batches-py", "cifar-10-batches-py")
     features = datasets.Features(
-        {"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CIFAR10_CLASSES))}
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CIFAR10.classes))}
     )
     splits = {
         name: datasets.Dataset.from_dict(
@@ -124,7 +129,7 @@ def test_all_layouts_of_cifar10_give_the_same_tensors(tmp_path):
     assert first.train.images.dtype == torch.uint8 and len(first.test) == 10
     assert torch.equal(first.train.images, torch.from_numpy(images[:50]).permute(0, 3, 1, 2))
     assert first.train.labels.tolist() == labels[:50].tolist()
-    assert first.classes == CIFAR10_CLASSES
+    assert first.classes == CIFAR10.classes
     expected = images[:50].reshape(-1, 3) / 255
     assert np.allclose(first.mean, expected.mean(0)) and np.allclose(first.std, expected.std(0))
     for other in ("python", "tar", "saved"):
@@ -213,8 +218,7 @@ def test_an_archive_cannot_write_outside(tmp_path):
         for batch in folder.iterdir():
             tar.add(batch, f"../../{batch.name}")
     before = sorted(tmp_path.rglob("*"))
-    images_read, _, _ = files.read_cifar_batches(archive)
-    assert len(images_read) == 60 and sorted(tmp_path.rglob("*")) == before
+    assert len(cifar_batches.read(archive).images) == 60 and sorted(tmp_path.rglob("*")) == before
 
 
 def test_missing_batches_and_labels_out_of_range_are_errors(tmp_path):
@@ -225,6 +229,51 @@ def test_missing_batches_and_labels_out_of_range_are_errors(tmp_path):
     (folder / "data_batch_2").unlink()
     with pytest.raises(UserError, match="lacks data_batch_2"):
         load_source("cifar10", data_dir=str(folder))
+
+
+# The table
+
+
+@pytest.mark.parametrize("name", sources.SOURCES)
+def test_a_row_of_the_table_is_all_that_a_data_set_needs(name, tmp_path):
+    """Named in the help, chosen and loaded by its row alone; its recipe names real settings."""
+    entry = sources.SOURCES[name]
+    assert name in build_parser().format_help() and name in sources.NAMES
+    assert entry.recipe.keys() <= HINTS.keys()
+    if not entry.made:
+        of = sources.find(entry.target)
+        assert of.title in entry.summary
+        with pytest.raises(UserError) as caught:
+            choose_dataset(name)
+        assert caught.value.code == "data-unreachable" and of.variable in str(caught.value)
+        return
+    assert choose_dataset(name) == (name, f"Data: {entry.summary}.")
+    source = load_source(name)
+    assert source.name == name and source.origin == f"Data: {entry.summary}."
+    with pytest.raises(UserError) as caught:
+        sources.save_source(source, tmp_path / "x.safetensors", None)
+    assert caught.value.code == "needs-no-file"
+
+
+def test_a_new_data_set_is_a_file_and_a_row(monkeypatch, tmp_path):
+    """What a contributor adds: pictures that are published in a layout that is known already."""
+    images, labels = small_cifar()
+    of = Published("Pets", "someone/pets", "PETS_DIR", (3, 32, 32), tuple("abcdefghij"))
+    row = sources.SourceEntry("pets:PETS", "Pets: sixty photographs", made=False)
+    module = types.ModuleType("data.sources.pets")
+    module.PETS = of
+    monkeypatch.setitem(sys.modules, "data.sources.pets", module)
+    monkeypatch.setitem(sources.SOURCES, "pets", row)
+    tables = write_parquet(tmp_path / "t", images, labels, 50, classes=list("0123456789"))
+    monkeypatch.setenv("PETS_DIR", str(tables))
+    name, sentence = choose_dataset("pets")
+    assert (name, sentence) == ("pets", f"Data: Pets from tables at {tables}.")
+    source = load_source("pets")
+    assert source.classes == of.classes and len(source.test) == 10
+    assert load_source("cifar10", data_dir=str(tables)).classes == CIFAR10.classes
+    with pytest.raises(UserError, match="is not Pets: 10 classes"):
+        module.PETS = dataclasses.replace(of, shape=(3, 8, 8), title="Pets")
+        load_source("pets", data_dir=str(write_parquet(tmp_path / "u", images, labels, 50)))
 
 
 # Made on the spot
@@ -365,7 +414,7 @@ def test_empty_single_and_unknown_classes_are_errors(pictures, tmp_path):
 
 def test_adding_a_picture_moves_no_other_between_train_and_test(pictures):
     def test_names():
-        records = files.read_class_folders(pictures)
+        records = folder.read_class_folders(pictures)
         pairs = zip(records.items, records.is_test, strict=True)
         return {path.name + path.parent.name for path, chosen in pairs if chosen}
 
@@ -500,7 +549,7 @@ def test_automatic_choice_without_network_takes_digits_and_says_what_to_type():
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(sources, "HUB_PATIENCE", 0.01)  # less than Python takes to start
+    monkeypatch.setattr(hub, "PATIENCE", 0.01)  # less than Python takes to start
     name, sentence = choose_dataset("auto", None)
     assert name == "digits"
     assert all(word in sentence for word in ("no answer", "HF_ENDPOINT", "HTTPS_PROXY"))

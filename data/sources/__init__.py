@@ -1,0 +1,305 @@
+"""Where the pictures come from: a table of names, a table of layouts, and one file for each row.
+
+This file imports no torch, so that the command line can read the tables at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.text import nearest, printable
+from data.image_set import ImageSet, Source, limited
+from errors import UserError
+
+if TYPE_CHECKING:
+    from data.cache import Entry
+    from data.sources.layout import Layout
+    from data.sources.published import Published
+
+__all__ = [
+    "NAMES", "SOURCES", "ImageSet", "Source", "choose_dataset", "limited", "load_source",
+    "save_source",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """A data set that is known by a name.
+
+    target: "module:name" in this folder, of a function (origin, seed) -> Source that makes it where
+        it is used, or of a `Published` data set, of which a copy is found or fetched.
+    recipe: values of TrainConfig fields that suit it, whatever the model.
+    """
+
+    target: str
+    summary: str
+    made: bool = True
+    recipe: Mapping[str, object] = field(default_factory=dict)
+
+
+SOURCES = {
+    "cifar10": SourceEntry(
+        "cifar10:CIFAR10",
+        "CIFAR-10: 60,000 photographs, 32x32, 10 classes (local copy or Hugging Face hub)",
+        made=False,
+    ),
+    "digits": SourceEntry(
+        "digits:make",
+        "scikit-learn's handwritten digits: 1,797 images, 8x8, no download",
+        recipe={"augment": "none"},  # a moved or mirrored digit of 8 pixels is another digit
+    ),
+    "synthetic": SourceEntry(
+        "synthetic:make", "made-up learnable images: 2,560, 32x32, 10 classes, no download"
+    ),
+    "line": SourceEntry(
+        "line:make", "thirty points of y = 2x + 3 with a little noise, for linear regression"
+    ),
+}
+AUTOMATIC = ("cifar10", "digits")  # the first if it can be had, else the second
+NAMES = ("auto", *SOURCES, "folder")  # folder: the one that --data-dir names
+
+# How a copy may lie on a disk, in the order in which a path is asked; "hub" lies elsewhere.
+LAYOUTS = {
+    "batches": "cifar_batches:BATCHES",
+    "archive": "cifar_batches:ARCHIVE",
+    "tables": "tables:TABLES",
+    "tensors": "carried:TENSORS",
+    "folder": "folder:FOLDER",
+}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find(target: str) -> Any:
+    """What a row of a table names; its file is imported only now."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(f"data.sources.{module}"), name)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Where a data set lies: the kind of layout and its absolute path, or "hub" and its name."""
+
+    name: str  # as the user typed it
+    kind: str
+    where: str
+
+    @property
+    def published(self) -> Published | None:
+        entry = SOURCES.get(self.name)
+        return find(entry.target) if entry and not entry.made else None
+
+    @property
+    def layout(self) -> Layout | None:
+        return find(LAYOUTS[self.kind]) if self.kind in LAYOUTS else None
+
+    @property
+    def origin(self) -> str:
+        if not self.layout:
+            return f"Data: {printable(self.where)} from the Hugging Face hub."
+        label = self.published.title if self.published else "images"
+        return f"Data: {label} from {self.layout.words} at {printable(self.where)}."
+
+    def key(self, image_size: int | None, skip_bad: bool) -> list:
+        """What a cached entry depends on; a hub data set is kept as it was first fetched."""
+        status = []
+        if self.layout:
+            paths = self.layout.files(Path(self.where))
+            found = [(path, path.stat()) for path in paths]
+            status = [(str(path), seen.st_size, seen.st_mtime_ns) for path, seen in found]
+        which = self.name if self.published else False
+        which = True if which == "cifar10" else which  # as in caches of old
+        return [which, self.kind, self.where, image_size, skip_bad, status]
+
+    def refuse(self, why: str) -> UserError:
+        return UserError(f"{self.cannot_be_had(why)} {self.what_to_type}", code="data-unreachable")
+
+    def cannot_be_had(self, why: str) -> str:
+        return f"{printable(self.name)} cannot be had: there is no local copy, and {why}."
+
+    @property
+    def what_to_type(self) -> str:
+        if of := self.published:
+            return (
+                f"With a copy of {of.title} type --dataset {self.name} --data-dir FOLDER "
+                f"(or set {of.variable})."
+            )
+        name = printable(self.name)
+        return f"With a copy on disk type --dataset FOLDER; '{name}' is no folder here."
+
+    def reached(self) -> tuple[bool, str]:
+        """Can a data set of the hub be had from a cache or from there, and why not."""
+        from data.cache import entry_path
+        from data.sources import hub
+
+        if self.published and entry_path(self.key(None, False)).exists():
+            return True, ""
+        return (True, "") if hub.folder_of(self.where) else hub.reach(self.where)
+
+
+def choose_dataset(dataset: str, data_dir: str | None = None) -> tuple[str, str]:
+    """The name to load and a sentence about it; looks at disk and network, so ask one process.
+
+    Raises UserError for a name nobody knows, and for a named data set that cannot be had.
+    """
+    if dataset == "auto":
+        return _choose_automatically(data_dir)
+    if dataset in SOURCES and SOURCES[dataset].made:
+        return dataset, f"Data: {SOURCES[dataset].summary}."
+    copy = locate(dataset, data_dir)
+    if copy.kind == "hub":
+        reached, why = copy.reached()
+        if not reached:
+            raise copy.refuse(why)
+    return dataset, copy.origin
+
+
+def _choose_automatically(data_dir: str | None) -> tuple[str, str]:
+    if data_dir and kind_of(_existing(data_dir, "--data-dir")) == "folder":
+        return choose_dataset(data_dir)
+    first, second = AUTOMATIC
+    copy = locate(first, data_dir)
+    if copy.kind == "hub":
+        reached, why = copy.reached()
+        if not reached:
+            return second, (
+                f"{copy.cannot_be_had(why)} This run takes scikit-learn's 8x8 digits instead. "
+                f"{copy.what_to_type}"
+            )
+    return first, copy.origin
+
+
+def load_source(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    skip_bad_images: bool = False,
+    seed: int = 0,
+) -> Source:
+    """Load a data set by name or path, from the cache when it was decoded before.
+
+    Safe to call from all processes of a node at once: one decodes, the others wait for its file.
+    `image_size` applies to folders and tables (see `files.decode_all`), `seed` to `line` alone.
+    """
+    if name in SOURCES and SOURCES[name].made:
+        return find(SOURCES[name].target)(f"Data: {SOURCES[name].summary}.", seed)
+    from data.cache import cached
+    from data.sources.describe import source_of
+
+    copy = locate(name, data_dir)
+    if copy.published:
+        image_size = None  # its pictures share one small size
+    if copy.layout and not copy.layout.read:
+        entry = build(copy, image_size, skip_bad_images)  # a cached one already
+    else:
+        key = copy.key(image_size, skip_bad_images)
+        entry = cached(key, lambda: build(copy, image_size, skip_bad_images))
+    return source_of(name, entry, copy.origin)
+
+
+def build(copy: Copy, image_size: int | None, skip_bad: bool) -> Entry:
+    """Read and decode a data set that is not in the cache."""
+    from data.sources import hub
+    from data.sources.describe import entry_of
+
+    if copy.layout and not copy.layout.read:
+        known = {name: find(e.target) for name, e in SOURCES.items() if not e.made}
+        return find("carried:read")(Path(copy.where), image_size, known, copy.name)
+    if copy.layout:
+        found = copy.layout.read(Path(copy.where), image_size, skip_bad)
+    else:
+        if not hub.folder_of(copy.where):
+            reached, why = hub.reach(copy.where)
+            if not reached:
+                raise copy.refuse(why)
+        found = hub.read(copy.where, image_size, skip_bad)
+    if copy.published:
+        found = copy.published.recognised(found, copy.where)
+    return entry_of(found, printable(copy.where))
+
+
+def save_source(source: Source, path: Path, image_size: int | None) -> None:
+    """All of a data set in one checksummed file, which takes its place where a path is asked for.
+
+    It needs no decoder and none of the packages that read tables. image_size is what the pictures
+    were decoded for.
+    """
+    if source.name in SOURCES and SOURCES[source.name].made:
+        copies = ", ".join(name for name, entry in SOURCES.items() if not entry.made)
+        raise UserError(
+            f"{source.name} needs no file, it is made where it is used; --out is for {copies}, "
+            "a folder, tables or a hub name",
+            code="needs-no-file",
+        )
+    find("carried:save")(source, path, image_size)
+
+
+def locate(name: str, data_dir: str | None) -> Copy:
+    """Where the data set of a name or a path lies: on this disk, or on the hub."""
+    entry = SOURCES.get(name)
+    if entry and not entry.made:
+        of = find(entry.target)
+        local = data_dir or os.environ.get(of.variable)
+        if not local:
+            return Copy(name, "hub", of.hub)
+        path = _existing(local, "--data-dir" if data_dir else f"the variable {of.variable}")
+        kind = kind_of(path)
+        if kind == "folder":
+            raise UserError(
+                f"{printable(path)} holds class folders, not a copy of {of.title}; to train on "
+                f"them type --dataset {printable(path)}.",
+                code="other-data-set",
+            )
+        return Copy(name, kind, str(path))
+    if name == "folder":
+        if not data_dir:
+            raise UserError(
+                "--dataset folder needs --data-dir FOLDER, one subfolder per class.",
+                code="no-data-dir",
+            )
+        path = _existing(data_dir, "--data-dir")
+        return Copy(name, kind_of(path), str(path))
+    path = Path(name).expanduser()
+    if path.exists():
+        return Copy(name, kind_of(path), str(path.absolute()))
+    if HUB_NAME.fullmatch(name) and not name.startswith("."):
+        return Copy(name, "hub", name)
+    if os.sep in name or "/" in name:
+        raise UserError(
+            f"there is no folder or file {printable(name)}: check the path.", code="no-such-path"
+        )
+    close = nearest(name.lower(), NAMES)
+    raise UserError(
+        f"there is no data set '{printable(name)}'{f'; did you mean {close}?' if close else '.'}"
+        f" Known: {', '.join(NAMES)}, the path of a folder, or a hub name like user/name.",
+        code="unknown-data-set",
+    )
+
+
+def _existing(path: str, said_by: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(
+            f"{said_by} names {printable(path)}, which does not exist: check the path.",
+            code="no-such-path",
+        )
+    return found.absolute()
+
+
+def kind_of(path: Path) -> str:
+    """What lies there: the kind of the first layout that knows its files."""
+    for kind, target in LAYOUTS.items():
+        if find(target).holds(path):
+            return kind
+    raise UserError(
+        f"{printable(path)} holds no pictures this program can read: give a folder with one "
+        "subfolder of images per class, a parquet file or a folder of them, a save_to_disk "
+        "folder, or the cifar-10-batches-py folder.",
+        code="unknown-layout",
+    )

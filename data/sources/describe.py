@@ -1,0 +1,93 @@
+"""From decoded pictures to a data set: checked, split, with its mean, std and fingerprint."""
+
+import json
+
+import torch
+
+from common.disk import digest
+from data.cache import Entry, digest_of
+from data.image_set import Decoded, ImageSet, Source
+from errors import UserError
+
+
+def check(labels: torch.Tensor, is_test: torch.Tensor, classes: tuple[str, ...], at: str) -> None:
+    """UserError where nothing could be learned from these labels, or nothing tested."""
+    if len(classes) < 2:
+        raise UserError(
+            f"{at} has {len(classes)} class(es): telling classes apart takes two.",
+            code="too-few-classes",
+        )
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(
+            f"{at} has labels from {labels.min()} to {labels.max()}, but {len(classes)} classes: "
+            f"labels must lie in 0..{len(classes) - 1}; mend the label column.",
+            code="bad-label",
+        )
+    for split, there in (("training", ~is_test), ("test", is_test)):
+        if not there.any():
+            raise UserError(
+                f"{at} has no {split} images that can be read: add some.", code="empty-split"
+            )
+
+
+def describe(
+    train: tuple[torch.Tensor, torch.Tensor],
+    test: tuple[torch.Tensor, torch.Tensor],
+    classes: tuple[str, ...],
+    skipped: tuple[str, ...] = (),
+) -> Entry:
+    """(images, labels) of both splits -> the tensors, and what is known of them."""
+    tensors = {
+        "train_images": train[0],
+        "train_labels": train[1],
+        "test_images": test[0],
+        "test_labels": test[1],
+    }
+    mean, std = mean_and_std(train[0])
+    checksums = {name: digest_of(tensor) for name, tensor in tensors.items()}
+    fingerprint = fingerprint_of(classes, checksums)
+    facts = {"classes": classes, "mean": mean, "std": std, "skipped": skipped}
+    return tensors, {**facts, "fingerprint": fingerprint}
+
+
+def entry_of(found: Decoded, at: str) -> Entry:
+    """What a reader found, split and checked."""
+    labels, is_test = torch.tensor(found.labels), torch.tensor(found.is_test)
+    check(labels, is_test, found.classes, at)
+    train = (found.images[~is_test], labels[~is_test])
+    test = (found.images[is_test], labels[is_test])
+    return describe(train, test, found.classes, found.skipped)
+
+
+def source_of(name: str, entry: Entry, origin: str, no_flip: bool = False) -> Source:
+    tensors, meta = entry
+    return Source(
+        name=name,
+        task="classification",
+        train=ImageSet(tensors["train_images"], tensors["train_labels"]),
+        test=ImageSet(tensors["test_images"], tensors["test_labels"]),
+        classes=tuple(meta["classes"]),
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+        fingerprint=meta["fingerprint"],
+        origin=origin,
+        skipped=tuple(meta["skipped"]),
+        no_flip=no_flip,
+    )
+
+
+def fingerprint_of(classes: tuple[str, ...], checksums: dict[str, str]) -> str:
+    return digest(json.dumps([classes, checksums]))
+
+
+def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Per channel of uint8 (N, 3, H, W), in 0..1; from exact counts, so the same on any machine."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(3):
+        counts = torch.bincount(images[:, channel].flatten(), minlength=256)
+        share = counts / counts.sum().double()
+        mean.append((share * levels).sum().item())
+        variance = (share * (levels - mean[-1]).square()).sum().item()
+        std.append(max(variance**0.5, 1 / 255))  # a channel without contrast must not divide by 0
+    return mean, std

@@ -1,0 +1,31 @@
+"""A data set known by its name, of which anyone may have a copy: what tells that it is the one."""
+
+from dataclasses import dataclass, replace
+
+from common.text import printable
+from data.image_set import Decoded
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of it before a copy is read. Its pictures share one small size."""
+
+    title: str
+    hub: str  # its name on the Hugging Face hub
+    variable: str  # of the environment, which may name a copy
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+
+    def recognised(self, found: Decoded, where: str) -> Decoded:
+        """The same pictures, with the names of the classes; UserError where they are others."""
+        shape = tuple(found.images.shape[1:])
+        if shape != self.shape or len(found.classes) > len(self.classes):
+            raise UserError(
+                f"what lies at {printable(where)} is not {self.title}: {len(found.classes)} "
+                f"classes, images of {shape}; type --dataset {printable(where)} to train on it.",
+                code="other-data-set",
+            )
+        numbers = tuple(map(str, range(len(found.classes))))
+        # A table need not name its classes.
+        return replace(found, classes=self.classes) if found.classes == numbers else found
