@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config import Actions, BatchPlan, Settings, TrainConfig, recipe_of, restarted
-from data.sources import choose_dataset
+from data.sources import SOURCES, choose_dataset
 from distributed.checkpoint import visible
 from distributed.world import World
 from errors import UserError
@@ -93,8 +93,8 @@ def _look(settings: Settings) -> dict:
         reached, reason = imagenet_reach(config.model)
         if not reached:
             raise UserError(f"--weights imagenet: {reason}", code="weights-not-reached")
-    if dataset == "digits":  # a moved or mirrored digit of 8 pixels is another digit
-        layers["data set"] = {"augment": "none"}
+    if dataset in SOURCES and SOURCES[dataset].recipe:
+        layers["data set"] = SOURCES[dataset].recipe
     before = next((o for o in ("saved run", "--debug") if o in settings.layers), "")
     before = before or next((o for o in settings.layers if o.startswith("file")), "flag")
     return {
