@@ -52,39 +52,44 @@ def trainer_arm(gate: Gate, flags: list[str]) -> None:
     raise SystemExit(run.guarded(main, parse_or_exit(flags)))
 
 
-def limit_arm(gate: Gate, flags: list[str], read: bool = False) -> None:
-    """The set-up of the ordinary run, then forward, backward and update on one batch.
-
-    With `read` the host reads each loss, and so waits for it.
+def bare_steps(run, batches, read: bool = False) -> int:
+    """The set-up of the ordinary run; then forward, backward and update on one batch, as often as
+    `batches()` yields. With `read` the host reads each loss, and so waits for it.
     """
     import torch
 
-    import run
-    from config import parse_or_exit
     from optim import build_optimizer
 
-    def main(run: run.Run) -> int:
-        run.open()
-        run.load_data()
-        model = run.build_model()
-        optimizer = build_optimizer(model, run.config)
-        run.ready(*run.accelerator.prepare(model, optimizer, run.train_loader, run.test_loader))
-        run.set_lr()
-        indices = torch.arange(run.plan.micro_batch_size)
-        batch = run.train_loader.dataset.__getitems__(indices)
-        images = run.inputs(run.augment.train(batch["images"], indices, 0))
-        labels = batch["labels"].to(images.device)
-        run.model.train()
-        for _ in gate.through(itertools.repeat(None)):
-            loss = run.task.loss(run.model(images), labels)
-            run.accelerator.backward(loss / len(labels))
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            if read:
-                loss.item()
-        return 0
+    run.open()
+    run.load_data()
+    model = run.build_model()
+    optimizer = build_optimizer(model, run.config)
+    run.ready(*run.accelerator.prepare(model, optimizer, run.train_loader, run.test_loader))
+    run.set_lr()
+    indices = torch.arange(run.plan.micro_batch_size)
+    batch = run.train_loader.dataset.__getitems__(indices)
+    images = run.inputs(run.augment.train(batch["images"], indices, 0))
+    labels = batch["labels"].to(images.device)
+    run.model.train()
+    for _ in batches():
+        loss = run.task.loss(run.model(images), labels)
+        run.accelerator.backward(loss / len(labels))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if read:
+            loss.item()
+    return 0
 
-    raise SystemExit(run.guarded(main, parse_or_exit(flags)))
+
+def limit_arm(gate: Gate, flags: list[str], read: bool = False) -> None:
+    """The compute limit (bare_steps), in the windows of a gate."""
+    from config import parse_or_exit
+    from run import guarded
+
+    def main(run) -> int:
+        return bare_steps(run, lambda: gate.through(itertools.repeat(None)), read)
+
+    raise SystemExit(guarded(main, parse_or_exit(flags)))
 
 
 def lesson_arm(gate: Gate, model: str, dataset: str, image_size: int, batch_size: int) -> None:
