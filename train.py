@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before torch is imported: --help and a typo cost n
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import math
-from collections.abc import Iterable
 
 import torch
 
@@ -70,12 +69,9 @@ def main(world: World, observer: Observer) -> int:
 
     while not (schedule.over(progress) or world.stop.reason):
         if not schedule.evaluates(progress):
-            log.open_epoch(schedule, progress)
-            batches = world.watched(data.rest_of_epoch(*schedule.place(progress.step)), progress)
-            batches = observer.batches(batches)
-            train_one_epoch(learner, data, batches, schedule, progress, checkpoints, log, world)
+            train_one_epoch(learner, data, schedule, progress, checkpoints, log, world, observer)
         if schedule.evaluates(progress) and not world.stop.reason:
-            with log.pause():
+            with log.pause(), observer.phase("evaluate"):
                 results = evaluate(learner, data, world, progress)
             if results and log.evaluated(results, learner.task, data, schedule, progress):
                 problem = checkpoints.save_weights("model.safetensors", learner, progress)
@@ -88,30 +84,33 @@ def main(world: World, observer: Observer) -> int:
 def train_one_epoch(
     learner: Learner,
     data: Data,
-    batches: Iterable[Batch],
     schedule: Schedule,
     progress: Progress,
     checkpoints: Checkpoints,
     log: Logbook,
     world: World,
+    observer: Observer,
 ) -> None:
     """Train on what is left of an epoch; stops early when all processes agreed to stop."""
     learner.model.train()
-    for batch in batches:  # this process's slice of the global batch
+    log.open_epoch(schedule, progress)
+    batches = world.watched(data.rest_of_epoch(*schedule.place(progress.step)), progress)
+    for batch in observer.batches(batches):  # this process's slice of the global batch
         set_lr(learner.optimizer, schedule.lr(progress.step))
         train_step(learner, data, batch, progress.step, schedule.place(progress.step)[0])
         progress.count_step()
         log.step(schedule, progress)
-        writes_row = schedule.logs(progress.step)
-        if writes_row or world.device.type == "cpu":  # where it costs no wait
+        if schedule.logs(progress.step):
+            with observer.phase("row"):
+                refuse_not_finite(learner, data, schedule, log.run_folder)
+                images = progress.take_summed() * data.batch.batch_size
+                log.row(math.fsum(learner.take_loss_sums()) / images, data, schedule, progress)
+        elif world.device.type == "cpu":  # where it costs no wait
             refuse_not_finite(learner, data, schedule, log.run_folder)
-        if writes_row:
-            images = progress.take_summed() * data.batch.batch_size
-            log.row(math.fsum(learner.take_loss_sums()) / images, data, schedule, progress)
         world.beat(progress.step)
         if checkpoints.due(progress, schedule) and not world.stop.reason:
             refuse_not_finite(learner, data, schedule, log.run_folder)
-            with log.pause():
+            with log.pause(), observer.phase("save"):
                 checkpoints.save(learner, progress)
         if world.stop.reason or not schedule.trains(progress):
             break

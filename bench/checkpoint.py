@@ -5,6 +5,7 @@ memory; the rest is written by a thread, which slows the steps beside it. Goal: 
 run that saves every five minutes.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -30,15 +31,8 @@ def markdown(results: dict) -> str:
     return table(["a checkpoint", "median (range)"], rows)
 
 
-def main() -> int:
-    parser = arguments_of(__doc__)
-    parser.add_argument("--model", default="alexnet")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3, help="saves")
-    parser.add_argument("--every", type=float, default=300.0, help="seconds between saves of a run")
-    parser.add_argument("--folder", help="where to write; the disk of the runs is what counts")
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> dict:
+    """Seconds and megabytes of so many saves while a model trains."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = arguments.image_size
     model = build_model(arguments.model, num_classes=1000, image_size=size).to(device)
@@ -73,11 +67,23 @@ def main() -> int:
             slowed.append(sum(beside) - len(beside) * alone)
             shares.append((stalls[-1] + max(0.0, slowed[-1])) / arguments.every)
     megabytes = sum(t.numel() * t.element_size() for part in files.values() for t in part.values())
-    results = {
+    return {
         "stall": spread(stalls), "write": spread(writes), "steps slowed by": spread(slowed),
         "share": spread(shares), "stall share": spread([s / arguments.every for s in stalls]),
         "megabytes": megabytes / 1e6, "every": arguments.every,
     }  # fmt: skip
+
+
+def main() -> int:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--model", default="alexnet")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3, help="saves")
+    parser.add_argument("--every", type=float, default=300.0, help="seconds between saves of a run")
+    parser.add_argument("--folder", help="where to write; the disk of the runs is what counts")
+    arguments = parser.parse_args()
+    results = measure(arguments)
     print(f"Median (range) of {arguments.rounds} saves:\n")
     print(markdown(results))
     finish(arguments, results)

@@ -85,20 +85,27 @@ class Limit(Observer):
     def started(
         self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
     ) -> None:
-        set_lr(learner.optimizer, schedule.lr(0))
-        indices = torch.arange(data.batch.micro_batch_size)
-        batch = data.train.__getitems__(indices)
-        images = learner.inputs(data.augment.train(batch["images"], indices, 0))
-        labels = batch["labels"].to(images.device)
-        learner.model.train()
-        for _ in self.gate.through(itertools.repeat(None)):
-            loss = learner.task.loss(learner.model(images), labels)
-            learner.accelerator.backward(loss / len(labels))
-            learner.optimizer.step()
-            learner.optimizer.zero_grad()
-            if self.read:
-                loss.item()
+        bare_steps(learner, data, schedule, self.gate.through(itertools.repeat(None)), self.read)
         raise SystemExit(0)
+
+
+def bare_steps(
+    learner: Learner, data: Data, schedule: Schedule, times: Iterable, read: bool = False
+) -> None:
+    """Forward, backward and update on one batch that lies there, once for each of `times`."""
+    set_lr(learner.optimizer, schedule.lr(0))
+    indices = torch.arange(data.batch.micro_batch_size)
+    batch = data.train.__getitems__(indices)
+    images = learner.inputs(data.augment.train(batch["images"], indices, 0))
+    labels = batch["labels"].to(images.device)
+    learner.model.train()
+    for _ in times:
+        loss = learner.task.loss(learner.model(images), labels)
+        learner.accelerator.backward(loss / len(labels))
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        if read:
+            loss.item()
 
 
 def lesson_arm(gate: Gate, model: str, dataset: str, image_size: int, batch_size: int) -> None:

@@ -1,6 +1,7 @@
 """Where a measurement may look at a run: nothing in the loop is replaced."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 from data.build import Batch, Data
 from distributed.checkpoint import Progress
@@ -19,3 +20,7 @@ class Observer:
     def batches(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """The batches of what is left of an epoch: one update of the weights for each."""
         return batches
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Around each "row", "save" and "evaluate"."""
+        return nullcontext()
