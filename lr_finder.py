@@ -3,11 +3,11 @@
 import math
 from pathlib import Path
 
-import plots
 from distributed.accelerator import end
 from errors import FINISHED, STOPPED, UserError
 from optim import set_lr
-from report import Report
+from report import pictures
+from report.screen import Report
 
 LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100
 SMOOTHING = 0.85
@@ -77,7 +77,7 @@ def tell(report: Report, config, rates: list, losses: list, suggestion: float) -
     path = Path("runs") / f"find-lr-{Path(config.model.replace(':', '-')).name}.png"
     try:
         path.parent.mkdir(exist_ok=True)
-        plots.lr_curve(rates, losses, suggestion, path)
+        pictures.lr_curve(rates, losses, suggestion, path)
         picture = str(path)
     except OSError as error:
         report.warn(f"--find-lr: {path} cannot be written ({error}); type it in another folder")

@@ -57,8 +57,9 @@ from models import build_model, lookup
 from models.__main__ import table_of_layers
 from models.weights import freeze_backbone, imagenet_reach, load_weights
 from optim import WeightAverage, lr_at, set_lr
-from panels import show_epoch, write_ending
-from report import Chrono, Report, quiet_libraries
+from report.panels import show_epoch, write_ending
+from report.screen import Report, SpeedMeter, quiet_libraries
+from report.tracking import build_trackers
 from run_dir import (
     RunDir,
     describe_environment,
@@ -67,7 +68,6 @@ from run_dir import (
     set_aside,
 )
 from tasks import build_task
-from tracking import build_trackers
 from trial import try_model
 
 DROPOUT, WEIGHTS = 101, 102  # streams of `mix`, beside those of data/keyed_random.py
@@ -369,7 +369,7 @@ class Run:
         if not self.actions.eval_only and (told := cache_features(self)):
             self.report.show(told)
         self.stop_reason = self.stop.ask_all()  # a stop may have been asked for while we started
-        self.chrono = Chrono()
+        self.chrono = SpeedMeter()
 
     def _load_best(self) -> None:
         """For --eval-only: the run's best weights, if a run is named; else those of --weights."""
@@ -778,7 +778,7 @@ def guarded(main, settings: Settings) -> int:
         return USER_ERROR
     except Exception as error:
         if settings.actions.debug:
-            from report import show_tracebacks
+            from report.screen import show_tracebacks
 
             show_tracebacks()
             raise

@@ -14,7 +14,7 @@ import torch
 from distributed import faults
 from lr_finder import find_lr
 from optim import build_optimizer
-from panels import show_evaluation, show_start
+from report.panels import show_evaluation, show_start
 from run import Run, guarded
 
 

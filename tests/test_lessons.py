@@ -28,7 +28,7 @@ from data.sources.folder import read_class_folders
 from errors import UserError
 from models import build_model
 from models.__main__ import table_of_layers
-from report import Report
+from report.screen import Report
 from run import Run
 from tasks import Classification, Regression
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-import page
-import plots
 from common.disk import write_json, write_text
 from common.text import duration, percent, printable
 from config import TrainConfig, recipe_of
 from data.loaders import EVALUATION_BATCH
 from distributed.accelerator import cpu_has_bf16, describe, end
 from errors import FAILED, FINISHED, STOPPED
+from report import page
+from report import pictures as plots
+from report.tracking import FINISH_SECONDS, STOP_SECONDS
 from run_dir import SKIPPED
-from tracking import FINISH_SECONDS, STOP_SECONDS
 
 PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
 
