@@ -191,7 +191,7 @@ def show(results: dict[str, list], arguments: argparse.Namespace) -> None:
         for path, found in results.items():
             writer.writerows([path, rank, *pair] for rank, pair in enumerate(found, 1))
     else:
-        from report import Report
+        from report.screen import Report
 
         Report().predictions(results)
 

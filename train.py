@@ -13,7 +13,6 @@ import math
 
 import torch
 
-from data.build import Batch, Data, build_data
 from distributed import faults
 from distributed.checkpoint import Progress
 from distributed.world import World
@@ -21,7 +20,8 @@ from optim import build_average, build_optimizer, set_lr
 from report import panels
 from report.ending import finish, run_to_exit
 from report.logbook import Logbook
-from training.checkpoints import Checkpoints, load_best
+from training.checkpoints import Checkpoints
+from training.data import Batch, Data, load_data
 from training.features import cache_features
 from training.learner import Learner
 from training.lr_finder import find_lr
@@ -29,15 +29,14 @@ from training.not_finite import refuse_not_finite
 from training.observer import Observer
 from training.plan import decide
 from training.schedule import Schedule, build_schedule
-from training.start import agreed_facts, read_source, start_model, weights_card
+from training.start import agreed_facts, start_model, weights_card
 
 
 def main(world: World, observer: Observer) -> int:
     """One life of a run, from the plan to the exit status."""
     plan = decide(world)
     log = world.enter(Logbook(plan, world))
-    source = read_source(plan, world)
-    data = build_data(plan.settings, source, world.num_processes, world.device)
+    data = load_data(plan, world)
     plan = plan.with_batch(data.batch)
     config, actions = plan.config, plan.actions
 
@@ -49,23 +48,19 @@ def main(world: World, observer: Observer) -> int:
     learner = Learner(model, optimizer, average, started.task, config, data.batch, world)
     schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run)
 
-    facts, card = agreed_facts(plan.settings, data, learner.bare, world), weights_card(plan, data)
-    checkpoints = world.enter(Checkpoints(plan.folder, config, facts, card, world, log.saved))
-    progress = checkpoints.resume(learner, actions.allow_change, log.screen.warn)
-    if actions.eval_only:
-        started = load_best(config, learner, started)
+    facts = agreed_facts(plan.settings, data, learner.bare, world)
+    checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
+    progress = checkpoints.resume(learner, log.screen.warn)
     log.begin(plan, data, facts, progress)
-    if not actions.eval_only:
-        log.screen.note(cache_features(learner, data, config, world))
+    log.screen.note(cache_features(learner, data, plan, world))
     world.stop.ask_all()  # a stop may have been asked for while we started
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     observer.started(learner, data, schedule, progress)
     if actions.eval_only:
         results = evaluate(learner, data, world, progress)
-        return panels.show_evaluation(log.screen, results, started.weights, learner.task, data)
+        return panels.show_evaluation(log.screen, results, plan, started, data)
     if actions.find_lr:
-        found = find_lr(learner, data, world, train_step)
-        return panels.show_rates(log.screen, found, config, world)
+        return panels.show_rates(log.screen, find_lr(learner, data, world, train_step), plan, world)
 
     while not (schedule.over(progress) or world.stop.reason):
         if not schedule.evaluates(progress):
@@ -74,8 +69,7 @@ def main(world: World, observer: Observer) -> int:
             with log.pause(), observer.phase("evaluate"):
                 results = evaluate(learner, data, world, progress)
             if results and log.evaluated(results, learner.task, data, schedule, progress):
-                problem = checkpoints.save_weights("model.safetensors", learner, progress)
-                log.kept_best(problem, progress)
+                log.kept_best(checkpoints.save_weights("model.safetensors", learner, progress))
     if actions.dry_run:
         return panels.show_trial(log.screen, data, started.trial.seconds_per_image)
     return finish(log, checkpoints, learner, data, schedule, progress, world)

@@ -260,7 +260,7 @@ def take(commit: str, folder: Path) -> None:
     """The tree of a commit of this clone's history; leaves no trace in .git."""
     try:
         git("cat-file", "-e", commit + "^{commit}")
-    except NotComparable as error:
+    except NotComparable:
         shallow = "--is-shallow-repository"
         with contextlib.suppress(NotComparable):
             if git("rev-parse", shallow) == "true":

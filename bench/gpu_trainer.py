@@ -19,10 +19,10 @@ import train
 from bench.measure import synchronize
 from bench.throughput import bare_steps
 from config import parse_or_exit
-from data.build import Data
 from distributed.checkpoint import Progress
 from distributed.world import World
 from report.ending import run_to_exit
+from training.data import Data
 from training.learner import Learner
 from training.observer import Observer
 from training.schedule import Schedule
@@ -65,9 +65,7 @@ class Watching(Observer):
         self.data: Data | None = None
         self._inner = contextlib.ExitStack()  # the part of a step that is under way
 
-    def started(
-        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
-    ) -> None:
+    def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
         self.learner, self.data = learner, data
         if self.bare:
             bare_steps(learner, data, schedule, self._numbered(itertools.repeat(None)))

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.measure import Arm, Gate, arguments_of, ratio, shown, spread, table, take_turns
 from bench.throughput import Limit, flags_of, of_each_model
 from config import parse_or_exit
-from data.build import Data
 from distributed.accelerator import keep_freed_memory
 from distributed.checkpoint import Progress
 from report.ending import run_to_exit
 from train import main as train_main
+from training.data import Data
 from training.learner import Learner
 from training.schedule import Schedule
 
@@ -47,9 +47,7 @@ class Changed(Limit):
         super().__init__(gate, read=option == "loss read each step")
         self.option = option
 
-    def started(
-        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
-    ) -> None:
+    def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
         match self.option:
             case "other memory layout":
                 learner.channels_last = not learner.channels_last

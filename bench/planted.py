@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import torch
 
 from config import parse_or_exit
-from data.build import Batch, Data
 from distributed.checkpoint import Progress
 from distributed.shards import Shards
 from report.ending import run_to_exit
 from train import main
+from training.data import Batch, Data
 from training.learner import Learner
 from training.observer import Observer
 from training.recorder import observer_asked_for
@@ -28,9 +28,7 @@ class Planted(Observer):
     def __init__(self, fault: str, recorder: Observer) -> None:
         self.fault, self.recorder = fault, recorder
 
-    def started(
-        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
-    ) -> None:
+    def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
         self.recorder.started(learner, data, schedule, progress)
         self.progress, self.schedule = progress, schedule
         rank, count = learner.accelerator.process_index, learner.accelerator.num_processes

@@ -28,11 +28,11 @@ from bench.measure import (
     take_turns,
 )
 from config import parse_or_exit
-from data.build import Batch, Data
 from distributed.checkpoint import Progress
 from optim import set_lr
 from report.ending import run_to_exit
 from train import main as train_main
+from training.data import Batch, Data
 from training.learner import Learner
 from training.observer import Observer
 from training.schedule import Schedule
@@ -53,9 +53,7 @@ class Gated(Observer):
     def __init__(self, gate: Gate) -> None:
         self.gate, self._part, self._mark = gate, "rest", time.perf_counter()
 
-    def started(
-        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
-    ) -> None:
+    def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
         learner.bare.register_forward_pre_hook(lambda *_: self._enter("forward"))
         learner.bare.register_forward_hook(lambda *_: self._enter("backward"))
         learner.optimizer.optimizer.register_step_pre_hook(lambda *_: self._enter("optimizer"))
@@ -82,9 +80,7 @@ class Limit(Observer):
     def __init__(self, gate: Gate, read: bool = False) -> None:
         self.gate, self.read = gate, read
 
-    def started(
-        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
-    ) -> None:
+    def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
         bare_steps(learner, data, schedule, self.gate.through(itertools.repeat(None)), self.read)
         raise SystemExit(0)
 

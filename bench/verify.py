@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from models import lookup
-from recorder import read_all
+from training.recorder import read_all
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIRST_STEP = 1e-6  # relative; before the first update only the order of additions differs

@@ -1,4 +1,4 @@
-"""doctor.py: what happened to a run, and what to type."""
+"""`python -m report doctor`: what happened to a run, and what to type."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ from launches import REPOSITORY, SMALL, newest, train
 
 
 def doctor(folder) -> tuple[int, str]:
-    words = [sys.executable, str(REPOSITORY / "doctor.py"), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    words = [sys.executable, "-m", "report", "doctor", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr
 

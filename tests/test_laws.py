@@ -5,7 +5,7 @@ import json
 import pytest
 from launches import SMALL, losses, rows, train
 
-from recorder import read
+from training.recorder import read
 
 LAW = ["--model", "plain.py:Net", "--dataset", "digits", "--image-size", "16", "--limit", "1000"]
 LAW += ["--batch-size", "64", "--epochs", "2", "--max-steps", "24", "--augment", "crop", "--lr"]

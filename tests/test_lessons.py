@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,9 +27,9 @@ from data.sources.folder import read_class_folders
 from errors import UserError
 from models import build_model
 from models.__main__ import table_of_layers
-from report import Report
-from run import Run
+from report.screen import Report
 from tasks import Classification, Regression
+from training.learner import inputs
 
 PAGES = [REPOSITORY / "docs" / name for name in ("lessons.md", "lessons.zh.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
@@ -307,8 +306,7 @@ def test_question_06_a_shape_that_would_broadcast_is_an_error():
 def test_question_07_images_go_where_the_weights_are():
     there = torch.device("meta")  # stands for a GPU: another device than the CPU
     images, model = torch.zeros(2, 3, 8, 8), nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    run = SimpleNamespace(accelerator=SimpleNamespace(device=there), channels_last=False)
-    moved = Run.inputs(run, images)
+    moved = inputs(images, there, channels_last=False)
     assert moved.device == there and images.device.type == "cpu"  # .to() gives back another tensor
     with pytest.raises(RuntimeError):
         model(moved)

@@ -17,7 +17,7 @@ from report.logbook import Logbook
 from tasks import Classification
 from training.checkpoints import Checkpoints
 from training.learner import Learner
-from training.plan import decide
+from training.plan import Plan, decide
 from training.schedule import build_schedule
 
 FACTS = {"data": "a", "model": "b", "order": "c", "code": "d"}
@@ -150,20 +150,20 @@ def learner_of(world: World, seed: int = 0) -> Learner:
 
 
 def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tmp_path):
-    config = TrainConfig(keep=2, checkpoint_every="1")
-    with World(settings()) as world:
+    with World(settings("--checkpoint-every", "1")) as world:
+        plan = Plan(world.settings, world.settings.config, tmp_path, goes_on=False)
         learner, progress = learner_of(world), Progress(step=4, summed=2)
         learner.sums += torch.tensor([1.5, 2.5])
-        args = (tmp_path, config, FACTS, {}, world, lambda problem: None)
+        args = (plan, FACTS, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints:
             checkpoints.save(learner, progress)
         other = learner_of(world, seed=1)
         with Checkpoints(*args) as checkpoints:
-            found = checkpoints.resume(other, (), lambda text: None)
+            found = checkpoints.resume(other, lambda text: None)
         assert found.step == 4 and found.summed == 2
         assert other.take_loss_sums() == [1.5, 2.5] and other.take_loss_sums() == [0, 0]
         for name, tensor in learner.bare.state_dict().items():
             assert torch.equal(tensor, other.bare.state_dict()[name])
-        args = (tmp_path, config, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
+        args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints, pytest.raises(UserError, match="not those"):
-            checkpoints.resume(other, (), lambda text: None)
+            checkpoints.resume(other, lambda text: None)

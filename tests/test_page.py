@@ -17,10 +17,10 @@ import pytest
 import torch
 from launches import REPOSITORY, SMALL, train
 
-import page
-import plots
-from chart import MOST_POINTS, thinned, ticks
 from common.text import printable
+from report import page
+from report import pictures as plots
+from report.chart import MOST_POINTS, thinned, ticks
 
 OWNED = "parent.document.title='owned';document.title='owned'"
 CLASSES = [
@@ -317,8 +317,9 @@ def test_the_page_is_written_whole_or_not_at_all(copy):
 
 def test_the_command_writes_it_again_and_refuses_what_is_no_run(copy, tmp_path):
     def run(*words):
-        words = [sys.executable, REPOSITORY / "page.py", *words]
-        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+        words = [sys.executable, "-m", "report", "page", *words]
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
 
     done = run("copy")
     assert (done.returncode, done.stdout) == (0, "copy/report.html\n"), done.stderr
@@ -326,7 +327,9 @@ def test_the_command_writes_it_again_and_refuses_what_is_no_run(copy, tmp_path):
     for words in (["empty"], ["missing"], []):
         done = run(*words)
         assert done.returncode == 2 and "holds no run" in done.stderr
-    loaded = "import sys, page; print({'torch', 'matplotlib'} & set(sys.modules))"
+    loaded = (
+        "import sys; from report import page; print({'torch', 'matplotlib'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, cwd=REPOSITORY)
     assert done.stdout.strip() == b"set()"
 

@@ -8,7 +8,7 @@ import torch
 from matplotlib import font_manager
 from PIL import Image
 
-import plots
+from report import pictures as plots
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,15 @@ import torch
 from launches import REPOSITORY, SMALL, command, finish, rows, start, train, wait_for
 from PIL import Image
 
-import lr_finder
-import page
 from config import TrainConfig
 from data.files import decode_all
 from data.sources.folder import read_class_folders
 from models import build_model
 from predict import main as predict_main
 from predict import prepare
-from report import Report
+from report import page
+from report.screen import Report
+from training import lr_finder
 
 CANARY = "canary0123456789abcdef0123456789abcdef012345"
 
@@ -174,7 +174,7 @@ def test_a_run_leaves_its_page_and_names_it(run):
     assert "Not shown" not in made and "finished</b>" in made
     assert made.count("data:image/png") == 2  # mistakes and samples; the rest is drawn by the page
     assert re.search(r"page +after/report.html", (run / "out.txt").read_text())
-    assert page.build(run) == made.replace("page.py after<", f"page.py {run}<")
+    assert page.build(run) == made.replace("report page after<", f"report page {run}<")
 
 
 def test_wandb_runs_offline_inside_the_folder_and_no_secret_is_written_anywhere(run):

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from common.text import duration, percent, printable
-from report import Chrono, Report
+from report.screen import Report, SpeedMeter
 
 HOSTILE = "[red]boo[/red] \x1b[31mred\x07 [/b] line\nbreak [bold"
 
@@ -42,7 +42,7 @@ def test_an_epoch_is_one_line_in_a_file_however_long():
 
 
 def test_training_lines_in_a_file_are_rare_and_plain(monkeypatch):
-    import report as room
+    from report import screen as room
 
     now = [0.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
@@ -154,54 +154,54 @@ class Clock:
 
 def test_speed_is_images_per_second_since_the_last_row():
     clock = Clock()
-    chrono = Chrono(clock)
+    meter = SpeedMeter(clock)
     for _ in range(10):
         clock.now += 0.5
-        chrono.step()
-    assert chrono.speed(64) == pytest.approx(128)
+        meter.step()
+    assert meter.speed(64) == pytest.approx(128)
     for _ in range(4):
         clock.now += 0.25
-        chrono.step()
-    assert chrono.speed(64) == pytest.approx(256)
+        meter.step()
+    assert meter.speed(64) == pytest.approx(256)
 
 
 def test_time_left_does_not_count_the_first_slow_steps_and_is_unknown_before():
     clock = Clock()
-    chrono = Chrono(clock)
+    meter = SpeedMeter(clock)
     for took in (60.0, 60.0):
         clock.now += took
-        chrono.step()
-        assert chrono.left(100) == 0.0
+        meter.step()
+        assert meter.left(100) == 0.0
     for _ in range(5):
         clock.now += 0.5
-        chrono.step()
-    assert chrono.left(100) == pytest.approx(50)
+        meter.step()
+    assert meter.left(100) == pytest.approx(50)
 
 
 @pytest.mark.parametrize("pauses", [(0, 0), (100, 0), (0, 100)])
 def test_compiling_is_told_apart_and_not_in_the_speed(pauses):
     clock = Clock()
-    chrono = Chrono(clock)
+    meter = SpeedMeter(clock)
     for pause, took in zip(pauses, (60.5, 0.5), strict=True):
         clock.now += pause  # an evaluation that a resumed run begins with, or one after a step
-        chrono.pause(pause)
+        meter.pause(pause)
         clock.now += took
-        chrono.step()
-    assert chrono.leave_out_compiling() == pytest.approx(60)
-    assert chrono.speed(10) == pytest.approx(20)
+        meter.step()
+    assert meter.leave_out_compiling() == pytest.approx(60)
+    assert meter.speed(10) == pytest.approx(20)
     clock.now += 0.5
-    chrono.step()
-    assert chrono.speed(10) == pytest.approx(20)
+    meter.step()
+    assert meter.speed(10) == pytest.approx(20)
 
 
 def test_a_pause_counts_neither_in_the_speed_nor_in_the_time_left():
     clock = Clock()
-    chrono = Chrono(clock)
+    meter = SpeedMeter(clock)
     for number in range(12):
         clock.now += 0.5
-        chrono.step()
+        meter.step()
         if number == 6:
             clock.now += 1000
-            chrono.pause(1000)
-    assert chrono.speed(10) == pytest.approx(20)
-    assert chrono.left(10) == pytest.approx(5)
+            meter.pause(1000)
+    assert meter.speed(10) == pytest.approx(20)
+    assert meter.left(10) == pytest.approx(5)

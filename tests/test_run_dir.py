@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import run_dir
 from common.disk import read_json, write_json, write_text
 from errors import UserError
-from run_dir import (
+from training import run_dir
+from training.run_dir import (
     STALE_SECONDS,
     RunDir,
     describe_environment,
@@ -30,7 +30,7 @@ HOLD = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from run_dir import RunDir
+from training.run_dir import RunDir
 made = RunDir(Path(sys.argv[2]))
 made.open()
 if len(sys.argv) > 3 and os.fork() == 0:

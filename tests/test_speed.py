@@ -304,9 +304,10 @@ def test_data_stay_in_host_memory_where_the_device_has_no_room(monkeypatch):
 
 
 RECOMPILED = """
-import sys, train, run
+import sys, train
 from config import parse_or_exit
-status = run.guarded(train.main, parse_or_exit(sys.argv[1:]))
+from report.ending import run_to_exit
+status = run_to_exit(train.main, parse_or_exit(sys.argv[1:]))
 from torch._dynamo.utils import counters
 print("graphs", counters["stats"]["unique_graphs"], "breaks", sum(counters["graph_break"].values()))
 sys.exit(status)

@@ -6,7 +6,7 @@ import threading
 import pytest
 from launches import SMALL, children_with, rows, train
 
-from tracking import Apart, build_trackers, wandb_mode
+from report.tracking import Tracker, build_trackers, wandb_mode
 
 
 def test_a_tracker_that_fails_is_told_once_and_stops_nothing(tmp_path):
@@ -15,7 +15,7 @@ def test_a_tracker_that_fails_is_told_once_and_stops_nothing(tmp_path):
             raise ConnectionError("gone")
 
     told = []
-    tracker = Apart(Broken, "wandb", told.append)
+    tracker = Tracker(Broken, "wandb", told.append)
     for step in range(3):
         tracker.log({"step": step})
     assert tracker.finish()
@@ -34,7 +34,7 @@ def test_a_tracker_that_sleeps_holds_nobody_and_is_left_behind():
         def finish(self):
             got.append("end")
 
-    tracker = Apart(Sleeping, "wandb", told.append)
+    tracker = Tracker(Sleeping, "wandb", told.append)
     for step in range(3):
         tracker.log({"step": step})
     assert got == [] and not tracker.finish(0.1)

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.text import seconds
-from config import TrainConfig
 from distributed.checkpoint import (
     Progress,
     Writer,
@@ -26,8 +24,8 @@ from distributed.checkpoint import (
 from distributed.world import World
 from errors import UserError
 from training.learner import Learner
+from training.plan import Plan
 from training.schedule import Schedule
-from training.start import Started
 
 
 class Checkpoints:
@@ -40,17 +38,19 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path | None,
-        config: TrainConfig,
+        plan: Plan,
         facts: dict[str, str],
         card: dict[str, object],
         world: World,
         on_saved: Callable[[str], None],
     ) -> None:
-        self.folder, self.facts, self.card, self.world = folder, facts, card, world
+        self.plan, self.facts, self.card, self.world = plan, facts, card, world
+        self.folder, config = plan.folder, plan.config
         self.writer = None
-        if folder is not None and world.is_main:
-            self.writer = Writer(folder / "checkpoints", config.keep, lambda _: on_saved(self._why()))
+        if self.folder is not None and world.is_main:
+            self.writer = Writer(
+                folder / "checkpoints", config.keep, lambda _: on_saved(self._why())
+            )
         by_time = config.checkpoint_every != "epoch" and not config.checkpoint_every.isdigit()
         world.stop.save_every = seconds(config.checkpoint_every) if by_time else None
         self._mark = world.began
@@ -66,13 +66,14 @@ class Checkpoints:
         if self.writer is not None:
             self.writer.wait()
 
-    def resume(
-        self, learner: Learner, allowed: tuple[str, ...], warn: Callable[[str], None]
-    ) -> Progress:
+    def resume(self, learner: Learner, warn: Callable[[str], None]) -> Progress:
         """Restore the newest whole checkpoint, if there is one; where the run stands.
 
-        `allowed` are the --allow-change names. Raises UserError where the data are others.
+        For --eval-only it restores the best weights of a named run. Raises UserError where the
+        data are others.
         """
+        if self.plan.actions.eval_only and self.plan.config.run_dir is not None:
+            self._load_best(Path(self.plan.config.run_dir) / "model.safetensors", learner)
         if self.folder is None:
             return Progress()
         places = self.folder / "checkpoints"
@@ -80,7 +81,7 @@ class Checkpoints:
         if found is None:
             return Progress()
         path, manifest = found
-        self._compare(manifest["facts"], allowed, warn)
+        self._compare(manifest["facts"], warn)
         files, progress = read_checkpoint(path)
         restore(
             files, learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
@@ -91,9 +92,8 @@ class Checkpoints:
             learner.sums.copy_(torch.tensor(progress.sums))
         return progress
 
-    def _compare(
-        self, facts: dict[str, str], allowed: tuple[str, ...], warn: Callable[[str], None]
-    ) -> None:
+    def _compare(self, facts: dict[str, str], warn: Callable[[str], None]) -> None:
+        allowed = self.plan.actions.allow_change
         if facts.get("data") != self.facts["data"] and "dataset" not in allowed:
             raise UserError(
                 f"the data are not those this run was trained on (fingerprint {facts.get('data')}, "
@@ -107,6 +107,15 @@ class Checkpoints:
             warn(
                 "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
             )
+
+    def _load_best(self, path: Path, learner: Learner) -> None:
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError):
+            raise UserError(
+                f"--eval-only: {path} is missing or cannot be read", code="weights-unreadable"
+            ) from None
+        learner.load_weights(tensors)
 
     def due(self, progress: Progress, schedule: Schedule) -> bool:
         """Whether it is time, by steps or by the clock that all processes share."""
@@ -146,7 +155,7 @@ class Checkpoints:
         self.writer.wait()
         return self.writer.error
 
-    def _why(self) -> str:
+    def _problem(self) -> str:
         return self.writer.error if self.writer is not None else ""
 
     def save_weights(self, name: str, learner: Learner, progress: Progress) -> str:
@@ -161,23 +170,3 @@ class Checkpoints:
         except Exception as error:
             return f"{name} could not be written ({error}); training goes on"
         return ""
-
-
-def load_best(config: TrainConfig, learner: Learner, started: Started) -> Started:
-    """For --eval-only: the run's best weights, if a run is named; else those of --weights."""
-    if config.run_dir is None:
-        if not started.weights:
-            raise UserError(
-                "--eval-only needs what to evaluate: --resume runs/NAME, or --weights FILE",
-                code="nothing-to-evaluate",
-            )
-        return started
-    path = Path(config.run_dir) / "model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError):
-        raise UserError(
-            f"--eval-only: {path} is missing or cannot be read", code="weights-unreadable"
-        ) from None
-    learner.load_weights(tensors)
-    return replace(started, weights=str(path))

@@ -7,22 +7,24 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from config import TrainConfig
-from data.build import Data
 from data.loaders import EVALUATION_BATCH, Resident
 from distributed.world import World
 from models.weights import head_prefixes
+from training.data import Data
 from training.learner import Learner
+from training.plan import Plan
 
 
-def cache_features(learner: Learner, data: Data, config: TrainConfig, world: World) -> str:
+def cache_features(learner: Learner, data: Data, plan: Plan, world: World) -> str:
     """Give the data sets the features that the model's head sees; the head alone then runs.
 
     For --freeze backbone without anything random before the head. A model whose answer is not its
     head's, or whose features do not fit the device, is left as it is. Parameters and their names
     stay, so checkpoints and saved weights are those of the whole model. Returns what to tell.
     """
-    model = learner.bare
+    config, model = plan.config, learner.bare
+    if plan.actions.eval_only:  # one pass would not pay
+        return ""
     changing = (config.cutout, config.mixup, config.cutmix, config.tta, config.compile)
     if config.freeze != "backbone" or config.augment != "none" or any(changing):
         return ""
@@ -51,15 +53,15 @@ def cache_features(learner: Learner, data: Data, config: TrainConfig, world: Wor
     return "the backbone is frozen: its features are computed once, and only the head runs"
 
 
-def features_of(
-    learner: Learner, data: Data, head: str, images: Tensor
-) -> tuple[Tensor, Tensor]:
+def features_of(learner: Learner, data: Data, head: str, images: Tensor) -> tuple[Tensor, Tensor]:
     """What the head is given for uint8 (n, C, H, W), and what the model answers."""
     given: list[Tensor] = []
     hook = learner.bare.get_submodule(head).register_forward_pre_hook(
         lambda _, inputs: given.append(inputs[0])
     )
-    images = learner.inputs(data.augment.evaluate(images))  # resized in full precision, as evaluate()
+    images = learner.inputs(
+        data.augment.evaluate(images)
+    )  # resized in full precision, as evaluate()
     with torch.no_grad(), learner.accelerator.autocast():
         answer = learner.bare(images)
     hook.remove()

@@ -95,7 +95,9 @@ class Learner:
             return None
         bad_loss = torch.tensor([report["bad_loss"]], device=self.device)
         everyone = self.accelerator.gather(bad_loss).tolist()
-        return NotFinite(report["bad_step"], [rank for rank, bad in enumerate(everyone) if bad >= 0])
+        return NotFinite(
+            report["bad_step"], [rank for rank, bad in enumerate(everyone) if bad >= 0]
+        )
 
     def loss_sums(self) -> list[float]:
         """Each shard's loss sum since they were last taken: the same list on every process."""

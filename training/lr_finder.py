@@ -5,10 +5,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data.build import Batch, Data
 from distributed.world import World
 from errors import UserError
 from optim import set_lr
+from training.data import Batch, Data
 from training.learner import Learner
 
 LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100

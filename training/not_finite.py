@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from common.disk import write_json
-from data.build import Data
 from errors import NumbersGoneBad
+from training.data import Data
 from training.learner import Learner
 from training.schedule import Schedule
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
-from data.build import Batch, Data
 from distributed.checkpoint import Progress
+from training.data import Batch, Data
 from training.learner import Learner
 from training.schedule import Schedule
 
@@ -12,9 +12,7 @@ from training.schedule import Schedule
 class Observer:
     """Looks on without a word; what records, times or plants faults is derived from it."""
 
-    def started(
-        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
-    ) -> None:
+    def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
         """All is built and restored; the first step comes next."""
 
     def batches(self, batches: Iterable[Batch]) -> Iterable[Batch]:

@@ -11,7 +11,7 @@ from distributed.world import World
 from errors import UserError
 from models import lookup
 from models.weights import imagenet_reach
-from run_dir import fresh_name
+from training.run_dir import fresh_name
 
 Layer = Mapping[str, object]
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from data.build import Batch, Data
 from distributed.checkpoint import Progress
+from training.data import Batch, Data
 from training.learner import Learner
 from training.observer import Observer
 from training.schedule import Schedule
@@ -42,9 +42,7 @@ class Recorder(Observer):
         self._before = torch.empty(0)  # the loss sums before it
         self._evaluated = -1
 
-    def started(
-        self, learner: Learner, data: Data, schedule: Schedule, progress: Progress
-    ) -> None:
+    def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
         rank = learner.accelerator.process_index
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = (self.folder / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
@@ -78,9 +76,7 @@ class Recorder(Observer):
             zip(self._pixels, self._batch["indices"].split(size), strict=True)
         ):
             loss, shard = losses[first + place], first + place
-            self._write(
-                step=step, shard=shard, indices=indices.tolist(), loss=loss, pixels=pixels
-            )
+            self._write(step=step, shard=shard, indices=indices.tolist(), loss=loss, pixels=pixels)
         if learner.accelerator.is_main_process:
             gradients = [p.grad for p in learner.parameters if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))

@@ -8,10 +8,7 @@ from torch import nn
 
 from common.disk import digest
 from config import Settings, to_json
-from data.build import Data
 from data.keyed_random import mix
-from data.sources import Source, load_source
-from distributed import faults
 from distributed.accelerator import code_fingerprint, model_fingerprint
 from distributed.shards import seed_dropout
 from distributed.world import World
@@ -19,6 +16,7 @@ from errors import UserError
 from models import build_model, lookup
 from models.weights import freeze_backbone, load_weights
 from tasks import Classification, Regression, build_task
+from training.data import Data
 from training.plan import Plan
 from training.trial import Trial, try_model
 
@@ -35,22 +33,14 @@ class Started:
     trial: Trial
 
 
-def read_source(plan: Plan, world: World) -> Source:
-    """The data set of a plan, the same on every process."""
-    faults.hit("data")
-    config = plan.config
-    source = load_source(
-        config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images, seed=config.seed,
-    )  # fmt: skip
-    # Before anything is built from it: another number of classes would die inside DDP.
-    world.refuse_disagreement({"data": source.fingerprint})
-    return source
-
-
 def start_model(plan: Plan, data: Data, world: World) -> Started:
     """The model with its starting weights, tried before anything is written, on the device."""
     config = plan.config
+    if plan.actions.eval_only and config.run_dir is None and config.weights in ("none", "auto"):
+        raise UserError(
+            "--eval-only needs what to evaluate: --resume runs/NAME, or --weights FILE",
+            code="nothing-to-evaluate",
+        )
     entry = lookup(config.model)
     seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
     num_classes = max(1, len(data.classes))
@@ -73,9 +63,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     return Started(model, task, weights, trial)
 
 
-def _load_weights(
-    model: nn.Module, name: str, weights: str, num_classes: int, world: World
-) -> str:
+def _load_weights(model: nn.Module, name: str, weights: str, num_classes: int, world: World) -> str:
     """One process of each node first, which may have to download them, then the others."""
     message, problem = "", None
     for mine in (True, False):

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from config import TrainConfig
-from data.build import Data
 from distributed.watch import out_of_memory
 from distributed.world import World
 from errors import UserError
 from models import lookup
 from tasks import Classification, Regression
+from training.data import Data
 from training.learner import inputs
 
 MOST_IMAGES = 16  # enough to see a mistake and to guess a step's time

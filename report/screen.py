@@ -32,7 +32,7 @@ class Report:
         self._bar: Progress | None = None
         self._task = None
         self._last_line = -SECONDS_BETWEEN_LINES
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def attach(self, folder: Path) -> None:
         """From now on also into the run's train.log, as plain lines."""
@@ -63,10 +63,10 @@ class Report:
 
     def warn_once(self, doubts: dict[str, str]) -> None:
         """Warnings that each evaluation would repeat: only those whose word is new."""
-        for word, told in doubts.items():
-            if word not in self._told:
-                self.warn(told)
-        self._told |= doubts.keys()
+        for word, message in doubts.items():
+            if word not in self._warned:
+                self.warn(message)
+        self._warned |= doubts.keys()
 
     def shout(self, title: str, text: str) -> None:
         """A warning no one can miss."""
@@ -194,7 +194,7 @@ class Report:
             self.log = None
 
 
-class Chrono:
+class SpeedMeter:
     """Images per second and time left; the first steps (warm-up, compile) do not count."""
 
     WARMUP_STEPS = 2

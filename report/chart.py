@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from markupsafe import Markup
+
 MOST_POINTS = 600  # of a curve; a longer one is thinned without losing its extremes
 
 
@@ -30,7 +32,9 @@ def thinned(points: list[tuple]) -> list[tuple]:
     return [point for pair in ends for point in sorted(set(pair))]
 
 
-def chart(title: str, lines: dict[str, list[tuple]], show: Callable = short, best=None) -> str:
+def chart(
+    title: str, lines: dict[str, list[tuple]], show: Callable = short, best=None
+) -> Markup | str:
     """Curves over the steps as inline SVG; `show` writes a value, `best` is a point to ring."""
     lines = {name: thinned(points) for name, points in lines.items() if points}
     if not lines:
@@ -45,7 +49,7 @@ def chart(title: str, lines: dict[str, list[tuple]], show: Callable = short, bes
         up = (y - low) / (high - low) * (bottom - top)
         return round(left + x / end * (right - left), 1), round(bottom - up, 1)
 
-    drawn, told = f'<text x="4" y="13">{title}</text>', []
+    drawn, described = f'<text x="4" y="13">{title}</text>', []
     for mark in marks:
         y = at(0, mark)[1]
         drawn += f'<path class="grid" d="M{left} {y}H{right}"/>'
@@ -67,11 +71,12 @@ def chart(title: str, lines: dict[str, list[tuple]], show: Callable = short, bes
         drawn += f'<polyline class="{kind}" points="{way}"/>'
         if len(points) == 1 or (len(points) <= 40 and kind in ("val", "test")):
             drawn += "".join(dot(kind, *point, 2.5) for point in points)
-        told.append(f"{name} from {show(points[0][1])} to {show(points[-1][1])}")
+        described.append(f"{name} from {show(points[0][1])} to {show(points[-1][1])}")
     names = list(lines) if len(lines) > 1 else []
     if best:
         drawn, names = drawn + dot("best", *best, 6), [*names, "best"]
     keys = "".join(f'<span class="key {name.partition("/")[0]}">{name}</span>' for name in names)
-    label = f"{title} over the steps: {'; '.join(told)}"
+    label = f"{title} over the steps: {'; '.join(described)}"
     svg = f'<svg viewBox="0 0 420 246" role="img" aria-label="{label}">{drawn}</svg>'
-    return f"<figure>{svg}<figcaption>{keys}</figcaption></figure>"
+    # Numbers, and the words of our own program: nothing here comes from outside.
+    return Markup(f"<figure>{svg}<figcaption>{keys}</figcaption></figure>")

@@ -1,19 +1,17 @@
-"""What happened to a run, on one screen, and what to type: `python doctor.py runs/NAME`."""
+"""What happened to a run, on one screen, and what to type."""
 
-import argparse
 import json
 import socket
-import sys
 import time
 from pathlib import Path
 
 from common.disk import read_json
-from common.text import duration, printable
+from common.text import duration
 from distributed.checkpoint import verify, visible
 from distributed.watch import alive
-from errors import UserError
-from report import Report
-from run_dir import free_bytes
+from errors import FAILED, FINISHED, UserError
+from report.screen import Report
+from training.run_dir import free_bytes
 
 
 def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
@@ -28,8 +26,8 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     rows.append(("lives", f"{(status.get('life') or 0) + 1}, the last from step {resumed(status)}"))
     if status.get("last_save_error"):
         rows.append(("last save", status["last_save_error"]))
-    whole, told = checkpoints(folder / "checkpoints")
-    rows += [("checkpoint", line) for line in told]
+    whole, found = checkpoints(folder / "checkpoints")
+    rows += [("checkpoint", line) for line in found]
     rows.append(("disk", f"{free_bytes(folder) / 1e9:.1f} GB free"))
     rows += [("crash", line) for line in crashes(folder / "crash")]
     state = rows[0][1].split(",")[0]
@@ -42,9 +40,9 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     return rows, f"python train.py --resume {folder}", state == "stopped"
 
 
-def lives(told: dict) -> bool:
-    """Whether the process that told this is one of this host's."""
-    pid = told.get("pid")
+def is_alive(written: dict) -> bool:
+    """Whether the process that wrote this is one of this host's."""
+    pid = written.get("pid")
     return isinstance(pid, int) and pid > 0 and alive(pid)
 
 
@@ -60,7 +58,7 @@ def describe_status(folder: Path, status: dict) -> str:
         return f"{state}, step {step}"
     quiet = time.time() - lock.stat().st_mtime if lock.exists() else float("inf")
     here = read_json(lock, {}).get("host") == socket.gethostname()
-    if (here or quiet > 60) and not lives(status):
+    if (here or quiet > 60) and not is_alive(status):
         return f"died without a word, at step {step} or a little later"
     return f"running, step {step}, last sign of life {duration(quiet)} ago"
 
@@ -88,7 +86,7 @@ def crashes(folder: Path) -> list[str]:
     for path in sorted(folder.glob("heartbeat-*.json")):
         beat = read_json(path, {})
         quiet = time.time() - beat.get("time", time.time())
-        if quiet > 10 if beat.get("host") != socket.gethostname() else not lives(beat):
+        if quiet > 10 if beat.get("host") != socket.gethostname() else not is_alive(beat):
             ago = duration(quiet)
             where = f"step {beat.get('step')}, phase {beat.get('phase')}"
             lines.append(f"rank {beat.get('rank')} on {beat.get('host')}: {where}, {ago} ago")
@@ -98,18 +96,8 @@ def crashes(folder: Path) -> list[str]:
     return lines
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", default="runs/latest", type=Path)
-    folder = parser.parse_args().run
-    try:
-        rows, advice, well = examine(folder)
-    except UserError as error:
-        print(printable(error), file=sys.stderr)
-        return 2
+def command(folder: Path) -> int:
+    """`python -m report doctor`: status 0 where all is well, 1 where something is to be done."""
+    rows, advice, well = examine(folder)
     Report().end_panel(f"{folder}", [*rows, ("type", advice)], good=well)
-    return 0 if well else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return FINISHED if well else FAILED

@@ -143,8 +143,8 @@ def list_mistakes(axes, counts, names: list[str]) -> None:
     lines = [f"{counts[y, x]} of {counts[y].sum()}  {names[y]} as {names[x]}" for y, x in pairs]
     title = f"most frequent of {wrong.sum()} mistakes in {counts.sum()} images"
     axes.set_axis_off()
-    told = plain("\n".join([title, "", *lines]))
-    axes.text(0, 0.5, told, va="center", fontsize=9, family=fonts_for(lines))
+    message = plain("\n".join([title, "", *lines]))
+    axes.text(0, 0.5, message, va="center", fontsize=9, family=fonts_for(lines))
 
 
 def sheet(images, titles: list[str], path: Path) -> None:

@@ -10,14 +10,14 @@ from typing import Self
 
 from common.text import duration
 from config import restarted, to_json
-from data.build import Data
 from distributed.checkpoint import Progress, sweep
 from distributed.world import World
 from errors import FINISHED, UserError
 from report import panels
-from report.screen import Chrono, Report
+from report.screen import Report, SpeedMeter
 from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_trackers
 from tasks import Classification, Regression
+from training.data import Data
 from training.plan import Plan, starts_over
 from training.run_dir import RunDir, describe_environment, launch_command, set_aside
 from training.schedule import Schedule
@@ -41,7 +41,7 @@ class Logbook:
             self.screen.warn(text)
         self.folder: RunDir | None = None  # on the main process, where there is one
         self.life = 0
-        self.clock = Chrono()
+        self.clock = SpeedMeter()
         self.trackers: list[Tracker] = []
         self._row_problem = ""
         if plan.folder is not None:
@@ -107,7 +107,7 @@ class Logbook:
         `plan` is the one that the data completed.
         """
         self.plan = plan
-        self.clock = Chrono()
+        self.clock = SpeedMeter()
         if self.plan.folder is not None:
             self.world.main_decides(lambda: self._begin(data, facts, progress))
 
@@ -237,11 +237,10 @@ class Logbook:
             self.screen.warn(problem)
         self.status(last_save_error=problem)
 
-    def kept_best(self, problem: str, progress: Progress) -> None:
+    def kept_best(self, problem: str) -> None:
         """The best weights were written, or why not."""
         if problem:
             self.screen.warn(problem)
-        self.status(step=progress.step, best=progress.best)
 
     # --- at the end -----------------------------------------------------------------------------
 

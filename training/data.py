@@ -13,9 +13,12 @@ from config import BatchPlan, Settings, plan_batch
 from data.augment import Augment
 from data.loaders import Resident, build_test_loader, build_train_loader, evaluation_batch
 from data.order import GlobalBatchSampler, split_validation
-from data.sources import ImageSet, Source, limited
+from data.sources import ImageSet, Source, limited, load_source
+from distributed import faults
+from distributed.world import World
 from errors import UserError
 from models import lookup
+from training.plan import Plan
 
 Batch = dict[str, Tensor]
 
@@ -78,6 +81,22 @@ class Data:
         return next(iter(self.sampler)).tolist()
 
 
+def load_data(plan: Plan, world: World) -> Data:
+    """The data set of a plan, the same on every process, with its loaders and augmentation.
+
+    Raises UserError where it cannot be had, and where batch, shards and processes do not fit.
+    """
+    faults.hit("data")
+    config = plan.config
+    source = load_source(
+        config.dataset, data_dir=config.data_dir, image_size=config.image_size,
+        skip_bad_images=config.skip_bad_images, seed=config.seed,
+    )  # fmt: skip
+    # Before anything is built from it: another number of classes would die inside DDP.
+    world.refuse_disagreement({"data": source.fingerprint})
+    return build_data(plan.settings, source, world.num_processes, world.device)
+
+
 def build_data(
     settings: Settings, source: Source, num_processes: int, device: torch.device
 ) -> Data:
@@ -116,4 +135,3 @@ def build_data(
         split: build_test_loader(images, test_batch, device) for split, images in tests.items()
     }
     return Data(source, batch, augment, sampler, train_loader, test_loaders)
-

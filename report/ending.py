@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from config import Settings
-
-from data.build import Data
 from distributed.checkpoint import Progress
 from distributed.stop import SAVE_FAILED
 from distributed.world import World, restarts_left
@@ -17,6 +15,7 @@ from report.logbook import Logbook
 from report.samples import draw_pictures
 from report.screen import quiet_libraries, show_tracebacks
 from training.checkpoints import Checkpoints
+from training.data import Data
 from training.learner import Learner
 from training.observer import Observer
 from training.recorder import observer_asked_for

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from common.text import percent, printable
-from data.build import Data
 from data.loaders import EVALUATION_BATCH
 from distributed.checkpoint import Progress
 from report import pictures
+from training.data import Data
 from training.learner import Learner
 
 

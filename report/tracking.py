@@ -23,17 +23,17 @@ def build_trackers(kind: str, folder: Path, name: str, config: dict, warn: Calla
     if kind == "none":
         return []
     if kind == "tensorboard":
-        return [Apart(lambda: start_tensorboard(folder), kind, warn)]
+        return [Tracker(lambda: start_tensorboard(folder), kind, warn)]
     file = folder / "metrics.jsonl"  # read here and now: the loop will write to it
     known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [Apart(lambda: start_wandb(folder, name, config, known, warn), kind, warn)]
+    return [Tracker(lambda: start_wandb(folder, name, config, known, warn), kind, warn)]
 
 
-class Apart:
+class Tracker:
     """A tracker on a thread of its own: it may fail, sleep or hang, and the loop never waits.
 
-    `start()` makes something with log(row) and finish(); its first failure is told once by `warn`
-    and ends it.
+    `start()` makes something with log(row) and finish(); its first failure is reported once by
+    `warn` and ends it.
     """
 
     def __init__(self, start: Callable, kind: str, warn: Callable):
@@ -124,8 +124,8 @@ class Rows:
 
     wandb's own step is the row's number. Offline, wandb cannot resume: each life starts a new file
     under the same id, and of several such files a sync keeps the last. So the rows that this file
-    (or, online, the server) does not have are told again first; what it has twice, after a crash,
-    it drops.
+    (or, online, the server) does not have are written again first; what it has twice, after a
+    crash, it drops.
     """
 
     def __init__(self, run, known: list[str]):

@@ -10,7 +10,6 @@ from torch import nn
 from common.disk import write_json, write_text
 from common.text import duration, percent
 from config import TrainConfig, recipe_of
-from data.build import Data
 from distributed.accelerator import cpu_has_bf16
 from distributed.checkpoint import Progress
 from distributed.world import World
@@ -19,6 +18,7 @@ from models.__main__ import table_of_layers
 from report import pictures
 from report.screen import Report
 from tasks import Classification, Regression
+from training.data import Data
 from training.learner import Learner
 from training.lr_finder import Rates
 from training.plan import Plan
@@ -50,7 +50,7 @@ def show_start(
     expected = left * per_step + evaluations * per_test
     rows = [
         ("model", f"{config.model}, {total:,} parameters{held}"),
-        ("weights", started.weights or "from scratch"),
+        ("weights", weights_shown(plan, started) or "from scratch"),
         ("data", f"{config.dataset}: {len(data.train):,} training, {len(data.test):,} test images"),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
@@ -86,6 +86,13 @@ def show_start(
         chosen = settings.origin("mixed_precision") != "machine"
         if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
             screen.show("this CPU multiplies bf16 faster: try --mixed-precision bf16")
+
+
+def weights_shown(plan: Plan, started: Started) -> str:
+    """Where the weights come from, before any checkpoint; "" for from scratch."""
+    if plan.actions.eval_only and plan.config.run_dir is not None:
+        return str(Path(plan.config.run_dir) / "model.safetensors")
+    return started.weights
 
 
 def _notes(plan: Plan, data: Data, started: Started) -> list[str]:
@@ -138,9 +145,8 @@ def show_epoch(
 
 
 def show_evaluation(
-    screen: Report, results: dict[str, dict] | None, weights: str,
-    task: Classification | Regression, data: Data,
-) -> int:  # fmt: skip
+    screen: Report, results: dict[str, dict] | None, plan: Plan, started: Started, data: Data
+) -> int:
     """What --eval-only prints; nothing is written. The exit status."""
     if results is None:
         return STOPPED
@@ -150,8 +156,8 @@ def show_evaluation(
         rows.append((split, f"{metrics['images']} images: {', '.join(numbers)}"))
     if "confusion" in results["test"]:
         screen.class_table(data.classes, results["test"]["confusion"])
-    screen.end_panel(f"evaluated {weights}", rows, good=True)
-    screen.warn_once(task.doubts(results["test"], data.classes))
+    screen.end_panel(f"evaluated {weights_shown(plan, started)}", rows, good=True)
+    screen.warn_once(started.task.doubts(results["test"], data.classes))
     return FINISHED
 
 
@@ -223,13 +229,14 @@ def show_ending(
     screen.end_panel(title, rows, good=code == FINISHED)
 
 
-def show_rates(screen: Report, found: Rates | None, config: TrainConfig, world: World) -> int:
+def show_rates(screen: Report, found: Rates | None, plan: Plan, world: World) -> int:
     """What --find-lr prints: the table, the picture and what to type. The exit status."""
     if found is None:
         screen.show(f"--find-lr: {world.stop.why(world.stop.reason)}; nothing is suggested")
         return STOPPED
     if not world.is_main:
         return FINISHED
+    config = plan.config
     path = Path("runs") / f"find-lr-{Path(config.model.replace(':', '-')).name}.png"
     try:
         path.parent.mkdir(exist_ok=True)
