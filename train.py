@@ -36,8 +36,7 @@ def main(world: World, observer: Observer) -> int:
     """One life of a run, from the plan to the exit status."""
     plan = decide(world)
     log = world.enter(Logbook(plan, world))
-    data = load_data(plan, world)
-    plan = plan.with_batch(data.batch)
+    plan, data = load_data(plan, world)
     config, actions = plan.config, plan.actions
 
     started = start_model(plan, data, world)

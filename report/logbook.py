@@ -177,6 +177,7 @@ class Logbook:
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
         }
         self._record(row, progress)
+        self.status(best=progress.best)
         left = self.clock.left(schedule.last_step - progress.step)
         self.screen.train_line(row, schedule.last_step, left)
 

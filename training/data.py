@@ -81,8 +81,10 @@ class Data:
         return next(iter(self.sampler)).tolist()
 
 
-def load_data(plan: Plan, world: World) -> Data:
+def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
     """The data set of a plan, the same on every process, with its loaders and augmentation.
+
+    The plan comes back with the batch that the data allow.
 
     Raises UserError where it cannot be had, and where batch, shards and processes do not fit.
     """
@@ -94,7 +96,8 @@ def load_data(plan: Plan, world: World) -> Data:
     )  # fmt: skip
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
-    return build_data(plan.settings, source, world.num_processes, world.device)
+    data = build_data(plan.settings, source, world.num_processes, world.device)
+    return plan.with_batch(data.batch), data
 
 
 def build_data(

@@ -75,7 +75,7 @@ def _load_weights(model: nn.Module, name: str, weights: str, num_classes: int, w
         world.accelerator.wait_for_everyone()
     for rank, found in enumerate(world.everyones(problem)):
         if found is not None:
-            raise UserError(f"rank {rank}: {found}" if rank else found)
+            raise UserError(f"rank {rank}: {found}" if rank else found, code="weights-unreadable")
     return message
 
 
