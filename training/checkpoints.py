@@ -49,7 +49,7 @@ class Checkpoints:
         self.writer = None
         if self.folder is not None and world.is_main:
             self.writer = Writer(
-                self.folder / "checkpoints", config.keep, lambda _: on_saved(self._why())
+                self.folder / "checkpoints", config.keep, lambda _: on_saved(self._problem())
             )
         by_time = config.checkpoint_every != "epoch" and not config.checkpoint_every.isdigit()
         world.stop.save_every = seconds(config.checkpoint_every) if by_time else None
