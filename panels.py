@@ -11,7 +11,7 @@ import page
 import plots
 from config import TrainConfig, recipe_of
 from data.loaders import EVALUATION_BATCH
-from distributed.accelerator import cpu_has_bf16, describe, end
+from distributed.accelerator import cpu_has_bf16, describe, end, lacks_bf16
 from errors import FAILED, FINISHED, STOPPED
 from report import clean, duration, percent
 from run_dir import SKIPPED, write_json, write_text
@@ -31,6 +31,10 @@ def show_start(run) -> None:
         f"{plan.shards_per_process} shard{'s' * (plan.shards_per_process > 1)} x "
         f"{plan.micro_batch_size} images"
     )
+    data = f"{config.dataset}: {run.num_train:,} training, {run.num_test:,} test images"
+    if accelerator.device.type == "cuda":
+        there = run.train_loader.dataset.images.device.type == "cuda"
+        data += f", in {'GPU' if there else 'host'} memory"
     resumed = run.progress.step > 0
     left = run.last_step - run.progress.step
     per_step = run.seconds_per_image * plan.batch_size / plan.num_processes
@@ -40,7 +44,7 @@ def show_start(run) -> None:
     rows = [
         ("model", f"{config.model}, {total:,} parameters{held}"),
         ("weights", run.weights_told or "from scratch"),
-        ("data", f"{config.dataset}: {run.num_train:,} training, {run.num_test:,} test images"),
+        ("data", data),
         ("devices", f"{describe(accelerator)}, precision {config.mixed_precision}"),
         ("batch", batch),
         ("steps", f"{run.last_step} ({run.steps_per_epoch} an epoch, {config.epochs} epochs)"),
@@ -82,6 +86,13 @@ def _notes(run) -> list[str]:
     if run.source.skipped:
         where = f", see {run.folder.folder / SKIPPED}" if run.folder else ""
         notes.append(f"{len(run.source.skipped)} images cannot be read and are left out{where}")
+    saved = settings.origin("mixed_precision") == "saved run"
+    decided = saved and "mixed_precision" not in settings.typed  # by the machine of its birth
+    if config.mixed_precision == "bf16" and decided and lacks_bf16(run.accelerator.device):
+        notes.append(
+            "this run began in bf16, which its first device had and this one emulates slowly; "
+            "--mixed-precision no --allow-change mixed_precision goes on in float32"
+        )
     usual = recipe_of(config.model, config.weights).get("optimizer", TrainConfig.optimizer)
     if config.optimizer != usual and settings.origin("lr") in ("recipe", "default"):
         notes.append(

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,16 +24,19 @@ from data.order import split_validation
 from data.sources import ImageSet, Source, choose_dataset, limited, load_source
 from distributed import faults
 from distributed.accelerator import (
+    all_or_none,
     broadcast,
     build_accelerator,
     code_fingerprint,
+    control_group,
     describe,
+    describe_gpu,
     end,
-    everyones,
+    leave,
     main_decides,
     model_fingerprint,
     refuse_disagreement,
-    wait_limit,
+    unseen_gpu,
 )
 from distributed.checkpoint import (
     Progress,
@@ -47,8 +51,8 @@ from distributed.checkpoint import (
     visible,
 )
 from distributed.shards import Guard, Shards, seed_dropout
-from distributed.stop import SAVE_FAILED, StopVote
-from distributed.watch import Watch
+from distributed.stop import SAVE_FAILED, StopVote, restarts_left
+from distributed.watch import Watch, failed_at_start, tell_agent
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, UserError
 from features import cache_features
 from models import build_model, lookup
@@ -57,14 +61,7 @@ from models.weights import freeze_backbone, imagenet_reach, load_weights
 from optim import WeightAverage, lr_at, set_lr
 from panels import show_epoch, write_ending
 from report import Chrono, Report, duration, quiet_libraries
-from run_dir import (
-    RunDir,
-    describe_environment,
-    fresh_name,
-    launch_command,
-    set_aside,
-    write_json,
-)
+from run_dir import RunDir, describe_environment, fresh_name, launch_command, set_aside, write_json
 from tasks import build_task
 from tracking import build_trackers
 from trial import try_model
@@ -85,7 +82,9 @@ class Run:
         accelerator = self.accelerator
         self.is_main = accelerator.is_main_process
         self.report = Report(enabled=self.is_main)
-        self.stop.connect(accelerator.num_processes, self.is_main, wait_limit())
+        if told := unseen_gpu():
+            self.report.shout("training on the CPU", told)
+        self.stop.connect(control_group() if accelerator.num_processes > 1 else None, self.is_main)
         self.watch = Watch(accelerator.process_index, accelerator.num_processes)
         self.folder: RunDir | None = None
         self.writer: Writer | None = None
@@ -123,7 +122,7 @@ class Run:
             self.watch.start(self.folder.folder, limited=not self.actions.debug)
             if self.is_main:
                 self.watch.on_beat = self.folder.beat
-                self.watch.on_stall = lambda told: self.tell_status(status="failed", reason=told)
+                self.watch.on_stall = self._ends_in_a_hang
         self.life = main_decides(self.accelerator, self._count_life)
         faults.configure(self.accelerator.process_index, self.life)
         faults.hit("start")
@@ -203,10 +202,10 @@ class Run:
         """The data set, the batch plan, loaders, augmentation."""
         config, accelerator = self.config, self.accelerator
         faults.hit("data")
-        source = load_source(
+        source = all_or_none(accelerator, lambda: load_source(
             config.dataset, data_dir=config.data_dir, image_size=config.image_size,
             skip_bad_images=config.skip_bad_images, seed=config.seed,
-        )  # fmt: skip
+        ))  # fmt: skip
         # Before anything is built from it: another number of classes would die inside DDP.
         refuse_disagreement(accelerator, {"data": source.fingerprint})
         entry = lookup(config.model)
@@ -271,29 +270,24 @@ class Run:
             self._start_from_data(model)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=layout)
-        self.seconds_per_image = try_model(self, model)
+        self.seconds_per_image = all_or_none(self.accelerator, partial(try_model, self, model))
         if self.actions.debug:
             torch.autograd.set_detect_anomaly(True)
             layers = table_of_layers(config.model, config.image_size, num_classes)
             self.report.show(layers)
         if config.compile:
             model.compile(dynamic=False)
+            self.watch.patient |= {"data", "step", "evaluate"}
         self.average = WeightAverage(model, config.ema) if config.ema else None
         return model
 
     def _load_weights(self, model: torch.nn.Module, num_classes: int) -> str:
         """One process of each node first, which may have to download them, then the others."""
-        told, problem = "", None
-        for mine in (True, False):
-            if self.accelerator.is_local_main_process == mine:
-                try:
-                    told = load_weights(model, self.config.model, self.config.weights, num_classes)
-                except UserError as error:
-                    problem = str(error)
-            self.accelerator.wait_for_everyone()
-        for rank, found in enumerate(everyones(self.accelerator, problem)):
-            if found is not None:
-                raise UserError(f"rank {rank}: {found}" if rank else found)
+        told, name, weights = "", self.config.model, self.config.weights
+        for turn in (True, False):
+            mine = self.accelerator.is_local_main_process == turn
+            work = partial(load_weights, model, name, weights, num_classes) if mine else str
+            told = all_or_none(self.accelerator, work) or told
         return told
 
     def _start_from_data(self, model: torch.nn.Module) -> None:
@@ -394,7 +388,8 @@ class Run:
         if self.life == 0 or not (self.folder.folder / "config.json").exists():
             gpus = self.accelerator.device.type == "cuda"
             command = launch_command(list(self.settings.argv), self.accelerator.num_processes, gpus)
-            facts = describe_environment({"devices": describe(self.accelerator), **self.facts})
+            facts = {"devices": describe(self.accelerator), **describe_gpu(self.accelerator.device)}
+            facts = describe_environment({**facts, **self.facts})
             self.folder.write_birth(to_json(self.settings), command, facts)
             self.folder.write_source(self.source)
         else:
@@ -524,6 +519,7 @@ class Run:
         self.chrono.step()
         if self.config.compile and self.chrono.steps == 2:
             self.report.show(f"compiling took {duration(self.chrono.leave_out_compiling())}")
+            self.watch.patient -= {"data", "step"}
         at_end = progress.step % self.steps_per_epoch == 0 or progress.step == self.last_step
         if progress.step % self.log_every == 0 or at_end:
             self._write_row()
@@ -629,6 +625,7 @@ class Run:
         """Record an evaluation, remember the best, save the best weights; None: it was left."""
         if results is None:
             return
+        self.watch.patient.discard("evaluate")
         self.chrono.pause(time.monotonic() - self._evaluation_began)
         progress, task = self.progress, self.task
         progress.evaluated = progress.step
@@ -715,6 +712,7 @@ class Run:
         code = STOPPED if self.stop_reason else FINISHED
         if failed:
             self.stop_reason, code = SAVE_FAILED, FAILED
+        self.watch.at("end", self.progress.step)  # the save had a phase of its own
         if self.is_main:
             write_ending(self, code, failed)
         end(self.accelerator)
@@ -729,10 +727,17 @@ class Run:
         self.writer.wait()
         return self.writer.error
 
+    def _ends_in_a_hang(self, told: str) -> None:
+        """Main process, from the watch's thread: a save under way is finished first."""
+        if self.writer is not None:
+            self.writer.wait(60)
+        self.tell_status(status="failed", reason=told)
+
     def failed(self, error: BaseException) -> str:
         """Tell what went wrong: into crash/, status.json and the returned last words."""
         self.report.close_bar()
         told = str(error) if isinstance(error, NumbersGoneBad) else self.watch.report(error)
+        self.watch.at("end", self.progress.step)
         if self.writer is not None:
             self.writer.wait()
         if self.is_main and self.folder is not None:
@@ -747,33 +752,28 @@ class NumbersGoneBad(RuntimeError):
     """A loss or gradient that is not finite; every process raises it at the same step."""
 
 
-def restarts_left() -> bool:
-    """Whether an elastic agent stands above us that would restart a process with status 75."""
-    most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < most
-
-
 def guarded(main, settings: Settings) -> int:
     """Run main(run); every ending is a sentence, told once, and an exit status."""
     run = None
     try:
         run = Run(settings)
         status = main(run)
-        if run.left_behind:  # the interpreter's end would wait for what hangs
+        if not leave() or run.left_behind:  # the interpreter's end would wait for what hangs
             sys.stdout.flush()
             os._exit(status)
         return status
     except UserError as error:
         if run is None or run.is_main:
-            if run is None and os.environ.get("RANK", "0") != "0":
-                return USER_ERROR
-            print(error, file=sys.stderr, flush=True)
+            if run is not None or os.environ.get("RANK", "0") == "0":
+                print(error, file=sys.stderr, flush=True)
             if run is not None and run.folder is not None:
                 run.watch.stop()
                 run.report.close()  # Windows removes no open file
                 run.folder.abandon()
-        else:
-            run.watch.leave(error)
+        elif alone := run.watch.leave(error):
+            print(alone, file=sys.stderr, flush=True)
+        if not leave():
+            os._exit(USER_ERROR)
         return USER_ERROR
     except Exception as error:
         if settings.actions.debug:
@@ -781,18 +781,10 @@ def guarded(main, settings: Settings) -> int:
 
             show_tracebacks()
             raise
-        told = run.failed(error) if run is not None else f"{type(error).__name__}: {error}"
+        told = run.failed(error) if run is not None else failed_at_start(error)
         tell_agent(error)
         if not isinstance(error, NumbersGoneBad) or run.is_main:
             print(f"\n{told}", file=sys.stderr, flush=True)
         # Not through the interpreter's end: a process group whose peer is gone would wait there.
         sys.stdout.flush()
         os._exit(FAILED)
-
-
-def tell_agent(error: BaseException) -> None:
-    """Leave the error where torchrun looks for it, so that its report names the right process."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)

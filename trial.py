@@ -1,15 +1,17 @@
 """The trial step: a model is tried on a copy before anything is written."""
 
 import math
+import re
 import time
 from copy import deepcopy
 
 import torch
 
-from distributed.watch import out_of_memory
+from distributed.watch import device_failed, out_of_memory
 from errors import UserError
+from models.pooling import without_deterministic_backward
 
-MOST_IMAGES = 16  # enough to see a mistake and to guess a step's time
+MOST_IMAGES = 16  # enough to see a mistake and, on a CPU, to guess a step's time
 
 
 def try_model(run, model: torch.nn.Module) -> float:
@@ -19,7 +21,15 @@ def try_model(run, model: torch.nn.Module) -> float:
     are named and frozen in `model`.
     """
     train = run.train_loader.dataset
-    trial, size = deepcopy(model).train(), min(run.plan.micro_batch_size, MOST_IMAGES)
+    trial, size = deepcopy(model).train(), run.plan.micro_batch_size
+    if run.accelerator.device.type != "cuda":  # a GPU takes as long for few images as for many
+        size = min(size, MOST_IMAGES)
+    refused = without_deterministic_backward(model)
+    if run.actions.debug and refused:
+        run.report.warn(
+            f"{', '.join(refused[:5])} of {run.config.model}: no deterministic backward on a GPU, "
+            "where --deterministic will refuse the model; models/pooling.py has an AdaptivePool"
+        )
     seconds_per_image = math.inf
     indices = torch.arange(size) % len(train)
     batch = train.__getitems__(indices.to(train.labels.device))
@@ -42,8 +52,14 @@ def try_model(run, model: torch.nn.Module) -> float:
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if run.actions.debug or out_of_memory(error):
+        if run.actions.debug or out_of_memory(error) or device_failed(error):
             raise
+        if re.search("not have a deterministic implementation", str(error)):
+            raise UserError(
+                f"--model {run.config.model} --deterministic: {str(error).split()[0]} adds in an "
+                f"order that changes ({', '.join(refused[:5]) or 'in its forward'}); AdaptivePool "
+                "of models/pooling.py does not, or train without --deterministic"
+            ) from None
         shape = tuple(batch["images"].shape)
         raise UserError(
             f"--model {run.config.model}: fails on {size} images {shape} at --image-size "

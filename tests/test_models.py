@@ -241,7 +241,9 @@ def test_googlenet_trains_without_a_backward_that_deterministic_refuses():
         assert backward_of(model, torch.empty(2, 3, 96, 96)) == set()
 
 
-@pytest.mark.parametrize("name", ["googlenet", "alexnet", pytest.param("vgg11", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["googlenet", "alexnet", pytest.param("vgg11", marks=pytest.mark.slow)]
+)
 def test_what_replaces_torchvisions_pooling_gives_its_bits_on_a_cpu(name):
     from torchvision.models import get_model
 
