@@ -1,5 +1,6 @@
 """What a GPU machine decides, refuses and tells; torch.cuda is played, so no GPU is needed."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,9 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launches import CLEAN, REPOSITORY, SMALL, train
+from torch import nn
+from torch.nn import functional
 
 import panels
+import predict
 from config import Settings, parse
+from data.loaders import Resident
 from distributed import accelerator, watch
 from distributed.accelerator import (
     choose_precision,
@@ -24,6 +29,7 @@ from distributed.accelerator import (
 )
 from distributed.watch import Watch, device_failed, out_of_memory
 from errors import UserError
+from trial import try_model
 
 CLASSIFIER = ["--model", "resnet18", "--dataset", "digits"]
 LINE = ["--model", "linear_regression", "--dataset", "line"]
@@ -187,6 +193,77 @@ def test_a_gpus_fault_is_not_the_models(text):
 )
 def test_memory_that_is_gone_has_many_names(text):
     assert out_of_memory(RuntimeError(f"error: {text} bytes"))
+
+
+class Played(nn.Module):
+    """A learner's model that remembers how many images it was given, or fails as it is told."""
+
+    def __init__(self, error: str = ""):
+        super().__init__()
+        self.pool, self.head, self.error = nn.AdaptiveAvgPool2d(2), nn.Linear(12, 10), error
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(len(images))
+        if self.error:
+            raise RuntimeError(self.error)
+        return self.head(self.pool(images).flatten(1))
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def trial_of(model, device: str, debug: bool = False) -> list[str]:
+    """Try a model as on such a device (its tensors lie on the CPU all the same); the warnings."""
+    warnings = []
+    data = Resident(torch.rand(100, 3, 8, 8), torch.zeros(100, dtype=torch.long))
+    run = SimpleNamespace(
+        train_loader=SimpleNamespace(dataset=data),
+        plan=SimpleNamespace(micro_batch_size=40),
+        accelerator=SimpleNamespace(device=torch.device(device), autocast=contextlib.nullcontext),
+        actions=SimpleNamespace(debug=debug),
+        augment=SimpleNamespace(train=lambda images, *_: images),
+        inputs=lambda images: images,
+        source=SimpleNamespace(classes=range(10), task="classification", name="x"),
+        task=SimpleNamespace(loss=functional.cross_entropy),
+        config=SimpleNamespace(model="net.py:Net", image_size=8),
+        report=SimpleNamespace(warn=warnings.append),
+    )
+    try_model(run, model)
+    return warnings
+
+
+def test_a_gpus_time_is_taken_from_a_whole_micro_batch_and_a_cpus_from_few_images():
+    for device, images in (("cuda", 40), ("cpu", 16)):
+        model = Played()
+        assert trial_of(model, device) == [] and set(model.seen) == {images}
+
+
+def test_the_layer_that_deterministic_refuses_is_named_and_debug_warns_of_it():
+    refused = "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"
+    with pytest.raises(UserError, match=r"--deterministic: adaptive.*pool \(AdaptiveAvgPool2d\)"):
+        trial_of(Played(refused), "cuda")
+    assert "pool (AdaptiveAvgPool2d)" in trial_of(Played(), "cpu", debug=True)[0]
+
+
+def test_a_prediction_goes_on_on_the_cpu_where_the_gpu_refuses(monkeypatch, capsys):
+    def refuse(self, device):
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 MiB\nmore")
+        return self
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nn.Module, "to", refuse)
+    model = Played()
+    assert predict.on_gpu(model) is model
+    told = capsys.readouterr().err
+    assert (
+        told == "on the CPU, because the GPU refuses: CUDA out of memory. Tried to allocate 2 MiB\n"
+    )
+    there = nn.Linear(1, 1, device="meta")
+    assert predict.gpu_refuses(there, RuntimeError("CUDA error: busy"))
+    assert not predict.gpu_refuses(there, RuntimeError("a picture without pixels"))
+    assert not predict.gpu_refuses(model, RuntimeError("CUDA error: busy"))
 
 
 FAULTY = """
