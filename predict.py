@@ -150,6 +150,30 @@ def predict(model, told: dict, path: Path, top: int) -> list[tuple[str, float]]:
     return [(told["classes"][index], value) for index, value in pairs]
 
 
+def on_gpu(model):
+    """The model on the GPU, where there is one with room for it."""
+    import torch
+
+    try:
+        return model.to("cuda") if torch.cuda.is_available() else model
+    except RuntimeError as error:  # full, or another process has it for itself alone
+        return back_on_cpu(model, error)
+
+
+def gpu_refuses(model, error: RuntimeError) -> bool:
+    """Whether it is the GPU that fails, not the picture."""
+    from distributed.watch import device_failed, out_of_memory
+
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return not on_cpu and (device_failed(error) or out_of_memory(error))
+
+
+def back_on_cpu(model, error: RuntimeError):
+    """A picture takes a CPU a fraction of a second: go on there, and say so."""
+    print(f"on the CPU, because the GPU refuses: {str(error).splitlines()[0]}", file=sys.stderr)
+    return model.to("cpu")
+
+
 def main(argv: list[str]) -> int:
     try:
         arguments = parse(argv)
@@ -164,11 +188,17 @@ def main(argv: list[str]) -> int:
 
     from common.text import printable
 
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    results, status = {}, FINISHED
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's answer is a CPU's, to float32's rounding
+    results, status, model = {}, FINISHED, on_gpu(model)
     for path in pictures(arguments.paths):
         try:
-            results[str(path)] = predict(model, told, path, arguments.top)
+            try:
+                results[str(path)] = predict(model, told, path, arguments.top)
+            except RuntimeError as error:
+                if not gpu_refuses(model, error):
+                    raise
+                model = back_on_cpu(model, error)
+                results[str(path)] = predict(model, told, path, arguments.top)
         except Exception as error:  # Pillow raises many kinds on damaged files
             why = error.strerror if isinstance(error, OSError) and error.strerror else error
             print(f"{printable(path)}: {printable(why)}", file=sys.stderr)

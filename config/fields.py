@@ -112,7 +112,7 @@ class TrainConfig:
     )
 
     mixed_precision: str = setting(
-        "auto", "auto is bf16 where the GPU has it", group="machine",
+        "auto", "auto is bf16 to classify where the GPU has it", group="machine",
         choices=("auto", "no", "bf16", "fp16"),
     )  # fmt: skip
     compile: bool = setting(False, "compile the model", group="machine")

@@ -2,10 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
+import re
 import socket
 import sys
+import threading
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -15,14 +18,11 @@ import numpy
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-)
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from config import Settings, tell
 from errors import UserError
+from models import lookup
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -77,32 +77,40 @@ def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, boo
     refuse_lonely_tasks()
     config = settings.config
     decided: dict[str, object] = {}
+    if settings.actions.debug:  # a fault shows at the line that launched it; read when CUDA starts
+        os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it here
         torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
+    cuda = torch.cuda.is_available() and not cpu_asked()
+    if cuda and not config.deterministic:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and here > (seen := torch.cuda.device_count()):
+    if cuda and here > (seen := torch.cuda.device_count()):
         raise UserError(
             f"{here} processes on this node, but torch sees {seen} GPUs: start one process per GPU "
-            "(--nproc of torchrun.sh, --gpus of submit.py); look at CUDA_VISIBLE_DEVICES"
+            "(--nproc of torchrun.sh, --gpus of submit.py); look at CUDA_VISIBLE_DEVICES; "
+            "ACCELERATE_USE_CPU=1 trains on the CPU"
         )
-    cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    if cuda:
+        refuse_unknown_gpu(int(os.environ.get("LOCAL_RANK", "0")))
+    cpu = not cuda and (cpu_asked() or not torch.backends.mps.is_available())
     gpus = os.environ.get("SLURM_GPUS_ON_NODE") or "0"
-    if cpu and int(gpus) > 0:
+    if cpu and not cpu_asked() and int(gpus) > 0:
         raise UserError(
             f"SLURM gave this node {gpus} GPUs but torch sees none, and would train on the CPU; "
-            "python launch/preflight.py tells why"
+            "python launch/preflight.py tells why; ACCELERATE_USE_CPU=1 means the CPU"
         )
     if settings.actions.debug and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--debug is one process: start it as python train.py --debug")
 
     if config.threads == 0:
         decided["threads"] = 1 if config.bitwise else cpu_share()
-    precision, origin = choose_precision(config.mixed_precision, cpu)
+    classifies = lookup(config.model).task == "classification"
+    precision, origin = choose_precision(config.mixed_precision, cpu, classifies)
     if config.mixed_precision == "auto":
         decided["mixed_precision"] = precision
     backend = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower()
@@ -117,10 +125,70 @@ def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, boo
     return decided, origin, cpu
 
 
-def choose_precision(wanted: str, cpu: bool) -> tuple[str, str]:
+def cpu_asked() -> bool:
+    """Whether the launcher asks for the CPU: `accelerate launch --cpu`, use_cpu: true."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "")
+    return asked.lower() in ("1", "true", "yes", "y", "t", "on")
+
+
+def refuse_unknown_gpu(index: int) -> None:
+    """A GPU for which this build of torch has no kernels fails at its first operation."""
+    known = torch.cuda.get_arch_list()  # sm_90: for 9.0 and later 9.x; compute_90: any from 9.0 on
+    builds = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in known]
+    if not known or None in builds:  # ROCm has names of another kind
+        return
+    major, minor = torch.cuda.get_device_capability(index)
+    for kind, of_major, of_minor in (build.groups() for build in builds):
+        exact, oldest = int(of_major) == major, (int(of_major), int(of_minor))
+        if oldest <= (major, minor) and (exact or kind == "compute"):
+            return
+    raise UserError(
+        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, for which "
+        f"this torch ({torch.__version__}: {', '.join(known)}) has no kernels; install a torch "
+        "that has (pytorch.org/get-started, an index of another CUDA), or type "
+        "ACCELERATE_USE_CPU=1 before the command to train on the CPU"
+    )
+
+
+def unseen_gpu() -> str:
+    """What to do where this machine has an NVIDIA GPU that torch cannot use; '' if all is well."""
+    if torch.cuda.is_available() or cpu_asked() or not nvidia_files():
+        return ""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
+        return ""  # hidden on purpose
+    if torch.version.cuda is None:
+        why = f"this torch ({torch.__version__}) is a build without CUDA; install one with it"
+    else:
+        why = (
+            f"this torch is made for CUDA {torch.version.cuda}, and the driver"
+            f"{f' ({found})' if (found := driver_version()) else ''} is too old for it or does not "
+            "answer (nvidia-smi tells): install a newer driver, or a torch for an older CUDA"
+        )
+    return (
+        f"this machine has an NVIDIA GPU, but torch cannot use it: {why} (pytorch.org/get-started "
+        "names the command). ACCELERATE_USE_CPU=1 before the command means the CPU, unasked"
+    )
+
+
+def nvidia_files() -> bool:
+    """Whether the NVIDIA driver shows a device."""
+    return any(Path(name).exists() for name in ("/dev/nvidia0", "/proc/driver/nvidia/version"))
+
+
+def driver_version() -> str:
+    """Of the NVIDIA driver, as Linux tells it; '' elsewhere."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        if found := re.search(r"\d+\.\d+(\.\d+)?", text):
+            return found[0]
+    return ""
+
+
+def choose_precision(wanted: str, cpu: bool, classifies: bool = True) -> tuple[str, str]:
     """(precision, origin): an explicit flag, the launcher's fp16/bf16, or what the GPU has.
 
     `accelerate launch` always exports "no" as its own default, which therefore does not count.
+    A regression's numbers are wanted to more digits than bf16 has.
     """
     origin = "machine"
     if wanted == "auto":
@@ -128,9 +196,8 @@ def choose_precision(wanted: str, cpu: bool) -> tuple[str, str]:
         if launcher in ("fp16", "bf16"):
             wanted, origin = launcher, "accelerate launch"
         else:
-            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-                including_emulation=False
-            )
+            bf16 = classifies and not cpu and torch.cuda.is_available()
+            bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
             wanted = "bf16" if bf16 else "no"
     if wanted == "fp16" and cpu:
         raise UserError("--mixed-precision fp16 needs a GPU; on a CPU use bf16 or no")
@@ -154,6 +221,13 @@ def cpu_has_bf16() -> bool:
     """Whether this CPU has instructions for products of bf16 numbers."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether this device computes in bf16 only by way of float32, which is slow."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and not cpu_has_bf16()
 
 
 def keep_freed_memory() -> None:
@@ -213,11 +287,22 @@ def refuse_shared_gpu(accelerator: Accelerator) -> None:
             )
 
 
+@functools.cache
+def control_group() -> dist.ProcessGroup:
+    """The one group for everything but gradients, sums and buffers: votes, values, decisions.
+
+    Gloo's, with the limit of every wait: NCCL hangs or dies where a process is at a wrong place.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_limit()))
+
+
 def broadcast(accelerator: Accelerator, value):
     """The main process's value, on every process."""
     if accelerator.num_processes == 1:
         return value
-    return broadcast_object_list([value])[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=control_group())
+    return values[0]
 
 
 def main_decides(accelerator: Accelerator, decide):
@@ -235,13 +320,29 @@ def main_decides(accelerator: Accelerator, decide):
 
 
 def everyones(accelerator: Accelerator, mine) -> list:
-    """This value of every process, by rank; not over NCCL, which hangs or dies of wrong places."""
+    """This value of every process, by rank."""
     if accelerator.num_processes == 1:
         return [mine]
     values = [None] * accelerator.num_processes
-    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    dist.all_gather_object(values, mine, group=group)
+    dist.all_gather_object(values, mine, group=control_group())
     return values
+
+
+def all_or_none(accelerator: Accelerator, work):
+    """What work() returns here; a UserError of any process is raised on all, naming that process.
+
+    What the main process meets too is nobody's own trouble: told without a name.
+    """
+    result = problem = None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    everyone = everyones(accelerator, (socket.gethostname(), problem))
+    for rank, (host, found) in enumerate(everyone):
+        if found is not None:
+            raise UserError(f"rank {rank} on {host}: {found}" if rank else found)
+    return result
 
 
 REMEDIES = {
@@ -321,8 +422,44 @@ def describe(accelerator: Accelerator) -> str:
     return name if count == 1 else f"{count} x {name}"
 
 
+def describe_gpu(device: torch.device) -> dict[str, dict]:
+    """What decides numbers and speed on this GPU beside the versions of packages; {} on a CPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    nccl = torch.cuda.nccl.version() if dist.is_nccl_available() else ()
+    facts = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, nccl)),
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    return {"gpu": facts}
+
+
 def end(accelerator: Accelerator) -> None:
     """Leave the process group, so that no process dies in another's last collective."""
     if accelerator.num_processes > 1 and dist.is_initialized():
         accelerator.wait_for_everyone()
-        dist.destroy_process_group()
+    leave()
+
+
+def leave(seconds: float = 10.0) -> bool:
+    """Leave the process group without waiting for anyone; whether that was done in time.
+
+    On a thread: NCCL may wait for the others of its node, who may not come.
+    """
+    if not dist.is_initialized():
+        return True
+    control_group.cache_clear()
+    thread = threading.Thread(target=dist.destroy_process_group, name="leave", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()

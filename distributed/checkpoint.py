@@ -255,10 +255,13 @@ class Writer:
             self.error = explain_failure(error, self.folder, files)
             self.on_done(self.error)
 
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the save under way is done, or for so long."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+            if not thread.is_alive():
+                self._thread = None
 
 
 def explain_failure(error: Exception, folder: Path, files: dict) -> str:

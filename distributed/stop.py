@@ -1,7 +1,7 @@
 """Stop requests: signals, the STOP file, the time limit -> all processes leave at the same step.
 
 A signal handler only sets a flag. Each call of `poll` is one beat that all processes share; every
-K beats (about a second) an asynchronous vote on a gloo group of its own starts, and all processes
+K beats (about a second) an asynchronous vote on the control group (gloo) starts, and all processes
 act on it at the beat where the next vote starts, so nobody waits and everybody stops together.
 """
 
@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -69,11 +68,9 @@ class StopVote:
                 signal.signal(number, handler)
         self._handlers.clear()
 
-    def connect(self, num_processes: int, is_main: bool, limit: float) -> None:
-        """Vote with the other processes from now on."""
-        self.is_main = is_main
-        if num_processes > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit))
+    def connect(self, group: dist.ProcessGroup | None, is_main: bool) -> None:
+        """Vote in this group (None: alone) from now on."""
+        self.group, self.is_main = group, is_main
 
     def _on_signal(self, number, frame) -> None:
         # SLURM and an agent may both send TERM in the same millisecond: a second signal is no
@@ -177,3 +174,9 @@ class StopVote:
 def launched() -> bool:
     """Whether a launcher stands above this process, whose death must not leave us behind."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def restarts_left() -> bool:
+    """Whether an elastic agent stands above us that would restart a process with status 75."""
+    most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < most

@@ -3,6 +3,7 @@
 Every process writes `crash/heartbeat-<rank>.json` every second from a thread of its own. Who
 stands still for longer than the limit (LOCKSTEP_STALL, 300 s) dumps its stacks, and the process
 that is least far, or whose heartbeat stopped, is named: not the innocent one that waits for it.
+Who stands still for ten seconds while another process is dead ends too: NCCL would wait on.
 """
 
 import contextlib
@@ -17,8 +18,11 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 PHASES = ("start", "data", "step", "evaluate", "save", "end")
 BEAT_SECONDS = 1.0
+PEER_SECONDS = 10.0  # of standing still, after which one looks whether a peer is dead
 
 
 class Watch:
@@ -31,6 +35,10 @@ class Watch:
         self.limit = float(os.environ.get("LOCKSTEP_STALL", "300"))
         self.on_beat = lambda: None
         self.on_stall = lambda told: None
+        self.before_the_end = lambda: None
+        # Reading data and drawing pictures have no beats of their own: six times as long; the loop
+        # adds phases in which a compiler may sit.
+        self.patient = {"start", "end"}
         self._since = time.monotonic()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -46,6 +54,7 @@ class Watch:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (f"heartbeat-{self.rank}.json", f"rank-{self.rank}.txt"):
             (self.folder / name).unlink(missing_ok=True)
+        self._since = time.monotonic()  # what an earlier life left is gone before anyone looks
         self._beat()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -69,10 +78,13 @@ class Watch:
                 self._since += asleep
             self._beat()
             self.on_beat()
-            # Reading data and drawing pictures have no beats of their own: six times as long.
-            patience = 6 if self.phase in ("start", "end") else 1
-            if time.monotonic() - self._since > self.limit * patience:
+            still = time.monotonic() - self._since
+            if still > self.limit * (6 if self.phase in self.patient else 1):
                 self._stalled()
+            # The main process's end (tables, pictures) is its own: it waits for nobody there.
+            alone = self.num_processes == 1 or (self.rank == 0 and self.phase == "end")
+            if still > PEER_SECONDS and not alone and (dead := self.dead_peer()):
+                self._leave_after(dead)
 
     def _beat(self) -> None:
         place = {
@@ -92,37 +104,58 @@ class Watch:
 
     def _stalled(self) -> None:
         """Dump every thread's stack, name the culprit, and end: a hang must not last."""
-        with contextlib.suppress(OSError), (self.folder / f"rank-{self.rank}.txt").open("w") as f:
-            f.write(f"stood still for {self.limit:.0f} s in phase {self.phase}, step {self.step}\n")
-            faulthandler.dump_traceback(f, all_threads=True)
+        self._dump(f"stood still for {self.limit:.0f} s in phase {self.phase}, step {self.step}")
         time.sleep(3 * BEAT_SECONDS)  # let the others write theirs
-        told = self.blame() or f"rank {self.rank} stood still at step {self.step}"
+        self._end(self.blame() or f"rank {self.rank} stood still at step {self.step}")
+
+    def _leave_after(self, dead: str) -> None:
+        """The main thread waits for a process that will never come, and may not hear of it."""
+        told = f"rank {self.rank} ends too, because {dead}"
+        self._dump(told)
+        self._end(told)
+
+    def _dump(self, why: str) -> None:
+        with contextlib.suppress(OSError), (self.folder / f"rank-{self.rank}.txt").open("w") as f:
+            f.write(f"{why}\n")
+            f.flush()
+            faulthandler.dump_traceback(f, all_threads=True)
+
+    def _end(self, told: str) -> None:
+        self.before_the_end()
         self.on_stall(told)
         print(f"\n{told}\nstacks of all processes: {self.folder}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def blame(self) -> str:
-        """Which process is dead, frozen or behind, in one sentence; '' if none can be told."""
+    def _places(self) -> dict[int, dict]:
+        """Rank -> what its last heartbeat says."""
         places = {}
         for path in (self.folder or Path()).glob("heartbeat-*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 place = json.loads(path.read_text(encoding="utf-8"))
                 places[place["rank"]] = place
-        for rank in range(self.num_processes):
-            place = places.get(rank)
-            if rank == self.rank or place is None:
+        return places
+
+    def dead_peer(self) -> str:
+        """Another process that failed with a report, or is gone from this host; '' if none is."""
+        for rank, place in sorted(self._places().items()):
+            if rank == self.rank:
                 continue
-            where = (
-                f"rank {rank} on {place['host']} (pid {place['pid']}) {{}}, last seen at step "
-                f"{place['step']}, phase {place['phase']}"
-            )
-            report = self.folder / f"rank-{rank}.txt"
-            if report.exists() and "Traceback" in report.read_text(errors="replace"):
-                return report.read_text(errors="replace").splitlines()[0]
+            with contextlib.suppress(OSError):
+                report = (self.folder / f"rank-{rank}.txt").read_text(errors="replace")
+                if "Traceback" in report:
+                    return report.splitlines()[0]
             if place["host"] == socket.gethostname() and not alive(place["pid"]):
-                return where.format("died without a word (killed, or out of memory)")
-            if time.time() - place["time"] > 5 * BEAT_SECONDS:
-                return where.format("is frozen (no heartbeat)")
+                return last_seen(place, "died without a word (killed, or out of memory)")
+        return ""
+
+    def blame(self) -> str:
+        """Which process is dead, frozen or behind, in one sentence; '' if none can be told."""
+        if dead := self.dead_peer():
+            return dead
+        places = self._places()
+        for rank, place in sorted(places.items()):
+            if rank != self.rank and time.time() - place["time"] > 5 * BEAT_SECONDS:
+                return last_seen(place, "is frozen (no heartbeat)")
         if self.num_processes > 1 and len(places) == self.num_processes:
             last = min(places.values(), key=lambda p: (p["step"], PHASES.index(p["phase"])))
             others = [p for p in places.values() if p is not last]
@@ -133,15 +166,20 @@ class Watch:
                 )
         return ""
 
-    def leave(self, error: BaseException) -> None:
-        """A mistake: where the main process leaves too, nobody crashed; else the report stays."""
+    def leave(self, error: BaseException) -> str:
+        """A mistake: where the main process leaves too, nobody crashed; else the report stays.
+
+        Returns what to tell, because nobody else will; '' where the main process does.
+        """
         if self.folder is None:
-            return
+            return ""
         for _ in range(30):
             if not (self.folder / "heartbeat-0.json").exists():
-                return self.stop()
+                self.stop()
+                return ""
             time.sleep(0.1)
         self.report(error)
+        return f"rank {self.rank} on {socket.gethostname()}: {error}"
 
     def report(self, error: BaseException) -> str:
         """Write this process's crash report; the sentence to print last."""
@@ -165,10 +203,42 @@ class Watch:
         return own
 
 
+def failed_at_start(error: BaseException) -> str:
+    """The last words of a process that failed before it had a watch."""
+    who = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+    return f"{who} failed at its start: {type(error).__name__}: {error}"
+
+
+def tell_agent(error: BaseException) -> None:
+    """Leave the error where torchrun looks for it, so that its report names the right process."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+
+
+def last_seen(place: dict, what: str) -> str:
+    """Which process, what became of it, and where it was."""
+    return (
+        f"rank {place['rank']} on {place['host']} (pid {place['pid']}) {what}, last seen at step "
+        f"{place['step']}, phase {place['phase']}"
+    )
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Of a device or of the host: torch says it in several ways."""
-    words = ("out of memory", "allocate memory", "not enough memory")
+    words = ("out of memory", "allocate memory", "not enough memory", "failed to cuda calloc")
+    words += ("cudnn_status_alloc_failed", "cublas_status_alloc_failed")
     return isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether a GPU or its libraries failed, whatever a model did: none of its author's business.
+
+    "cuda:0" in small letters stands in messages about tensors on two devices.
+    """
+    words = ("CUDA", "CUDNN", "cuDNN", "CUBLAS", "NCCL")
+    return isinstance(error, torch.AcceleratorError) or any(w in str(error) for w in words)
 
 
 def peer_failed(error: BaseException) -> bool:

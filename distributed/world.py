@@ -1,7 +1,6 @@
 """The processes of a run: the accelerator, what they agree on, and how they leave together."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -38,7 +37,8 @@ class World:
             self.is_main: bool = self.accelerator.is_main_process
             self.num_processes: int = self.accelerator.num_processes
             self.process_index: int = self.accelerator.process_index
-            self.stop.connect(self.num_processes, self.is_main, machine.wait_limit())
+            group = machine.control_group() if self.num_processes > 1 else None
+            self.stop.connect(group, self.is_main)
         except BaseException:
             self.stop.uninstall()
             raise
@@ -48,6 +48,7 @@ class World:
         self._contexts = contextlib.ExitStack()
         self._failure: tuple[BaseException, str] | None = None
         self.left_behind = False  # something hangs that the interpreter's end would wait for
+        self.own_words = ""  # of a mistake that this process met alone
 
     def __enter__(self) -> Self:
         return self
@@ -63,13 +64,15 @@ class World:
                 self._leave(error)
             self.stop.uninstall()
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(self, error: UserError | None) -> None:
+        """All processes are here, or will be: where they raise, they raise alike."""
         if error is None:
             machine.end(self.accelerator)
         if error is None or self.is_main:
             self.watch.stop()
         else:
-            self.watch.leave(error)
+            self.own_words = self.watch.leave(error)
+        self.left_behind = not machine.leave() or self.left_behind
 
     def enter(self, context: contextlib.AbstractContextManager[T]) -> T:
         """Enter a context that ends with this one, before it and before those entered earlier."""
@@ -96,6 +99,10 @@ class World:
         """This value of every process, by rank."""
         return machine.everyones(self.accelerator, mine)
 
+    def all_or_none(self, work: Callable[[], T]) -> T:
+        """What work() returns here; a UserError of any process is raised on all, naming it."""
+        return machine.all_or_none(self.accelerator, work)
+
     def refuse_disagreement(self, facts: dict[str, str]) -> None:
         """All processes must hold the same facts; the odd ones are named in a UserError."""
         machine.refuse_disagreement(self.accelerator, facts)
@@ -103,6 +110,14 @@ class World:
     def describe(self) -> str:
         """`2 x NVIDIA A100`, `CPU (2 threads)`: the devices in words."""
         return machine.describe(self.accelerator)
+
+    def describe_gpu(self) -> dict[str, dict]:
+        """Driver, versions, capability and switches of the GPU; nothing on a CPU."""
+        return machine.describe_gpu(self.device)
+
+    def unseen_gpu(self) -> str:
+        """What to do where this machine has a GPU that torch cannot use; "" if all is well."""
+        return machine.unseen_gpu()
 
     # --- while it runs --------------------------------------------------------------------------
 
@@ -126,9 +141,3 @@ class World:
         """One vote beat, in training and in evaluation; whether to leave."""
         self.watch.at(self.watch.phase, step)
         return bool(self.stop.poll())
-
-
-def restarts_left() -> bool:
-    """Whether an elastic agent stands above us that would restart a process with status 75."""
-    most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < most

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from config import Settings
+from distributed.accelerator import leave
 from distributed.checkpoint import Progress
-from distributed.stop import SAVE_FAILED
-from distributed.world import World, restarts_left
+from distributed.stop import SAVE_FAILED, restarts_left
+from distributed.watch import failed_at_start, tell_agent
+from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
 from report import page, panels
 from report.logbook import Logbook
@@ -33,6 +35,7 @@ def finish(
     code = STOPPED if world.stop.reason else FINISHED
     if failed:
         world.stop.reason, code = SAVE_FAILED, FAILED
+    world.phase("end", progress.step)  # the save had a phase of its own
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason)
@@ -82,30 +85,26 @@ def run_to_exit(
         world = World(settings)
         with world:
             status = main(world, observer or observer_asked_for())
-        if world.left_behind:  # the interpreter's end would wait for what hangs
-            sys.stdout.flush()
-            os._exit(status)
-        return status
     except UserError as error:
-        if world.is_main if world is not None else os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr, flush=True)
-        return USER_ERROR
+        status, words = USER_ERROR, str(error)
+        if world is not None and not world.is_main:
+            words = world.own_words
+        elif world is None and os.environ.get("RANK", "0") != "0":
+            words = ""
+        if words:
+            print(words, file=sys.stderr, flush=True)
     except Exception as error:
         if settings.actions.debug:
             show_tracebacks()
             raise
-        words = world.failure(error) if world is not None else f"{type(error).__name__}: {error}"
+        words = world.failure(error) if world is not None else failed_at_start(error)
         tell_agent(error)
         if not isinstance(error, NumbersGoneBad) or world.is_main:
             print(f"\n{words}", file=sys.stderr, flush=True)
         # Not through the interpreter's end: a process group whose peer is gone would wait there.
         sys.stdout.flush()
         os._exit(FAILED)
-
-
-def tell_agent(error: BaseException) -> None:
-    """Leave the error where torchrun looks for it, so that its report names the right process."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
+    if world.left_behind if world is not None else not leave():
+        sys.stdout.flush()
+        os._exit(status)  # the interpreter's end would wait for what hangs
+    return status

@@ -35,6 +35,8 @@ class Logbook:
     def __init__(self, plan: Plan, world: World) -> None:
         self.plan, self.world = plan, world
         self.screen = Report(enabled=world.is_main)
+        if text := world.unseen_gpu():
+            self.screen.shout("training on the CPU", text)
         for title, text in plan.shouts:
             self.screen.shout(title, text)
         for text in plan.warnings:
@@ -118,7 +120,8 @@ class Logbook:
         if self.life == 0 or not (folder.folder / "config.json").exists():
             gpus = self.world.device.type == "cuda"
             command = launch_command(list(settings.argv), self.world.num_processes, gpus)
-            about = describe_environment({"devices": self.world.describe(), **facts})
+            machine = {"devices": self.world.describe(), **self.world.describe_gpu()}
+            about = describe_environment({**machine, **facts})
             folder.write_birth(to_json(settings), command, about)
             folder.write_source(data.source)
         else:
@@ -165,6 +168,7 @@ class Logbook:
         self.clock.step()
         if self.plan.config.compile and self.clock.steps == 2:
             self.screen.show(f"compiling took {duration(self.clock.leave_out_compiling())}")
+            self.world.watch.patient -= {"data", "step"}
         self.screen.advance((progress.step - 1) % schedule.steps_per_epoch + 1)
 
     def row(self, train_loss: float, data: Data, schedule: Schedule, progress: Progress) -> None:
@@ -193,6 +197,7 @@ class Logbook:
         schedule: Schedule, progress: Progress,
     ) -> bool:  # fmt: skip
         """Record an evaluation in rows and progress; whether it is the best so far."""
+        self.world.watch.patient.discard("evaluate")
         progress.evaluated = progress.step
         progress.last = results["test"]
         epoch = progress.step / schedule.steps_per_epoch

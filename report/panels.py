@@ -10,7 +10,7 @@ from torch import nn
 from common.disk import write_json, write_text
 from common.text import duration, percent
 from config import TrainConfig, recipe_of
-from distributed.accelerator import cpu_has_bf16
+from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
@@ -48,10 +48,14 @@ def show_start(
     per_test = started.trial.seconds_per_image * len(data.test) / 3 / batch.num_processes
     evaluations = math.ceil(left / per_epoch / config.eval_every)
     expected = left * per_step + evaluations * per_test
+    amount = f"{config.dataset}: {len(data.train):,} training, {len(data.test):,} test images"
+    if world.device.type == "cuda":
+        there = data.train.images.device.type == "cuda"
+        amount += f", in {'GPU' if there else 'host'} memory"
     rows = [
         ("model", f"{config.model}, {total:,} parameters{held}"),
         ("weights", weights_shown(plan, started) or "from scratch"),
-        ("data", f"{config.dataset}: {len(data.train):,} training, {len(data.test):,} test images"),
+        ("data", amount),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
         ("steps", f"{schedule.last_step} ({per_epoch} an epoch, {config.epochs} epochs)"),
@@ -76,7 +80,7 @@ def show_start(
     if plan.actions.debug:
         screen.show(table_of_layers(config.model, config.image_size, max(1, len(data.classes))))
     screen.start_panel("lockstep", rows, changed)
-    for note in filter(None, (batch.note, *_notes(plan, data, started))):
+    for note in filter(None, (batch.note, *_notes(plan, data, started, world))):
         screen.warn(note)
     if expected > 1800 and world.device.type == "cpu":
         screen.show(
@@ -95,12 +99,24 @@ def weights_shown(plan: Plan, started: Started) -> str:
     return started.weights
 
 
-def _notes(plan: Plan, data: Data, started: Started) -> list[str]:
+def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
     config, notes = plan.config, []
     if unused := started.trial.unused:
         notes.append(
             f"{', '.join(unused[:5])} of {config.model} never get a gradient and stay as they are: "
             "does forward use them?"
+        )
+    if plan.actions.debug and (refused := started.trial.nondeterministic):
+        notes.append(
+            f"{', '.join(refused[:5])} of {config.model}: no deterministic backward on a GPU, "
+            "where --deterministic will refuse the model; models/pooling.py has an AdaptivePool"
+        )
+    saved = plan.settings.origin("mixed_precision") == "saved run"
+    decided = saved and "mixed_precision" not in plan.settings.typed  # by its birth's machine
+    if config.mixed_precision == "bf16" and decided and lacks_bf16(world.device):
+        notes.append(
+            "this run began in bf16, which its first device had and this one emulates slowly; "
+            "--mixed-precision no --allow-change mixed_precision goes on in float32"
         )
     if config.num_workers:
         notes.append(

@@ -48,6 +48,7 @@ class Checkpoints:
         self.folder, config = plan.folder, plan.config
         self.writer = None
         if self.folder is not None and world.is_main:
+            world.watch.before_the_end = self._finish_writing
             self.writer = Writer(
                 self.folder / "checkpoints", config.keep, lambda _: on_saved(self._problem())
             )
@@ -154,6 +155,10 @@ class Checkpoints:
     def _wait(self) -> str:
         self.writer.wait()
         return self.writer.error
+
+    def _finish_writing(self) -> None:
+        """From the watch's thread, before it ends a process that hangs: a whole save is no loss."""
+        self.writer.wait(60)
 
     def _problem(self) -> str:
         return self.writer.error if self.writer is not None else ""

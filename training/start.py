@@ -1,6 +1,7 @@
 """From a plan to what the loop needs: the data set, a model with its starting weights, facts."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,27 +56,24 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     task = build_task(data.source.task, num_classes, config.label_smoothing, model)
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
     model = model.to(world.device, memory_format=layout)
-    trial = try_model(model, task, data, config, world, plan.actions.debug)
+    trial = world.all_or_none(
+        lambda: try_model(model, task, data, config, world, plan.actions.debug)
+    )
     if plan.actions.debug:
         torch.autograd.set_detect_anomaly(True)
     if config.compile:
         model.compile(dynamic=False)
+        world.watch.patient |= {"data", "step", "evaluate"}
     return Started(model, task, weights, trial)
 
 
 def _load_weights(model: nn.Module, name: str, weights: str, num_classes: int, world: World) -> str:
     """One process of each node first, which may have to download them, then the others."""
-    message, problem = "", None
-    for mine in (True, False):
-        if world.accelerator.is_local_main_process == mine:
-            try:
-                message = load_weights(model, name, weights, num_classes)
-            except UserError as error:
-                problem = str(error)
-        world.accelerator.wait_for_everyone()
-    for rank, found in enumerate(world.everyones(problem)):
-        if found is not None:
-            raise UserError(f"rank {rank}: {found}" if rank else found, code="weights-unreadable")
+    message = ""
+    for turn in (True, False):
+        mine = world.accelerator.is_local_main_process == turn
+        work = partial(load_weights, model, name, weights, num_classes) if mine else str
+        message = world.all_or_none(work) or message
     return message
 
 

@@ -1,6 +1,7 @@
 """The trial step: a model is tried on a copy before anything is written."""
 
 import math
+import re
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,15 +10,16 @@ import torch
 from torch import nn
 
 from config import TrainConfig
-from distributed.watch import out_of_memory
+from distributed.watch import device_failed, out_of_memory
 from distributed.world import World
 from errors import UserError
 from models import lookup
+from models.pooling import without_deterministic_backward
 from tasks import Classification, Regression
 from training.data import Data
 from training.learner import inputs
 
-MOST_IMAGES = 16  # enough to see a mistake and to guess a step's time
+MOST_IMAGES = 16  # enough to see a mistake and, on a CPU, to guess a step's time
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Trial:
 
     seconds_per_image: float
     unused: tuple[str, ...] = ()
+    nondeterministic: tuple[str, ...] = ()  # layers that --deterministic refuses on a GPU
 
 
 def try_model(
@@ -38,7 +41,10 @@ def try_model(
     are frozen in `model`.
     """
     channels_last = lookup(config.model).channels_last
-    trial, size = deepcopy(model).train(), min(data.batch.micro_batch_size, MOST_IMAGES)
+    trial, size = deepcopy(model).train(), data.batch.micro_batch_size
+    if world.device.type != "cuda":  # a GPU takes as long for few images as for many
+        size = min(size, MOST_IMAGES)
+    refused = without_deterministic_backward(model)
     seconds_per_image = math.inf
     indices = torch.arange(size) % len(data.train)
     batch = data.train.__getitems__(indices.to(data.train.labels.device))
@@ -62,8 +68,15 @@ def try_model(
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if debug or out_of_memory(error):
+        if debug or out_of_memory(error) or device_failed(error):
             raise
+        if re.search("not have a deterministic implementation", str(error)):
+            raise UserError(
+                f"--model {config.model} --deterministic: {str(error).split()[0]} adds in an "
+                f"order that changes ({', '.join(refused[:5]) or 'in its forward'}); AdaptivePool "
+                "of models/pooling.py does not, or train without --deterministic",
+                code="not-deterministic",
+            ) from None
         shape = tuple(batch["images"].shape)
         raise UserError(
             f"--model {config.model}: fails on {size} images {shape} at --image-size "
@@ -79,7 +92,7 @@ def try_model(
     if unused:
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and name not in unused)
-    return Trial(seconds_per_image, tuple(unused))
+    return Trial(seconds_per_image, tuple(unused), tuple(refused))
 
 
 def refuse_other_shape(answer: object, size: int, data: Data, name: str) -> None:
