@@ -71,6 +71,7 @@ from trial import try_model
 
 DROPOUT, WEIGHTS = 101, 102  # streams of `mix`, beside those of data/keyed_random.py
 LIVES_WITHOUT_PROGRESS = 3
+SECONDS_PER_ROW = 0.5  # at least, on a GPU
 SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
 
 
@@ -201,7 +202,7 @@ class Run:
 
     def load_data(self) -> Source:
         """The data set, the batch plan, loaders, augmentation."""
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, device = self.config, self.accelerator, self.accelerator.device
         faults.hit("data")
         source = load_source(
             config.dataset, data_dir=config.data_dir, image_size=config.image_size,
@@ -217,19 +218,15 @@ class Run:
                 f"{source.task}; give it {fits}"
             )
         train, test = limited(source.train, config.limit), limited(source.test, config.limit)
-        device = accelerator.device
-        test_batch = evaluation_batch(len(test), config.image_size, device)
-        test_batch *= accelerator.num_processes
-        if self.actions.dry_run:
-            test = limited(test, 2 * test_batch)
+        batch = accelerator.num_processes * evaluation_batch(len(test), config.image_size, device)
+        test = limited(test, 2 * batch) if self.actions.dry_run else test
         self.validation_loader = None
         if config.val_fraction:
             keep, held_out = split_validation(len(train), config.val_fraction, config.seed)
             validation = ImageSet(train.images[held_out], train.labels[held_out])
             train = ImageSet(train.images[keep], train.labels[keep])
-            self.validation_loader = accelerator.prepare(
-                build_test_loader(validation, test_batch, device)
-            )
+            loader = build_test_loader(validation, batch, device)
+            self.validation_loader = accelerator.prepare(loader)
         self.plan = plan_batch(self.settings, accelerator.num_processes, len(train))
         self.source, self.num_train, self.num_test = source, len(train), len(test)
         decided = {"batch_size": self.plan.batch_size, "shards": str(self.plan.shards)}
@@ -238,7 +235,7 @@ class Run:
         self.train_loader, self.sampler = build_train_loader(
             train, self.plan.batch_size, config.seed, device
         )
-        self.test_loader = build_test_loader(test, test_batch, device)
+        self.test_loader = build_test_loader(test, batch, device)
         self.augment = Augment(
             config.augment, config.image_size, source.mean, source.std, config.seed,
             cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
@@ -252,6 +249,8 @@ class Run:
         if self.actions.dry_run:
             self.last_step = 1
         self.log_every = config.log_every or max(1, min(50, self.steps_per_epoch // 10))
+        if device.type == "cuda" and not config.log_every:  # for a row the host waits for the GPU
+            self.log_every, self.stop.row_every = self.total_steps, SECONDS_PER_ROW
         every = config.checkpoint_every
         self.save_steps = self.steps_per_epoch if every == "epoch" else 0
         self.save_steps = int(every) if every.isdigit() else self.save_steps
@@ -529,7 +528,7 @@ class Run:
         if self.config.compile and self.chrono.steps == 2:
             self.report.show(f"compiling took {duration(self.chrono.leave_out_compiling())}")
         at_end = progress.step % self.steps_per_epoch == 0 or progress.step == self.last_step
-        if progress.step % self.log_every == 0 or at_end:
+        if progress.step % self.log_every == 0 or at_end or self.stop.row_agreed:
             self._write_row()
         elif self.accelerator.device.type == "cpu":
             self._stop_if_numbers_are_bad()
@@ -547,16 +546,15 @@ class Run:
 
     def _write_row(self) -> None:
         sums = self._stop_if_numbers_are_bad(self.window())
-        images = self.plan.batch_size * self.progress.summed
-        self.sums.zero_()
-        self.progress.summed = 0
         row = {
             "step": self.progress.step,
             "epoch": (self.progress.step - 1) // self.steps_per_epoch + 1,
-            "train/loss": math.fsum(sums) / images,
+            "train/loss": math.fsum(sums) / (self.plan.batch_size * self.progress.summed),
             "lr": self.lr(self.progress.step - 1),
             "speed/images_per_second": self.chrono.speed(self.plan.batch_size),
         }  # fmt: skip
+        self.sums.zero_()
+        self.progress.summed = 0
         self.record(row)
         if self.is_main:
             left = self.chrono.left(self.last_step - self.progress.step)
