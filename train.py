@@ -45,7 +45,8 @@ def main(world: World, observer: Observer) -> int:
     model, optimizer, *loaders = world.accelerator.prepare(started.model, optimizer, *data.loaders)
     data = data.prepared(loaders)
     learner = Learner(model, optimizer, average, started.task, config, data.batch, world)
-    schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run)
+    by_time = world.stop.row_every is not None
+    schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run, by_time)
 
     facts = agreed_facts(plan.settings, data, learner.bare, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
@@ -93,7 +94,7 @@ def train_one_epoch(
         train_step(learner, data, batch, progress.step, schedule.place(progress.step)[0])
         progress.count_step()
         log.step(schedule, progress)
-        if schedule.logs(progress.step):
+        if schedule.logs(progress.step) or world.stop.row_agreed:
             with observer.phase("row"):
                 refuse_not_finite(learner, data, schedule, log.run_folder)
                 images = progress.take_summed() * data.batch.batch_size

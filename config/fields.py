@@ -137,7 +137,7 @@ class TrainConfig:
     keep: int = setting(3, "newest checkpoints kept, besides the best model", group="run", low=2)
     log_every: int = setting(
         0,
-        "steps between rows of metrics.jsonl; 0: ten an epoch, at most 50 steps",
+        "steps between rows of metrics.jsonl; 0: ten an epoch, at most 50 steps; on a GPU by time",
         group="run",
         low=0,
     )

@@ -37,12 +37,14 @@ class StopVote:
         self.deadline: float | None = None
         self.save_every: float | None = None  # seconds between checkpoints, on the main clock
         self.save_agreed = False  # set for all processes at the same beat; the loop clears it
+        self.row_every: float | None = None  # least seconds between rows that are due by time
+        self.row_agreed = False  # for one beat, the same on all processes
         self.stop_file: Path | None = None
         self.group = None
         self._handlers: dict[int, object] = {}
         self.is_main = True
         self._parent = os.getppid() if launched() else None
-        self._last_save = time.monotonic()
+        self._last_save = self._last_row = time.monotonic()
         self._first_interrupt = 0.0
         self._beats = 0
         self._next = 0
@@ -99,6 +101,14 @@ class StopVote:
     def _save_is_due(self) -> bool:
         return self.save_every is not None and time.monotonic() - self._last_save > self.save_every
 
+    def _row_is_due(self) -> bool:
+        return self.row_every is not None and time.monotonic() - self._last_row > self.row_every
+
+    def _agree_on_row(self, due: bool) -> None:
+        self.row_agreed = due
+        if due:
+            self._last_row = time.monotonic()
+
     def saved(self) -> None:
         """The loop has saved: the clock of the next checkpoint starts."""
         self.save_agreed, self._last_save = False, time.monotonic()
@@ -109,12 +119,14 @@ class StopVote:
         return self.reason
 
     def _poll(self) -> int:
+        self.row_agreed = False
         if self.group is None:
             now = time.monotonic()
             if now - self._last_vote > 0.2:  # the file and the clock need no look at each step
                 self._last_vote = now
                 self._look()
                 self.save_agreed = self.save_agreed or self._save_is_due()
+                self._agree_on_row(self._row_is_due())
             return self.code
         agreed = 0
         if self._beats == self._next:
@@ -126,6 +138,7 @@ class StopVote:
     def new_phase(self) -> None:
         """Beats get another length from here on, on every process: vote at the next one."""
         self._next, self._began_at, self._new_phase = self._beats, self._beats, True
+        self._last_row = time.monotonic()  # each phase ends with a row
 
     def ask_all(self) -> int:
         """A vote that waits for everyone: at the end of phases that have no beats."""
@@ -143,9 +156,10 @@ class StopVote:
         self._last_vote, self._began_at = now, self._beats
         # At most twice as many as were timed: the first beats on a GPU only fill its queue.
         wish = max(1, int(min(self.interval / max(per_beat, 1e-6), 2 * beats, 10_000)))
-        mine = [self._look(), 0, 0]
+        mine = [self._look(), 0, 0, 0]
         if self.is_main:
-            mine[1:] = wish, int(self._save_is_due() and not self.save_agreed)
+            save = self._save_is_due() and not self.save_agreed
+            mine[1:] = wish, int(save), int(self._row_is_due())
         ballot = torch.tensor(mine, dtype=torch.int64)
         work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         self._pending = (work, ballot)
@@ -159,10 +173,11 @@ class StopVote:
         work, ballot = self._pending
         self._pending = None
         work.wait()
-        code, wish, save = ballot.tolist()
+        code, wish, save, row = ballot.tolist()
         self._beats_per_vote = 1 if old_phase else wish
         self.code = max(self.code, code)
         self.save_agreed = self.save_agreed or bool(save)
+        self._agree_on_row(bool(row) and not old_phase)
         return code
 
     def why(self, code: int) -> str:

@@ -19,6 +19,8 @@ from errors import NumbersGoneBad, UserError
 
 T = TypeVar("T")
 
+SECONDS_PER_ROW = 0.5  # at least, on a GPU, which the host has to wait for
+
 
 class World:
     """One process among those of a run. A context: leaving it undoes what entering it changed.
@@ -42,6 +44,8 @@ class World:
         except BaseException:
             self.stop.uninstall()
             raise
+        by_time = self.device.type == "cuda" and not self.settings.config.log_every
+        self.stop.row_every = SECONDS_PER_ROW if by_time else None
         if self.settings.config.max_time:
             self.stop.deadline = self.began + seconds(self.settings.config.max_time)
         self.watch = Watch(self.process_index, self.num_processes)

@@ -171,9 +171,9 @@ def test_a_resized_crop_of_a_given_box_equals_torchvisions():
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     boxes = torch.tensor([[0, 0, 48, 48], [5, 9, 11, 30], [20, 1, 28, 17], [47, 47, 1, 1]])
     images = random_images(4, size=48).float()
-    flip = torch.tensor([False, True, False, True])
+    flip = torch.tensor([[False], [True], [False], [True]])
     for size in (24, 96):
-        ours = resized_crop(images, *boxes.T.float(), flip, size)
+        ours = resized_crop(images, boxes.float(), flip, size)
         for image, box, mirrored, out in zip(images, boxes, flip, ours, strict=True):
             expected = functional.resized_crop(image, *box.tolist(), [size, size])
             expected = expected.flip(2) if mirrored else expected
@@ -218,7 +218,8 @@ def test_boxes_that_never_fit_fall_back_to_the_largest_of_an_allowed_ratio():
 def test_cutout_blanks_a_square_of_its_side_that_only_the_border_may_clip():
     n, side = 500, 6
     drawn = uniforms(0, 0, torch.arange(n), 2)
-    blank = cut_out(torch.ones(n, 3, 16, 16), drawn[:, 0], drawn[:, 1], side) == 0
+    corner = (drawn * 16).floor() - side // 2
+    blank = cut_out(torch.ones(n, 3, 16, 16), corner, side) == 0
     assert torch.equal(blank.all(1), blank.any(1))  # the same in all channels
     rows, columns = blank[:, 0].any(2), blank[:, 0].any(1)
     assert torch.equal(blank[:, 0], rows[:, :, None] & columns[:, None, :])
@@ -227,8 +228,8 @@ def test_cutout_blanks_a_square_of_its_side_that_only_the_border_may_clip():
         assert (span.sum(1)[~at_border] == side).all()
         assert (span.sum(1) >= side // 2).all()
         assert 0 < at_border.sum() < n
-    center = torch.tensor([0.5])
-    assert (cut_out(torch.ones(1, 1, 16, 16), center, center, side) == 0).sum() == side**2
+    corner = torch.tensor([[5, 5]])
+    assert (cut_out(torch.ones(1, 1, 16, 16), corner, side) == 0).sum() == side**2
 
 
 def test_training_cuts_out_after_the_geometry_and_evaluation_does_not():

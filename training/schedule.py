@@ -59,10 +59,16 @@ class Schedule:
         return bool(self.save_every) and step % self.save_every == 0
 
 
-def build_schedule(config: TrainConfig, steps_per_epoch: int, dry_run: bool = False) -> Schedule:
-    """The schedule of a configuration for a training set of so many batches."""
+def build_schedule(
+    config: TrainConfig, steps_per_epoch: int, dry_run: bool = False, rows_by_time: bool = False
+) -> Schedule:
+    """The schedule of a configuration for a training set of so many batches.
+
+    With `rows_by_time` only the ends of epochs are rows that are due by steps.
+    """
     total = config.epochs * steps_per_epoch
     usual = max(1, min(MOST_STEPS_PER_ROW, steps_per_epoch // ROWS_PER_EPOCH))
+    usual = total if rows_by_time else usual
     every = config.checkpoint_every
     return Schedule(
         steps_per_epoch=steps_per_epoch,
