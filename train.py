@@ -29,7 +29,7 @@ from training.not_finite import refuse_not_finite
 from training.observer import Observer
 from training.plan import decide
 from training.schedule import Schedule, build_schedule
-from training.start import agreed_facts, start_model, weights_card
+from training.start import agreed_facts, settle, start_model, weights_card
 
 
 def main(world: World, observer: Observer) -> int:
@@ -53,6 +53,7 @@ def main(world: World, observer: Observer) -> int:
     progress = checkpoints.resume(learner, log.screen.warn)
     log.begin(plan, data, facts, progress)
     log.screen.note(cache_features(learner, data, plan, world))
+    settle(learner, data)
     world.stop.ask_all()  # a stop may have been asked for while we started
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     observer.started(learner, data, schedule, progress)

@@ -8,7 +8,7 @@ statistics are those after shard 0.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,23 @@ class Shards:
     def buffers(self) -> list[Tensor]:
         """Looked up each time: a module may put another tensor in a buffer's place."""
         return list(self.bare.buffers())
+
+    def settle_buckets(self, loss_of_a_shard: Callable[[], Tensor]) -> None:
+        """One backward for nothing, so that the first step of a life adds up like all others.
+
+        DDP's first backward has one bucket in the order of registration; from the second on there
+        are several, in the order in which gradients arrive. A ring of three and more processes adds
+        in an order that depends on a number's place in its bucket: without this, the first step
+        after a start had other bits than the same step of a run that was not interrupted.
+        """
+        if self.accelerator.num_processes == 1 or self.bitwise:  # bitwise: no sum of DDP's
+            return
+        before = [b.clone() for b in self.buffers]
+        loss_of_a_shard().backward()
+        for p in self.parameters:
+            p.grad = None
+        with torch.no_grad():
+            torch._foreach_copy_(self.buffers, before)
 
     def __call__(self, batch: dict, step: int) -> Iterator[dict]:
         """Yield the shards of this process: the loop runs forward and backward on each."""

@@ -9,7 +9,18 @@ import sys
 import time
 
 import pytest
-from launches import SMALL, begun, command, finish, newest, rows, start, train, wait_for
+from launches import (
+    SMALL,
+    begun,
+    command,
+    finish,
+    newest,
+    rows,
+    same_weights,
+    start,
+    train,
+    wait_for,
+)
 
 RUN = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--epochs", "3"]
 
@@ -37,18 +48,23 @@ def test_out_of_memory_says_what_to_try(nets):
     assert done.status == 1 and "--accumulate" in done.last_lines
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_number_gone_bad_stops_all_before_the_update_and_names_step_and_samples(nets, processes):
     name = f"nan-{processes}"
-    arguments = [*RUN, "--run-dir", name, "--checkpoint-every", "6"]
+    arguments = [*RUN, "--run-dir", name, "--checkpoint-every", "6", "--batch-size", "60"]
     done = train(arguments, nets, processes, LOCKSTEP_FAULT="nan@point=backward,step=6")
     assert done.status == 1
     assert "at step 6" in done.out and "--grad-clip 1" in done.out
     found = json.loads((nets / name / "crash" / "nonfinite.json").read_text())
-    assert found["step"] == 6 and len(found["indices"]) == 64
+    assert found["step"] == 6 and len(found["indices"]) == 60
     assert newest(nets / name).name == "step-000000006"
     done = train(arguments, nets, processes)
     assert done.status == 0 and "at step 6" in done.out, done.out
+    if processes > 1:  # and goes on as if nothing had been
+        done = train([*arguments, "--run-dir", f"{name}-whole"], nets, processes)
+        assert done.status == 0, done.out
+        assert rows(nets / name) == rows(nets / f"{name}-whole")
+        assert same_weights(nets / name, nets / f"{name}-whole") == []
 
 
 def test_skipping_leaves_the_weights_alone_counts_and_goes_on(nets):

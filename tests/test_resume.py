@@ -40,22 +40,23 @@ def test_a_run_killed_at_any_step_equals_the_undisturbed_one_bit_for_bit(nets, v
     assert theirs == ours[-len(theirs) :] and len(theirs) >= 5
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_two_processes_one_of_them_killed_continue_bit_for_bit_and_the_victim_is_named(
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_three_processes_one_of_them_killed_continue_bit_for_bit_and_the_victim_is_named(
     nets, victim
 ):
+    # Three: a + b is b + a, so two processes cannot see in which order gradients are added.
     arguments = ["--model", "full.py:Net", *COMMON, "--optimizer", "sgd", "--lr", "0.05"]
-    arguments += ["--log-every", "4"]  # the kill is in the middle of a row
-    whole, broken = "two-whole", f"two-broken-{victim}"
+    arguments += ["--batch-size", "60", "--log-every", "4"]  # the kill is in the middle of a row
+    whole, broken = "three-whole", f"three-broken-{victim}"
     if not (nets / whole).exists():
-        done = train([*arguments, "--run-dir", whole], nets, 2)
+        done = train([*arguments, "--run-dir", whole], nets, 3)
         assert done.status == 0, done.out
     done = train(
-        [*arguments, "--run-dir", broken], nets, 2, LOCKSTEP_FAULT=f"kill@step=17,rank={victim}"
+        [*arguments, "--run-dir", broken], nets, 3, LOCKSTEP_FAULT=f"kill@step=17,rank={victim}"
     )
     assert done.status != 0
     assert f"because rank {victim} on" in done.out and "died without a word" in done.out, done.out
-    done = train([*arguments, "--run-dir", broken], nets, 2)
+    done = train([*arguments, "--run-dir", broken], nets, 3)
     assert done.status == 0, done.out
     assert rows(nets / broken) == rows(nets / whole)
     assert same_weights(nets / whole, nets / broken) == []

@@ -89,8 +89,10 @@ class Checkpoints:
         )
         if len(progress.sums) != len(learner.sums):
             progress.summed = 0
-        elif self.world.is_main:  # they are those of all processes together
-            learner.sums.copy_(torch.tensor(progress.sums))
+        else:  # its own to each process, which adds to them in the order it would have had
+            first, plan = learner.shards.first, learner.shards.plan
+            mine = slice(first, first + plan.shards_per_process)
+            learner.sums[mine] = torch.tensor(progress.sums[mine], device=learner.device)
         return progress
 
     def _compare(self, facts: dict[str, str], warn: Callable[[str], None]) -> None:

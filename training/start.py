@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.disk import digest
 from config import Settings, to_json
@@ -18,6 +18,7 @@ from models import build_model, lookup
 from models.weights import freeze_backbone, load_weights
 from tasks import Classification, Regression, build_task
 from training.data import Data
+from training.learner import Learner
 from training.plan import Plan
 from training.trial import Trial, try_model
 
@@ -87,6 +88,18 @@ def _start_from_data(model: nn.Module, data: Data, world: World) -> None:
         model.start_from_data(data.augment.evaluate(images))
     state = world.broadcast(model.state_dict() if world.is_main else None)
     model.load_state_dict(state)
+
+
+def settle(learner: Learner, data: Data) -> None:
+    """The backward for nothing that makes the first step of a life like all others."""
+
+    def loss_of_a_shard() -> Tensor:
+        device = data.train.labels.device
+        batch = data.train.__getitems__(torch.arange(data.batch.micro_batch_size, device=device))
+        images = learner.inputs(data.augment.train(batch["images"], batch["indices"], 0))
+        return learner.task.loss(learner.model.train()(images), batch["labels"].to(images.device))
+
+    learner.shards.settle_buckets(loss_of_a_shard)
 
 
 def agreed_facts(settings: Settings, data: Data, model: nn.Module, world: World) -> dict[str, str]:
