@@ -153,6 +153,8 @@ class Worker:
             "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(place.folder / "compiled"),
         }  # fmt: skip
+        if place.small:  # a CPU everywhere; no pool of compiling processes on two cores
+            env |= {"CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 words, cwd=REPOSITORY, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
@@ -181,10 +183,10 @@ class Worker:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return " / ".join(lines[-3:])[-400:]
 
-    def end(self) -> int:
-        """With all that it started."""
+    def end(self, patience: float = 0.0) -> int:
+        """With all that it started; it may take `patience` seconds to end by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(5 if self.lines.empty() else 0.1)
+            self.process.wait(patience)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
@@ -242,9 +244,9 @@ def some_rows(waiting: list[Row], place: Place, log: Path, results: Results) -> 
                 problem = said["problem"]
                 break
             case _:
-                problem = f"the process died with status {worker.end()}: {worker.last_words()}"
+                problem = f"the process died with status {worker.end(5.0)}: {worker.last_words()}"
                 break
-    worker.end()
+    worker.end(0.0 if problem else 10.0)
     if problem:
         results.ended(waiting.pop(0), time.monotonic() - began, problem, late)
 

@@ -118,7 +118,7 @@ def speed(place: Place, case: str) -> Iterator[Found]:
         return
     fast = median(speeds(ours, flags))
     step = median(ours.seconds) / ours.steps
-    idle = 1 - ours.busy / step
+    idle = max(0.0, 1 - ours.busy / step)
     host = {name: round(ms, 2) for name, ms in ours.host.items()}
     numbers = {"images_per_second": speeds(ours, flags), "step_ms": 1e3 * step, "host_ms": host}
     numbers |= {"launches": ours.launches, "busy_ms": 1e3 * ours.busy, "peak_mb": ours.peak / 2**20}
@@ -222,7 +222,8 @@ def seeds(place: Place) -> Iterator[Found]:
             yield Found(f"{precision}, seed {seed}", "no time left", None)
             continue
         folder, began = place.folder / f"{precision}-{seed}", time.monotonic()
-        flags = ["--model", "speednet", "--dataset", images(), "--no-plots", "--tta", "2"]
+        model = f"{LEARNERS}Tiny" if place.small else "speednet"
+        flags = ["--model", model, "--dataset", images(), "--no-plots", "--tta", "2"]
         flags += ["--eval-every", "1000", "--seed", str(seed), "--run-dir", str(folder)]
         flags += ["--mixed-precision", precision, "--checkpoint-every", "1000000"]
         if place.small:
