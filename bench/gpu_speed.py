@@ -65,8 +65,9 @@ def data(place: Place) -> Iterator[Found]:
     began = time.perf_counter()
     source = load_source(images())
     took = time.perf_counter() - began
-    count = len(source.train) + len(source.test)
-    found = f"{count:,} images in {took:.1f} s, fingerprint {source.fingerprint}; {source.origin}"
+    parts = (source.train, source.test)
+    count, size = sum(map(len, parts)), sum(part.images.numel() for part in parts) / 2**20
+    found = f"{count:,} images, {size:.0f} MB, in {took:.1f} s, fingerprint {source.fingerprint}"
     yield Found(images(), found, None, {"seconds": took, "fingerprint": source.fingerprint})
     if images() == "cifar10":
         yield Found("without the package datasets", "", "datasets" not in sys.modules)
@@ -118,14 +119,17 @@ def speed(place: Place, case: str) -> Iterator[Found]:
         return
     fast = median(speeds(ours, flags))
     step = median(ours.seconds) / ours.steps
-    idle = 1 - ours.busy / step
+    idle = max(0.0, 1 - ours.busy / step)
     host = {name: round(ms, 2) for name, ms in ours.host.items()}
     numbers = {"images_per_second": speeds(ours, flags), "step_ms": 1e3 * step, "host_ms": host}
     numbers |= {"launches": ours.launches, "busy_ms": 1e3 * ours.busy, "peak_mb": ours.peak / 2**20}
     told = f"{fast:.0f} images/s, {1e3 * step:.2f} ms a step, batch {batch_of(flags)}"
     yield Found("trainer", rehearsed(f"{told}, {images()}"), None, numbers)
     figure = rehearsed(f"{100 * idle:.1f} % idle, {ours.launches:.0f} launches a step")
-    yield Found("device", figure, idle < 1 - SHARE if CUDA and case in BUSY else None)
+    busy = idle < 1 - SHARE if CUDA and case in BUSY else None
+    if not ours.launches:
+        figure, busy = "torch.profiler saw nothing of the device", False
+    yield Found("device", figure, busy)
     told = ", ".join(f"{name} {ms} ms" for name, ms in host.items())
     yield Found("host time of a step", rehearsed(told), None)
     limit = windows(place)
@@ -222,7 +226,8 @@ def seeds(place: Place) -> Iterator[Found]:
             yield Found(f"{precision}, seed {seed}", "no time left", None)
             continue
         folder, began = place.folder / f"{precision}-{seed}", time.monotonic()
-        flags = ["--model", "speednet", "--dataset", images(), "--no-plots", "--tta", "2"]
+        model = f"{LEARNERS}Tiny" if place.small else "speednet"
+        flags = ["--model", model, "--dataset", images(), "--no-plots", "--tta", "2"]
         flags += ["--eval-every", "1000", "--seed", str(seed), "--run-dir", str(folder)]
         flags += ["--mixed-precision", precision, "--checkpoint-every", "1000000"]
         if place.small:

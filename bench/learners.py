@@ -1,4 +1,4 @@
-"""Two models in a learner's file: a tiny one, to rehearse with, and one that is wrong on purpose."""
+"""Two models in a file as learners write it: a tiny one to rehearse with, and a broken one."""
 
 import torch
 from torch import Tensor, nn

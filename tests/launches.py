@@ -14,6 +14,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = str(REPOSITORY / "train.py")
 TIMEOUT = 240.0  # a launch takes 5 to 17 s on two quiet cores
 CLEAN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCKSTEP_FAULT", "LOCKSTEP_RECORD")
+# A machine with GPUs runs the laws as one without: several processes, CPU numbers. SEEN is what
+# the tests marked gpu see again.
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
+SEEN = {name: os.environ.get(name) for name in HIDDEN}
 SMALL = [
     "--dataset", "digits", "--image-size", "16", "--batch-size", "64", "--threads", "1",
     "--log-every", "1", "--no-plots",
@@ -49,15 +53,19 @@ def command(arguments, processes: int = 1, launcher: str = "") -> list[str]:
     return [*start, "--nproc-per-node", str(processes), TRAIN, *arguments]
 
 
+def environment(**more: str) -> dict[str, str]:
+    """What a launched process sees: no place of another launch, no GPU."""
+    return {k: v for k, v in os.environ.items() if k not in CLEAN} | HIDDEN | more
+
+
 def start(
-    words, cwd: Path, stdin: int = subprocess.DEVNULL, **environment
+    words, cwd: Path, stdin: int = subprocess.DEVNULL, **more: str
 ) -> tuple[subprocess.Popen, Path]:
     """Start an argument vector in a session of its own; returns it and its output file."""
     log = cwd / f"output-{time.monotonic_ns()}.txt"
-    env = {k: v for k, v in os.environ.items() if k not in CLEAN} | environment
     with log.open("w") as file:
         process = subprocess.Popen(
-            [str(w) for w in words], cwd=cwd, env=env, stdout=file, stderr=file,
+            [str(w) for w in words], cwd=cwd, env=environment(**more), stdout=file, stderr=file,
             stdin=stdin, start_new_session=True,
         )  # fmt: skip
     return process, log

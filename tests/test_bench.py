@@ -3,13 +3,18 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
+import warnings
+from importlib import import_module
 
 import pytest
-from launches import REPOSITORY
+import torch
+from launches import REPOSITORY, finish, start
+from safetensors.torch import save_file
 
-from bench import tables
+from bench import gpu, tables
 from bench.measure import WORD, Gate, ratio, spread, table
 from bench.seeds import statistics
 
@@ -74,3 +79,136 @@ def test_the_tables_of_the_pages_are_what_the_results_say():
         assert tables.made(page) == text, "python -m bench.tables --write"
         shown |= {(page.parent / place[4]).resolve() for place in tables.PLACE.finditer(text)}
     assert shown == set((REPOSITORY / "bench" / "results").glob("*.json"))
+
+
+ROOM = """
+import os, time
+from bench.gpu import Found
+
+def good(place):
+    yield Found("a", "1", True, {"number": 1})
+    yield Found("b", "2")
+
+def wrong(place):
+    yield Found("c", "3", False)
+
+def raises(place):
+    yield Found("d", "4", True)
+    raise RuntimeError("no luck")
+
+def dies(place):
+    print("last words", flush=True)
+    os._exit(7)
+
+def hangs(place):
+    yield Found("e", "5", True)
+    time.sleep(600)
+
+def after(place, case):
+    assert not list(place.folder.iterdir())
+    yield Found("pid", str(os.getpid()))
+"""
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    (tmp_path / "a_room.py").write_text(ROOM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return lambda name, seconds=60.0, case="": gpu.Row("a_room", name, seconds, case)
+
+
+def test_a_bad_row_costs_its_process_and_no_other_row(room, tmp_path):
+    rows = [room("good"), room("wrong"), room("after", case="one"), room("raises"), room("dies"),
+            room("hangs", 1.0), room("after", case="two")]  # fmt: skip
+    lines = []
+    found = gpu.measured(rows, tmp_path / "out", budget=120, show=lines.append)
+    verdicts = [(row.title, found[row.title]["verdict"]) for row in rows]
+    assert verdicts == [
+        ("good", gpu.PASS), ("wrong", gpu.FAIL), ("after one", gpu.FIGURE), ("raises", gpu.FAIL),
+        ("dies", gpu.FAIL), ("hangs", gpu.FAIL), ("after two", gpu.FIGURE),
+    ]  # fmt: skip
+    assert found["good"]["found"][0]["numbers"] == {"number": 1}
+    assert found["raises"]["problem"] == "RuntimeError: no luck"
+    assert [f["what"] for f in found["raises"]["found"]] == ["d"]  # what came before stays
+    assert "status 7" in found["dies"]["problem"] and "last words" in found["dies"]["problem"]
+    assert found["hangs"]["problem"] == "cut after 1 s"
+    assert len([line for line in lines if " e: 5" in line]) == 1
+    pids = {found[f"after {case}"]["found"][0]["figure"] for case in ("one", "two")}
+    assert len(pids) == 2
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"gpu.json", "gpu.md", "gpu.log"}
+    assert json.loads((out / "gpu.json").read_text())["rows"] == found
+    assert "| wrong: c | 3 | FAIL |" in (out / "gpu.md").read_text()
+
+
+def test_when_the_time_is_over_the_rest_is_told_as_not_reached(room, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    rows = [room("good"), room("hangs"), room("after", case="one")]
+    found = gpu.measured(rows, tmp_path, budget=5, show=lambda line: None)
+    verdicts = [found[row.title]["verdict"] for row in rows]
+    assert verdicts == [gpu.PASS, gpu.LATE, gpu.LATE]
+    assert found["hangs"]["found"][0]["figure"] == "5"
+    text = (tmp_path / "gpu.md").read_text()
+    assert "1 PASS, 0 FAIL, 0 figure, 2 not reached" in text and "| after one |" in text
+
+
+def test_every_row_has_its_function_and_each_room_one_turn():
+    for row in gpu.ROWS:
+        assert callable(getattr(import_module(row.room), row.name)), row
+    assert len({row.title for row in gpu.ROWS}) == len(gpu.ROWS)
+    rooms = [row.room for row in gpu.ROWS]
+    assert rooms == sorted(rooms, key=[gpu.CHECKS, gpu.SPEED].index)  # right or wrong comes first
+
+
+def test_waits_are_counted_where_they_happen():
+    from bench.gpu_checks import WAIT, Waits
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch = Waits(caught)
+        for number in range(3):
+            watch.step(number)
+            with watch.phase("optimizer"):
+                warnings.warn("anything else", stacklevel=1)
+            if number == 1:
+                warnings.warn(WAIT, stacklevel=1)
+                with watch.phase("save"):
+                    warnings.warn(f"{WAIT} (somewhere)", stacklevel=1)
+                    warnings.warn(WAIT, stacklevel=1)
+    assert watch.phases == {"step": [0, 1, 0], "save": [2]}
+
+
+def test_one_other_bit_of_any_state_is_another_run(tmp_path):
+    from bench.gpu_checks import same
+
+    for speed, name in enumerate(("one", "two")):
+        folder = tmp_path / name / "checkpoints" / "step-000000004"
+        folder.mkdir(parents=True)
+        row = json.dumps({"train/loss": 1.5, "speed/images_per_second": speed})
+        (tmp_path / name / "metrics.jsonl").write_text(row + "\n")
+        for path in (folder / "model.safetensors", folder / "optimizer.safetensors",
+                     tmp_path / name / "last.safetensors"):  # fmt: skip
+            save_file({"x": torch.zeros(4)}, path)
+    assert same("repeat", tmp_path / "one", tmp_path / "two").passed
+    changed = torch.zeros(4)
+    changed[3] = 1e-45
+    save_file({"x": changed}, tmp_path / "two/checkpoints/step-000000004/optimizer.safetensors")
+    found = same("repeat", tmp_path / "one", tmp_path / "two")
+    assert not found.passed and "optimizer.safetensors" in found.figure
+    (tmp_path / "two" / "metrics.jsonl").write_text('{"train/loss": 1.25}\n')
+    assert "metrics.jsonl" in same("repeat", tmp_path / "one", tmp_path / "two").figure
+
+
+def test_what_a_test_launches_sees_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    words = [sys.executable, "-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"]
+    assert finish(*start(words, tmp_path)).out.strip() == "''"
+
+
+def test_no_test_but_those_of_a_gpu_sees_one():
+    code = "import os, conftest, launches; print(os.environ['CUDA_VISIBLE_DEVICES'], launches.SEEN)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY / "tests", capture_output=True, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "3"}, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split(maxsplit=1) == ["{'CUDA_VISIBLE_DEVICES':", "'3'}\n"], done
