@@ -78,7 +78,7 @@ def test_a_difference_names_the_run_the_first_row_and_key_and_the_tensors(tmp_pa
 
 
 def test_where_the_golden_commit_is_not_at_hand_a_sentence_says_so(tmp_path):
-    with pytest.raises(golden.NotComparable, match="the golden commit 0000.* is not at hand: "):
+    with pytest.raises(golden.NotComparable, match=r"the golden commit 0000.* is not at hand: "):
         golden.take("0" * 40, tmp_path)
 
 
