@@ -52,14 +52,14 @@ def main(world: World, observer: Observer) -> int:
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
     progress = checkpoints.resume(learner, log.screen.warn)
     log.begin(plan, data, facts, progress)
-    log.screen.note(cache_features(learner, data, plan, world))
-    settle(learner, data)
-    world.stop.ask_all()  # a stop may have been asked for while we started
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
-    observer.started(learner, data, schedule, progress)
     if actions.eval_only:
         results = evaluate(learner, data, world, progress)
         return panels.show_evaluation(log.screen, results, plan, started, data)
+    log.screen.note(cache_features(learner, data, plan, world))
+    settle(learner, data)
+    world.stop.ask_all()  # a stop may have been asked for while we started
+    observer.started(learner, data, schedule, progress)
     if actions.find_lr:
         return panels.show_rates(log.screen, find_lr(learner, data, world, train_step), plan, world)
 

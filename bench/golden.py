@@ -1,10 +1,10 @@
 """Did a number move? `python -m bench.golden` runs small trainings and compares every bit.
 
-The golden runs guard changes of structure: they drive `python train.py FLAGS` from outside and read
-metrics.jsonl and safetensors files, so they outlive every module. Where values of this kind of
-machine are stored (tests/golden), those are compared; elsewhere, or with --beside, the golden commit
-itself is taken from the clone's history and run beside this tree, on the same machine. Bits, never a
-tolerance: another instruction set alone moves a loss by 5e-3 after 13 steps.
+The golden runs guard changes of structure: they drive `python train.py FLAGS` from outside and
+read metrics.jsonl and safetensors files, so they outlive every module. Where values of this kind of
+machine are stored (tests/golden), those are compared; elsewhere, or with --beside, the golden
+commit itself is taken from the clone's history and run beside this tree, on the same machine. Bits,
+never a tolerance: another instruction set alone moves a loss by 5e-3 after 13 steps.
 
 A change that means to move numbers says so and renews them, once it is committed:
 `python -m bench.golden --renew` prints what changed. Exit status 0: equal; 1: something differs;
@@ -29,23 +29,25 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 VALUES = REPOSITORY / "tests" / "golden"
 ALWAYS = "--threads 1 --seed 0 --weights none --log-every 1 --no-plots --checkpoint-every 100"
-DIGITS = "--dataset digits --limit 24 --epochs 2 --max-steps 6"
+DIGITS = "--dataset digits --limit 12 --epochs 2"
 # Name -> flags, and the numbers of processes. Recipes are left alone: they are numbers, too.
 RUNS = {
-    "alexnet": (f"--model alexnet {DIGITS} --batch-size 6 --max-steps 4", (1, 2)),
+    "alexnet": (f"--model alexnet {DIGITS} --batch-size 6 --max-steps 2 --image-size 64", (1,)),
     "resnet18": (
-        f"--model resnet18 {DIGITS} --image-size 16 --batch-size 6 --shards 6 --ema 0.9", (1, 2, 3),
+        f"--model resnet18 {DIGITS} --batch-size 6 --max-steps 3 --image-size 16 --shards 6 "
+        "--ema 0.9", (1, 3),
     ),
     "speednet": (
-        f"--model speednet --optimizer muon {DIGITS} --image-size 16 --batch-size 6", (1, 2),
+        f"--model speednet {DIGITS} --batch-size 12 --max-steps 2 --image-size 16 "
+        "--optimizer muon", (1, 2),
     ),
     "line": ("--model linear_regression --dataset line --epochs 4 --max-steps 8", (1, 2, 3)),
     "mixup": (
         "--model my_cnn --dataset synthetic --limit 48 --epochs 2 --max-steps 8 --image-size 16 "
-        "--batch-size 12 --augment crop --mixup 0.4 --label-smoothing 0.1", (1, 3),
+        "--batch-size 12 --augment crop --mixup 0.4 --label-smoothing 0.1", (1, 2),
     ),
     "bitwise": (
-        f"--model my_cnn --bitwise {DIGITS} --image-size 16 --batch-size 12 --shards 6", (1, 3),
+        f"--model my_cnn --bitwise {DIGITS} --batch-size 6 --image-size 16 --shards 6", (1, 3),
     ),
 }  # fmt: skip
 CLOCKS = ("speed/", "time")  # keys of a row that a clock decides
@@ -260,12 +262,12 @@ def take(commit: str, folder: Path) -> None:
     """The tree of a commit of this clone's history; leaves no trace in .git."""
     try:
         git("cat-file", "-e", commit + "^{commit}")
-    except NotComparable:
-        shallow = "--is-shallow-repository"
+    except NotComparable as error:
+        why = str(error)
         with contextlib.suppress(NotComparable):
-            if git("rev-parse", shallow) == "true":
-                error = "this clone is shallow: git fetch --unshallow."
-        raise NotComparable(f"the golden commit {commit} is not at hand: {error}") from None
+            if git("rev-parse", "--is-shallow-repository") == "true":
+                why = "this clone is shallow: git fetch --unshallow."
+        raise NotComparable(f"the golden commit {commit} is not at hand: {why}") from None
     done = subprocess.run(
         ["git", "-C", str(REPOSITORY), "archive", commit], capture_output=True, check=True
     )

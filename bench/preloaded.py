@@ -22,7 +22,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "torch._dynamo", "torch.distributed", "accelerate", "sklearn.datasets")
+PACKAGES = ("torch", "torch._dynamo", "torch.distributed", "accelerate", "sklearn.datasets", "rich")
+PACKAGES += ("datasets",)  # Accelerate asks for it where it is installed
 DECIDING = ("torch", "numpy", "accelerate", "scikit-learn")  # whose versions may move a bit
 SWITCHES = ("ATEN_", "DNNL_", "GLIBC_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_")
 

@@ -23,8 +23,6 @@ def cache_features(learner: Learner, data: Data, plan: Plan, world: World) -> st
     stay, so checkpoints and saved weights are those of the whole model. Returns what to tell.
     """
     config, model = plan.config, learner.bare
-    if plan.actions.eval_only:  # one pass would not pay
-        return ""
     changing = (config.cutout, config.mixup, config.cutmix, config.tta, config.compile)
     if config.freeze != "backbone" or config.augment != "none" or any(changing):
         return ""
