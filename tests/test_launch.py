@@ -65,7 +65,8 @@ echo "scontrol $*" >>calls.txt
 case "$*" in
     "show hostnames far[1-2]") printf 'far1\\nfar2\\n' ;;
     "show job -o 77")
-        echo "JobId=77 JobState=${STATE:-RUNNING} PreemptTime=${PREEMPTED:-None} End=0" ;;
+        echo "JobId=77 JobState=${STATE:-RUNNING} Reason=${REASON:-None}" \\
+            "PreemptTime=${PREEMPTED:-None} End=0" ;;
     "show node far1") printf 'NodeName=far1 Arch=x\\n   NodeAddr=10.9.8.7 NodeHostName=far1\\n' ;;
     requeue*) [ -z "$REFUSED" ] || exit 1; kill -TERM $PPID ;; # as the controller does
 esac
@@ -185,6 +186,7 @@ def test_every_flag_that_documents_name_is_known():
     known |= {
         "--multi_gpu",
         "--gpu-bind",
+        "--gres",
         "--exclusive",
         "--exclude",
         "--overcommit",
@@ -341,11 +343,18 @@ def test_scancel_does_not_requeue(desk):
     assert "--resume runs/slurm-77" in done.stderr
 
 
-def test_a_persons_scancel_while_the_job_saves_for_its_limit_does_not_requeue(desk):
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
+def test_a_persons_scancel_while_the_job_saves_for_its_limit_does_not_requeue(desk, state):
     stopped = {"STATUS": status(status="stopped"), "SIGNAL": "SIGUSR1", "CODE": "75"}
-    done = batch(desk, *TINY, **stopped, STATE="CANCELLED")
+    done = batch(desk, *TINY, **stopped, STATE=state)
     assert done.returncode == 75 and "scontrol requeue" not in calls(desk)
     assert "was cancelled: not requeued" in done.stderr and "--resume runs/slurm-77" in done.stderr
+
+
+def test_the_limits_own_end_still_requeues(desk):
+    stopped = {"STATUS": status(status="stopped"), "SIGNAL": "SIGUSR1", "CODE": "75"}
+    batch(desk, *TINY, **stopped, STATE="COMPLETING", REASON="TimeLimit")
+    assert "scontrol requeue 77" in calls(desk)
 
 
 def test_a_job_that_slurm_put_back_itself_is_not_called_refused(desk):
