@@ -203,12 +203,22 @@ def check_array(options: argparse.Namespace, arguments: list[str], python: str) 
         raise Problem(f"--array {options.array}: {options.sweep} has rows 0 to {len(rows) - 1}, "
                       f"none for task {beyond[0]}")  # fmt: skip
     first: dict = {}
+    folders: dict[str, int] = {}
     for task in tasks_of(options.array):
         try:
             settings = trainer_settings([*arguments, *rows[task]], python)
             check_settings(settings, options)
         except Problem as problem:
             raise Problem(f"{options.sweep}, row {task}: {problem}") from None
+        folder = settings.get("run_dir", ("None", ""))[0]
+        if folder != "None":
+            folder = str((HERE / folder).resolve())
+            if folder in folders:
+                raise Problem(
+                    f"{options.sweep}, rows {folders[folder]} and {task} would train in one "
+                    f"folder, {folder}; give each its own --run-dir, or none"
+                )
+            folders[folder] = task
         first = first or settings
     return first
 
@@ -286,8 +296,11 @@ def without(own: list[str], names: tuple[str, ...] = ("--array", "--sweep")) -> 
     return kept
 
 
-def follow(job: str, log: Path) -> int:
-    """Print the log as it grows, until the job has ended: 0 if it did so well. Ctrl-C leaves it."""
+def follow(job: str, log: Path, run: Path) -> int:
+    """Print the log as it grows, until the job has ended: 0 if it did so well. Ctrl-C leaves it.
+
+    SLURM forgets a job minutes after its end: then the run's own status decides.
+    """
     shown = 0
     while True:
         asked = ["squeue", "--noheader", "--jobs", job, "--states=all", "--format=%T"]
@@ -303,8 +316,15 @@ def follow(job: str, log: Path) -> int:
             sys.stdout.buffer.write(new)
             sys.stdout.flush()
         if over:
-            print(f"job {job}: {', '.join(sorted(states)) or 'has left the queue'}")
-            return 0 if states <= {"COMPLETED"} else 1
+            if states:
+                print(f"job {job}: {', '.join(sorted(states))}")
+                return 0 if states == {"COMPLETED"} else 1
+            try:
+                status = json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
+            except (OSError, ValueError, KeyError, TypeError):
+                status = "no status"
+            print(f"job {job}: has left the queue; {run / 'status.json'} says: {status}")
+            return 0 if status == "finished" else 1
         time.sleep(2)
 
 
@@ -354,7 +374,7 @@ def submit(argv: list[str]) -> int:
     print(f"go on   {again}", flush=True)
     if options.follow:
         try:
-            return follow(job, HERE / log)
+            return follow(job, HERE / log, HERE / run)
         except KeyboardInterrupt:
             print(f"\nthe job runs on; scancel {job} stops it")
     return 0

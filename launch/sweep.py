@@ -16,7 +16,13 @@ def read_rows(path: Path) -> list[list[str]]:
     names the line whose quotes do not close, or that holds a control character.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")  # editors on Windows begin a file with a mark
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: is not UTF-8; save the file as UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue

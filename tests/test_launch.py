@@ -64,9 +64,11 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >>calls.txt
 case "$*" in
     "show hostnames far[1-2]") printf 'far1\\nfar2\\n' ;;
-    "show job -o 77") echo "JobId=77 JobState=RUNNING PreemptTime=${PREEMPTED:-None} End=0" ;;
+    "show job -o 77")
+        echo "JobId=77 JobState=${STATE:-RUNNING} Reason=${REASON:-None}" \\
+            "PreemptTime=${PREEMPTED:-None} End=0" ;;
     "show node far1") printf 'NodeName=far1 Arch=x\\n   NodeAddr=10.9.8.7 NodeHostName=far1\\n' ;;
-    requeue*) kill -TERM $PPID ;; # as the controller does
+    requeue*) [ -z "$REFUSED" ] || exit 1; kill -TERM $PPID ;; # as the controller does
 esac
 exit 0
 """
@@ -184,6 +186,7 @@ def test_every_flag_that_documents_name_is_known():
     known |= {
         "--multi_gpu",
         "--gpu-bind",
+        "--gres",
         "--exclusive",
         "--exclude",
         "--overcommit",
@@ -340,6 +343,27 @@ def test_scancel_does_not_requeue(desk):
     assert "--resume runs/slurm-77" in done.stderr
 
 
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
+def test_a_persons_scancel_while_the_job_saves_for_its_limit_does_not_requeue(desk, state):
+    stopped = {"STATUS": status(status="stopped"), "SIGNAL": "SIGUSR1", "CODE": "75"}
+    done = batch(desk, *TINY, **stopped, STATE=state)
+    assert done.returncode == 75 and "scontrol requeue" not in calls(desk)
+    assert "was cancelled: not requeued" in done.stderr and "--resume runs/slurm-77" in done.stderr
+
+
+def test_the_limits_own_end_still_requeues(desk):
+    stopped = {"STATUS": status(status="stopped"), "SIGNAL": "SIGUSR1", "CODE": "75"}
+    batch(desk, *TINY, **stopped, STATE="COMPLETING", REASON="TimeLimit")
+    assert "scontrol requeue 77" in calls(desk)
+
+
+def test_a_job_that_slurm_put_back_itself_is_not_called_refused(desk):
+    failed = {"STATUS": status(status="failed"), "SAVED": "step-000000004", "CODE": "1"}
+    done = batch(desk, *TINY, **failed, STATE="PENDING", REFUSED="1")
+    assert "SLURM itself has put job 77 into the queue" in done.stderr, done.stderr
+    assert "refused" not in done.stderr
+
+
 def test_a_stop_file_or_own_time_limit_does_not_requeue(desk):
     done = batch(desk, *TINY, STATUS=status(status="stopped"), CODE="75")
     assert done.returncode == 75 and "requeue" not in calls(desk)
@@ -448,6 +472,42 @@ def test_submit_checks_each_row_of_a_sweep_before_anything_queues(tmp_path):
             "--nodes", "2", "--sweep", str(wrong), "--dry-run", "--", "--model", "resnet18"
         )
         assert done.returncode == 2 and told in done.stderr, done.stderr
+
+
+def test_submit_refuses_two_rows_of_a_sweep_in_one_folder(tmp_path):
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("--run-dir runs/a\n--seed 1\n--run-dir runs/b/../a\n")
+    done = submit("--sweep", str(sweep), "--dry-run", "--", *TINY)
+    assert done.returncode == 2 and "rows 0 and 2 would train in one folder" in done.stderr
+
+
+def test_a_sweep_file_may_begin_with_a_mark_and_must_be_utf_8(tmp_path):
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_bytes(b"\xef\xbb\xbf--lr 0.1\n")
+    row = [sys.executable, str(LAUNCH / "sweep.py"), str(sweep), "0"]
+    assert subprocess.run(row, capture_output=True, text=True).stdout == "--lr\n0.1\n.\n"
+    sweep.write_bytes("--lr 0.1\n--data-dir été\n".encode("latin-1"))
+    done = subprocess.run(row, capture_output=True, text=True)
+    assert done.returncode == 2 and "line 2: is not UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize(("end", "code"), [("finished", 0), ("failed", 1), (None, 1)])
+def test_a_job_that_slurm_forgot_ends_as_its_run_did(end, code, tmp_path):
+    run, number = ROOT / "runs" / f"slurm-{os.getpid()}000001", f"{os.getpid()}000001"
+    for name, text in {
+        "sbatch": f"echo {number}",
+        "squeue": "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    try:
+        if end:
+            run.mkdir(parents=True)
+            (run / "status.json").write_text(status(status=end))
+        done = submit("--follow", "--", *TINY, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+    assert done.returncode == code and f"says: {end or 'no status'}" in done.stdout, done.stdout
 
 
 def test_submit_names_how_one_task_of_an_array_goes_on(tmp_path):

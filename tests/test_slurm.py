@@ -233,6 +233,22 @@ def test_scancel_saves_and_does_not_requeue(slurm):
     assert slurm.state(job) == "CANCELLED" and restarts(slurm, job) == 0
 
 
+def test_scancel_while_it_saves_for_its_limit_does_not_requeue(slurm):
+    job = sbatch(slurm, "--nodes=2", LOCKSTEP_FAULT=slow_until(9))
+    wait_for_step(slurm, job, 3)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)  # as SLURM does before the limit
+    deadline = time.monotonic() + 30
+    while "is near" not in log(slurm, job) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    slurm.run("scancel", job)
+    deadline = time.monotonic() + 40
+    while "not requeued" not in log(slurm, job) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert "was cancelled: not requeued" in log(slurm, job), log(slurm, job)
+    assert slurm.wait(job) == "CANCELLED" and restarts(slurm, job) == 0
+    assert status(slurm, job)["status"] == "stopped"
+
+
 def test_a_killed_rank_is_named_and_a_crash_loop_ends(slurm):
     """Rank 1 dies at step 5 of every life: one requeue, since step 4 was new, and no second one."""
     flags = [*TRAIN, "--checkpoint-every", "2"]
