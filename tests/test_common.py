@@ -1,7 +1,7 @@
 """Small things below everything: mistakes with a code, files that are whole, words for numbers."""
 
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,14 +37,11 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path):
     path = tmp_path / "file"
 
     def write(letter):
-        for _ in range(50):
+        for _ in range(100):
             disk.write_text(path, letter * 10_000, sync=False)
 
-    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abc"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, "abc"))  # raises what a thread met
     text = path.read_text()
     assert len(text) == 10_000 and len(set(text)) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

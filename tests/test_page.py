@@ -327,6 +327,8 @@ def test_the_command_writes_it_again_and_refuses_what_is_no_run(copy, tmp_path):
     for words in (["empty"], ["missing"], []):
         done = run(*words)
         assert done.returncode == 2 and "holds no run" in done.stderr
+    done = run("copy", "--rnu")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--help" in done.stderr
     loaded = (
         "import sys; from report import page; print({'torch', 'matplotlib'} & set(sys.modules))"
     )
