@@ -5,6 +5,7 @@ And what a step under a gradient scaler leaves behind where one gradient is infi
 
 import ast
 import copy
+import itertools
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_a_row_is_due_for_one_beat_once_its_time_is_over_and_not_before(monkeypa
             now[0] += 0.1
             vote.poll()
             due.append(vote.row_agreed)
-    assert not any(due[:40]) and not any(a and b for a, b in zip(due, due[1:], strict=False))
+    assert not any(due[:40]) and not any(a and b for a, b in itertools.pairwise(due))
     assert 5 <= sum(due[40:]) <= 8  # in four seconds
 
 
