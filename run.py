@@ -47,7 +47,7 @@ from distributed.checkpoint import (
     visible,
 )
 from distributed.shards import Guard, Shards, seed_dropout
-from distributed.stop import SAVE_FAILED, StopVote
+from distributed.stop import SAVE_FAILED, SECONDS_PER_ROW, StopVote
 from distributed.watch import Watch
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, UserError
 from features import cache_features
@@ -71,7 +71,6 @@ from trial import try_model
 
 DROPOUT, WEIGHTS = 101, 102  # streams of `mix`, beside those of data/keyed_random.py
 LIVES_WITHOUT_PROGRESS = 3
-SECONDS_PER_ROW = 0.5  # at least, on a GPU
 SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
 
 
