@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -134,14 +134,18 @@ def evaluating(device: torch.device, image_size: int, tta: int = 0) -> tuple[lis
 
 def model_on(device: torch.device, name: str, image_size: int = 32) -> nn.Module:
     """A model whose parameters have gradients, all of them fakes."""
-    with torch.device(device):
+    with unset_fake_temporarily():  # to fill fakes with starting weights takes long
         model = build_model(name, num_classes=CLASSES, image_size=image_size)
     for module in model.modules():
+        for key, b in module.named_buffers(recurse=False):
+            module._buffers[key] = torch.empty(b.shape, dtype=b.dtype, device=device)
         for key, p in module.named_parameters(recurse=False):
-            if p.ndim == 4 and lookup(name).channels_last:  # Module.to takes no fakes
-                layout = torch.empty_like(p, memory_format=torch.channels_last)
-                module._parameters[key] = p = nn.Parameter(layout, p.requires_grad)
-            p.grad = torch.empty_like(p) if p.requires_grad else None
+            last = p.ndim == 4 and lookup(name).channels_last
+            layout = torch.channels_last if last else torch.contiguous_format
+            fake = torch.empty(p.shape, device=device, memory_format=layout)
+            module._parameters[key] = nn.Parameter(fake, p.requires_grad)
+            if p.requires_grad:
+                module._parameters[key].grad = torch.empty_like(fake)
     return model
 
 

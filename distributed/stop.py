@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+SECONDS_PER_ROW = 0.5  # at least, where rows are due by time: on a GPU
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 STOP_FILE, TIME_LIMIT, SIGNAL, ORPHAN, SAVE_FAILED = 1, 2, 3, 4, 5
 REASONS = {

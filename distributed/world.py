@@ -13,13 +13,11 @@ from config import Settings
 from distributed import accelerator as machine
 from distributed import faults
 from distributed.checkpoint import Progress
-from distributed.stop import StopVote
+from distributed.stop import SECONDS_PER_ROW, StopVote
 from distributed.watch import Watch
 from errors import NumbersGoneBad, UserError
 
 T = TypeVar("T")
-
-SECONDS_PER_ROW = 0.5  # at least, on a GPU, which the host has to wait for
 
 
 class World:

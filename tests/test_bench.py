@@ -18,7 +18,16 @@ from bench import gpu, tables
 from bench.measure import WORD, Gate, ratio, spread, table
 from bench.seeds import statistics
 
-MODULES = ("throughput", "options", "augment", "startup", "seeds", "checkpoint", "shards")
+MODULES = (
+    "throughput",
+    "options",
+    "augment",
+    "startup",
+    "seeds",
+    "checkpoint",
+    "shards",
+    "launches",
+)
 
 
 @pytest.mark.parametrize("module", MODULES)

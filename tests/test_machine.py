@@ -9,13 +9,11 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
-import panels
 import pytest
 import torch
 from launches import CLEAN, REPOSITORY, SMALL, train
 from torch import nn
 from torch.nn import functional
-from trial import try_model
 
 import predict
 from config import Settings, parse
@@ -30,6 +28,9 @@ from distributed.accelerator import (
 )
 from distributed.watch import Watch, device_failed, out_of_memory
 from errors import UserError
+from report import panels
+from training import trial
+from training.plan import Plan
 
 CLASSIFIER = ["--model", "resnet18", "--dataset", "digits"]
 LINE = ["--model", "linear_regression", "--dataset", "line"]
@@ -74,23 +75,22 @@ def test_bf16_is_for_classification_on_a_gpu_and_not_for_regression(gpu):
 
 
 def test_a_saved_run_in_bf16_that_nobody_asked_for_is_told_where_the_device_has_none(monkeypatch):
-    class Here:
-        source, accelerator, folder = SimpleNamespace(skipped=[]), None, None
-        settings = Settings({"saved run": {"mixed_precision": "bf16", "model": "resnet18"}})
-        config = property(lambda self: self.settings.config)
+    settings = Settings({"saved run": {"mixed_precision": "bf16", "model": "resnet18"}})
+    data = SimpleNamespace(source=SimpleNamespace(skipped=[]))
+    started = SimpleNamespace(trial=SimpleNamespace(unused=(), nondeterministic=()))
 
-    here = Here()
-    here.accelerator = SimpleNamespace(device=torch.device("cuda"))
+    def warned(device: str, **changed) -> bool:
+        plan = Plan(replace(settings, **changed), settings.config, None, False)
+        here = SimpleNamespace(device=torch.device(device))
+        return any("emulates" in note for note in panels._notes(plan, data, started, here))
+
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)  # a T4
-    assert any("emulates" in note for note in panels._notes(here))
-    here.accelerator.device = torch.device("cpu")
+    assert warned("cuda")
     monkeypatch.setattr(accelerator, "cpu_has_bf16", lambda: False)
-    assert any("emulates" in note for note in panels._notes(here))
-    here.settings = replace(here.settings, typed={"mixed_precision": "bf16"})
-    assert not any("emulates" in note for note in panels._notes(here))
-    here.settings = replace(here.settings, typed={})
+    assert warned("cpu")
+    assert not warned("cpu", typed={"mixed_precision": "bf16"})
     monkeypatch.setattr(accelerator, "cpu_has_bf16", lambda: True)
-    assert not any("emulates" in note for note in panels._notes(here))
+    assert not warned("cpu")
 
 
 @pytest.mark.parametrize("word", ["true", "True", "1", "yes"])
@@ -213,37 +213,40 @@ class Played(nn.Module):
         return self
 
 
-def trial_of(model, device: str, debug: bool = False) -> list[str]:
-    """Try a model as on such a device (its tensors lie on the CPU all the same); the warnings."""
-    warnings = []
-    data = Resident(torch.rand(100, 3, 8, 8), torch.zeros(100, dtype=torch.long))
-    run = SimpleNamespace(
-        train_loader=SimpleNamespace(dataset=data),
-        plan=SimpleNamespace(micro_batch_size=40),
-        accelerator=SimpleNamespace(device=torch.device(device), autocast=contextlib.nullcontext),
-        actions=SimpleNamespace(debug=debug),
-        augment=SimpleNamespace(train=lambda images, *_: images),
-        inputs=lambda images: images,
-        source=SimpleNamespace(classes=range(10), task="classification", name="x"),
-        task=SimpleNamespace(loss=functional.cross_entropy),
-        config=SimpleNamespace(model="net.py:Net", image_size=8),
-        report=SimpleNamespace(warn=warnings.append),
-    )
-    try_model(run, model)
-    return warnings
+@pytest.fixture
+def trial_of(monkeypatch):
+    """Tries a model as on such a device; its tensors lie on the CPU all the same."""
+    monkeypatch.setattr(trial, "inputs", lambda images, device, channels_last: images)
+
+    def tried(model: nn.Module, device: str) -> trial.Trial:
+        images = Resident(torch.rand(100, 3, 8, 8), torch.zeros(100, dtype=torch.long))
+        data = SimpleNamespace(
+            train=images, batch=SimpleNamespace(micro_batch_size=40), classes=range(10),
+            augment=SimpleNamespace(train=lambda images, *_: images),
+            source=SimpleNamespace(task="classification", name="x"),
+        )  # fmt: skip
+        world = SimpleNamespace(
+            device=torch.device(device),
+            accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
+        )
+        task = SimpleNamespace(loss=functional.cross_entropy)
+        config = SimpleNamespace(model="my_cnn", image_size=8)
+        return trial.try_model(model, task, data, config, world, debug=False)
+
+    return tried
 
 
-def test_a_gpus_time_is_taken_from_a_whole_micro_batch_and_a_cpus_from_few_images():
+def test_a_gpus_time_is_taken_from_a_whole_micro_batch_and_a_cpus_from_few_images(trial_of):
     for device, images in (("cuda", 40), ("cpu", 16)):
         model = Played()
-        assert trial_of(model, device) == [] and set(model.seen) == {images}
+        assert trial_of(model, device).unused == () and set(model.seen) == {images}
 
 
-def test_the_layer_that_deterministic_refuses_is_named_and_debug_warns_of_it():
+def test_the_layer_that_deterministic_refuses_is_named_and_debug_warns_of_it(trial_of):
     refused = "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"
     with pytest.raises(UserError, match=r"--deterministic: adaptive.*pool \(AdaptiveAvgPool2d\)"):
         trial_of(Played(refused), "cuda")
-    assert "pool (AdaptiveAvgPool2d)" in trial_of(Played(), "cpu", debug=True)[0]
+    assert "pool (AdaptiveAvgPool2d)" in trial_of(Played(), "cpu").nondeterministic
 
 
 def test_a_prediction_goes_on_on_the_cpu_where_the_gpu_refuses(monkeypatch, capsys):
@@ -372,19 +375,25 @@ def test_a_compiled_run_is_patient_until_its_second_step_and_first_evaluation(tm
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch; from torch import nn\n"
         "nn.Module.compile = lambda *_, **__: None\n"
-        "import train, run\n"
+        "import train\n"
         "from config import parse\n"
-        "def look(name, after):\n"
-        "    old = getattr(run.Run, name)\n"
-        "    def new(self, *words):\n"
-        "        result = old(self, *words)\n"
-        "        if after(self): print('patient', name, sorted(self.watch.patient))\n"
-        "        return result\n"
-        "    setattr(run.Run, name, new)\n"
-        "look('ready', lambda r: True)\n"
-        "look('step_done', lambda r: r.progress.step == 2)\n"
-        "look('keep', lambda r: True)\n"
-        "raise SystemExit(run.guarded(train.main, parse(sys.argv[2:])))\n"
+        "from report.ending import run_to_exit\n"
+        "from training.observer import Observer\n"
+        "class Look(Observer):\n"
+        "    def started(self, learner, data, schedule, progress):\n"
+        "        self.say('started')\n"
+        "    def phase(self, name):\n"
+        "        self.say(name)\n"
+        "        return super().phase(name)\n"
+        "    def say(self, name):\n"
+        "        print('patient', name, sorted(self.world.watch.patient))\n"
+        "look = Look()\n"
+        "def main(world, observer):\n"
+        "    observer.world = world\n"
+        "    status = train.main(world, observer)\n"
+        "    look.say('end')\n"
+        "    return status\n"
+        "raise SystemExit(run_to_exit(main, parse(sys.argv[2:]), look))\n"
     )
     words = ["--model", "plain.py:Net", *SMALL, "--limit", "256", "--epochs", "1", "--compile"]
     env = {k: v for k, v in os.environ.items() if k not in CLEAN}
@@ -394,11 +403,10 @@ def test_a_compiled_run_is_patient_until_its_second_step_and_first_evaluation(tm
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("patient")]
-    assert said == [
-        "patient ready ['data', 'end', 'evaluate', 'start', 'step']",
-        "patient step_done ['end', 'evaluate', 'start']",
-        "patient keep ['end', 'start']",
-    ]
+    assert said[0] == "patient started ['data', 'end', 'evaluate', 'start', 'step']"
+    assert said[1] == "patient row ['data', 'end', 'evaluate', 'start', 'step']"  # of step 1
+    assert said[2] == "patient row ['end', 'evaluate', 'start']"
+    assert said[-1] == "patient end ['end', 'start']"
 
 
 # --- one control group ----------------------------------------------------------------------------
@@ -414,9 +422,10 @@ def counted(*words, **named):
     return new_group(*words, **named)
 dist.new_group = counted
 dist.get_backend = lambda *_: "nccl"
-import run, train
+import train
 from config import parse
-status = run.guarded(train.main, parse(sys.argv[3:]))
+from report.ending import run_to_exit
+status = run_to_exit(train.main, parse(sys.argv[3:]))
 with open(f"{sys.argv[2]}-{os.environ['RANK']}.json", "w") as file:
     json.dump({"made": made, "left": not dist.is_initialized(), "status": status}, file)
 """
