@@ -133,7 +133,9 @@ class TrainConfig:
     compile: bool = setting(False, "compile the model", group="machine")
     deterministic: bool = setting(False, "bit-exact GPU runs, slower", group="machine")
     bitwise: bool = setting(
-        False, "the same bits on any number of processes (CPU), slower", group="machine"
+        False,
+        "the same bits on any number of processes; on a GPU with --deterministic; slower",
+        group="machine",
     )
     threads: int = setting(
         0, "CPU threads per process; 0: the CPUs shared by the processes", group="machine", low=0
@@ -567,8 +569,6 @@ def check(settings: Settings) -> None:
         problems.append("--checkpoint-every 0: must be at least 1 step")
     if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
         problems.append(f"--shards {c.shards}: must be auto or a whole number from 1")
-    if c.bitwise and c.mixed_precision == "fp16":
-        problems.append("--bitwise --mixed-precision fp16: choose bf16 or no")
     if (c.mixup or c.cutmix) and entry.task == "regression":
         problems.append(f"--mixup and --cutmix blend classes; {c.model} is for regression")
     if c.mixup and c.cutmix:

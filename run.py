@@ -362,26 +362,14 @@ class Run:
             if len(self.progress.sums) != self.plan.shards:
                 self.progress.summed = 0
             else:  # its own to each process, which adds to them in the order it would have had
-                first, count = self.shards.first, self.plan.shards_per_process
-                mine = slice(first, first + count)
+                mine = self.shards.mine
                 self.sums[mine] = torch.tensor(self.progress.sums[mine], device=self.sums.device)
         if self.folder is not None:
             main_decides(self.accelerator, self._begin_life)
         if not self.actions.eval_only and (told := cache_features(self)):
             self.report.show(told)
-        self.chrono = Chrono()  # before the buckets: the compiler runs there, if it runs at all
-        if not self.actions.eval_only:
-            self.shards.settle_buckets(self._loss_of_a_shard)
         self.stop_reason = self.stop.ask_all()  # a stop may have been asked for while we started
-
-    def _loss_of_a_shard(self) -> torch.Tensor:
-        """What a step computes, for the first images of the training data."""
-        data = self.train_loader.dataset
-        batch = data.__getitems__(
-            torch.arange(self.plan.micro_batch_size, device=data.labels.device)
-        )
-        images = self.inputs(self.augment.train(batch["images"], batch["indices"], 0))
-        return self.task.loss(self.model.train()(images), batch["labels"].to(images.device))
+        self.chrono = Chrono()
 
     def _load_best(self) -> None:
         """For --eval-only: the run's best weights, if a run is named; else those of --weights."""
@@ -615,7 +603,7 @@ class Run:
             (self.folder.folder / "crash").mkdir(exist_ok=True)
             write_json(self.folder.folder / "crash" / "nonfinite.json", found)
         raise NumbersGoneBad(
-            f"a number that is not finite appeared {where} at step {step} "
+            f"{self.shards.bad_number} appeared {where} at step {step} "
             f"(learning rate {self.lr(step):.3g}, samples {indices[:8]}...); the weights before it "
             "are kept. Try a lower --lr, --grad-clip 1, or --mixed-precision bf16 instead of fp16"
         )

@@ -16,6 +16,7 @@ from lr_finder import find_lr
 from optim import build_optimizer
 from panels import show_evaluation, show_start
 from run import Run, guarded
+from trial import settle_buckets
 
 
 def main(run: Run) -> int:
@@ -29,6 +30,7 @@ def main(run: Run) -> int:
     show_start(run)
     if run.actions.eval_only:
         return show_evaluation(run, evaluate(run))
+    settle_buckets(run)
     if run.actions.find_lr:
         return find_lr(run, train_step)
 

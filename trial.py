@@ -1,4 +1,4 @@
-"""The trial step: a model is tried on a copy before anything is written."""
+"""Steps that train nothing: the trial of a model, and one for the order of DDP's sums."""
 
 import math
 import time
@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import torch
 
+from distributed.shards import packed, unpack
 from distributed.watch import out_of_memory
 from errors import UserError
 
@@ -76,3 +77,23 @@ def refuse_other_shape(run, answer, size: int) -> None:
             f"{run.source.name} has {wanted[1]} classes: it must be {wanted}; a class whose "
             "__init__ takes num_classes is given the number"
         )
+
+
+def settle_buckets(run) -> None:
+    """One backward for nothing, so that the first step of a life adds up like all others.
+
+    DDP's first backward has one bucket in the order of registration; from the second on there are
+    several, in the order in which gradients arrive. A ring of three and more processes adds in an
+    order that depends on a number's place in its bucket: without this, the first step after a start
+    has other bits than the same step of a run that was not interrupted.
+    """
+    if run.accelerator.num_processes == 1 or run.config.bitwise:  # bitwise: no sum of DDP's
+        return
+    data, before = run.train_loader.dataset, packed(run.shards.buffers)
+    indices = torch.arange(run.plan.micro_batch_size, device=data.labels.device)
+    batch = data.__getitems__(indices)
+    images = run.inputs(run.augment.train(batch["images"], batch["indices"], 0))
+    loss = run.task.loss(run.model.train()(images), batch["labels"].to(images.device))
+    loss.backward()  # not the accelerator's: under fp16 it would need a scale
+    run.optimizer.zero_grad()
+    unpack(before, run.shards.buffers)
