@@ -67,6 +67,27 @@ def test_a_number_gone_bad_stops_all_before_the_update_and_names_step_and_sample
         assert same_weights(nets / name, nets / f"{name}-whole") == []
 
 
+@pytest.mark.slow
+def test_a_gradient_too_large_for_exact_sums_on_one_process_stops_all_at_the_same_step(nets):
+    (nets / "large.py").write_text(
+        "import os\nfrom torch import nn\nfrom full import Net as Full\n\n\n"
+        "class Net(Full):\n"
+        "    calls = 0\n\n"
+        "    def forward(self, images):\n"
+        "        logits = super().forward(images)\n"
+        "        self.calls += self.training\n"
+        "        if logits.requires_grad and os.environ['RANK'] == '1' and self.calls == 6:\n"
+        "            logits.register_hook(lambda gradient: gradient * 1e9)\n"
+        "        return logits\n"
+    )
+    arguments = [*RUN, "--model", "large.py:Net", "--bitwise", "--run-dir", "large"]
+    done = train(arguments, nets, 2)
+    assert done.status == 1 and "not finite (or of 131,072 and more, with --bitwise)" in done.out
+    assert "in the gradient at step" in done.out, done.out
+    found = json.loads((nets / "large" / "crash" / "nonfinite.json").read_text())
+    assert 4 <= found["step"] <= 6 and found["ranks"] == []
+
+
 def test_skipping_leaves_the_weights_alone_counts_and_goes_on(nets):
     arguments = [*RUN, "--on-nonfinite", "skip", "--run-dir", "skip"]
     done = train(arguments, nets, LOCKSTEP_FAULT="nan@point=backward,step=0")
