@@ -77,7 +77,8 @@ class Shards:
         for p in self.parameters:
             p.grad = None
         with torch.no_grad():
-            torch._foreach_copy_(self.buffers, before)
+            for buffer, old in zip(self.buffers, before, strict=True):
+                buffer.copy_(old)
 
     def __call__(self, batch: dict, step: int) -> Iterator[dict]:
         """Yield the shards of this process: the loop runs forward and backward on each."""

@@ -52,18 +52,13 @@ def test_a_gate_lets_whole_windows_through_and_warms_up_first(monkeypatch, capsy
 
 
 def test_time_of_a_part_is_counted_per_step_of_the_timed_steps(monkeypatch, capsys):
-    class Thing:
-        def work(self, x):
-            return 2 * x
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
-    gate, thing = Gate(steps=2, warm=1, batch_size=1), Thing()
-    gate.timed(thing, "work", "part")
+    gate = Gate(steps=2, warm=1, batch_size=1)
     with pytest.raises(SystemExit):
-        for batch in gate.through(range(9)):
-            assert thing.work(batch) == 2 * batch
+        for _ in gate.through(range(9)):
+            gate.count("part", 0.5)
     said = [line for line in capsys.readouterr().out.splitlines() if "speed" in line]
-    assert len(said) == 1 and json.loads(said[0].removeprefix(WORD))["milliseconds"]["part"] > 0
+    assert len(said) == 1 and json.loads(said[0].removeprefix(WORD))["milliseconds"]["part"] == 500
 
 
 def test_ratios_are_taken_round_by_round():
