@@ -11,7 +11,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from launches import REPOSITORY, finish, start
+from launches import REPOSITORY, finish, python, start
 from safetensors.torch import save_file
 
 from bench import gpu, tables
@@ -32,8 +32,7 @@ MODULES = (
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_measurement_says_what_it_does(module):
-    words = [sys.executable, "-m", f"bench.{module}", "--help"]
-    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = python("-m", f"bench.{module}", "--help")
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout
 
@@ -213,6 +212,6 @@ def test_no_test_but_those_of_a_gpu_sees_one():
     code = "import os, conftest, launches; print(os.environ['CUDA_VISIBLE_DEVICES'], launches.SEEN)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY / "tests", capture_output=True, text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "3"}, timeout=120,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "3", "PYTHONPATH": str(REPOSITORY)}, timeout=120,
     )  # fmt: skip
     assert done.stdout.split(maxsplit=1) == ["{'CUDA_VISIBLE_DEVICES':", "'3'}\n"], done

@@ -28,8 +28,8 @@ RUN = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--epochs", "3"]
 def test_an_exception_in_one_rank_is_the_last_thing_told(nets):
     began = time.monotonic()
     done = train(
-        [*RUN, "--run-dir", "raise"], nets, 2, LOCKSTEP_FAULT="raise@step=5,rank=1"
-    )  # fmt: skip
+        [*RUN, "--run-dir", "raise"], nets, 2, "torchrun", LOCKSTEP_FAULT="raise@step=5,rank=1"
+    )
     assert done.status != 0 and time.monotonic() - began < 90
     assert "rank 1 on" in done.out and "planned fault at step, step 5" in done.out
     assert (nets / "raise" / "crash" / "rank-1.txt").read_text().count("Traceback") >= 1

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from launches import REPOSITORY, SMALL, rows, same_weights, train
+from launches import REPOSITORY, SMALL, python, rows, same_weights, train
 
 
 def verify(*arguments) -> tuple[int, str]:
@@ -75,8 +75,7 @@ def test_a_command_says_whether_two_runs_are_the_same_experiment(nets):
         assert train([*arguments, *extra, "--run-dir", f"same-{name}"], nets).status == 0
 
     def same(one, two):
-        words = [sys.executable, "-m", "bench.same", str(nets / one), str(nets / two)]
-        return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+        return python("-m", "bench.same", nets / one, nets / two)
 
     assert same("same-x", "same-y").returncode == 0
     told = same("same-x", "same-z")
