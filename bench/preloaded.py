@@ -9,7 +9,9 @@ reads one job a line (tree, folder, flags, processes) until its input ends, runs
 processes as there are cores, and prints one line (job, status, CPU seconds) as each of them ends.
 """
 
+import atexit
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -19,6 +21,8 @@ import runpy
 import signal
 import socket
 import sys
+import threading
+import traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -71,7 +75,7 @@ def free_port() -> int:
 
 
 def become(job: dict, rank: int, port: int) -> None:
-    """Turn this process into `python train.py FLAGS`; its end is this process's end."""
+    """Turn this process into `python train.py FLAGS`, and end it as Python would."""
     folder, count = Path(job["folder"]), job["processes"]
     null = os.open(os.devnull, os.O_RDONLY)
     log = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -84,7 +88,23 @@ def become(job: dict, rank: int, port: int) -> None:
     os.chdir(folder)
     script = str(Path(job["tree"]) / "train.py")
     sys.argv, sys.path[0] = [script, *job["flags"]], job["tree"]
-    runpy.run_path(script, run_name="__main__")
+    status = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+        if not isinstance(status, int | None):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Then nothing but taking all packages apart, which costs more than a tiny run.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def serve() -> None:
@@ -92,6 +112,7 @@ def serve() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     print(json.dumps(kind()), flush=True)
+    gc.freeze()  # else each process walks all that was imported, again and again
     waiting = [json.loads(line) for line in sys.stdin]
     cores = os.cpu_count() or 1
     running: dict[int, int] = {}  # process -> its job
@@ -104,7 +125,7 @@ def serve() -> None:
             for rank in range(job["processes"]):
                 process = os.fork()
                 if process == 0:
-                    return become(job, rank, port)
+                    become(job, rank, port)
                 running[process] = following
             results[following] = {"job": following, "status": 0, "seconds": 0.0}
             following += 1
