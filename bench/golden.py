@@ -152,9 +152,8 @@ def tensors_of(file: Path) -> Iterator[tuple[str, list]]:
             value = np.ascontiguousarray(tensors.get_tensor(name))
             mix = hashlib.blake2b(f"{value.dtype} {value.shape}".encode(), digest_size=12)
             mix.update(value.reshape(-1).view(np.uint8))
-            numbers = value.astype(np.float64)
-            norm = float(np.sqrt(np.square(numbers).sum()))
-            yield name, [mix.hexdigest(), norm, float(numbers.sum())]
+            norm = np.sqrt(np.square(value, dtype=np.float64).sum())
+            yield name, [mix.hexdigest(), float(norm), float(value.sum(dtype=np.float64))]
 
 
 # --- comparing -----------------------------------------------------------------------------------
