@@ -75,8 +75,9 @@ class ExactSum:
         numbers = torch.cat(list(lying)).to(self.dtype)
         for p in self.parameters:
             p.grad = None
-        fits = torch.linalg.vector_norm(numbers, math.inf) < self.most * scale
-        self.total[-1].add_(~fits)
+        lowest, highest = numbers.aminmax()  # NaN, if there is one
+        most = self.most * scale
+        self.total[-1].add_(~((lowest > -most) & (highest < most)))
         parts = zip(numbers.split(self.block), self.total[:-1].split(self.block), strict=True)
         for part, total in parts:
             total += (part * (self.GRID / scale)).round_().long()
@@ -98,7 +99,11 @@ class ExactSum:
             dist.all_reduce(self.total)
         unit = torch.full((), math.nan, dtype=self.dtype, device=self.total.device)
         unit = torch.where(self.total[-1] > 0, unit, scale / self.GRID)
-        parts = (self.total[:-1] * unit).split(self.sizes)
+        numbers = torch.empty(sum(self.sizes), dtype=self.dtype, device=self.total.device)
+        parts = zip(numbers.split(self.block), self.total[:-1].split(self.block), strict=True)
+        for part, total in parts:
+            torch.mul(total, unit, out=part)
+        parts = numbers.split(self.sizes)
         for p, stride, part in zip(self.parameters, self.strides, parts, strict=True):
             p.grad = part.as_strided(p.shape, stride).to(p.dtype)
         self.total.zero_()
