@@ -8,12 +8,15 @@ which does what torchrun's does: it holds the store and gives each its place, pa
 ends the others when one fails, and leaves with 1.
 
 What one interpreter cannot vary is the same for all: numbers of threads read at its start, and the
-seed of str's hashes. `python bench/preloaded.py` prints what of this machine decides bits, as one
-line of JSON; then it starts a job for each line it reads, and prints a line when it has started and
-one when it has ended. When its input ends, it ends what still runs. `Interpreter` speaks to it.
+seed of str's hashes; and it does not free its modules at the end. `python bench/preloaded.py`
+prints what of this machine decides bits, as one line of JSON; then it starts a job for each line it
+reads, and prints a line when it has started and one when it has ended. When its input ends, it ends
+what still runs. `Interpreter` speaks to it.
 """
 
+import atexit
 import contextlib
+import gc
 import hashlib
 import importlib
 import io
@@ -27,6 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from importlib import metadata
@@ -91,13 +95,28 @@ def become(job: dict, place: dict[str, str]) -> None:
             raw, was = open(number, "wb", buffering=0, closefd=False), getattr(sys, name)  # noqa: SIM115
             setattr(sys, name, io.TextIOWrapper(raw, was.encoding, was.errors, write_through=True))
     first, *flags = job["words"]
-    if first == "-m":
-        module, *flags = flags
-        sys.argv, sys.path[0] = [module, *flags], str(Path.cwd())
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    else:
-        sys.argv, sys.path[0] = [first, *flags], str(Path(first).parent)
-        runpy.run_path(first, run_name="__main__")
+    try:
+        if first == "-m":
+            module, *flags = flags
+            sys.argv, sys.path[0] = [module, *flags], str(Path.cwd())
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = [first, *flags], str(Path(first).parent)
+            runpy.run_path(first, run_name="__main__")
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
+        if not isinstance(leaving.code, int | None):
+            print(leaving.code, file=sys.stderr)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    # As an interpreter ends, but that it frees what was preloaded: that costs more than a run.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status & 255)
 
 
 def redirect(job: dict) -> None:
@@ -186,6 +205,8 @@ def serve() -> tuple[dict, dict[str, str]] | None:
     for name in PACKAGES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a fork must not copy every page
     say(kind=kind())
     bell, ring = socket.socketpair()  # an ended child wakes the loop
     for end in (bell, ring):
@@ -222,6 +243,7 @@ def serve() -> tuple[dict, dict[str, str]] | None:
                 return lead(job) if job["processes"] > 1 else (job, {})
             running[process] = job["job"]
             say(job=job["job"], process=process)
+    signal.set_wakeup_fd(-1)
     for process in running:
         for one in family(process):
             with contextlib.suppress(ProcessLookupError):
