@@ -1,4 +1,4 @@
-"""The run, told in order: main(), train_one_epoch(), train_step(), evaluate()."""
+"""The run, told in order: main(), train_one_epoch(), train_step(), evaluate(); fit()."""
 
 import signal
 import sys
@@ -20,6 +20,7 @@ from optim import build_average, build_optimizer, set_lr
 from report import panels
 from report.ending import finish, run_to_exit
 from report.logbook import Logbook
+from report.notebook import Flag, Model, Result, run_as_guest
 from training.checkpoints import Checkpoints
 from training.data import Batch, Data, load_data
 from training.features import cache_features
@@ -150,6 +151,15 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
         results[split] = task.metrics(counts)
         assert results[split]["images"] == len(loader.dataset), "an image was lost or counted twice"
     return results
+
+
+def fit(model: Model = None, **flags: Flag) -> Result:
+    """Train from a notebook: a class, a name or "FILE.py:Class", and any flag as a keyword.
+
+    `fit(model=MyNet, dataset="digits", epochs=3)`. Raises UserError where the command line would
+    end. The first interrupt stops and saves, the second raises KeyboardInterrupt.
+    """
+    return run_as_guest(main, model, flags)
 
 
 if __name__ == "__main__":

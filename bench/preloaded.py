@@ -208,6 +208,7 @@ def serve() -> tuple[dict, dict[str, str]] | None:
     gc.collect()
     gc.freeze()  # a collection in a fork must not copy every page
     say(kind=kind())
+    gc.freeze()  # else each process walks all that was imported, again and again
     bell, ring = socket.socketpair()  # an ended child wakes the loop
     for end in (bell, ring):
         end.setblocking(False)

@@ -32,8 +32,11 @@ def wait_limit() -> float:
     return float(os.environ.get("LOCKSTEP_TIMEOUT", "600"))
 
 
-def build_accelerator(settings: Settings) -> tuple[Accelerator, Settings]:
-    """The Accelerator, and the settings with what only the machine could decide filled in."""
+def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Accelerator, Settings]:
+    """The Accelerator, and the settings with what only the machine could decide filled in.
+
+    `tune_malloc` changes the process for good, and is for one that has nothing else to do.
+    """
     try:
         decided, origin, cpu = look_at_the_machine(settings)
     except UserError as error:
@@ -42,7 +45,7 @@ def build_accelerator(settings: Settings) -> tuple[Accelerator, Settings]:
         raise
     if "threads" not in decided:
         torch.set_num_threads(settings.config.threads)
-    if cpu:
+    if cpu and tune_malloc:
         keep_freed_memory()
     limit = timedelta(seconds=wait_limit())
     accelerator = Accelerator(

@@ -28,10 +28,13 @@ REASONS = {
 
 
 class StopVote:
-    """Collects stop requests of this process and agrees on them with the others."""
+    """Collects stop requests of this process and agrees on them with the others.
 
-    def __init__(self, interval: float = 1.0):
-        self.interval = interval
+    A `guest` ends no process that is not its own: its second interrupt raises KeyboardInterrupt.
+    """
+
+    def __init__(self, interval: float = 1.0, guest: bool = False):
+        self.interval, self.guest = interval, guest
         self.code = 0  # what this process wishes or knows
         self.reason = 0  # what all agreed on
         self.signal_name = ""
@@ -79,7 +82,11 @@ class StopVote:
         # SLURM and an agent may both send TERM in the same millisecond: a second signal is no
         # "now". Only a person at a terminal who presses Ctrl-C again two seconds later means it.
         now = time.monotonic()
-        if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
+        if number == signal.SIGINT and self.guest:
+            if self._first_interrupt:
+                raise KeyboardInterrupt
+            self._first_interrupt = now
+        elif number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
             if self._first_interrupt and now - self._first_interrupt > 2:
                 os._exit(130)
             self._first_interrupt = self._first_interrupt or now

@@ -1,12 +1,14 @@
 """The processes of a run: the accelerator, what they agree on, and how they leave together."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from common.text import seconds
 from config import Settings
@@ -26,13 +28,19 @@ class World:
     `settings` are the given ones with what only the machine could decide. What is entered with
     `enter` is left first, in turn. On the way out of an error that all processes share, the groups
     end; after any other failure they may hang, and are left to the end of the process.
+
+    A `guest` is alone in a process that lives on: it tunes no malloc, ends no process that stands
+    still, and whatever happens leaves no thread behind.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.began = time.monotonic()
-        self.stop = StopVote().install()
+    def __init__(self, settings: Settings, guest: bool = False) -> None:
+        self.began, self.guest = time.monotonic(), guest
+        self._group_is_ours = not dist.is_initialized()
+        self.stop = StopVote(guest=guest).install()
         try:
-            self.accelerator, self.settings = machine.build_accelerator(settings)
+            self.accelerator, self.settings = machine.build_accelerator(
+                settings, tune_malloc=not guest
+            )
             self.device: torch.device = self.accelerator.device
             self.is_main: bool = self.accelerator.is_main_process
             self.num_processes: int = self.accelerator.num_processes
@@ -47,6 +55,8 @@ class World:
         if self.settings.config.max_time:
             self.stop.deadline = self.began + seconds(self.settings.config.max_time)
         self.watch = Watch(self.process_index, self.num_processes)
+        if guest:
+            self.watch.limit = math.inf
         self._contexts = contextlib.ExitStack()
         self._failure: tuple[BaseException, str] | None = None
         self.left_behind = False  # something hangs that the interpreter's end would wait for
@@ -62,19 +72,20 @@ class World:
         try:
             self._contexts.__exit__(kind, error, trace)
         finally:
-            if error is None or isinstance(error, UserError):
+            if self.guest or error is None or isinstance(error, UserError):
                 self._leave(error)
             self.stop.uninstall()
 
-    def _leave(self, error: UserError | None) -> None:
+    def _leave(self, error: BaseException | None) -> None:
         """All processes are here, or will be: where they raise, they raise alike."""
-        if error is None:
+        if error is None and self._group_is_ours:
             machine.end(self.accelerator)
         if error is None or self.is_main:
             self.watch.stop()
         else:
             self.own_words = self.watch.leave(error)
-        self.left_behind = not machine.leave() or self.left_behind
+        if self._group_is_ours:
+            self.left_behind = not machine.leave() or self.left_behind
 
     def enter(self, context: contextlib.AbstractContextManager[T]) -> T:
         """Enter a context that ends with this one, before it and before those entered earlier."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,23 @@ def is_own_file(name: str) -> bool:
     return name.endswith(".py") or ".py:" in name
 
 
+_in_memory: dict[str, Callable[[], type]] = {}
+
+
+@contextlib.contextmanager
+def standing_for(name: str, load: Callable[[], type]) -> Iterator[None]:
+    """Within, path/to/file.py:Class means the class that load() returns, not what the file says."""
+    _in_memory[name] = load
+    try:
+        yield
+    finally:
+        del _in_memory[name]
+
+
 def check_own_file(name: str) -> None:
     """UserError unless the file is there, is Python and speaks of the class. Runs nothing."""
+    if name in _in_memory:
+        return
     path, class_name = _split(name)
     if not path.is_file():
         raise UserError(
@@ -45,6 +61,8 @@ def check_own_file(name: str) -> None:
 
 def load_own_class(name: str) -> type:
     """The class, from the file run as a module; its folder is on sys.path meanwhile."""
+    if name in _in_memory:
+        return _in_memory[name]()
     path, class_name = _split(name)
     # A prefix of our own, for a file may be called data.py or torch.py.
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)

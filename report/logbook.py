@@ -30,12 +30,13 @@ class Logbook:
     """Writes on the main process; on the others it only keeps count. Gets numbers, no model.
 
     Entering the folder happens here: it is locked, and its status says how each life ended. On the
-    way out of an error the status says so; a folder in which no run was born is removed.
+    way out of an error the status says so; a folder in which no run was born is removed. In a
+    process that lives on, files are closed and the lock is given back.
     """
 
     def __init__(self, plan: Plan, world: World) -> None:
         self.plan, self.world = plan, world
-        self.screen = Report(enabled=world.is_main)
+        self.screen = Report(enabled=world.is_main, rows=not world.guest)
         if text := world.unseen_gpu():
             self.screen.shout("training on the CPU", text)
         for title, text in plan.shouts:
@@ -91,8 +92,6 @@ class Logbook:
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         self.screen.close_bar()
-        if error is None:
-            return
         if isinstance(error, UserError):
             self.screen.close()  # Windows removes no open file
             if self.folder is not None:
@@ -103,6 +102,11 @@ class Logbook:
             again = self.folder.read_status().get("failed_at") == step
             reason = self.world.failure(error).splitlines()[0]
             self.status(status="failed", reason=reason, failed_at=step, failed_twice=again)
+        elif isinstance(error, KeyboardInterrupt):
+            lost = "interrupted twice: what came after the last checkpoint is lost"
+            self.status(status="failed", reason=lost)
+        if self.world.guest:
+            self.close()
 
     # --- the beginning of a life ----------------------------------------------------------------
 

@@ -5,6 +5,8 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -15,19 +17,27 @@ from rich.text import Text
 
 from common.text import duration, percent, printable
 
+CHATTY = ("accelerate", "torch.distributed", "PIL", "matplotlib")
 SECONDS_BETWEEN_LINES = 5.0  # in a file; every row is in metrics.jsonl anyway
 
 
 class Report:
-    """Speaks for the main process; on the others every method is silent."""
+    """Speaks for the main process; on the others every method is silent.
 
-    def __init__(self, enabled: bool = True, console: Console | None = None):
-        self.enabled = enabled
+    Where there is no bar, `rows` are told as lines within an epoch too. A notebook has a bar where
+    ipywidgets is there.
+    """
+
+    def __init__(self, enabled: bool = True, console: Console | None = None, rows: bool = True):
+        self.enabled, self.rows = enabled, rows
         self.console = console or Console(
             highlight=False, width=None if sys.stdout.isatty() else 100
         )
         with contextlib.suppress(AttributeError, ValueError):  # a console that has no such letters
             self.console.file.reconfigure(errors="replace")
+        self.has_bar = self.console.is_terminal or (
+            self.console.is_jupyter and find_spec("ipywidgets") is not None
+        )
         self.log: Console | None = None
         self._bar: Progress | None = None
         self._task = None
@@ -99,7 +109,7 @@ class Report:
     # --- while it runs --------------------------------------------------------------------------
 
     def open_bar(self, total: int, done: int, epoch: str) -> None:
-        if not (self.enabled and self.console.is_terminal):
+        if not (self.enabled and self.has_bar):
             return
         self.close_bar()
         self._bar = Progress(
@@ -128,7 +138,7 @@ class Report:
         if self._bar is not None:
             self._bar.update(self._task, line=words)
         now = time.monotonic()
-        if self.console.is_terminal or now - self._last_line < SECONDS_BETWEEN_LINES:
+        if self.has_bar or not self.rows or now - self._last_line < SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
         self.show(f"  step {row['step']}/{total_steps}  {words}")
@@ -248,9 +258,22 @@ class SpeedMeter:
 
 def quiet_libraries() -> None:
     """Third-party chatter that tells a user nothing."""
-    for name in ("accelerate", "torch.distributed", "PIL", "matplotlib"):
+    for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
+
+
+@contextlib.contextmanager
+def quieted() -> Iterator[None]:
+    """Within, third-party chatter is off; afterwards levels and filters are what they were."""
+    levels = {name: logging.getLogger(name).level for name in CHATTY}
+    with warnings.catch_warnings():
+        quiet_libraries()
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def show_tracebacks() -> None:

@@ -26,6 +26,7 @@ except ImportError:  # Windows
 
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
+CODE = "code"  # the source of a model that came as a class
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
 
 
@@ -235,7 +236,7 @@ class RunDir:
         if (self.folder / "config.json").exists():
             return
         self.close()
-        for path in (self.checkpoints, self.folder / "crash"):
+        for path in (self.checkpoints, self.folder / "crash", self.folder / CODE):
             shutil.rmtree(path, ignore_errors=True)
         for name in ("lock", "STOP", "train.log", "status.json"):
             (self.folder / name).unlink(missing_ok=True)
