@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from launches import HIDDEN, ORDINARY, environment
+from launches import COUNTED, HIDDEN, ORDINARY, environment
 
 os.environ |= HIDDEN  # before torch looks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +14,13 @@ ORDINARY |= environment()
 
 def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=20, help="lives of the chaos soak")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A variable that some test leaves behind can make every later launch a cold one: tell."""
+    if any(COUNTED.values()):
+        counts = " and ".join(f"{count} {kind}" for kind, count in COUNTED.items())
+        terminalreporter.write_line(f"launches: {counts}")
 
 
 PLAIN = '''

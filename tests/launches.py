@@ -45,14 +45,23 @@ class Done:
 
 # Variables that a fork may be given; any other one that differs is read by an import, maybe.
 LATE = ("LOCKSTEP_", "SLURM_", "TORCHELASTIC_RESTART_COUNT", "WANDB_", "PYTEST_")
+LATE += ("CUBLAS_", "CUDA_LAUNCH_BLOCKING", "TORCHINDUCTOR_")  # left by what tests import
 ORDINARY: dict[str, str] = {}  # environment of the preloaded interpreter; conftest.py fills it
+COUNTED = {"preloaded": 0, "cold": 0}  # launches; the last line of a session tells
 PRELOADED: list[tuple[list[str], Path]] = []  # what was started so, and its output
 
 
 class Command(list):
-    """An argument vector that the preloaded interpreter may stand in for."""
+    """An argument vector, on several processes torchrun's, that a fork may stand in for."""
 
-    processes = 1
+    def __init__(self, words, processes: int = 1):
+        """`python WORDS`: a script or -m and a module, and its flags."""
+        self.words, self.processes = [str(word) for word in words], processes
+        start = [sys.executable]
+        if processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone"]
+            start += ["--nproc-per-node", str(processes)]
+        super().__init__([*start, *self.words])
 
 
 def command(arguments, processes: int = 1, launcher: str = "python") -> list[str]:
@@ -69,15 +78,8 @@ def command(arguments, processes: int = 1, launcher: str = "python") -> list[str
             TRAIN,
             *arguments,
         ]
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone"]
-        start += ["--nproc-per-node", str(processes)]
-    if launcher == "torchrun":
-        return [*start, TRAIN, *arguments]
-    found = Command([*start, TRAIN, *arguments])
-    found.processes = processes
-    return found
+    found = Command([TRAIN, *arguments], processes)
+    return list(found) if launcher == "torchrun" else found
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -97,7 +99,9 @@ def can_be_preloaded(words: list[str], env: dict[str, str]) -> bool:
     differs = {name for name in env.keys() | ORDINARY if env.get(name) != ORDINARY.get(name)}
     threads = {words[i + 1] for i, word in enumerate(words[:-1]) if word == "--threads"}
     early = [name for name in differs if not name.startswith(LATE)]
-    return hasattr(os, "fork") and not early and threads <= {"1"} and "--compile" not in words
+    can = hasattr(os, "fork") and not early and threads <= {"1"} and "--compile" not in words
+    COUNTED["preloaded" if can else "cold"] += 1
+    return can
 
 
 def start(
@@ -107,9 +111,9 @@ def start(
     log = cwd / f"output-{time.monotonic_ns()}.txt"
     texts, env = [str(w) for w in words], environment(**more)
     if isinstance(words, Command) and stdin == subprocess.DEVNULL and can_be_preloaded(texts, env):
-        from_script = texts[texts.index(TRAIN) :]
         PRELOADED.append((texts, log))
-        return interpreter().start(from_script, cwd, log, words.processes, env), log
+        return interpreter().start(words.words, cwd, log, words.processes, env), log
+    COUNTED["cold"] += not isinstance(words, Command)
     with log.open("w") as file:
         process = subprocess.Popen(
             texts, cwd=cwd, env=env, stdout=file, stderr=file, stdin=stdin, start_new_session=True

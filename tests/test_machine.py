@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launches import CLEAN, REPOSITORY, SMALL, train
+from launches import CLEAN, REPOSITORY, SMALL, Command, finish, start, train
 from torch import nn
 from torch.nn import functional
 
@@ -436,15 +436,11 @@ with open(f"{sys.argv[2]}-{os.environ['RANK']}.json", "w") as file:
 def test_a_run_makes_one_control_group_with_the_limit_and_leaves_all(nets, tmp_path, words, status):
     (tmp_path / "counted.py").write_text(COUNTED)
     arguments = ["--model", str(nets / "plain.py:Net"), *SMALL, "--limit", "256", "--epochs", "1"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = {k: v for k, v in os.environ.items() if k not in CLEAN} | {"LOCKSTEP_TIMEOUT": "77"}
-    done = subprocess.run(
-        [*launch, str(tmp_path / "counted.py"), str(REPOSITORY), str(tmp_path / "told"),
-         *arguments, "--run-dir", str(tmp_path / "run"), *words],
-        env=env, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    counted = [tmp_path / "counted.py", REPOSITORY, tmp_path / "told", *arguments]
+    counted += ["--run-dir", tmp_path / "run", *words]
+    done = finish(*start(Command(counted, 2), tmp_path, LOCKSTEP_TIMEOUT="77"))
     for rank in range(2):
         path = tmp_path / f"told-{rank}.json"
-        assert path.exists(), done.stderr[-3000:]
+        assert path.exists(), done.out[-3000:]
         told = json.loads(path.read_text())
         assert told == {"made": [["gloo", 77.0]], "left": True, "status": status}, told

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
 import sys
 import tarfile
 import types
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launches import Command, finish, start
 from PIL import Image, ImageFile
 
 from config import HINTS, build_parser
@@ -518,19 +518,15 @@ def test_a_cache_that_cannot_be_written_costs_only_time(pictures, tmp_path, monk
 
 def test_processes_that_start_together_decode_once(pictures, tmp_path):
     script = (
-        "import sys, time; from data import sources\n"
+        "import time; from data import sources\n"
         "build = sources.build\n"
         "def slow(*given): print('built'); time.sleep(1); return build(*given)\n"
         "sources.build = slow\n"
         "print(sources.load_source(sys.argv[1]).fingerprint)"
     )
-    command = [sys.executable, "-c", script, str(pictures)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    words = [process.communicate(timeout=120)[0].split() for process in running]
+    (tmp_path / "decode.py").write_text(f"import sys; sys.path[0] = {str(ROOT)!r}\n{script}")
+    running = [start(Command([tmp_path / "decode.py", pictures]), tmp_path) for _ in range(3)]
+    words = [finish(*one).out.split() for one in running]
     assert sum(said.count("built") for said in words) == 1
     assert len({said[-1] for said in words}) == 1
 
