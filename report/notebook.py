@@ -150,11 +150,13 @@ def understood(flags: Flags) -> Settings:
 def _run(
     main: Callable[[World, Observer], int], model: Model, flags: Flags, folder: Path
 ) -> Result:
-    with lent(), quieted():
-        if not isinstance(model, type):
-            return _result(main, understood({"model": model, **flags}), Seen(), folder)
-        with KeptClass(model, folder) as kept:
-            settings = understood({"model": kept.name, **flags})
+    if not isinstance(model, type):
+        settings = understood({"model": model, **flags})
+        with lent(), quieted():
+            return _result(main, settings, Seen(), folder)
+    with KeptClass(model, folder) as kept:
+        settings = understood({"model": kept.name, **flags})
+        with lent(), quieted():
             result = _result(main, settings, Seen(kept), folder)
             if doubt := kept.doubt():
                 Report().warn(doubt)
