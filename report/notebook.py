@@ -77,7 +77,7 @@ def run_as_guest(main: Callable[[World, Observer], int], model: Model, flags: Fl
     named = {**(read_yaml(Path(str(flags["config"]))) if flags.get("config") else {}), **flags}
     if flags.get("resume"):
         folder = Path("runs/latest" if flags["resume"] is True else str(flags["resume"]))
-        return _run(main, model, flags, folder)
+        return _run(main, model, flags, folder.resolve() if folder.is_symlink() else folder)
     if named.get("run_dir"):
         return _run(main, model, flags, Path(str(named["run_dir"])))
     # A folder for each call, also inside a job, which would give all of them the same.
@@ -150,11 +150,13 @@ def understood(flags: Flags) -> Settings:
 def _run(
     main: Callable[[World, Observer], int], model: Model, flags: Flags, folder: Path
 ) -> Result:
-    with lent(), quieted():
-        if not isinstance(model, type):
-            return _result(main, understood({"model": model, **flags}), Seen(), folder)
-        with KeptClass(model, folder) as kept:
-            settings = understood({"model": kept.name, **flags})
+    if not isinstance(model, type):
+        settings = understood({"model": model, **flags})
+        with lent(), quieted():
+            return _result(main, settings, Seen(), folder)
+    with KeptClass(model, folder) as kept:
+        settings = understood({"model": kept.name, **flags})
+        with lent(), quieted():
             result = _result(main, settings, Seen(kept), folder)
             if doubt := kept.doubt():
                 Report().warn(doubt)
@@ -252,11 +254,10 @@ class KeptClass:
         if self._trial is not None:
             try:
                 _, told = self._trial.communicate(timeout=TRIAL_SECONDS)
+                last = (told.strip().splitlines() or ["it ends without a word"])[-1]
+                why = last if self._trial.returncode else ""
             except subprocess.TimeoutExpired:
-                return ""
-            if self._trial.returncode == 0:
-                return ""
-            why = (told.strip().splitlines() or ["it ends without a word"])[-1]
+                why = f"trying it takes more than {TRIAL_SECONDS:.0f} s"
         return (
             f"{self.file} does not stand alone ({why}): predict.py and --resume need it; write "
             f"class {name} into that file with all that it uses"
