@@ -1,10 +1,11 @@
 """What logical shards cost: 8 shards on one process against plain accumulation; 1 against none.
 
-The same forward and backward over the same micro-batches, once through distributed/shards.py and
-once in a bare loop, in turns. Goal: within 3 %.
+The same forward and backward over the same micro-batches, in turns: through distributed/shards.py,
+the same with --bitwise, and in a bare loop. Goal: within 3 % without --bitwise.
 """
 
 import sys
+from functools import partial
 
 import torch
 
@@ -16,9 +17,10 @@ from tasks import build_task
 
 
 def markdown(results: dict) -> str:
-    columns = ("shards", "plain", "shards/plain")
+    columns = ("shards", "bitwise", "plain", "shards/plain", "bitwise/plain")
     rows = [[name, *(shown(found[k], 3) for k in columns)] for name, found in results.items()]
-    return table(["", "seconds", "plain accumulation, s", "ratio"], rows)
+    head = ["", "seconds", "--bitwise, s", "plain accumulation, s", "ratio", "ratio of --bitwise"]
+    return table(head, rows)
 
 
 def main() -> int:
@@ -44,9 +46,12 @@ def main() -> int:
             "images": images.contiguous(memory_format=torch.channels_last),
             "labels": torch.arange(plan.batch_size, device=accelerator.device) % 10,
         }
-        shards = Shards(accelerator, model, plan, lambda step, shard: step + shard, bitwise=False)
+        plain_sums, exact_sums = (
+            Shards(accelerator, model, plan, lambda step, shard: step + shard, bitwise)
+            for bitwise in (False, True)
+        )
 
-        def through_shards(shards=shards, batch=batch) -> None:
+        def through(shards: Shards, batch=batch) -> None:
             for part in shards(batch, 0):
                 loss = task.loss(model(part["images"]), part["labels"])
                 accelerator.backward(loss * shards.scale)
@@ -59,9 +64,15 @@ def main() -> int:
                 accelerator.backward(loss / plan.batch_size)
             model.zero_grad()
 
-        series = compare({"shards": through_shards, "plain": plainly}, arguments.rounds)
+        arms = {
+            "shards": partial(through, plain_sums),
+            "bitwise": partial(through, exact_sums),
+            "plain": plainly,
+        }
+        series = compare(arms, arguments.rounds)
         found = results[f"{count} shards"] = {k: spread(v) for k, v in series.items()}
-        found["shards/plain"] = ratio(series["shards"], series["plain"])
+        for name in ("shards", "bitwise"):
+            found[f"{name}/plain"] = ratio(series[name], series["plain"])
     print(f"{arguments.model}, micro-batch {micro}, median (range) of {arguments.rounds} rounds:\n")
     print(markdown(results))
     finish(arguments, results)
