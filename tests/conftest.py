@@ -18,7 +18,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def clean_environment():
-    """What Accelerate and others leave in the environment ends with the test, for later launches."""
+    """What Accelerate and others leave in the environment ends with the test."""
     before = dict(os.environ)
     yield
     theirs = {name: value for name, value in os.environ.items() if name.startswith("PYTEST_")}
