@@ -16,8 +16,18 @@ def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=20, help="lives of the chaos soak")
 
 
+@pytest.fixture(autouse=True)
+def clean_environment():
+    """What Accelerate and others leave in the environment ends with the test."""
+    before = dict(os.environ)
+    yield
+    theirs = {name: value for name, value in os.environ.items() if name.startswith("PYTEST_")}
+    os.environ.clear()
+    os.environ.update(before | theirs)
+
+
 def pytest_terminal_summary(terminalreporter):
-    """A variable that some test leaves behind can make every later launch a cold one: tell."""
+    """How launches were made: a difference of environments can make every one a cold one."""
     if any(COUNTED.values()):
         counts = " and ".join(f"{count} {kind}" for kind, count in COUNTED.items())
         terminalreporter.write_line(f"launches: {counts}")

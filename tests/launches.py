@@ -45,7 +45,6 @@ class Done:
 
 # Variables that a fork may be given; any other one that differs is read by an import, maybe.
 LATE = ("LOCKSTEP_", "SLURM_", "TORCHELASTIC_RESTART_COUNT", "WANDB_", "PYTEST_")
-LATE += ("CUBLAS_", "CUDA_LAUNCH_BLOCKING", "TORCHINDUCTOR_")  # left by what tests import
 ORDINARY: dict[str, str] = {}  # environment of the preloaded interpreter; conftest.py fills it
 COUNTED = {"preloaded": 0, "cold": 0}  # launches; the last line of a session tells
 PRELOADED: list[tuple[list[str], Path]] = []  # what was started so, and its output
