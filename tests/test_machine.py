@@ -367,6 +367,7 @@ def test_patience_is_six_times_as_long_where_a_phase_has_no_beats(monkeypatch, p
     assert bool(stalled) == ends
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_patient_until_its_second_step_and_first_evaluation(tmp_path, nets):
     """By the Watch of a real run, whose compiler is played."""
     script = (
