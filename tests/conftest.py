@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from launches import COUNTED, HIDDEN, ORDINARY, environment
+from launches import COUNTED, DIFFERED, HIDDEN, ORDINARY, environment
 
 os.environ |= HIDDEN  # before torch looks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +30,8 @@ def pytest_terminal_summary(terminalreporter):
     """How launches were made: a difference of environments can make every one a cold one."""
     if any(COUNTED.values()):
         counts = " and ".join(f"{count} {kind}" for kind, count in COUNTED.items())
-        terminalreporter.write_line(f"launches: {counts}")
+        names = f" ({', '.join(sorted(DIFFERED))})" if DIFFERED else ""
+        terminalreporter.write_line(f"launches: {counts}{names}")
 
 
 PLAIN = '''

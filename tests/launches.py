@@ -45,8 +45,15 @@ class Done:
 
 # Variables that a fork may be given; any other one that differs is read by an import, maybe.
 LATE = ("LOCKSTEP_", "SLURM_", "TORCHELASTIC_RESTART_COUNT", "WANDB_", "PYTEST_")
+LATE += (
+    "CUBLAS_",
+    "CUDA_LAUNCH_BLOCKING",
+    "HF_TOKEN",
+    "TORCHINDUCTOR_",
+)  # the last: --compile is cold
 ORDINARY: dict[str, str] = {}  # environment of the preloaded interpreter; conftest.py fills it
 COUNTED = {"preloaded": 0, "cold": 0}  # launches; the last line of a session tells
+DIFFERED: set[str] = set()  # variables for which some of them were cold
 PRELOADED: list[tuple[list[str], Path]] = []  # what was started so, and its output
 
 
@@ -100,6 +107,7 @@ def can_be_preloaded(words: list[str], env: dict[str, str]) -> bool:
     early = [name for name in differs if not name.startswith(LATE)]
     can = hasattr(os, "fork") and not early and threads <= {"1"} and "--compile" not in words
     COUNTED["preloaded" if can else "cold"] += 1
+    DIFFERED.update(early)
     return can
 
 

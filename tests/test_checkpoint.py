@@ -5,12 +5,12 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launches import python
 from safetensors.torch import save_file
 from torch import nn
 
@@ -379,7 +379,8 @@ writer.start(big, Progress(step=3), {{}})
 writer.wait()
 assert writer.error == "", writer.error
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    (tmp_path.parent / "limited.py").write_text(script)
+    done = python(tmp_path.parent / "limited.py")
     assert done.returncode == 0, done.stderr
     assert "checkpoint not saved" in done.stdout and "the previous one stays" in done.stdout
     assert [int(p.name[5:]) for p in visible(tmp_path)] == [3, 1]

@@ -321,11 +321,10 @@ time.sleep(600)  # as in a collective of NCCL whose peer is gone
 
 def test_who_waits_for_a_dead_process_notices_dumps_and_ends(tmp_path):
     (tmp_path / "wait.py").write_text(WAITING)
-    words = [sys.executable, str(tmp_path / "wait.py"), str(REPOSITORY)]
-    ranks = [
-        subprocess.Popen([*words, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    words = [tmp_path / "wait.py", REPOSITORY]
+    ranks, logs = zip(
+        *(start(Command([*words, rank, tmp_path]), tmp_path) for rank in range(2)), strict=True
+    )
     try:
         end = time.monotonic() + 120
         beats = [tmp_path / "crash" / f"heartbeat-{rank}.json" for rank in range(2)]
@@ -336,7 +335,7 @@ def test_who_waits_for_a_dead_process_notices_dumps_and_ends(tmp_path):
         assert ranks[0].poll() is None  # standing still is no crime while the other lives
         ranks[1].kill()
         ranks[1].wait()
-        said = ranks[0].communicate(timeout=120)[1]
+        said = finish(ranks[0], logs[0], 120).out
     finally:
         for process in ranks:
             process.kill()
@@ -368,6 +367,7 @@ def test_patience_is_six_times_as_long_where_a_phase_has_no_beats(monkeypatch, p
     assert bool(stalled) == ends
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_patient_until_its_second_step_and_first_evaluation(tmp_path, nets):
     """By the Watch of a real run, whose compiler is played."""
     script = (

@@ -516,7 +516,8 @@ def test_a_cache_that_cannot_be_written_costs_only_time(pictures, tmp_path, monk
     assert same(load_source(str(pictures)), load_source(str(pictures)))
 
 
-def test_processes_that_start_together_decode_once(pictures, tmp_path):
+def test_processes_that_start_together_decode_once(pictures, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME")  # read when `datasets` is imported: with another one, all is cold
     script = (
         "import time; from data import sources\n"
         "build = sources.build\n"

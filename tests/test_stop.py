@@ -4,12 +4,11 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from launches import Command, finish, start
 
 from distributed.stop import (
     ORPHAN,
@@ -167,20 +166,13 @@ def told(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    words = [sys.executable, str(folder / "vote.py")]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "ACCELERATE"))}
-    processes = [
-        subprocess.Popen(
-            [*words, str(rank), "3", REPOSITORY, str(folder), port], env=env,
-            stdin=subprocess.DEVNULL,
-        )
+    ranks = [
+        start(Command([folder / "vote.py", rank, 3, REPOSITORY, folder, port]), folder)
         for rank in range(3)
-    ]  # fmt: skip
-    try:
-        assert [p.wait(90) for p in processes] == [0, 0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    ]
+    for rank in ranks:
+        done = finish(*rank, 90)
+        assert done.status == 0, done.out
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 
 
