@@ -74,6 +74,8 @@ class World:
         finally:
             if self.guest or error is None or isinstance(error, UserError):
                 self._leave(error)
+            elif isinstance(error, Exception):
+                self.failure(error)  # while signals are still ours: a launcher sends TERM to all
             self.stop.uninstall()
 
     def _leave(self, error: BaseException | None) -> None:
