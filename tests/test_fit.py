@@ -279,6 +279,7 @@ def test_each_call_has_a_folder_of_its_own_also_within_a_job(monkeypatch):
 # --- the source of a class ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_class_is_kept_with_all_that_it_uses_and_predicts_elsewhere(tried, capsys):
     fit(Net, **TINY)
     assert "does not stand alone" not in capsys.readouterr().out
@@ -296,6 +297,7 @@ def test_a_class_is_kept_with_all_that_it_uses_and_predicts_elsewhere(tried, cap
     assert done.returncode == 0, done.stderr
     [found] = json.loads(done.stdout)
     assert len(found["predictions"]) == 5
+    assert fit(resume="run", epochs=2).history["train/loss"][0][-1] == 8, "from its file"
 
 
 def test_a_class_that_does_not_stand_alone_is_told(tried, capsys):
@@ -381,7 +383,7 @@ def held_bytes() -> int:
 def test_ten_calls_keep_less_memory_than_one_model():
     sizes = []
     for number in range(10):
-        fit(Large, **{**TINY, "run_dir": f"run-{number}"}, max_steps=1, keep=2, limit=64)
+        fit(Large, **{**TINY, "run_dir": f"run-{number}", "limit": 64})
         sizes.append(held_bytes())
     assert sizes[-1] - sizes[0] < 4 * 768 * 5200
 
