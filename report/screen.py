@@ -48,7 +48,10 @@ class Report:
         """From now on also into the run's train.log, as plain lines."""
         if self.enabled:
             file = (folder / "train.log").open("a", encoding="utf-8")
-            self.log = Console(file=file, width=100, no_color=True, highlight=False)
+            self.log = Console(
+                file=file, width=100, no_color=True, highlight=False,
+                force_jupyter=False,  # in a notebook a console forgets its file
+            )  # fmt: skip
 
     def show(self, thing, style: str | None = None) -> None:
         """Print text or a rich table; text is never read as markup."""
