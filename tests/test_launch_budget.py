@@ -19,7 +19,7 @@ from data.augment import CROP_TRIES, KINDS, Augment
 from data.keyed_random import permutation, uniforms
 from data.loaders import EVALUATION_BATCH, evaluation_batch
 from data.order import EvaluationBatchSampler, GlobalBatchSampler
-from distributed.shards import Guard, Shards
+from distributed.shards import Guard, Shards, packed
 from distributed.stop import StopVote
 from optim import WeightAverage, build_optimizer
 from tasks import Regression
@@ -236,7 +236,7 @@ def test_an_infinite_gradient_under_a_scaler_changes_nothing_but_the_scale(name)
         return [x.detach().clone() for x in kept]
 
     def step(bad: bool) -> None:
-        shards.before = [b.clone() for b in shards.buffers]
+        shards.before = packed(shards.buffers)
         scaler.scale(model(torch.randn(6, 3, 8, 8)).square().mean()).backward()
         if bad:
             model[0].weight.grad[0, 0, 0, 0] = torch.inf
