@@ -629,7 +629,10 @@ def test_torchrun_passes_the_signals_and_every_argument(tmp_path):
         ("MIG-1,MIG-2", 2),
     ],
 )
-def test_torchrun_starts_a_process_per_gpu_that_cuda_may_see(visible, processes, tmp_path):
+def test_torchrun_starts_a_process_per_gpu_that_cuda_may_see(
+    visible, processes, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # tests hide the GPUs
     for name, text in {
         "nvidia-smi": 'for i in {0..7}; do echo "GPU $i: H100 (UUID: GPU-8a-$i)"; done',
         "python": 'printf "%s\\n" "$@"',

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from data.sources.folder import read_class_folders
 from models import build_model
 from predict import main as predict_main
 from predict import prepare
-from report import page
+from report import page, panels
 from report.screen import Report
 from training import lr_finder
 
@@ -190,8 +191,9 @@ def test_the_learning_rate_finder_suggests_the_steepest_fall(tmp_path, monkeypat
     assert rates[20] < suggestion < rates[30]
     assert lr_finder.suggest(rates[:3], [1.0, 1.2, 1.4]) == rates[0]
     monkeypatch.chdir(tmp_path)
-    settings = TrainConfig(model="nets/plain.py:Net")
-    lr_finder.tell(Report(), settings, rates, losses, suggestion)
+    plan = SimpleNamespace(config=TrainConfig(model="nets/plain.py:Net"))
+    found = lr_finder.Rates(rates, losses, suggestion)
+    assert panels.show_rates(Report(), found, plan, SimpleNamespace(is_main=True)) == 0
     assert (tmp_path / "runs" / "find-lr-plain.py-Net.png").stat().st_size > 5000
     assert f"--lr {suggestion:.2g}" in capsys.readouterr().out
 
