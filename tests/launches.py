@@ -49,6 +49,8 @@ LATE += (
     "CUBLAS_",
     "CUDA_LAUNCH_BLOCKING",
     "HF_TOKEN",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",  # set where scikit-learn is imported
     "TORCHINDUCTOR_",
 )  # the last: --compile is cold
 ORDINARY: dict[str, str] = {}  # environment of the preloaded interpreter; conftest.py fills it
