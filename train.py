@@ -30,7 +30,7 @@ from training.not_finite import refuse_not_finite
 from training.observer import Observer
 from training.plan import decide
 from training.schedule import Schedule, build_schedule
-from training.start import agreed_facts, settle, start_model, weights_card
+from training.start import agreed_facts, settle_buckets, start_model, weights_card
 
 
 def main(world: World, observer: Observer) -> int:
@@ -58,7 +58,7 @@ def main(world: World, observer: Observer) -> int:
         results = evaluate(learner, data, world, progress)
         return panels.show_evaluation(log.screen, results, plan, started, data)
     log.screen.note(cache_features(learner, data, plan, world))
-    settle(learner, data)
+    settle_buckets(learner, data)
     world.stop.ask_all()  # a stop may have been asked for while we started
     observer.started(learner, data, schedule, progress)
     if actions.find_lr:

@@ -18,13 +18,14 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from bench.preloaded import Interpreter, Launched
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VALUES = REPOSITORY / "tests" / "golden"
@@ -73,10 +74,7 @@ def names(only: list[str] | None = None) -> dict[str, tuple[str, int]]:
 
 
 class Runner:
-    """One bench/preloaded.py: `kind` says what machine this is, `measure` runs trees side by side.
-
-    With `with`, so that nothing it started outlives an interruption.
-    """
+    """Runs trees side by side; with `with`, so that nothing it started outlives an interruption."""
 
     def __init__(self) -> None:
         env = {
@@ -85,45 +83,48 @@ class Runner:
         }  # fmt: skip
         env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         env |= {"ACCELERATE_USE_CPU": "true", "LOCKSTEP_TIMEOUT": "300"}
-        words = [sys.executable, str(Path(__file__).with_name("preloaded.py"))]
-        self.process = subprocess.Popen(
-            words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        self.kind: dict[str, str] = json.loads(self.process.stdout.readline())
+        self.interpreter = Interpreter(env)
+        self.kind = self.interpreter.kind
 
     def __enter__(self) -> "Runner":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.interpreter.close()
 
     def measure(self, trees: list[Path], runs: dict[str, tuple[str, int]]) -> list[Values]:
-        """The values of the runs in each tree; to be called once."""
+        """The values of the runs in each tree, as many side by side as there are cores."""
         found: list[Values] = [{} for _ in trees]
-        jobs = [(tree, name) for name in runs for tree in range(len(trees))]
+        waiting = [(tree, name) for name in runs for tree in range(len(trees))]
+        waiting.reverse()
+        running: dict[tuple[int, str], tuple[Launched, Path]] = {}
+        cores = os.cpu_count() or 1
         with tempfile.TemporaryDirectory(prefix="golden-") as temporary:
-            folders = [Path(temporary) / str(number) for number in range(len(jobs))]
-            for folder, (tree, name) in zip(folders, jobs, strict=True):
-                folder.mkdir()
-                flags, processes = runs[name]
-                job = {"tree": str(trees[tree].resolve()), "folder": str(folder)}
-                job |= {"flags": [*flags.split(), *ALWAYS.split(), "--run-dir", "run"]}
-                print(json.dumps(job | {"processes": processes}), file=self.process.stdin)
-            self.process.stdin.close()
-            for line in self.process.stdout:
-                result = json.loads(line)
-                (tree, name), folder = jobs[result["job"]], folders[result["job"]]
-                if result["status"]:
-                    said = sorted(folder.glob("output-*.txt"))
-                    text = "\n".join(path.read_text()[-3000:] for path in said)
-                    raise SystemExit(f"{name} failed in {trees[tree]}:\n{text}")
-                found[tree][name] = values_of(folder / "run")
-                shutil.rmtree(folder)  # alexnet's is a gigabyte
-                where = f" in {trees[tree]}" if tree else ""
-                print(f"{name}{where}: {result['seconds']:.1f} CPU seconds", file=sys.stderr)
+            while waiting or running:
+                busy = sum(runs[name][1] for _, name in running)
+                if waiting and (not running or busy + runs[waiting[-1][1]][1] <= cores):
+                    tree, name = waiting.pop()
+                    folder = Path(temporary, f"{tree}-{name.replace(' ', '-')}")
+                    folder.mkdir()
+                    flags, processes = runs[name]
+                    words = [str(trees[tree].resolve() / "train.py"), *flags.split()]
+                    words += [*ALWAYS.split(), "--run-dir", "run"]
+                    output = folder / "output.txt"
+                    launched = self.interpreter.start(words, folder, output, processes)
+                    running[tree, name] = launched, folder
+                    continue
+                ended = [key for key, (one, _) in running.items() if one.poll() is not None]
+                if not ended:
+                    self.interpreter.listen(None)
+                for tree, name in ended:
+                    launched, folder = running.pop((tree, name))
+                    if launched.returncode:
+                        said = (folder / "output.txt").read_text()[-6000:]
+                        raise SystemExit(f"{name} failed in {trees[tree]}:\n{said}")
+                    found[tree][name] = values_of(folder / "run")
+                    shutil.rmtree(folder)  # alexnet's is a gigabyte
+                    where = f" in {trees[tree]}" if tree else ""
+                    print(f"{name}{where}: {launched.seconds:.1f} CPU seconds", file=sys.stderr)
         # They end in any order.
         return [{name: values[name] for name in runs} for values in found]
 

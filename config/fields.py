@@ -118,7 +118,9 @@ class TrainConfig:
     compile: bool = setting(False, "compile the model", group="machine")
     deterministic: bool = setting(False, "bit-exact GPU runs, slower", group="machine")
     bitwise: bool = setting(
-        False, "the same bits on any number of processes (CPU), slower", group="machine"
+        False,
+        "the same bits on any number of processes; on a GPU with --deterministic; slower",
+        group="machine",
     )
     threads: int = setting(
         0, "CPU threads per process; 0: the CPUs shared by the processes", group="machine", low=0

@@ -193,8 +193,6 @@ def check(settings: Settings) -> None:
         wrong("--checkpoint-every 0: must be at least 1 step")
     if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
         wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
-    if c.bitwise and c.mixed_precision == "fp16":
-        wrong("--bitwise --mixed-precision fp16: choose bf16 or no", "contradiction")
     if (c.mixup or c.cutmix) and entry.task == "regression":
         wrong(f"--mixup and --cutmix blend classes; {c.model} is for regression", "contradiction")
     if c.mixup and c.cutmix:

@@ -127,9 +127,6 @@ class Augment:
         if not (self.mixup or self.cutmix):
             return images, labels
         targets = (labels[:, None] == _pixels(num_classes, labels.device)).float()
-        if not (self.mixup or self.cutmix):
-            return images, labels
-        targets = F.one_hot(labels, num_classes).float()
         first = indices[:1].to(images.device, non_blocking=True)
         mixture = self._rows(self.mixtures, first, epoch, images)  # (1, 7)
         share = keep = mixture[:, 6:]  # (1, 1) or (H, W): the part of its own image in each pixel

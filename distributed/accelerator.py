@@ -111,7 +111,7 @@ def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, boo
         raise UserError("--debug is one process: start it as python train.py --debug")
 
     if config.threads == 0:
-        decided["threads"] = 1 if config.bitwise else cpu_share()
+        decided["threads"] = 1 if config.bitwise and cpu else cpu_share()
     classifies = lookup(config.model).task == "classification"
     precision, origin = choose_precision(config.mixed_precision, cpu, classifies)
     if config.mixed_precision == "auto":
@@ -123,8 +123,12 @@ def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, boo
         )
     if backend == "inductor" and not config.compile:
         decided["compile"] = True
-    if config.bitwise and not cpu:
-        raise UserError("--bitwise is for CPUs; on a GPU use --deterministic")
+    if config.bitwise and not (cpu or torch.cuda.is_available()):
+        raise UserError("--bitwise is for CPUs and CUDA GPUs: other devices lack its integer sums")
+    if config.bitwise and not (cpu or config.deterministic):
+        raise UserError(
+            "--bitwise on a GPU needs equal bits of each shard too: add --deterministic"
+        )
     return decided, origin, cpu
 
 

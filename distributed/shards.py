@@ -8,7 +8,9 @@ statistics are those after shard 0.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -27,12 +29,85 @@ def seed_dropout(seed: int, device: torch.device) -> None:
         torch.mps.manual_seed(seed)
 
 
+def packed(tensors: list[Tensor]) -> dict[torch.dtype, Tensor]:
+    """A copy of all the numbers, flat, one tensor per dtype: few launches, however many tensors."""
+    kinds = dict.fromkeys(t.dtype for t in tensors)  # a set has no order to share
+    return {kind: torch.cat([t.flatten() for t in tensors if t.dtype == kind]) for kind in kinds}
+
+
+@torch.no_grad()
+def unpack(copy: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> None:
+    """Give the tensors the numbers of a `packed` copy."""
+    for kind, flat in copy.items():
+        same = [t for t in tensors if t.dtype == kind]
+        parts = flat.split([t.numel() for t in same])
+        torch._foreach_copy_(same, [p.view(t.shape) for p, t in zip(parts, same, strict=True)])
+
+
+class ExactSum:
+    """The sum of all shards' gradients in whole multiples of 2**-44, as int64.
+
+    Adding integers is exact, so nothing that only changes the order of the additions can change a
+    bit: how the shards are spread over processes, nor how a ring or a tree adds the processes.
+    A shard's number of 2**18 / shards and more, or none at all (NaN), might not fit; such shards
+    are counted in one more integer, and where there was one, on any process, all gradients are NaN.
+    Costs 8 bytes a parameter, and DDP's overlap of communication and computation.
+    """
+
+    GRID, MOST = 2.0**44, 2.0**18  # the whole sum stays below 2**62
+
+    def __init__(self, parameters: list[nn.Parameter], shards: int):
+        self.parameters = parameters
+        self.most = self.MOST / shards
+        # What gradients have: the weights' strides, where these leave no gaps.
+        self.strides = [torch.empty_like(p, device="meta").stride() for p in parameters]
+        self.sizes = [p.numel() for p in parameters]
+        kinds = (p.dtype for p in parameters)
+        self.dtype = functools.reduce(torch.promote_types, kinds, torch.float32)
+        device = parameters[0].device if parameters else None
+        self.total = torch.zeros(sum(self.sizes) + 1, dtype=torch.int64, device=device)
+        self.block = 2**15 if self.total.device.type == "cpu" else 2**24  # in a core's cache
+
+    @torch.no_grad()
+    def add(self, scale: Tensor | float = 1.0) -> None:
+        """Move this shard's gradients, which are `scale` times too large, into the sum."""
+        lying = map(self._as_they_lie, self.parameters, self.strides)
+        numbers = torch.cat(list(lying)).to(self.dtype)
+        for p in self.parameters:
+            p.grad = None
+        fits = torch.linalg.vector_norm(numbers, math.inf) < self.most * scale
+        self.total[-1].add_(~fits)
+        parts = zip(numbers.split(self.block), self.total[:-1].split(self.block), strict=True)
+        for part, total in parts:
+            total += (part * (self.GRID / scale)).round_().long()
+
+    @staticmethod
+    def _as_they_lie(p: nn.Parameter, stride: tuple[int, ...]) -> Tensor:
+        """The gradient's numbers in the order of the memory, flat."""
+        if p.grad is None:
+            return p.new_zeros(p.numel())
+        lies = p.grad
+        if lies.stride() != stride:
+            lies = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(lies)
+        return lies.as_strided((lies.numel(),), (1,))
+
+    @torch.no_grad()
+    def hand_out(self, processes: int, scale: Tensor | float = 1.0) -> None:
+        """Add up the processes, and give every parameter its gradient, `scale` times too large."""
+        if processes > 1:
+            dist.all_reduce(self.total)
+        unit = torch.full((), math.nan, dtype=self.dtype, device=self.total.device)
+        unit = torch.where(self.total[-1] > 0, unit, scale / self.GRID)
+        parts = (self.total[:-1] * unit).split(self.sizes)
+        for p, stride, part in zip(self.parameters, self.strides, parts, strict=True):
+            p.grad = part.as_strided(p.shape, stride).to(p.dtype)
+        self.total.zero_()
+
+
 class Shards:
     """Hands out this process's shards of each step and makes the sum of all gradients.
 
-    With bitwise=True every shard's gradient is kept apart and all are added in the order of the
-    shards, so the sum has the same bits on any number of processes; it costs memory for
-    `shards` gradients and gives up DDP's overlap of communication and computation.
+    With bitwise=True the sum has the same bits on any number of processes: see ExactSum.
     """
 
     def __init__(self, accelerator, model: nn.Module, plan: BatchPlan, seed_of, bitwise: bool):
@@ -43,6 +118,7 @@ class Shards:
         self.seed_of = seed_of  # (step, shard) -> an integer seed
         self.bitwise = bitwise
         self.first = accelerator.process_index * plan.shards_per_process
+        self.mine = slice(self.first, self.first + plan.shards_per_process)
         # What a loss summed over a shard is multiplied by before backward: DDP divides by its
         # number of processes, and every image of the global batch weighs the same.
         ddp_divides = 1 if bitwise else accelerator.num_processes
@@ -55,98 +131,64 @@ class Shards:
         }
         self.read_in_training = any(id(b) not in norms for b in self.buffers)
         self.undoes = False  # whether undo_buffers puts the buffers from before a step back
-        self.before: list[Tensor] = []
+        self.before: dict[torch.dtype, Tensor] = {}
+        self.sum = ExactSum(self.parameters, plan.shards) if bitwise else None
+        self.bad_number = "a number that is not finite"
+        if self.sum is not None:
+            self.bad_number += f" (or of {self.sum.most:,.0f} and more, with --bitwise)"
 
     @property
     def buffers(self) -> list[Tensor]:
         """Looked up each time: a module may put another tensor in a buffer's place."""
         return list(self.bare.buffers())
 
-    def settle_buckets(self, loss_of_a_shard: Callable[[], Tensor]) -> None:
-        """One backward for nothing, so that the first step of a life adds up like all others.
-
-        DDP's first backward has one bucket in the order of registration; from the second on there
-        are several, in the order in which gradients arrive. A ring of three and more processes adds
-        in an order that depends on a number's place in its bucket: without this, the first step
-        after a start had other bits than the same step of a run that was not interrupted.
-        """
-        if self.accelerator.num_processes == 1 or self.bitwise:  # bitwise: no sum of DDP's
-            return
-        before = [b.clone() for b in self.buffers]
-        loss_of_a_shard().backward()
-        for p in self.parameters:
-            p.grad = None
-        with torch.no_grad():
-            torch._foreach_copy_(self.buffers, before)
-
     def __call__(self, batch: dict, step: int) -> Iterator[dict]:
         """Yield the shards of this process: the loop runs forward and backward on each."""
         count, size = self.plan.shards_per_process, self.plan.micro_batch_size
-        self.before = [b.clone() for b in self.buffers] if self.undoes or count > 1 else []
-        start = self.before if self.before and count > 1 else None
-        after_first = None
-        gradients = []
+        self.before = packed(self.buffers) if self.undoes or count > 1 else {}
+        after_first: dict[torch.dtype, Tensor] = {}
         for index in range(count):
             last = index == count - 1
-            if start is not None and index > 0:
-                torch._foreach_copy_(self.buffers, start)
+            if index > 0:
+                unpack(self.before, self.buffers)
             seed_dropout(self.seed_of(step, self.first + index), self.accelerator.device)
             quiet = self.bitwise or not last
             sync = self.accelerator.no_sync(self.model) if quiet else contextlib.nullcontext()
             with sync:
                 part = slice(index * size, (index + 1) * size)
                 yield {name: values[part] for name, values in batch.items()}
-            if start is not None and index == 0:
-                after_first = [b.clone() for b in self.buffers]
-            if self.bitwise:
-                gradients.append(self._take_gradients())
-        if after_first is not None:
-            torch._foreach_copy_(self.buffers, after_first)
-        if self.bitwise:
-            self._add_in_order(gradients)
+            if count > 1 and index == 0:
+                after_first = packed(self.buffers)
+            if self.sum is not None:
+                self.sum.add(self._loss_scale())
+        unpack(after_first, self.buffers)
+        if self.sum is not None:
+            self.sum.hand_out(self.accelerator.num_processes, self._loss_scale())
         if self.read_in_training:
             self.broadcast_buffers()
+
+    def _loss_scale(self) -> Tensor | float:
+        """What fp16 multiplies the loss by, a power of two: it divides out without rounding."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.sum.total.device))
 
     def undo_buffers(self, found: Tensor) -> Tensor:
         """Where the update is left out (found = 1), what its step did to the buffers is too."""
         if self.undoes:
-            for now, old in zip(self.buffers, self.before, strict=True):
-                now.copy_(torch.where(found > 0, old, now))
+            now, bad = packed(self.buffers), found > 0
+            kept = {k: torch.where(bad, self.before[k], now[k]) for k in self.before}
+            unpack(kept, self.buffers)
         return found
-
-    def _take_gradients(self) -> Tensor:
-        flat = torch.cat([
-            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters
-        ])  # fmt: skip
-        for p in self.parameters:
-            p.grad = None
-        return flat
-
-    def _add_in_order(self, mine: list[Tensor]) -> None:
-        everyone = mine
-        if self.accelerator.num_processes > 1:
-            stacked = torch.stack(mine)
-            parts = [torch.empty_like(stacked) for _ in range(self.accelerator.num_processes)]
-            dist.all_gather(parts, stacked)
-            everyone = [flat for part in parts for flat in part]
-        total = everyone[0].clone()
-        for flat in everyone[1:]:
-            total += flat
-        sizes = [p.numel() for p in self.parameters]
-        for p, flat in zip(self.parameters, total.split(sizes), strict=True):
-            p.grad = torch.empty_like(p).copy_(flat.view(p.shape))
 
     @torch.no_grad()
     def broadcast_buffers(self) -> None:
         """Rank 0's buffers on every process: before each evaluation and each save."""
         if self.accelerator.num_processes == 1:
             return
-        for kind in dict.fromkeys(b.dtype for b in self.buffers):  # a set has no order to share
-            same = [b for b in self.buffers if b.dtype == kind]
-            flat = torch.cat([b.flatten() for b in same])
+        copy = packed(self.buffers)
+        for flat in copy.values():
             dist.broadcast(flat, src=0)
-            for b, part in zip(same, flat.split([b.numel() for b in same]), strict=True):
-                b.copy_(part.view(b.shape))
+        unpack(copy, self.buffers)
 
 
 class Guard:
@@ -163,22 +205,20 @@ class Guard:
         self.optimizer = optimizer
         self.skip, self.most = skip, most  # updates left out in a row, at most
         kind = {"dtype": torch.int64, "device": device}
-        self.state = torch.tensor([-1, 0, 0, -1], **kind)  # bad step, skipped, in a row, bad loss
+        self.first = torch.tensor([-1, -1], **kind)  # bad step, bad loss
+        self.skipped = torch.tensor([0, 0], **kind)  # in all, in a row
 
     def check(self, norm: Tensor, losses: Tensor, step: int) -> Tensor:
         """1.0 (0-dim, on the device) where the update must not be made; tells the optimizer."""
-        bad = ~torch.isfinite(norm)
-        bad_step, skipped, in_a_row, bad_loss = self.state.unbind()
-        here = (bad_loss < 0) & ~torch.isfinite(losses)
-        found = bad if self.skip else bad | (bad_step >= 0)
-        first, first_here = (
-            torch.where(bad & (bad_step < 0), step, bad_step),
-            torch.where(here, step, bad_loss),
-        )
+        both = torch.stack([norm, losses.to(norm.dtype)])
+        bad = (both - both) != 0  # NaN is not 0: few launches, which isfinite has not
+        new = bad & (self.first < 0)
+        self.first = torch.where(new, step, self.first)
         if self.skip:  # a good update ends a streak: the next one has a first step of its own
-            first, first_here = (torch.where(bad, at, -1) for at in (first, first_here))
-        self.state = torch.stack([first, skipped + bad, (in_a_row + 1) * bad, first_here])
-        found = found.float()
+            self.first = torch.where(bad[0], self.first, -1)
+        self.skipped += bad[0]
+        self.skipped[1].mul_(bad[0])
+        found = (self.first[0] >= 0).float()  # without skip: from the first bad one on
         self.optimizer.found_inf, self.optimizer.grad_scale = found, None
         return found
 
@@ -186,7 +226,7 @@ class Guard:
         """First bad step (-1: none; with skip: of the latest streak), skipped updates, the latest
         in a row; one host sync.
         """
-        bad_step, skipped, in_a_row, bad_loss = self.state.tolist()
+        bad_step, bad_loss, skipped, in_a_row = torch.cat([self.first, self.skipped]).tolist()
         return {
             "bad_step": bad_step, "skipped": skipped, "in_a_row": in_a_row, "bad_loss": bad_loss
         }  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Self
 
 from common.text import duration
 from config import restarted, to_json
+from distributed import faults
 from distributed.checkpoint import Progress, sweep
 from distributed.world import World
 from errors import FINISHED, UserError
@@ -55,6 +56,8 @@ class Logbook:
                 self.screen.attach(plan.folder)
                 world.watch.on_beat = self.folder.beat
                 world.watch.on_stall = lambda text: self.status(status="failed", reason=text)
+        faults.configure(world.process_index, self.life)
+        faults.hit("start")
 
     @property
     def run_folder(self) -> Path | None:

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from launches import HIDDEN
+from launches import HIDDEN, ORDINARY, environment
 
 os.environ |= HIDDEN  # before torch looks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+ORDINARY |= environment()
 
 
 def pytest_addoption(parser):

@@ -1,14 +1,23 @@
-"""Real launches of train.py: python, torchrun, accelerate launch; output in files, not pipes."""
+"""Real launches of train.py: python, torchrun, accelerate launch; output in files, not pipes.
 
+What does not ask for a launcher comes from one interpreter that has imported torch once
+(bench/preloaded.py); what that one cannot be is started cold, as is all that names its launcher.
+"""
+
+import atexit
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from bench.preloaded import Interpreter, Launched
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = str(REPOSITORY / "train.py")
@@ -34,7 +43,20 @@ class Done:
         return "\n".join(self.out.strip().splitlines()[-12:])
 
 
-def command(arguments, processes: int = 1, launcher: str = "") -> list[str]:
+# Variables that a fork may be given; any other one that differs is read by an import, maybe.
+LATE = ("LOCKSTEP_", "SLURM_", "TORCHELASTIC_RESTART_COUNT", "WANDB_", "PYTEST_")
+ORDINARY: dict[str, str] = {}  # environment of the preloaded interpreter; conftest.py fills it
+PRELOADED: list[tuple[list[str], Path]] = []  # what was started so, and its output
+
+
+class Command(list):
+    """An argument vector that the preloaded interpreter may stand in for."""
+
+    processes = 1
+
+
+def command(arguments, processes: int = 1, launcher: str = "python") -> list[str]:
+    """How to run train.py: cold if the launcher is named (torchrun, accelerate), else a Command."""
     if launcher == "accelerate":
         many = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
         start = [sys.executable, "-m", "accelerate.commands.launch", *many]
@@ -47,10 +69,15 @@ def command(arguments, processes: int = 1, launcher: str = "") -> list[str]:
             TRAIN,
             *arguments,
         ]
-    if processes == 1:
-        return [sys.executable, TRAIN, *arguments]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*start, "--nproc-per-node", str(processes), TRAIN, *arguments]
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", str(processes)]
+    if launcher == "torchrun":
+        return [*start, TRAIN, *arguments]
+    found = Command([*start, TRAIN, *arguments])
+    found.processes = processes
+    return found
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -58,20 +85,39 @@ def environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in CLEAN} | HIDDEN | more
 
 
+@functools.cache
+def interpreter() -> Interpreter:
+    found = Interpreter(ORDINARY)
+    atexit.register(found.close)
+    return found
+
+
+def can_be_preloaded(words: list[str], env: dict[str, str]) -> bool:
+    """Whether a fork of the preloaded interpreter is what a cold start would be."""
+    differs = {name for name in env.keys() | ORDINARY if env.get(name) != ORDINARY.get(name)}
+    threads = {words[i + 1] for i, word in enumerate(words[:-1]) if word == "--threads"}
+    early = [name for name in differs if not name.startswith(LATE)]
+    return hasattr(os, "fork") and not early and threads <= {"1"} and "--compile" not in words
+
+
 def start(
     words, cwd: Path, stdin: int = subprocess.DEVNULL, **more: str
-) -> tuple[subprocess.Popen, Path]:
+) -> tuple[subprocess.Popen | Launched, Path]:
     """Start an argument vector in a session of its own; returns it and its output file."""
     log = cwd / f"output-{time.monotonic_ns()}.txt"
+    texts, env = [str(w) for w in words], environment(**more)
+    if isinstance(words, Command) and stdin == subprocess.DEVNULL and can_be_preloaded(texts, env):
+        from_script = texts[texts.index(TRAIN) :]
+        PRELOADED.append((texts, log))
+        return interpreter().start(from_script, cwd, log, words.processes, env), log
     with log.open("w") as file:
         process = subprocess.Popen(
-            [str(w) for w in words], cwd=cwd, env=environment(**more), stdout=file, stderr=file,
-            stdin=stdin, start_new_session=True,
-        )  # fmt: skip
+            texts, cwd=cwd, env=env, stdout=file, stderr=file, stdin=stdin, start_new_session=True
+        )
     return process, log
 
 
-def finish(process: subprocess.Popen, log: Path, timeout: float = TIMEOUT) -> Done:
+def finish(process: subprocess.Popen | Launched, log: Path, timeout: float = TIMEOUT) -> Done:
     try:
         status = process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -91,7 +137,27 @@ def train(
     )
 
 
-def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = TIMEOUT) -> None:
+def python(*words, cwd: Path = REPOSITORY, **more: str) -> subprocess.CompletedProcess:
+    """Run `python WORDS`, a script or -m and a module, to its end; its two outputs apart."""
+    texts, env = [str(word) for word in words], environment(**more)
+    if not can_be_preloaded(texts, env):
+        return subprocess.run(
+            [sys.executable, *texts], cwd=cwd, env=env, capture_output=True, text=True,
+            timeout=TIMEOUT,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        process = interpreter().start(texts, cwd, out, environment=env, errors=errors)
+        try:
+            status = process.wait(TIMEOUT)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(texts, status, out.read_text(), errors.read_text())
+
+
+def wait_for(
+    condition, process: subprocess.Popen | Launched, log: Path, seconds: float = TIMEOUT
+) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended too early:\n{log.read_text()[-3000:]}"
@@ -130,9 +196,12 @@ def same_weights(a: Path, b: Path) -> list[str]:
 
 def children_with(name: str) -> list[int]:
     """Processes of this machine that were started with the argument `name`."""
+    logs = {str(log) for words, log in PRELOADED if name in words}
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if name.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+            # A fork has its parent's command line, but the output of its launch.
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if name.encode() in words or str((path / "fd" / "1").readlink()) in logs:
+                found.append(int(path.name))
     return found

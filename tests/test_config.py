@@ -193,7 +193,6 @@ def test_every_field_has_a_flag_and_every_recipe_only_fields_and_possible_values
         ("--shards 0", "must be auto or a whole number from 1"),
         ("--shards two", "must be auto or a whole number from 1"),
         ("--mixup 1 --cutmix 1", "choose one of them"),
-        ("--bitwise --mixed-precision fp16", "choose bf16 or no"),
         ("alexnet", "alexnet: not an option; every option starts with --"),
         ("--config nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("--model nowhere.py:Net", "nowhere.py"),

@@ -1,14 +1,10 @@
 """`python -m report doctor`: what happened to a run, and what to type."""
 
-import subprocess
-import sys
-
-from launches import REPOSITORY, SMALL, newest, train
+from launches import SMALL, newest, python, train
 
 
 def doctor(folder) -> tuple[int, str]:
-    words = [sys.executable, "-m", "report", "doctor", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
+    done = python("-m", "report", "doctor", folder)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr
 

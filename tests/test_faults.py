@@ -28,8 +28,8 @@ RUN = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--epochs", "3"]
 def test_an_exception_in_one_rank_is_the_last_thing_told(nets):
     began = time.monotonic()
     done = train(
-        [*RUN, "--run-dir", "raise"], nets, 2, LOCKSTEP_FAULT="raise@step=5,rank=1"
-    )  # fmt: skip
+        [*RUN, "--run-dir", "raise"], nets, 2, "torchrun", LOCKSTEP_FAULT="raise@step=5,rank=1"
+    )
     assert done.status != 0 and time.monotonic() - began < 90
     assert "rank 1 on" in done.out and "planned fault at step, step 5" in done.out
     assert (nets / "raise" / "crash" / "rank-1.txt").read_text().count("Traceback") >= 1
@@ -65,6 +65,27 @@ def test_a_number_gone_bad_stops_all_before_the_update_and_names_step_and_sample
         assert done.status == 0, done.out
         assert rows(nets / name) == rows(nets / f"{name}-whole")
         assert same_weights(nets / name, nets / f"{name}-whole") == []
+
+
+@pytest.mark.slow
+def test_a_gradient_too_large_for_exact_sums_on_one_process_stops_all_at_the_same_step(nets):
+    (nets / "large.py").write_text(
+        "import os\nfrom torch import nn\nfrom full import Net as Full\n\n\n"
+        "class Net(Full):\n"
+        "    calls = 0\n\n"
+        "    def forward(self, images):\n"
+        "        logits = super().forward(images)\n"
+        "        self.calls += self.training\n"
+        "        if logits.requires_grad and os.environ['RANK'] == '1' and self.calls == 6:\n"
+        "            logits.register_hook(lambda gradient: gradient * 1e9)\n"
+        "        return logits\n"
+    )
+    arguments = [*RUN, "--model", "large.py:Net", "--bitwise", "--run-dir", "large"]
+    done = train(arguments, nets, 2)
+    assert done.status == 1 and "not finite (or of 131,072 and more, with --bitwise)" in done.out
+    assert "in the gradient at step" in done.out, done.out
+    found = json.loads((nets / "large" / "crash" / "nonfinite.json").read_text())
+    assert 4 <= found["step"] <= 6 and found["ranks"] == []
 
 
 def test_skipping_leaves_the_weights_alone_counts_and_goes_on(nets):

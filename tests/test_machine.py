@@ -260,9 +260,7 @@ def test_a_prediction_goes_on_on_the_cpu_where_the_gpu_refuses(monkeypatch, caps
     model = Played()
     assert predict.on_gpu(model) is model
     told = capsys.readouterr().err
-    assert (
-        told == "on the CPU, because the GPU refuses: CUDA out of memory. Tried to allocate 2 MiB\n"
-    )
+    assert told == "on the CPU, because the GPU refuses: CUDA out of memory. Tried 2 MiB\n"
     there = nn.Linear(1, 1, device="meta")
     assert predict.gpu_refuses(there, RuntimeError("CUDA error: busy"))
     assert not predict.gpu_refuses(there, RuntimeError("a picture without pixels"))

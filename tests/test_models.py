@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launches import SMALL, losses, train
+from launches import SMALL, losses, python, train
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -721,8 +721,7 @@ def test_freezing_everything_is_refused(own):
 
 
 def show(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "models", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    return python("-m", "models", *arguments)
 
 
 def test_the_printed_table_names_every_model():

@@ -6,11 +6,10 @@ import json
 import re
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
-from launches import REPOSITORY, SMALL, command, finish, rows, start, train, wait_for
+from launches import REPOSITORY, SMALL, command, finish, python, rows, start, train, wait_for
 from PIL import Image
 
 from config import TrainConfig
@@ -52,8 +51,7 @@ def digits(tmp_path_factory):
 
 
 def predict(*words, cwd) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "predict.py"), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return python(REPOSITORY / "predict.py", *words, cwd=cwd)
 
 
 def test_pictures_are_predicted_with_the_accuracy_of_the_run_and_the_same_every_time(run, digits):

@@ -1,16 +1,21 @@
 """Logical shards: the same gradient and statistics however the shards are spread over processes."""
 
 import contextlib
+import math
+import random
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import BatchPlan
 from data.keyed_random import mix
-from distributed.shards import Guard, Shards, seed_dropout
+from distributed.shards import ExactSum, Guard, Shards, seed_dropout
+from models import build_model
 
 SIZE, CLASSES = 24, 5
 
@@ -20,7 +25,7 @@ class FakeAccelerator:
 
     def __init__(self, process_index=0, num_processes=1):
         self.process_index, self.num_processes = process_index, num_processes
-        self.device = torch.device("cpu")
+        self.device, self.scaler = torch.device("cpu"), None
 
     def unwrap_model(self, model):
         return model
@@ -198,31 +203,119 @@ def spread_without_broadcast(make, shards, processes):
         Shards.broadcast_buffers = original
 
 
-def test_bitwise_adds_the_shards_in_their_order_whoever_computed_them():
-    def single(number):
-        """The gradient of one shard, by its place in the batch."""
-        model, part = plain().float(), slice(number * 3, number * 3 + 3)
-        images, labels = batch()["images"].float()[part], batch()["labels"][part]
-        loss = F.cross_entropy(model(images), labels, reduction="sum")
-        (loss * (1 / SIZE)).backward()
-        return [p.grad.clone() for p in model.parameters()]
+def some_weights() -> list[nn.Parameter]:
+    """A filter in channels_last, a transposed matrix, a vector that no shard uses, a scalar."""
+    filters = torch.zeros(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    shapes = (filters, torch.zeros(5, 7).t(), torch.zeros(6), torch.zeros(()))
+    return [nn.Parameter(t) for t in shapes]
 
-    def everyone(model):
-        plan = BatchPlan(SIZE, 8, 1)
-        made = Shards(FakeAccelerator(), model, plan, lambda s, n: mix(s, n), True)
-        for part in made({**batch(), "images": batch()["images"].float()}, 0):
+
+def some_gradients(shards: int) -> list[list[torch.Tensor | None]]:
+    """For each shard, numbers of 1e-12 to 1e3 in the weights' shapes, row by row in memory."""
+    torch.manual_seed(2)
+    weights = some_weights()
+
+    def numbers(p):
+        return torch.randn(p.shape) * 10.0 ** torch.empty(p.shape).uniform_(-12, 3)
+
+    return [[None if p.ndim == 1 else numbers(p) for p in weights] for _ in range(shards)]
+
+
+def exact_sum(gradients, processes: list[list[int]], monkeypatch, scale=1.0):
+    """The gradients that the first process gets, where each adds the shards listed for it."""
+    sums = []
+    for mine in processes:
+        weights = some_weights()
+        sums.append(ExactSum(weights, len(gradients)))
+        for shard in mine:
+            for p, g in zip(weights, gradients[shard], strict=True):
+                p.grad = g if g is None else g.clone() * scale
+            sums[-1].add(scale)
+    others = [s.total for s in sums[1:]]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(sum(others)))
+    sums[0].hand_out(len(sums), scale)
+    return [p.grad for p in sums[0].parameters]
+
+
+def test_an_exact_sum_has_no_order_and_rounds_each_shard_once(monkeypatch):
+    shards, chance = 12, random.Random(3)
+    gradients = some_gradients(shards)
+    first = exact_sum(gradients, [list(range(shards))], monkeypatch)
+    for processes in (1, 2, 3, 4, 12):
+        order = chance.sample(range(shards), shards)
+        cuts = sorted(chance.sample(range(1, shards), processes - 1))
+        parts = [order[a:b] for a, b in zip([0, *cuts], [*cuts, shards], strict=True)]
+        assert equal(exact_sum(gradients, parts, monkeypatch), first), parts
+    for place, (p, found) in enumerate(zip(some_weights(), first, strict=True)):
+        assert found.stride() == p.stride() and found.dtype == p.dtype
+        if p.ndim == 1:  # what no shard used
+            assert torch.equal(found, torch.zeros(6))
+            continue
+        wanted = sum(g[place].double() for g in gradients)
+        error = (found.double() - wanted).abs()
+        assert (error <= shards * 2.0**-45 + 2.0**-24 * wanted.abs()).all()
+
+
+def test_an_exact_sum_is_the_same_whatever_fp16_multiplies_the_loss_by(monkeypatch):
+    gradients = some_gradients(4)
+    plain = exact_sum(gradients, [[0, 1], [2, 3]], monkeypatch)
+    for scale in (torch.tensor(65536.0), torch.tensor(0.5)):
+        scaled = exact_sum(gradients, [[0, 1], [2, 3]], monkeypatch, scale)
+        assert equal([g / scale for g in scaled], plain)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 8])
+def test_an_exact_sum_holds_all_it_takes_and_what_it_cannot_take_is_nan_for_all(
+    monkeypatch, shards
+):
+    most = torch.tensor(2.0**18 / shards)
+    largest = torch.nextafter(most, torch.tensor(0.0))
+    gradients = some_gradients(shards)
+    for shard in gradients:
+        shard[3] = -largest
+    everyone = [[shard] for shard in range(shards)]
+    found = exact_sum(gradients, everyone, monkeypatch)
+    assert torch.allclose(found[3], torch.tensor(-(2.0**18)), rtol=1e-6)
+    for bad in (most, -most, torch.tensor(math.inf), torch.tensor(math.nan)):
+        gradients[-1][3] = bad  # the last process's: the first one hears of it by the sum alone
+        found = exact_sum(gradients, everyone, monkeypatch)
+        assert all(g.isnan().all() for g in found), bad
+
+
+def test_bitwise_shards_hand_out_their_exact_sum_and_begin_anew_in_each_step():
+    model = full()
+    made = Shards(FakeAccelerator(), model, BatchPlan(SIZE, 8, 1), lambda s, n: mix(s, n), True)
+    steps = []
+    for number in (3, 4, 3):
+        for part in made(batch(), number):
             loss = F.cross_entropy(model(part["images"]), part["labels"], reduction="sum")
             (loss * made.scale).backward()
-        return [p.grad for p in model.parameters()]
+        steps.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    assert equal(steps[0], steps[2]) and not equal(steps[0], steps[1])
 
-    parts = [single(number) for number in range(8)]
-    wanted = [g.clone() for g in parts[0]]
-    for part in parts[1:]:
-        for total, gradient in zip(wanted, part, strict=True):
-            total += gradient
-    assert equal(everyone(plain().float()), wanted)
-    again = everyone(plain().float().to(memory_format=torch.channels_last))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, wanted, strict=True))
+
+def test_fp16s_scaler_unscales_an_exact_sum_as_any_gradient_and_hears_of_what_does_not_fit():
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu")):
+        accelerator, model = FakeAccelerator(), plain().float()
+        accelerator.scaler = scaler
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        made = Shards(accelerator, model, BatchPlan(SIZE, 4, 1), lambda s, n: mix(s, n), True)
+        for part in made({**batch(), "images": batch()["images"].float()}, 0):
+            loss = F.cross_entropy(model(part["images"]), part["labels"]) * made.scale
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        found.append([p.grad for p in model.parameters()])
+    assert equal(*found)
+    scaler.step(optimizer)
+    scaler.update()
+    for part in made({**batch(), "images": batch()["images"].float()}, 1):
+        scaler.scale(model(part["images"]).sum() * 1e9).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 32768
 
 
 def test_bitwise_gives_gradients_the_memory_layout_of_their_weights_and_skips_frozen_ones():
@@ -299,3 +392,39 @@ def test_a_step_whose_update_is_left_out_leaves_the_running_statistics_alone():
         made.undo_buffers(torch.tensor(found))
         same = [torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True)]
         assert same == [bool(found)] * 3
+
+
+# --- launches: on a GPU the host is the bottleneck ------------------------------------------------
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that a GPU would be given: operations that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.name()
+        if name.startswith("aten::") and not operation.is_view and "empty" not in name:
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_guarding_a_step_and_undoing_its_buffers_are_few_launches_and_wait_for_nothing(skip):
+    with FakeTensorMode():  # tensors of a GPU without numbers: .item() and bool() raise
+        device = torch.device("cuda")
+        model = build_model("resnet18", num_classes=10, image_size=32)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+        made = Shards(FakeAccelerator(), model, BatchPlan(8, 1, 1), lambda *_: 0, False)
+        made.undoes = skip
+        guard = Guard(device, torch.optim.SGD(model.parameters(), lr=0.1), skip)
+        norm, losses = torch.empty(2, device=device).unbind()
+        with Launches() as launches:
+            for _ in made({}, 0):
+                pass
+            made.undo_buffers(guard.check(norm, losses, 3))
+    assert len(launches.names) <= (23 if skip else 11), " ".join(launches.names)

@@ -88,7 +88,7 @@ def test_one_rank_that_hears_a_signal_is_enough(nets, launcher):
 
 
 def test_a_signal_to_torchrun_reaches_all_ranks(nets):
-    process, log = begin(nets, "agent", 2)
+    process, log = begin(nets, "agent", 2, "torchrun")
     process.send_signal(signal.SIGTERM)
     finish(process, log, 90)
     stopped(nets, "agent", "SIGTERM")

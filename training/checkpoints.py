@@ -90,8 +90,7 @@ class Checkpoints:
         if len(progress.sums) != len(learner.sums):
             progress.summed = 0
         else:  # its own to each process, which adds to them in the order it would have had
-            first, plan = learner.shards.first, learner.shards.plan
-            mine = slice(first, first + plan.shards_per_process)
+            mine = learner.shards.mine
             learner.sums[mine] = torch.tensor(progress.sums[mine], device=learner.device)
         return progress
 

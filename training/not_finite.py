@@ -26,7 +26,7 @@ def refuse_not_finite(
         facts = {"step": found.step, "ranks": found.ranks, "indices": indices}
         write_json(folder / "crash" / "nonfinite.json", facts)
     raise NumbersGoneBad(
-        f"a number that is not finite appeared {where} at step {found.step} "
+        f"{learner.shards.bad_number} appeared {where} at step {found.step} "
         f"(learning rate {schedule.lr(found.step):.3g}, samples {indices[:8]}...); the weights "
         "before it are kept. Try a lower --lr, --grad-clip 1, or --mixed-precision bf16 instead of "
         "fp16"

@@ -5,13 +5,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.disk import digest
 from config import Settings, to_json
 from data.keyed_random import mix
 from distributed.accelerator import code_fingerprint, model_fingerprint
-from distributed.shards import seed_dropout
+from distributed.shards import packed, seed_dropout, unpack
 from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
@@ -90,16 +90,25 @@ def _start_from_data(model: nn.Module, data: Data, world: World) -> None:
     model.load_state_dict(state)
 
 
-def settle(learner: Learner, data: Data) -> None:
-    """The backward for nothing that makes the first step of a life like all others."""
+def settle_buckets(learner: Learner, data: Data) -> None:
+    """One backward for nothing, so that the first step of a life adds up like all others.
 
-    def loss_of_a_shard() -> Tensor:
-        device = data.train.labels.device
-        batch = data.train.__getitems__(torch.arange(data.batch.micro_batch_size, device=device))
-        images = learner.inputs(data.augment.train(batch["images"], batch["indices"], 0))
-        return learner.task.loss(learner.model.train()(images), batch["labels"].to(images.device))
-
-    learner.shards.settle_buckets(loss_of_a_shard)
+    DDP's first backward has one bucket in the order of registration; from the second on there are
+    several, in the order in which gradients arrive. A ring of three and more processes adds in an
+    order that depends on a number's place in its bucket: without this, the first step after a start
+    has other bits than the same step of a run that was not interrupted.
+    """
+    shards = learner.shards
+    if learner.accelerator.num_processes == 1 or shards.bitwise:  # bitwise: no sum of DDP's
+        return
+    before = packed(shards.buffers)
+    indices = torch.arange(data.batch.micro_batch_size, device=data.train.labels.device)
+    batch = data.train.__getitems__(indices)
+    images = learner.inputs(data.augment.train(batch["images"], batch["indices"], 0))
+    loss = learner.task.loss(learner.model.train()(images), batch["labels"].to(images.device))
+    loss.backward()  # not the accelerator's: under fp16 it would need a scale
+    learner.optimizer.zero_grad()
+    unpack(before, shards.buffers)
 
 
 def agreed_facts(settings: Settings, data: Data, model: nn.Module, world: World) -> dict[str, str]:
