@@ -380,6 +380,7 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_ten_calls_keep_less_memory_than_one_model():
     sizes = []
     for number in range(10):
