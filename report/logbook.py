@@ -105,8 +105,7 @@ class Logbook:
         elif isinstance(error, KeyboardInterrupt):
             lost = "interrupted twice: what came after the last checkpoint is lost"
             self.status(status="failed", reason=lost)
-        if self.world.guest:
-            self.close()
+        self.close()
 
     # --- the beginning of a life ----------------------------------------------------------------
 
