@@ -104,8 +104,10 @@ def train_one_epoch(
         elif world.device.type == "cpu":  # where it costs no wait
             refuse_not_finite(learner, data, schedule, log.run_folder)
         world.beat(progress.step)
-        if checkpoints.due(progress, schedule) and not world.stop.reason:
+        saves = checkpoints.due(progress, schedule) and not world.stop.reason
+        if saves or world.stop.reason:  # after a bad number, steps are no longer the weights'
             refuse_not_finite(learner, data, schedule, log.run_folder)
+        if saves:
             with log.pause(), observer.phase("save"):
                 checkpoints.save(learner, progress)
         if world.stop.reason or not schedule.trains(progress):

@@ -187,7 +187,6 @@ class Logbook:
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
         }
         self._record(row, progress)
-        self.status(best=progress.best)
         left = self.clock.left(schedule.last_step - progress.step)
         self.screen.train_line(row, schedule.last_step, left)
 
@@ -217,6 +216,7 @@ class Logbook:
             progress.best, progress.best_epoch = chosen, epoch
             progress.best_step, progress.best_metrics = progress.step, results["test"]
         self._record(row, progress)
+        self.status(best=progress.best)
         left = self.clock.left(schedule.last_step - progress.step)
         stopping = bool(self.world.stop.reason)
         panels.show_epoch(

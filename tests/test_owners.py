@@ -2,21 +2,24 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
+import train as loop
 from config import BatchPlan, TrainConfig, parse
 from distributed.checkpoint import Progress
 from distributed.world import World
-from errors import UserError
+from errors import NumbersGoneBad, UserError
 from optim import build_optimizer
 from report.logbook import Logbook
 from tasks import Classification
 from training.checkpoints import Checkpoints
-from training.learner import Learner
+from training.learner import Learner, NotFinite
+from training.observer import Observer
 from training.plan import Plan, decide
 from training.schedule import build_schedule
 
@@ -139,6 +142,50 @@ def test_a_trial_writes_nothing(settings, tmp_path):
         log.status(status="finished")
         assert log.run_folder is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_for_no_disk(
+    settings, tmp_path, monkeypatch
+):
+    """A row of training tells the status its step alone, which needs no fsync."""
+    with World(settings("--run-dir", "run")) as world:
+        log, written = world.enter(Logbook(decide(world), world)), []
+        monkeypatch.setattr(log.folder, "status", lambda **values: written.append(values))
+        task, progress = Classification(3), Progress(step=7)
+        data = SimpleNamespace(batch=BatchPlan(8, 1, 1), classes=["a", "b", "c"], chosen_on="test")
+        plan = schedule(epochs=2)
+        log.row(1.5, data, plan, progress)
+        assert written == [{"step": 7}]
+        result = {"loss": 1.0, "accuracy": 0.5, "images": 6, "confusion": [[2, 0, 0]] * 3}
+        assert log.evaluated({"test": result}, task, data, plan, progress)
+        assert {"best": 0.5} in [{"best": w.get("best")} for w in written]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_stop_between_rows_saves_nothing_after_a_bad_number(device):
+    """On a GPU numbers are read with a row alone; a save must not outrun them."""
+    saved, progress = [], Progress()
+    stop = SimpleNamespace(reason=0, row_agreed=False)
+    world = SimpleNamespace(
+        device=torch.device(device), stop=stop, watched=lambda batches, _: batches,
+        beat=lambda step: setattr(stop, "reason", 3 if step == 2 else 0),
+    )  # fmt: skip
+    learner = SimpleNamespace(
+        model=nn.Linear(1, 1), optimizer=SimpleNamespace(param_groups=[]),
+        shards=SimpleNamespace(bad_number="a number that is not finite"),
+        not_finite=lambda: NotFinite(1, []) if progress.step > 1 else None,
+    )  # fmt: skip
+    data = SimpleNamespace(rest_of_epoch=lambda *_: [{}] * 7, indices=lambda step: [step])
+    checkpoints = SimpleNamespace(due=lambda *_: False, save=lambda *_: saved.append(1))
+    log = SimpleNamespace(
+        open_epoch=lambda *_: None, step=lambda *_: None, run_folder=None,
+    )  # fmt: skip
+    plan = schedule(epochs=2, log_every=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", lambda *_: None)
+        with pytest.raises(NumbersGoneBad, match="at step 1"):
+            loop.train_one_epoch(learner, data, plan, progress, checkpoints, log, world, Observer())
+    assert progress.step == 2 and not saved
 
 
 def learner_of(world: World, seed: int = 0) -> Learner:
