@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from common.disk import digest
 from config import Settings, tell
 from errors import UserError
 from models import lookup
@@ -398,22 +398,19 @@ def code_digests(*extra: Path) -> dict[str, str]:
     named = {path.relative_to(here).as_posix(): path for path in files}
     named |= {str(path): path for path in (p.expanduser() for p in extra) if path.is_file()}
 
-    def digest(path: Path) -> str:
-        return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-
-    return {name: digest(path) for name, path in named.items()}
+    return {name: digest(path.read_bytes()) for name, path in named.items()}
 
 
 def code_fingerprint(*extra: Path) -> str:
     """One hash of all that code_digests names; a file's name does not count, its bytes do."""
     digests = "".join(code_digests(*extra).values())
-    return hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
+    return digest(digests)
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
     """A hash of the names and shapes of a model's state and of its printed layers."""
     text = repr(model) + repr([(k, tuple(v.shape)) for k, v in model.state_dict().items()])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return digest(text)
 
 
 def describe(accelerator: Accelerator) -> str:

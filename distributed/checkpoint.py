@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.disk import digest
 from distributed import faults
 from errors import UserError
 
@@ -155,7 +156,7 @@ def digest_of(path: Path) -> str:
 
 def digest_of_manifest(manifest: dict) -> str:
     rest = {key: value for key, value in manifest.items() if key != "self"}
-    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest(json.dumps(rest, sort_keys=True), size=16)
 
 
 def write_checkpoint(folder: Path, files: dict, progress: Progress, facts: dict) -> Path:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from common.disk import write_text
+
 PHASES = ("start", "data", "step", "evaluate", "save", "end")
 BEAT_SECONDS = 1.0
 PEER_SECONDS = 10.0  # of standing still, after which one looks whether a peer is dead
@@ -98,9 +100,7 @@ class Watch:
         }
         path = self.folder / f"heartbeat-{self.rank}.json"
         with contextlib.suppress(OSError):
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(place), encoding="utf-8")
-            partial.replace(path)
+            write_text(path, json.dumps(place), sync=False)
 
     def _stalled(self) -> None:
         """Dump every thread's stack, name the culprit, and end: a hang must not last."""

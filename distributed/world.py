@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from errors import NumbersGoneBad, UserError
 T = TypeVar("T")
 
 
-class World:
+class World(contextlib.AbstractContextManager):
     """One process among those of a run. A context: leaving it undoes what entering it changed.
 
     `settings` are the given ones with what only the machine could decide. What is entered with
@@ -61,9 +61,6 @@ class World:
         self._failure: tuple[BaseException, str] | None = None
         self.left_behind = False  # something hangs that the interpreter's end would wait for
         self.own_words = ""  # of a mistake that this process met alone
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from common.text import duration
 from config import restarted, to_json
@@ -26,7 +25,7 @@ from training.schedule import Schedule
 LIVES_WITHOUT_PROGRESS = 3
 
 
-class Logbook:
+class Logbook(contextlib.AbstractContextManager):
     """Writes on the main process; on the others it only keeps count. Gets numbers, no model.
 
     Entering the folder happens here: it is locked, and its status says how each life ended. On the
@@ -83,9 +82,6 @@ class Logbook:
         (folder / "STOP").unlink(missing_ok=True)
         sweep(run_dir.checkpoints)
         return int(run_dir.read_status().get("life", -1)) + 1
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
@@ -210,7 +206,7 @@ class Logbook:
         row = {"step": progress.step, "epoch": epoch}
         for split, metrics in results.items():
             row |= {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, float)}
-        chosen = results.get("val", results["test"])[task.best_is]
+        chosen = results[data.chosen_on][task.best_is]
         better = task.better(chosen, progress.best)
         if better:
             progress.best, progress.best_epoch = chosen, epoch

@@ -176,7 +176,7 @@ def _result(
     # Built anew: without what Accelerate, a compiler or cached features hung on it.
     model = build_model(
         settings.config.model,
-        num_classes=max(1, len(data.classes)), image_size=data.augment.image_size,
+        num_classes=data.num_outputs, image_size=data.augment.image_size,
     )  # fmt: skip
     model.load_state_dict(weights)
     rows = RunDir(folder).read_metrics()

@@ -78,7 +78,7 @@ def show_start(
         if f.name not in hidden and getattr(config, f.name) != f.default
     ]
     if plan.actions.debug:
-        screen.show(table_of_layers(config.model, config.image_size, max(1, len(data.classes))))
+        screen.show(table_of_layers(config.model, config.image_size, data.num_outputs))
     screen.start_panel("lockstep", rows, changed)
     for note in filter(None, (batch.note, *_notes(plan, data, started, world))):
         screen.warn(note)

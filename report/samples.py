@@ -24,7 +24,7 @@ def draw_pictures(
     if not rows:
         return
     pictures.curves(rows, folder / "curves.png")
-    model = (learner.averaged_model or learner.bare).eval()
+    model = learner.kept_model.eval()
     if data.source.task == "regression":
         inputs = data.test.images.to(learner.device)
         labels, answers = data.test.labels.flatten().cpu(), model(inputs).flatten().cpu()

@@ -1,11 +1,11 @@
 """When a run is saved, and where it goes on."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,7 @@ from training.plan import Plan
 from training.schedule import Schedule
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints and weights of one run folder; of none, where nothing is kept.
 
     `facts` are fingerprints (data, order, model, code) that a checkpoint carries and a resume
@@ -56,9 +56,6 @@ class Checkpoints:
         world.stop.save_every = seconds(config.checkpoint_every) if by_time else None
         self._mark = world.began
         self._saved: tuple[int, int] | None = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,

@@ -50,6 +50,11 @@ class Data:
         return list(self.source.classes)
 
     @property
+    def num_outputs(self) -> int:
+        """What the head of a model answers: a number for each class, one for a regression."""
+        return max(1, len(self.source.classes))
+
+    @property
     def chosen_on(self) -> str:
         """The split that decides which weights are the best."""
         return "val" if "val" in self.test_loaders else "test"

@@ -118,10 +118,15 @@ class Learner:
         if self.average is not None:
             self.average.copy_buffers(self.bare)
 
-    def evaluated_model(self) -> nn.Module:
+    @property
+    def kept_model(self) -> nn.Module:
         """What is evaluated and kept: the averaged weights if there are any, else the model's."""
+        return self.averaged_model or self.bare
+
+    def evaluated_model(self) -> nn.Module:
+        """`kept_model`, once all processes have the same buffers."""
         self.agree_on_buffers()
-        return self.bare if self.average is None else self.average.model
+        return self.kept_model
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Take weights to evaluate; from now on there is no average."""
@@ -130,9 +135,9 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """Host copies of the evaluated weights by name."""
-        model = self.bare if self.average is None else self.average.model
+        state = self.kept_model.state_dict()
         return {  # copies: safetensors refuses a layer that the model holds under two names
-            k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()
+            k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()
         }
 
 

@@ -1,6 +1,5 @@
 """What a run is going to do: the world looked at once, by the main process, for all of them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from errors import UserError
 from models import lookup
 from models.weights import imagenet_reach
 from training.run_dir import fresh_name
-
-Layer = Mapping[str, object]
 
 
 @dataclass(frozen=True)

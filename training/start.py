@@ -45,7 +45,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         )
     entry = lookup(config.model)
     seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
-    num_classes = max(1, len(data.classes))
+    num_classes = data.num_outputs
     model = build_model(config.model, num_classes=num_classes, image_size=config.image_size)
     weights = ""
     if config.weights not in ("none", "auto") and not plan.goes_on:
