@@ -116,18 +116,19 @@ def train_one_epoch(
 
 def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int) -> None:
     """One update of the weights: forward and backward for each shard, then the optimizer."""
-    augment, task, shards = data.augment, learner.task, learner.shards
+    model, optimizer, task = learner.model, learner.optimizer, learner.task
+    augment, shards = data.augment, learner.shards
     for shard, part in enumerate(shards(batch, step), shards.first):
         images = learner.inputs(augment.train(part["images"], part["indices"], epoch))
         labels = part["labels"].to(images.device, non_blocking=True)
         images, labels = augment.mix(images, labels, part["indices"], epoch, task.num_classes)
-        logits = learner.model(images)
+        logits = model(images)
         loss = task.loss(logits, labels)  # summed over the shard
         learner.accelerator.backward(loss * shards.scale)
         learner.sums[shard] += loss.detach()  # on the device: reading it each step would wait
     skipped = learner.check_gradients(step)
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     if learner.average is not None:
         learner.average.update(learner.bare, skipped)
 

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import train
 from bench.measure import synchronize
-from bench.throughput import bare_steps
+from bench.throughput import bare_steps, is_compiled
 from config import parse_or_exit
 from distributed.checkpoint import Progress
 from distributed.world import World
@@ -70,14 +70,16 @@ class Watching(Observer):
         if self.bare:
             bare_steps(learner, data, schedule, self._numbered(itertools.repeat(None)))
             raise Enough
-        learner.bare.register_forward_pre_hook(lambda *_: self._inner.close())
+        if not is_compiled(learner.bare):
+            learner.bare.register_forward_pre_hook(lambda *_: self._inner.close())
         optimizer = learner.optimizer.optimizer
         optimizer.register_step_pre_hook(lambda *_: self._enter("optimizer"))
         optimizer.register_step_post_hook(lambda *_: self._inner.close())
 
     def batches(self, batches: Iterable) -> Iterator:
         for batch in self._numbered(batches):
-            self._enter("augment")  # until the first forward
+            if not is_compiled(self.learner.bare):
+                self._enter("augment")  # until the first forward
             yield batch
             self._inner.close()
 

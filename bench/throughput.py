@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from bench.measure import (
     Arm,
@@ -43,6 +44,11 @@ PREFETCHED = 4  # batches that the lesson's two workers hold ready when a window
 REST = 3.0  # seconds they have to make those ready, before another arm has its turn
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a hook on the model would break the compiler's graph, and be measured with it."""
+    return model._compiled_call_impl is not None
+
+
 class Gated(Observer):
     """The ordinary run: its batches come through the gate, torch's hooks take the time of a step.
 
@@ -54,8 +60,9 @@ class Gated(Observer):
         self.gate, self._part, self._mark = gate, "rest", time.perf_counter()
 
     def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
-        learner.bare.register_forward_pre_hook(lambda *_: self._enter("forward"))
-        learner.bare.register_forward_hook(lambda *_: self._enter("backward"))
+        if not is_compiled(learner.bare):  # there the batch's time has forward and backward in it
+            learner.bare.register_forward_pre_hook(lambda *_: self._enter("forward"))
+            learner.bare.register_forward_hook(lambda *_: self._enter("backward"))
         learner.optimizer.optimizer.register_step_pre_hook(lambda *_: self._enter("optimizer"))
         learner.optimizer.optimizer.register_step_post_hook(lambda *_: self._enter("rest"))
 
