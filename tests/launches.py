@@ -118,6 +118,7 @@ def start(
 ) -> tuple[subprocess.Popen | Launched, Path]:
     """Start an argument vector in a session of its own; returns it and its output file."""
     log = cwd / f"output-{time.monotonic_ns()}.txt"
+    log.touch()  # it can be read at once, whoever will write it
     texts, env = [str(w) for w in words], environment(**more)
     if isinstance(words, Command) and stdin == subprocess.DEVNULL and can_be_preloaded(texts, env):
         PRELOADED.append((texts, log))
