@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BUDGET = 450.0  # seconds of the whole on one H100
+BUDGET = 480.0  # seconds of the whole; an H200 took 437 with less in some rows
 REHEARSAL = 1800.0  # what a shared machine may make of less than five minutes
 START = 90.0  # seconds for a process to import torch
 LEAST = 5.0  # seconds left that are worth a start
@@ -70,7 +70,8 @@ CHECKS, SPEED = "bench.gpu_checks", "bench.gpu_speed"
 ROWS = (
     Row(CHECKS, "card", 30),
     Row(CHECKS, "keyed", 20),
-    *(Row(CHECKS, "exact", 45, case) for case in ("alexnet", "resnet18", "fp16", "bitwise")),
+    Row(CHECKS, "exact", 90, "alexnet"),
+    *(Row(CHECKS, "exact", 45, case) for case in ("resnet18", "fp16", "bitwise")),
     Row(CHECKS, "no_room", 25),
     Row(CHECKS, "googlenet", 20),
     Row(CHECKS, "children", 60),

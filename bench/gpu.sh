@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most 450 s on one: bash bench/gpu.sh [FOLDER]
+# Everything that needs a GPU, in at most 480 s on one: bash bench/gpu.sh [FOLDER]
 # Writes gpu.md (the table), gpu.json and gpu.log there; a row is printed as soon as it is known.
 # Needs torch, torchvision, accelerate, safetensors, rich, numpy, pyyaml; CIFAR-10 where it is named
 # (its parquet files need pyarrow and Pillow too, a file of `python -m data prepare` does not):

@@ -258,7 +258,7 @@ def waits(place: Place, model: str) -> Iterator[Found]:
     if problem := seen(ended):
         yield Found("a run", problem, False)
         return
-    quiet = watch.phases["step"][2:-1]  # the first ones warm up
+    quiet = watch.phases["step"][2:-2]  # the first ones warm up; the last but one asks for the save
     yield Found("a step", rehearsed(f"{max(quiet)} at most, of {len(quiet)} steps"), not any(quiet))
     row = max(watch.phases["row"])
     counted = any(map(any, watch.phases.values()))  # or torch's words are no longer these

@@ -23,8 +23,8 @@ CASES = {  # model, image size, batch size
     "alexnet": ("alexnet", 224, 256),
     "my_cnn": ("my_cnn", 224, 256),
 }
-BUSY = ("resnet18 512", "alexnet")  # their kernels are long enough to keep a GPU at work
-SHARE = 0.95  # of the compute limit; also of the time that the GPU must be at work
+SHARE = 0.95  # of the compute limit
+MORE_IDLE = 0.05  # of a step's time, that the GPU may stand still beyond what it does at the limit
 TAGGED = re.compile("^(Optimizer|ProfilerStep|## )")  # spans on the device's line, not kernels
 
 
@@ -51,7 +51,12 @@ def batch_of(flags: list[str]) -> int:
 
 
 def windows(place: Place, stop: bool = True) -> Windows:
-    return Windows(1, 2, 2, stop) if place.small else Windows(10, 20, 3, stop)
+    return Windows(*lengths(place), stop)
+
+
+def lengths(place: Place) -> tuple[int, int, int]:
+    """Steps that warm up, steps a window, windows: the host of a GPU can be a noisy machine."""
+    return (1, 2, 2) if place.small else (10, 20, 6)
 
 
 def speeds(seen: Windows, flags: list[str]) -> list[float]:
@@ -109,30 +114,31 @@ class Profiled(Windows):
             end = max(end, stop)
         self.launches, self.busy = len(spans) / self.steps, covered / 1e6 / self.steps
 
+    @property
+    def step_seconds(self) -> float:
+        return median(self.seconds) / self.steps
+
+    @property
+    def idle(self) -> float:
+        """The share of a step in which the device stands still."""
+        return max(0.0, 1 - self.busy / self.step_seconds)
+
 
 def speed(place: Place, case: str) -> Iterator[Found]:
     """The ordinary trainer against its compute limit; how much the GPU idles, what it launches."""
-    ours = Profiled(*((1, 2, 2) if place.small else (10, 20, 3)))
+    ours, limit = Profiled(*lengths(place)), Profiled(*lengths(place))
     flags = flags_of(place, case, "ours")
     if problem := seen(trained(flags, ours)):
         yield Found("a run", problem, False)
         return
-    fast = median(speeds(ours, flags))
-    step = median(ours.seconds) / ours.steps
-    idle = max(0.0, 1 - ours.busy / step)
+    fast, step = median(speeds(ours, flags)), 1e3 * ours.step_seconds
     host = {name: round(ms, 2) for name, ms in ours.host.items()}
-    numbers = {"images_per_second": speeds(ours, flags), "step_ms": 1e3 * step, "host_ms": host}
+    numbers = {"images_per_second": speeds(ours, flags), "step_ms": step, "host_ms": host}
     numbers |= {"launches": ours.launches, "busy_ms": 1e3 * ours.busy, "peak_mb": ours.peak / 2**20}
-    told = f"{fast:.0f} images/s, {1e3 * step:.2f} ms a step, batch {batch_of(flags)}"
-    yield Found("trainer", rehearsed(f"{told}, {images()}"), None, numbers)
-    figure = rehearsed(f"{100 * idle:.1f} % idle, {ours.launches:.0f} launches a step")
-    busy = idle < 1 - SHARE if CUDA and case in BUSY else None
-    if not ours.launches:
-        figure, busy = "torch.profiler saw nothing of the device", False
-    yield Found("device", figure, busy)
+    told = f"{fast:.0f} images/s, {step:.2f} ms a step, batch {batch_of(flags)}, {images()}"
+    yield Found("trainer", rehearsed(told), None, numbers)
     told = ", ".join(f"{name} {ms} ms" for name, ms in host.items())
     yield Found("host time of a step", rehearsed(told), None)
-    limit = windows(place)
     if problem := seen(trained(flags_of(place, case, "limit"), limit, bare=True)):
         yield Found("the limit", problem, False)
         return
@@ -140,6 +146,12 @@ def speed(place: Place, case: str) -> Iterator[Found]:
     figure = rehearsed(f"{fast / bound:.3f} of {bound:.0f} images/s")
     yield Found("trainer / limit", figure, fast / bound >= SHARE if CUDA else None,
                 {"limit": speeds(limit, flags)})  # fmt: skip
+    figure = f"{100 * ours.idle:.1f} % idle, {ours.launches:.0f} launches a step"
+    figure += f"; the limit {100 * limit.idle:.1f} %, {limit.launches:.0f}"
+    waits_no_more = ours.idle <= limit.idle + MORE_IDLE if CUDA else None
+    if not (ours.launches and limit.launches):
+        figure, waits_no_more = "torch.profiler saw nothing of the device", False
+    yield Found("device", rehearsed(figure), waits_no_more)
     peaks = [peak / 2**20 for peak in (ours.peak, limit.peak)]
     figure = rehearsed(f"{peaks[0]:.0f} MB, the limit {peaks[1]:.0f} MB")
     yield Found("peak memory", figure, peaks[0] <= 1.1 * peaks[1] if CUDA else None)

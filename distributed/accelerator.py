@@ -3,11 +3,13 @@
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 import re
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -72,6 +74,22 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
     settings = settings.with_layer(origin, decided)
     refuse_disagreement(accelerator, what_must_agree(settings))
     return accelerator, settings
+
+
+@contextlib.contextmanager
+def not_installed(package: str) -> Iterator[None]:
+    """Where a package is not installed, an import of it fails at once instead of a search each.
+
+    Accelerate looks for lomo_optim twice in every step: 0.1 to 0.5 ms of the host.
+    """
+    absent = package not in sys.modules and importlib.util.find_spec(package) is None
+    if absent:
+        sys.modules[package] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[package]
 
 
 def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, bool]:

@@ -58,6 +58,7 @@ class World(contextlib.AbstractContextManager):
         if guest:
             self.watch.limit = math.inf
         self._contexts = contextlib.ExitStack()
+        self._contexts.enter_context(machine.not_installed("lomo_optim"))
         self._failure: tuple[BaseException, str] | None = None
         self.left_behind = False  # something hangs that the interpreter's end would wait for
         self.own_words = ""  # of a mistake that this process met alone
