@@ -26,6 +26,22 @@ def clean_environment():
     os.environ.update(before | theirs)
 
 
+def pytest_sessionfinish(session):
+    """A worker hands its launches to the one that sums up."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["launches"] = COUNTED
+        session.config.workeroutput["differed"] = sorted(DIFFERED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What a worker handed over; nothing, if it died."""
+    output = getattr(node, "workeroutput", {})
+    for kind, count in output.get("launches", {}).items():
+        COUNTED[kind] += count
+    DIFFERED.update(output.get("differed", ()))
+
+
 def pytest_terminal_summary(terminalreporter):
     """How launches were made: a difference of environments can make every one a cold one."""
     if any(COUNTED.values()):

@@ -41,6 +41,7 @@ def test_every_train_command_parses(page, tmp_path, monkeypatch, nets):
             parse(words)
 
 
+@pytest.mark.slow
 def test_the_twelve_line_model_of_the_page_trains(tmp_path):
     page = (REPOSITORY / "docs" / "adding_a_model.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n# my_net.py\n(.*?)```", page, flags=re.S)[1]

@@ -25,16 +25,15 @@ from launches import (
 RUN = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--epochs", "3"]
 
 
-def test_an_exception_in_one_rank_is_the_last_thing_told(nets):
-    began = time.monotonic()
-    done = train(
-        [*RUN, "--run-dir", "raise"], nets, 2, "torchrun", LOCKSTEP_FAULT="raise@step=5,rank=1"
-    )
+@pytest.mark.parametrize("launcher", ["python", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_an_exception_in_one_rank_is_the_last_thing_told(nets, launcher):
+    began, name = time.monotonic(), f"raise-{launcher}"
+    done = train([*RUN, "--run-dir", name], nets, 2, launcher, LOCKSTEP_FAULT="raise@step=5,rank=1")
     assert done.status != 0 and time.monotonic() - began < 90
     assert "rank 1 on" in done.out and "planned fault at step, step 5" in done.out
-    assert (nets / "raise" / "crash" / "rank-1.txt").read_text().count("Traceback") >= 1
+    assert (nets / name / "crash" / "rank-1.txt").read_text().count("Traceback") >= 1
     assert "Traceback" not in done.out.split("torch/distributed/elastic")[0]
-    assert json.loads((nets / "raise" / "status.json").read_text())["status"] == "failed"
+    assert json.loads((nets / name / "status.json").read_text())["status"] == "failed"
 
 
 def test_a_rank_that_leaves_early_with_status_0_is_named_and_the_run_is_not_finished(nets):
@@ -148,6 +147,7 @@ def test_a_process_that_was_suspended_goes_on(nets):
     assert finish(process, log, 60).status == 75
 
 
+@pytest.mark.slow
 def test_a_last_save_that_fails_is_said_in_message_and_status(nets):
     code = (
         "import resource, signal, os, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"

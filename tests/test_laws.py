@@ -8,42 +8,39 @@ from launches import SMALL, losses, rows, train
 from training.recorder import read
 
 LAW = ["--model", "plain.py:Net", "--dataset", "digits", "--image-size", "16", "--limit", "1000"]
-LAW += ["--batch-size", "64", "--epochs", "2", "--max-steps", "24", "--augment", "crop", "--lr"]
-LAW += [
-    "0.05",
-    "--optimizer",
-    "sgd",
-    "--shards",
-    "4",
-    "--threads",
-    "1",
-    "--log-every",
-    "1",
-    "--no-plots",
-]
+LAW += ["--batch-size", "64", "--epochs", "2", "--max-steps", "24", "--augment", "crop"]
+LAW += ["--lr", "0.05", "--optimizer", "sgd", "--shards", "4", "--threads", "1"]
+LAW += ["--log-every", "1", "--no-plots"]
+
+
+WAYS = ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
-def runs(nets):
-    """The same run on one process, two under torchrun and two under accelerate launch."""
-    ways = {
-        "one": dict(processes=1, accumulate=4, launcher="python"),
-        "torchrun": dict(processes=2, accumulate=2, launcher="torchrun"),
-        "accelerate": dict(processes=2, accumulate=2, launcher="accelerate"),
-    }
-    for name, way in ways.items():
-        done = train(
-            [*LAW, "--run-dir", name, "--accumulate", way["accumulate"]],
-            nets, way["processes"], way["launcher"], LOCKSTEP_RECORD=f"{name}-record",
-        )  # fmt: skip
-        assert done.status == 0, done.out
+def one(nets):
+    """The run on one process; its folder is `one`, beside those of `two`."""
+    made(nets, "one", 1, "python")
     return nets
 
 
-@pytest.mark.parametrize("way", ["torchrun", "accelerate"])
-def test_two_processes_see_the_same_samples_pixels_and_losses_as_one(runs, way):
-    ours, updates = read(runs / "one-record")
-    theirs, their_updates = read(runs / f"{way}-record")
+@pytest.fixture(scope="module", params=WAYS)
+def two(request, one):
+    """The name of the same run on two processes, under a real torchrun or accelerate launch."""
+    made(one, request.param, 2, request.param)
+    return request.param
+
+
+def made(nets, name, processes, launcher):
+    done = train(
+        [*LAW, "--run-dir", name, "--accumulate", 4 // processes],
+        nets, processes, launcher, LOCKSTEP_RECORD=f"{name}-record",
+    )  # fmt: skip
+    assert done.status == 0, done.out
+
+
+def test_two_processes_see_the_same_samples_pixels_and_losses_as_one(one, two):
+    ours, updates = read(one / "one-record")
+    theirs, their_updates = read(one / f"{two}-record")
     assert len(ours) == 24 * 4 and ours.keys() == theirs.keys()
     for key in ours:
         assert ours[key]["indices"] == theirs[key]["indices"]
@@ -51,11 +48,11 @@ def test_two_processes_see_the_same_samples_pixels_and_losses_as_one(runs, way):
         assert theirs[key]["loss"] == pytest.approx(ours[key]["loss"], rel=2e-5)
     for step, row in updates.items():
         assert their_updates[step]["norm"] == pytest.approx(row["norm"], rel=1e-5)
-    assert losses(runs / way) == pytest.approx(losses(runs / "one"), rel=1e-6)
+    assert losses(one / two) == pytest.approx(losses(one / "one"), rel=1e-6)
 
 
-def test_the_epoch_boundary_was_crossed_and_the_two_epochs_differ_in_order_and_pixels(runs):
-    shards, _ = read(runs / "one-record")
+def test_the_epoch_boundary_was_crossed_and_the_two_epochs_differ_in_order_and_pixels(one):
+    shards, _ = read(one / "one-record")
     first = [shards[0, s]["indices"] for s in range(4)]
     second = [shards[15, s]["indices"] for s in range(4)]
     assert first != second
@@ -63,17 +60,16 @@ def test_the_epoch_boundary_was_crossed_and_the_two_epochs_differ_in_order_and_p
     assert len(seen) == len(set(seen)) == 960
 
 
-@pytest.mark.parametrize("way", ["torchrun", "accelerate"])
-def test_every_test_image_counts_once_on_any_number_of_processes(runs, way):
+def test_every_test_image_counts_once_on_any_number_of_processes(one, two):
     def answers(name):
-        return [r for r in rows(runs / name) if "test/accuracy" in r]
+        return [r for r in rows(one / name) if "test/accuracy" in r]
 
     assert len(answers("one")) == 2
-    for ours, theirs in zip(answers("one"), answers(way), strict=True):
+    for ours, theirs in zip(answers("one"), answers(two), strict=True):
         assert ours["test/accuracy"] == theirs["test/accuracy"]
         assert theirs["test/loss"] == pytest.approx(ours["test/loss"], rel=1e-6)
         assert (ours["test/accuracy"] * 355) == pytest.approx(round(ours["test/accuracy"] * 355))
-    assert json.loads((runs / way / "summary.json").read_text())["status"] == "finished"
+    assert json.loads((one / two / "summary.json").read_text())["status"] == "finished"
 
 
 def test_101_evaluation_images_over_two_processes_count_101(nets):

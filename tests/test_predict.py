@@ -93,6 +93,16 @@ def test_what_is_no_picture_is_named_and_the_others_go_on(run, digits, tmp_path)
     assert empty.returncode == 1 and json.loads(empty.stdout) == []
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with the weights of ten classes, and of hardly anything."""
+    folder = tmp_path_factory.mktemp("weights")
+    state = build_model("resnet18", num_classes=10, image_size=32).state_dict()
+    torch.save(state, folder / "ten.pth")
+    torch.save({"fc.bias": torch.zeros(5)}, folder / "five.pth")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -102,19 +112,15 @@ def test_what_is_no_picture_is_named_and_the_others_go_on(run, digits, tmp_path)
         ("--model alexnt --weights imagenet", "did you mean alexnet?"),
         ("--model my_cnn --weights imagenet", "no ImageNet weights for my_cnn"),
         ("--model linear_regression --weights x.pth", "it predicts a number, not a class"),
-        ("--model my_cnn --weights none.pth", "there is no such file"),
-        ("--model my_cnn --weights ten.pth", "ten.pth: these are not ImageNet's 1,000 classes"),
-        ("--model my_cnn --weights five.pth", "does not fit --model my_cnn: missing"),
+        ("--model resnet18 --weights none.pth", "there is no such file"),
+        ("--model resnet18 --weights ten.pth", "ten.pth: these are not ImageNet's 1,000 classes"),
+        ("--model resnet18 --weights five.pth", "does not fit --model resnet18: missing"),
         ("--top 0", "--top 0: must be at least 1"),
         ("--jsn", "--jsn; see python predict.py --help"),
     ],
 )
-def test_a_wrong_word_is_one_sentence(words, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    state = build_model("my_cnn", num_classes=10, image_size=224).state_dict()
-    torch.save(state, "ten.pth")
-    torch.save({"fc.bias": torch.zeros(5)}, "five.pth")
+def test_a_wrong_word_is_one_sentence(words, says, weights, monkeypatch, capsys):
+    monkeypatch.chdir(weights)
     assert predict_main(["x.png", *words.split()]) == 2
     told = capsys.readouterr()
     assert says in told.err and told.err.count("\n") == 1 and not told.out

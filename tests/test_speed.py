@@ -287,6 +287,7 @@ print(pages() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's here")
+@pytest.mark.slow
 def test_a_step_on_the_cpu_uses_the_memory_that_the_step_before_freed():
     new_pages = [
         int(subprocess.check_output([sys.executable, "-c", FAULTS, word], cwd=REPOSITORY))

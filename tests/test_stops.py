@@ -76,7 +76,7 @@ def test_a_stop_file_ends_two_processes_at_the_same_step_and_they_go_on_exactly(
     assert same_weights(nets / "stop-file", nets / "unstopped") == []
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", slow("accelerate")])
+@pytest.mark.parametrize("launcher", ["python", slow("torchrun"), slow("accelerate")])
 def test_one_rank_that_hears_a_signal_is_enough(nets, launcher):
     name = f"one-rank-{launcher}"
     process, log = start(
@@ -87,6 +87,7 @@ def test_one_rank_that_hears_a_signal_is_enough(nets, launcher):
     stopped(nets, name, "a stop signal")
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_reaches_all_ranks(nets):
     process, log = begin(nets, "agent", 2, "torchrun")
     process.send_signal(signal.SIGTERM)
@@ -94,9 +95,8 @@ def test_a_signal_to_torchrun_reaches_all_ranks(nets):
     stopped(nets, "agent", "SIGTERM")
 
 
-@pytest.mark.parametrize(
-    "processes, name", [(1, "SIGKILL"), slow((2, "SIGKILL")), slow((1, "SIGTERM"))]
-)
+@pytest.mark.parametrize("processes, name", [(1, "SIGKILL"), (2, "SIGKILL"), (1, "SIGTERM")])
+@pytest.mark.slow
 def test_a_trainer_whose_launcher_was_killed_saves_and_ends(nets, processes, name):
     sent, name = getattr(signal, name), f"orphan-{processes}-{name}"
     process, _ = begin(nets, name, processes, "accelerate")
