@@ -52,14 +52,19 @@ def load_run(folder: Path):
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         if not folder.exists():
             raise UserError(
-                f"--run {folder}: there is no such folder; python train.py makes runs in runs/"
+                f"--run {folder}: there is no such folder; python train.py makes runs in runs/",
+                code="no-run",
             ) from None
         raise UserError(
             f"--run {folder}: there are no weights in it that can be read ({path.name}); a run "
-            "writes them after its first evaluation, other weights need --model and --weights"
+            "writes them after its first evaluation, other weights need --model and --weights",
+            code="weights-unreadable",
         ) from None
     if lookup(told["model"]).task != "classification":
-        raise UserError(f"--run {folder}: {told['model']} predicts a number, not a class")
+        raise UserError(
+            f"--run {folder}: {told['model']} predicts a number, not a class",
+            code="not-a-classifier",
+        )
     size = told["image_size"]
     model = build_model(told["model"], num_classes=len(told["classes"]), image_size=size)
     try:
@@ -67,7 +72,8 @@ def load_run(folder: Path):
     except RuntimeError as error:
         raise UserError(
             f"--run {folder}: its weights no longer fit {told['model']} "
-            f"({str(error).splitlines()[-1].strip()}); did its file change?"
+            f"({str(error).splitlines()[-1].strip()}); did its file change?",
+            code="weights-do-not-fit",
         ) from None
     return model.eval(), told
 
@@ -80,17 +86,20 @@ def load_imagenet(name: str, weights: str):
     if weights == "imagenet":
         reached, why = imagenet_reach(name)
         if not reached:
-            raise UserError(f"--weights imagenet: {why}")
+            raise UserError(f"--weights imagenet: {why}", code="weights-not-reached")
     entry = lookup(name)
     if entry.task != "classification":
-        raise UserError(f"--model {name}: it predicts a number, not a class")
+        raise UserError(
+            f"--model {name}: it predicts a number, not a class", code="not-a-classifier"
+        )
     size = int(entry.finetune.get("image_size", 224))  # inception_v3 was trained on 299
     model = build_model(name, num_classes=1000, image_size=size)
     told = load_weights(model, name, weights, 1000)
     if "the head for" in told:
         raise UserError(
             f"--weights {weights}: these are not ImageNet's 1,000 classes ({told}); for a run of "
-            "yours type --run FOLDER"
+            "yours type --run FOLDER",
+            code="weights-of-other-classes",
         )
     classes = imagenet_classes()
     return model.eval(), {**IMAGENET, "image_size": size, "classes": classes, "crop": CROP}

@@ -64,7 +64,10 @@ class Augment:
         samples: int = 0,
     ) -> None:
         if kind not in KINDS:
-            raise UserError(f"{kind!r} is not a kind of augmentation; known: {', '.join(KINDS)}")
+            raise UserError(
+                f"{kind!r} is not a kind of augmentation; known: {', '.join(KINDS)}",
+                code="unknown-augmentation",
+            )
         self.kind, self.image_size, self.seed = kind, image_size, seed
         self.mean, self.std = tuple(mean), tuple(std)
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix

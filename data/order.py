@@ -94,7 +94,8 @@ def split_validation(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor
     if not 0 < held_out < n:
         raise UserError(
             f"a validation fraction of {fraction} holds out {held_out} of {n} samples; "
-            "choose one between 0 and 1 that leaves samples on both sides, e.g. 0.1"
+            "choose one between 0 and 1 that leaves samples on both sides, e.g. 0.1",
+            code="bad-split",
         )
     order = permutation(seed, 0, n, SPLIT)
     return order[held_out:].sort().values, order[:held_out].sort().values

@@ -9,10 +9,11 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar, cast
 
 import accelerate
 import numpy
@@ -25,6 +26,8 @@ from common.disk import digest
 from config import Settings, tell
 from errors import UserError
 from models import lookup
+
+T = TypeVar("T")
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -65,7 +68,8 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
     if world != accelerator.num_processes:
         raise UserError(
             f"the launcher started {world} processes but each of them believes to be one of "
-            f"{accelerator.num_processes}; they would all train the same thing"
+            f"{accelerator.num_processes}; they would all train the same thing",
+            code="launch-incomplete",
         )
     refuse_shared_gpu(accelerator)
     if "threads" in decided:  # nodes may have different numbers of CPUs; a run has one
@@ -114,7 +118,8 @@ def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, boo
         raise UserError(
             f"{here} processes on this node, but torch sees {seen} GPUs: start one process per GPU "
             "(--nproc of torchrun.sh, --gpus of submit.py); look at CUDA_VISIBLE_DEVICES; "
-            "ACCELERATE_USE_CPU=1 trains on the CPU"
+            "ACCELERATE_USE_CPU=1 trains on the CPU",
+            code="too-few-gpus",
         )
     if cuda:
         refuse_unknown_gpu(int(os.environ.get("LOCAL_RANK", "0")))
@@ -123,10 +128,13 @@ def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, boo
     if cpu and not cpu_asked() and int(gpus) > 0:
         raise UserError(
             f"SLURM gave this node {gpus} GPUs but torch sees none, and would train on the CPU; "
-            "python launch/preflight.py tells why; ACCELERATE_USE_CPU=1 means the CPU"
+            "python launch/preflight.py tells why; ACCELERATE_USE_CPU=1 means the CPU",
+            code="gpu-unseen",
         )
     if settings.actions.debug and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--debug is one process: start it as python train.py --debug")
+        raise UserError(
+            "--debug is one process: start it as python train.py --debug", code="one-process"
+        )
 
     if config.threads == 0:
         decided["threads"] = 1 if config.bitwise and cpu else cpu_share()
@@ -137,15 +145,20 @@ def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, boo
     backend = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("no", "inductor"):
         raise UserError(
-            f"--dynamo_backend {backend}: only inductor is supported; drop it and type --compile"
+            f"--dynamo_backend {backend}: only inductor is supported; drop it and type --compile",
+            code="unknown-backend",
         )
     if backend == "inductor" and not config.compile:
         decided["compile"] = True
     if config.bitwise and not (cpu or torch.cuda.is_available()):
-        raise UserError("--bitwise is for CPUs and CUDA GPUs: other devices lack its integer sums")
+        raise UserError(
+            "--bitwise is for CPUs and CUDA GPUs: other devices lack its integer sums",
+            code="bitwise-device",
+        )
     if config.bitwise and not (cpu or config.deterministic):
         raise UserError(
-            "--bitwise on a GPU needs equal bits of each shard too: add --deterministic"
+            "--bitwise on a GPU needs equal bits of each shard too: add --deterministic",
+            code="bitwise-needs-deterministic",
         )
     return decided, origin, cpu
 
@@ -171,7 +184,8 @@ def refuse_unknown_gpu(index: int) -> None:
         f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, for which "
         f"this torch ({torch.__version__}: {', '.join(known)}) has no kernels; install a torch "
         "that has (pytorch.org/get-started, an index of another CUDA), or type "
-        "ACCELERATE_USE_CPU=1 before the command to train on the CPU"
+        "ACCELERATE_USE_CPU=1 before the command to train on the CPU",
+        code="gpu-too-new-or-old",
     )
 
 
@@ -225,7 +239,9 @@ def choose_precision(wanted: str, cpu: bool, classifies: bool = True) -> tuple[s
             bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
             wanted = "bf16" if bf16 else "no"
     if wanted == "fp16" and cpu:
-        raise UserError("--mixed-precision fp16 needs a GPU; on a CPU use bf16 or no")
+        raise UserError(
+            "--mixed-precision fp16 needs a GPU; on a CPU use bf16 or no", code="fp16-needs-gpu"
+        )
     return wanted, origin
 
 
@@ -274,11 +290,15 @@ def refuse_foreign_switches() -> None:
     if steps != "1":
         raise UserError(
             f"--gradient_accumulation_steps {steps} of accelerate launch is not used here; "
-            f"type --accumulate {steps} after train.py"
+            f"type --accumulate {steps} after train.py",
+            code="foreign-accumulation",
         )
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
         if os.environ.get(name, "false").lower() == "true":
-            raise UserError(f"{name} is set: this trainer shares work by DDP only; unset it")
+            raise UserError(
+                f"{name} is set: this trainer shares work by DDP only; unset it",
+                code="foreign-sharding",
+            )
 
 
 def refuse_lonely_tasks() -> None:
@@ -290,12 +310,14 @@ def refuse_lonely_tasks() -> None:
     if int(tasks) > 1 and "SLURM_STEP_ID" in env:
         raise UserError(
             f"srun started {tasks} tasks that do not know of each other; "
-            "submit with launch/slurm.sbatch, which tells each its place"
+            "submit with launch/slurm.sbatch, which tells each its place",
+            code="lonely-tasks",
         )
     if int(env.get("SLURM_JOB_NUM_NODES", "1")) > 1 and "SLURM_STEP_ID" not in env:
         raise UserError(
             f"this job has {env['SLURM_JOB_NUM_NODES']} nodes but train.py was started without "
-            "srun, on one of them; submit with launch/slurm.sbatch"
+            "srun, on one of them; submit with launch/slurm.sbatch",
+            code="lonely-nodes",
         )
 
 
@@ -308,7 +330,8 @@ def refuse_shared_gpu(accelerator: Accelerator) -> None:
         ranks = [rank for rank, other in enumerate(places) if other == place]
         if len(ranks) > 1:
             raise UserError(
-                f"ranks {ranks} are on the same GPU of {place[0]}; start one process per GPU"
+                f"ranks {ranks} are on the same GPU of {place[0]}; start one process per GPU",
+                code="shared-gpu",
             )
 
 
@@ -321,7 +344,7 @@ def control_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_limit()))
 
 
-def broadcast(accelerator: Accelerator, value):
+def broadcast(accelerator: Accelerator, value: T) -> T:
     """The main process's value, on every process."""
     if accelerator.num_processes == 1:
         return value
@@ -330,44 +353,46 @@ def broadcast(accelerator: Accelerator, value):
     return values[0]
 
 
-def main_decides(accelerator: Accelerator, decide):
+def main_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     """What decide() returns on the main process; its UserError is raised on every process."""
-    result = None
+    result: tuple[T | None, tuple[str, str] | None] = None, None
     if accelerator.is_main_process:
         try:
-            result = ("value", decide())
+            result = decide(), None
         except UserError as error:
-            result = ("error", str(error))
-    kind, value = broadcast(accelerator, result)
-    if kind == "error":
-        raise UserError(value)
-    return value
+            result = None, (str(error), error.code)
+    value, problem = broadcast(accelerator, result)
+    if problem is not None:
+        raise UserError(problem[0], code=problem[1])
+    return cast(T, value)
 
 
-def everyones(accelerator: Accelerator, mine) -> list:
-    """This value of every process, by rank."""
+def everyones(accelerator: Accelerator, mine: T) -> list[T]:
+    """The value of every process, by rank."""
     if accelerator.num_processes == 1:
         return [mine]
-    values = [None] * accelerator.num_processes
+    values: list[T] = [mine] * accelerator.num_processes
     dist.all_gather_object(values, mine, group=control_group())
     return values
 
 
-def all_or_none(accelerator: Accelerator, work):
+def all_or_none(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """What work() returns here; a UserError of any process is raised on all, naming that process.
 
     What the main process meets too is nobody's own trouble: told without a name.
     """
-    result = problem = None
+    result: T | None = None
+    problem: tuple[str, str] | None = None
     try:
         result = work()
     except UserError as error:
-        problem = str(error)
+        problem = str(error), error.code
     everyone = everyones(accelerator, (socket.gethostname(), problem))
     for rank, (host, found) in enumerate(everyone):
         if found is not None:
-            raise UserError(f"rank {rank} on {host}: {found}" if rank else found)
-    return result
+            message, code = found
+            raise UserError(f"rank {rank} on {host}: {message}" if rank else message, code=code)
+    return cast(T, result)
 
 
 REMEDIES = {
@@ -393,7 +418,8 @@ def refuse_disagreement(accelerator: Accelerator, facts: dict[str, str]) -> None
             remedy = next((r for start, r in REMEDIES.items() if name.startswith(start)), "")
             raise UserError(
                 f"the processes disagree about the {name}: {who} with {values[odd[0]]}, the others "
-                f"with {common}; {remedy or 'start from a disk that every node sees'}"
+                f"with {common}; {remedy or 'start from a disk that every node sees'}",
+                code="processes-disagree",
             )
 
 

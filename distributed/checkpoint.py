@@ -87,10 +87,14 @@ def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str,
 def restore(files: dict[str, dict[str, Tensor]], model, optimizer, average=None, scaler=None):
     """Put captured state back into existing objects, keeping their devices and memory layouts."""
     if average is not None and "ema" not in files:
-        raise UserError("this checkpoint has no averaged weights: it was made without --ema")
+        raise UserError(
+            "this checkpoint has no averaged weights: it was made without --ema",
+            code="checkpoint-without-average",
+        )
     if f"|{type(optimizer).__name__}" not in files["optimizer"]:
         raise UserError(
-            "this checkpoint belongs to another optimizer; start a new run for this one"
+            "this checkpoint belongs to another optimizer; start a new run for this one",
+            code="checkpoint-of-other-optimizer",
         )
     copy_state(model, files["model"], "model")
     if average is not None:
@@ -120,7 +124,8 @@ def copy_state(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     if wrong:
         raise UserError(
             f"this checkpoint belongs to another {what}: {', '.join(wrong[:3])} "
-            f"{'and others ' if len(wrong) > 3 else ''}do not fit"
+            f"{'and others ' if len(wrong) > 3 else ''}do not fit",
+            code="checkpoint-of-other-model",
         )
     for name, tensor in mine.items():
         tensor.copy_(tensors[name])
@@ -302,7 +307,8 @@ def verify(path: Path) -> dict:
     if version > FORMAT:
         raise UserError(
             f"{path} was written by a newer version (format {version}, this one reads {FORMAT}); "
-            "update the program"
+            "update the program",
+            code="checkpoint-too-new",
         )
     for name, expected in listed.items():
         file = path / name
@@ -338,7 +344,8 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict]
     if candidates:
         raise UserError(
             f"none of the {len(candidates)} checkpoints in {folder} is whole; "
-            "start over with --fresh (the old files are kept aside)"
+            "start over with --fresh (the old files are kept aside)",
+            code="no-whole-checkpoint",
         )
     return None
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refusals import refused
 from torch.nn.functional import interpolate
 
 from data.augment import (
@@ -17,7 +18,6 @@ from data.augment import (
     resized_crop,
 )
 from data.keyed_random import uniforms
-from errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 RAW = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # so that outputs are pixel values 0..255
@@ -80,7 +80,7 @@ def test_the_features_of_a_regression_pass_through_unchanged():
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="known: none, flip, crop"):
+    with refused("unknown-augmentation", match="known: none, flip, crop"):
         Augment("blur", 32, MEAN, STD, 0)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from launches import python
+from refusals import refused
 from safetensors.torch import save_file
 from torch import nn
 
@@ -285,7 +286,9 @@ def test_when_all_are_damaged_nothing_starts_over_silently(tmp_path):
     for path in write(tmp_path, 10, 20):
         flip(path / "model.safetensors", -1)
     told = []
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints .* start over with --fresh"):
+    with refused(
+        "no-whole-checkpoint", match=r"none of the 2 checkpoints .* start over with --fresh"
+    ):
         newest_valid(tmp_path, told.append)
     assert len(told) == 2
     assert newest_valid(tmp_path / "empty", told.append) is None
@@ -301,7 +304,7 @@ def test_a_newer_format_is_refused_with_both_numbers_and_an_older_one_loads(tmp_
     (path,) = write(tmp_path, 1)
     manifest = json.loads((path / MANIFEST).read_text())
     sign(path, manifest | {"format": FORMAT + 1})
-    with pytest.raises(UserError, match=rf"format {FORMAT + 1}, this one reads {FORMAT}"):
+    with refused("checkpoint-too-new", match=rf"format {FORMAT + 1}, this one reads {FORMAT}"):
         newest_valid(tmp_path, print)
     sign(path, manifest | {"format": 1, "a later key": 3})
     progress = json.loads((path / "progress.json").read_text())
@@ -423,7 +426,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_changed():
     for name, other in others.items():
         other_optimizer = build_optimizer(other, TrainConfig())
         before = everything(other, other_optimizer)
-        with pytest.raises(UserError, match="belongs to another model"):
+        with refused("checkpoint-of-other-model", match="belongs to another model"):
             restore(files, other, other_optimizer)
         assert equal(everything(other, other_optimizer), before), name
 
@@ -437,7 +440,7 @@ def test_an_average_that_was_not_saved_is_refused_before_anything_is_changed():
     other_optimizer = build_optimizer(other, TrainConfig())
     average = WeightAverage(other, 0.9).model
     before = everything(other, other_optimizer, average)
-    with pytest.raises(UserError):
+    with refused("checkpoint-without-average"):
         restore(files, other, other_optimizer, average)
     assert equal(everything(other, other_optimizer, average), before)
 
@@ -505,5 +508,5 @@ def test_a_vouched_checkpoint_with_the_wrong_tensors_is_a_sentence(tmp_path):
     model = net()
     optimizer = build_optimizer(model, TrainConfig())
     files, _ = read_checkpoint(newest_valid(tmp_path, print)[0])
-    with pytest.raises(UserError, match="belongs to another"):
+    with refused("checkpoint-of-other-model"):
         restore(files, model, optimizer)

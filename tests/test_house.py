@@ -127,20 +127,13 @@ def test_heavy_packages_are_imported_inside_the_function_that_uses_them():
             assert not at_import_time(tree) & {"torch", "rich", "accelerate", "numpy"}, place
 
 
-# Their mistakes still have the code that says nothing.
-WITHOUT_CODES = {
-    "data/augment.py", "data/order.py", "predict.py", "training/trial.py",
-    "distributed/accelerator.py", "distributed/checkpoint.py",
-}  # fmt: skip
-
-
 def test_every_mistake_of_a_user_has_a_code():
     """A short name in kebab case, as a literal where the sentence is: tests can ask for it."""
     for place, tree in sources().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError":
                 code = next((k.value for k in node.keywords if k.arg == "code"), None)
-                assert code is not None or place in WITHOUT_CODES, f"{place}:{node.lineno}"
+                assert code is not None, f"{place}:{node.lineno}"
                 if isinstance(code, ast.Constant):
                     assert re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", code.value), code.value
 

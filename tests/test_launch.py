@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refusals import refused
 
 from config import build_parser
 from errors import UserError
@@ -979,7 +980,7 @@ def test_a_node_with_fewer_gpus_than_processes_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes on this node, but torch sees 1 GPU"):
+    with refused("too-few-gpus", match="2 processes on this node, but torch sees 1 GPU"):
         look_at_the_machine(parse(TINY))
 
 
@@ -995,7 +996,7 @@ def test_two_processes_on_one_gpu_are_named(monkeypatch):
     monkeypatch.setattr(accelerator, "everyones", lambda *_: places)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Fake())
     Fake.uuid = "GPU-a"
-    with pytest.raises(UserError, match=r"ranks \[1, 2\] are on the same GPU of n2"):
+    with refused("shared-gpu", match=r"ranks \[1, 2\] are on the same GPU of n2"):
         accelerator.refuse_shared_gpu(Fake)
 
 
@@ -1011,7 +1012,7 @@ def test_processes_that_each_believe_to_be_alone_are_named(monkeypatch):
 
     monkeypatch.setattr(accelerator, "Accelerator", Lonely)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="started 2 processes but each of them believes"):
+    with refused("launch-incomplete", match="started 2 processes but each of them believes"):
         accelerator.build_accelerator(parse(TINY))
 
 

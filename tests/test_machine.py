@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launches import CLEAN, REPOSITORY, SMALL, Command, finish, start, train
+from refusals import refused
 from torch import nn
 from torch.nn import functional
 
@@ -27,7 +28,6 @@ from distributed.accelerator import (
     unseen_gpu,
 )
 from distributed.watch import Watch, device_failed, out_of_memory
-from errors import UserError
 from report import panels
 from training import trial
 from training.plan import Plan
@@ -103,14 +103,14 @@ def test_the_launchers_cpu_is_obeyed_on_a_gpu_machine(gpu, monkeypatch, word):
     assert cpu and decided["mixed_precision"] == "no" and not torch.backends.cudnn.benchmark
     assert look_at_the_machine(parse([*CLASSIFIER, "--bitwise"]))[2]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    with pytest.raises(UserError, match=r"torch sees 1 GPUs.*ACCELERATE_USE_CPU=1"):
+    with refused("too-few-gpus", match=r"torch sees 1 GPUs.*ACCELERATE_USE_CPU=1"):
         look_at_the_machine(parse(CLASSIFIER))
 
 
 def test_gpus_that_slurm_gave_and_torch_does_not_see_name_the_way_to_the_cpu(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    with pytest.raises(UserError, match=r"8 GPUs but torch sees none.*ACCELERATE_USE_CPU=1"):
+    with refused("gpu-unseen", match=r"8 GPUs but torch sees none.*ACCELERATE_USE_CPU=1"):
         look_at_the_machine(parse(CLASSIFIER))
 
 
@@ -133,7 +133,9 @@ def test_a_gpu_without_kernels_is_named_before_anything_else(gpu, capability, bu
     gpu(capability, builds)
     if known:
         return refuse_unknown_gpu(0)
-    with pytest.raises(UserError, match=r"H100 has compute capability .* has no kernels.*install"):
+    with refused(
+        "gpu-too-new-or-old", match=r"H100 has compute capability .* has no kernels.*install"
+    ):
         look_at_the_machine(parse(CLASSIFIER))
 
 
@@ -243,9 +245,11 @@ def test_a_gpus_time_is_taken_from_a_whole_micro_batch_and_a_cpus_from_few_image
 
 
 def test_the_layer_that_deterministic_refuses_is_named_and_debug_warns_of_it(trial_of):
-    refused = "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"
-    with pytest.raises(UserError, match=r"--deterministic: adaptive.*pool \(AdaptiveAvgPool2d\)"):
-        trial_of(Played(refused), "cuda")
+    message = "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but"
+    with refused(
+        "not-deterministic", match=r"--deterministic: adaptive.*pool \(AdaptiveAvgPool2d\)"
+    ):
+        trial_of(Played(message), "cuda")
     assert "pool (AdaptiveAvgPool2d)" in trial_of(Played(), "cpu").nondeterministic
 
 

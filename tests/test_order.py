@@ -3,10 +3,10 @@
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from refusals import refused
 from torch.utils.data import DataLoader
 
 from data.order import EvaluationBatchSampler, GlobalBatchSampler, split_validation
-from errors import UserError
 
 
 def test_an_epoch_is_full_batches_of_different_samples():
@@ -131,5 +131,5 @@ def test_a_validation_split_is_sorted_disjoint_whole_and_keyed_by_the_seed():
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 0.01])
 def test_a_split_that_leaves_one_side_empty_is_refused(fraction):
-    with pytest.raises(UserError, match="leaves samples on both sides"):
+    with refused("bad-split", match="leaves samples on both sides"):
         split_validation(10, fraction, seed=0)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from refusals import refused
 from torch import nn
 
 import train as loop
@@ -99,9 +100,20 @@ def test_a_world_gives_the_signals_back_after_a_run_and_after_a_mistake(settings
     with pytest.raises(UserError, match="no"), World(settings()):
         raise UserError("no")
     assert handlers() == before
-    with pytest.raises(UserError, match="fp16"):  # before the world is whole
+    with refused("fp16-needs-gpu", match="fp16"):  # before the world is whole
         World(settings("--mixed-precision", "fp16"))
     assert handlers() == before
+
+
+def test_a_mistake_keeps_its_code_on_its_way_to_all_processes(settings):
+    def mistake():
+        raise UserError("no", code="the-code")
+
+    with World(settings()) as world:
+        for way in (world.main_decides, world.all_or_none):
+            with refused("the-code", match="^no$"):
+                way(mistake)
+            assert way(lambda: None) is None and way(lambda: 7) == 7
 
 
 def test_what_was_entered_is_left_before_the_world_in_turn(settings):

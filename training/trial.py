@@ -81,13 +81,15 @@ def try_model(
         raise UserError(
             f"--model {config.model}: fails on {size} images {shape} at --image-size "
             f"{config.image_size}: {str(error).splitlines()[0]}; "
-            "python train.py --debug with the same flags but --run-dir shows where"
+            "python train.py --debug with the same flags but --run-dir shows where",
+            code="model-fails",
         ) from None
     unused = [n for n, p in trial.named_parameters() if p.requires_grad and p.grad is None]
     if unused and len(unused) == sum(p.requires_grad for p in trial.parameters()):
         raise UserError(
             f"--model {config.model}: no parameter gets a gradient; does forward use "
-            "its layers, without .detach() or torch.no_grad()?"
+            "its layers, without .detach() or torch.no_grad()?",
+            code="nothing-trains",
         )
     if unused:
         for name, p in model.named_parameters():
@@ -103,5 +105,6 @@ def refuse_other_shape(answer: object, size: int, data: Data, name: str) -> None
         raise UserError(
             f"--model {name}: answers {tuple(logits.shape)} to {size} images, but "
             f"{data.source.name} has {wanted[1]} classes: it must be {wanted}; a class whose "
-            "__init__ takes num_classes is given the number"
+            "__init__ takes num_classes is given the number",
+            code="other-shape",
         )
