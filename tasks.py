@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.metric import Metric
+
 # Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
 # order of addition, hence on every number of processes.
 LOSS_UNIT = 2**-20
@@ -17,16 +19,62 @@ def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     return outputs, ()
 
 
-class Classification:
-    """Cross entropy; top-1, top-5 and a confusion matrix as integer counts."""
+class Task:
+    """What is trained for: a loss, counters that an evaluation fills, and what they come to.
 
-    name = "classification"
-    best_is = "accuracy"
+    `metrics` declares each number of an evaluation, and nothing else need know it: rows, screen,
+    page, plots and the best weights follow. The loss is always among them, as "loss". `best_is` is
+    the key of the one that decides which weights are the best.
+    """
 
-    def __init__(self, num_classes: int, label_smoothing: float = 0.0, auxiliary: float = 0.3):
+    name: str
+    metrics: tuple[Metric, ...]
+    best_is: str
+
+    def __init__(self, num_classes: int = 1, label_smoothing: float = 0.0, auxiliary: float = 0.3):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.auxiliary = auxiliary
+
+    @property
+    def best(self) -> Metric:
+        """The metric that decides."""
+        return next(metric for metric in self.metrics if metric.key == self.best_is)
+
+    def loss(self, outputs, labels: Tensor) -> Tensor:
+        """The training loss summed over the batch."""
+        raise NotImplementedError
+
+    def new_counts(self, device) -> Tensor:
+        """Integer counters, all zero, which processes may add up in any order."""
+        raise NotImplementedError
+
+    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
+        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
+        raise NotImplementedError
+
+    def results(self, counts: Tensor) -> dict:
+        """Counters of all processes together -> a float for each metric, "images", and more."""
+        raise NotImplementedError
+
+    def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
+        """What looks wrong in an evaluation: a word for each doubt -> a sentence with a way out."""
+        return {}
+
+
+class Classification(Task):
+    """Cross entropy; top-1, top-5 and a confusion matrix as integer counts."""
+
+    name = "classification"
+    metrics = (
+        Metric(key="loss", title="loss"),
+        Metric(
+            key="accuracy", title="accuracy", format=".2%", higher_is_better=True,
+            shown=("line", "best", "chart"),
+        ),
+        Metric(key="top5", title="top 5", format=".2%", higher_is_better=True, shown=()),
+    )  # fmt: skip
+    best_is = "accuracy"
 
     def loss(self, outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
@@ -45,7 +93,6 @@ class Classification:
         return torch.zeros(4 + self.num_classes**2, dtype=torch.int64, device=device)
 
     def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
-        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
         logits = split_outputs(outputs)[0].float()
         loss = F.cross_entropy(logits, labels, reduction="none").clamp(max=LARGEST_LOSS)
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
@@ -65,8 +112,8 @@ class Classification:
     def _classes(self, logits: Tensor) -> Tensor:
         return torch.arange(logits.shape[1], device=logits.device)[None]
 
-    def metrics(self, counts: Tensor) -> dict:
-        """Counters of all processes together -> metrics, per-class accuracy and the matrix."""
+    def results(self, counts: Tensor) -> dict:
+        """The metrics and the confusion matrix."""
         loss, top1, top5, images = counts[:4].tolist()
         matrix = counts[4:].view(self.num_classes, self.num_classes)  # rows: true class
         return {
@@ -77,15 +124,11 @@ class Classification:
             "confusion": matrix.tolist(),
         }
 
-    def better(self, new: float, old: float | None) -> bool:
-        return old is None or new > old
-
-    def doubts(self, metrics: dict, classes: list[str]) -> dict[str, str]:
-        """What looks wrong in an evaluation: a word for each doubt -> a sentence with a way out."""
-        matrix = torch.tensor(metrics["confusion"], dtype=torch.float64)
+    def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
+        matrix = torch.tensor(results["confusion"], dtype=torch.float64)
         shares, answers = matrix.sum(1) / matrix.sum(), matrix.sum(0) / matrix.sum()
         guessing = float(-(shares * shares.clamp(min=1e-12).log()).sum())  # ln(10) for ten alike
-        loss, most, found = metrics["loss"], int(answers.argmax()), {}
+        loss, most, found = results["loss"], int(answers.argmax()), {}
         if guessing < 0.1:  # hardly more than one class: nothing can be told
             return found
         if loss > 10 * guessing:
@@ -94,7 +137,7 @@ class Classification:
                 "too large (try a tenth of the --lr), or batch norm has seen too few batches; see "
                 "question 13 in docs/lessons.md"
             )
-        elif loss > 0.95 * guessing and metrics["accuracy"] < float(shares.max()) + 0.05:
+        elif loss > 0.95 * guessing and results["accuracy"] < float(shares.max()) + 0.05:
             found["guesses"] = (
                 f"the test loss {loss:.4f} is what guessing costs ({guessing:.4f}): the model "
                 "knows nothing of the test images; see question 14 in docs/lessons.md"
@@ -107,12 +150,15 @@ class Classification:
         return found
 
 
-class Regression:
+class Regression(Task):
     """Mean squared error and R2, from exact sums in units of 2**-20."""
 
     name = "regression"
+    metrics = (
+        Metric(key="loss", title="loss"),
+        Metric(key="r2", title="R2", higher_is_better=True),
+    )
     best_is = "loss"
-    num_classes = 1
 
     def loss(self, outputs, targets: Tensor) -> Tensor:
         """Squared error summed over the samples; a shape that would broadcast is an error."""
@@ -137,7 +183,7 @@ class Regression:
         counts[:3].add_(units.sum(1))
         counts[3].add_(weights.sum())
 
-    def metrics(self, counts: Tensor) -> dict:
+    def results(self, counts: Tensor) -> dict:
         squares, total, total_squares = (x * LOSS_UNIT for x in counts[:3].tolist())
         images = int(counts[3])
         spread = total_squares - total**2 / images
@@ -147,14 +193,10 @@ class Regression:
             "images": images,
         }
 
-    def better(self, new: float, old: float | None) -> bool:
-        return old is None or new < old
 
-    def doubts(self, metrics: dict, classes: list[str]) -> dict[str, str]:
-        return {}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression)}
 
 
-def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module):
-    if name == "regression":
-        return Regression()
-    return Classification(num_classes, label_smoothing, getattr(model, "auxiliary_weight", 0.3))
+def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module) -> Task:
+    auxiliary = getattr(model, "auxiliary_weight", 0.3)
+    return TASKS[name](num_classes, label_smoothing, auxiliary)

@@ -52,7 +52,7 @@ def main(world: World, observer: Observer) -> int:
     facts = agreed_facts(plan.settings, data, learner.bare, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
     progress = checkpoints.resume(learner, log.screen.warn)
-    log.begin(plan, data, facts, progress)
+    log.begin(plan, data, started.task, facts, progress)
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     if actions.eval_only:
         results = evaluate(learner, data, world, progress)
@@ -151,7 +151,7 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
             if world.beat(progress.step):
                 return None
         counts = world.accelerator.reduce(counts, reduction="sum").cpu()
-        results[split] = task.metrics(counts)
+        results[split] = task.results(counts)
         assert results[split]["images"] == len(loader.dataset), "an image was lost or counted twice"
     return results
 

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
+
+from common.text import printable
 
 MOST_POINTS = 600  # of a curve; a longer one is thinned without losing its extremes
 
@@ -36,7 +38,8 @@ def chart(
     title: str, lines: dict[str, list[tuple]], show: Callable = short, best=None
 ) -> Markup | str:
     """Curves over the steps as inline SVG; `show` writes a value, `best` is a point to ring."""
-    lines = {name: thinned(points) for name, points in lines.items() if points}
+    title = str(escape(printable(title)))  # titles and names may be those of a file
+    lines = {escape(printable(name)): thinned(points) for name, points in lines.items() if points}
     if not lines:
         return ""
     every = [point for points in lines.values() for point in points]
@@ -78,5 +81,4 @@ def chart(
     keys = "".join(f'<span class="key {name.partition("/")[0]}">{name}</span>' for name in names)
     label = f"{title} over the steps: {'; '.join(described)}"
     svg = f'<svg viewBox="0 0 420 246" role="img" aria-label="{label}">{drawn}</svg>'
-    # Numbers, and the words of our own program: nothing here comes from outside.
     return Markup(f"<figure>{svg}<figcaption>{keys}</figcaption></figure>")

@@ -56,7 +56,7 @@ def _write(
     skipped = learner.guard.report()["skipped"]
     try:
         panels.write_summary(
-            folder, plan, data, schedule, progress, status, reason, log.life, skipped
+            folder, plan, learner.task, data, schedule, progress, status, reason, log.life, skipped
         )
     except OSError as error:
         screen.warn(f"the run's summary cannot be written ({error})")
@@ -71,7 +71,9 @@ def _write(
         written = page.write_page(folder)
     except Exception as error:  # nor is its page
         screen.warn(f"report.html cannot be written: {type(error).__name__}: {error}")
-    panels.show_ending(screen, folder, written, data, progress, learner.bare, code, reason)
+    panels.show_ending(
+        screen, folder, written, learner.task, data, progress, learner.bare, code, reason
+    )
     log.status(status=status, reason=reason, step=progress.step)
 
 

@@ -16,7 +16,7 @@ from errors import FINISHED, UserError
 from report import panels
 from report.screen import Report, SpeedMeter
 from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_trackers
-from tasks import Classification, Regression
+from tasks import Task
 from training.data import Data
 from training.plan import Plan, starts_over
 from training.run_dir import RunDir, describe_environment, launch_command, set_aside
@@ -105,7 +105,9 @@ class Logbook(contextlib.AbstractContextManager):
 
     # --- the beginning of a life ----------------------------------------------------------------
 
-    def begin(self, plan: Plan, data: Data, facts: dict[str, str], progress: Progress) -> None:
+    def begin(
+        self, plan: Plan, data: Data, task: Task, facts: dict[str, str], progress: Progress
+    ) -> None:
         """The files that say this run is alive again; refuses a loop of crashes.
 
         `plan` is the one that the data completed.
@@ -113,9 +115,9 @@ class Logbook(contextlib.AbstractContextManager):
         self.plan = plan
         self.clock = SpeedMeter()
         if self.plan.folder is not None:
-            self.world.main_decides(lambda: self._begin(data, facts, progress))
+            self.world.main_decides(lambda: self._begin(data, task, facts, progress))
 
-    def _begin(self, data: Data, facts: dict[str, str], progress: Progress) -> None:
+    def _begin(self, data: Data, task: Task, facts: dict[str, str], progress: Progress) -> None:
         folder, settings = self.folder, self.plan.settings
         self._refuse_crash_loop(progress.step)
         folder.keep_metrics(progress.metrics_rows)
@@ -128,6 +130,7 @@ class Logbook(contextlib.AbstractContextManager):
             folder.write_source(data.source)
         else:
             folder.write_config(to_json(settings))
+        folder.write_metrics(task.metrics, task.best_is)
         folder.link_latest()
         self.trackers = build_trackers(
             self.plan.config.track, folder.folder, folder.folder.name,
@@ -194,7 +197,7 @@ class Logbook(contextlib.AbstractContextManager):
         self.clock.pause(time.monotonic() - began)
 
     def evaluated(
-        self, results: dict[str, dict], task: Classification | Regression, data: Data,
+        self, results: dict[str, dict], task: Task, data: Data,
         schedule: Schedule, progress: Progress,
     ) -> bool:  # fmt: skip
         """Record an evaluation in rows and progress; whether it is the best so far."""
@@ -205,9 +208,9 @@ class Logbook(contextlib.AbstractContextManager):
         epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
         row = {"step": progress.step, "epoch": epoch}
         for split, metrics in results.items():
-            row |= {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, float)}
+            row |= {f"{split}/{m.key}": metrics[m.key] for m in task.metrics}
         chosen = results[data.chosen_on][task.best_is]
-        better = task.better(chosen, progress.best)
+        better = task.best.better(chosen, progress.best)
         if better:
             progress.best, progress.best_epoch = chosen, epoch
             progress.best_step, progress.best_metrics = progress.step, results["test"]

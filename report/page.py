@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from common.disk import parse_object, read_json, write_text
+from common.metric import Metric
 from common.text import duration, percent, printable
 from config import TrainConfig
 from errors import FINISHED, UserError
@@ -80,17 +81,51 @@ class Files:
         return [pair for pair in pairs if all(map(is_number, pair))]
 
     @cached_property
-    def best(self) -> tuple[dict, str, str]:
-        """(row, name of the score, the split that chose it) of the best evaluation."""
-        score = "loss" if self.points("test/r2") or "test/r2" in self.summary else "accuracy"
-        key = f"val/{score}" if self.points(f"val/{score}") else f"test/{score}"
-        pick = min if score == "loss" else max
+    def declared(self) -> tuple[tuple[Metric, ...], str]:
+        """What the numbers of an evaluation are, and the key of the one that chose the best.
+
+        A folder of an older program lacks metrics.json: its numbers tell which task it had.
+        """
+        try:
+            told = read_json(self.folder / "metrics.json", {})
+            metrics = tuple(Metric(**metric) for metric in told["metrics"])
+            if told["best_is"] in {metric.key for metric in metrics}:
+                return metrics, told["best_is"]
+        except (KeyError, TypeError, ValueError):
+            pass
+        from tasks import TASKS  # brings torch
+
+        keys = {key for row in self.rows for key in row if "test/" in key} or {*self.summary}
+        there = {key.rpartition("/")[2] for key in keys}
+        task = max(TASKS.values(), key=lambda task: len(there & {m.key for m in task.metrics}))
+        return task.metrics, task.best_is
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return self.declared[0]
+
+    @property
+    def deciding(self) -> Metric:
+        return next(metric for metric in self.metrics if metric.key == self.declared[1])
+
+    @cached_property
+    def best(self) -> tuple[dict, str]:
+        """(row, the split that chose it) of the best evaluation."""
+        metric = self.deciding
+        key = f"val/{metric.key}" if self.points(f"val/{metric.key}") else f"test/{metric.key}"
+        pick = max if metric.higher_is_better else min
         points = self.points(key)
         step = pick(points, key=lambda point: point[1])[0] if points else None
         found = [row for row in self.rows if points and row.get("step") == step and key in row]
         # Without rows, what the summary still knows.
         known = {k.removeprefix("best/"): v for k, v in self.summary.items() if "best/" in k}
-        return (found or [known])[0], score, "validation part" if "val" in key else "test split"
+        return (found or [known])[0], "validation part" if key.startswith("val") else "test split"
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether there ought to be one: not for a regression, nor before an evaluation."""
+        evaluated = is_number(self.best[0].get(f"test/{self.deciding.key}"))
+        return evaluated and self.classes.get("classes") != []
 
     def matrix(self) -> tuple[list[list[int]], list[str]]:
         """The confusion matrix, rows: the true class, and the names of the classes."""
@@ -119,25 +154,30 @@ def picture(path: Path, message: str, kind: str = "") -> Markup | str:
 
 
 def verdict(files: Files) -> Markup:
-    row, score, chosen = files.best
-    value = row.get(f"test/{score}")
+    (row, chosen), metric = files.best, files.deciding
+    value = row.get(f"test/{metric.key}")
     if not is_number(value):
         return PARTS.verdict(files.state, files.reason)
     images = files.ended.get("test/images")
-    of = f"of {images:,} test images" if is_number(images) else "of the test images"
-    number = percent(value)
-    if score == "loss":
-        number, of = f"{value:.4g}", f"loss on the test data, R2 {row['test/r2']:.4f}"
+    of = metric.about(f"{images:,} test images" if is_number(images) else "the test images")
+    others = (told for m, told in named(files, row) if m is not metric)
     when = f"at epoch {row.get('epoch', '?')}, the best on the {chosen}"
-    return PARTS.verdict(files.state, files.reason, number, of, when)
+    about = ", ".join((of, *others))
+    return PARTS.verdict(files.state, files.reason, metric.show(value), about, when)
+
+
+def named(files: Files, row: dict) -> list[tuple[Metric, str]]:
+    """What a row says of the test images, of what an epoch's line has."""
+    pairs = [(metric, row.get(f"test/{metric.key}")) for metric in files.metrics]
+    return [(m, m.named(value)) for m, value in pairs if m.has("line") and is_number(value)]
 
 
 def facts(files: Files) -> Markup:
     config, ended = files.config.get("config", {}), files.ended
     last = files.rows[-1] if files.rows else {}
     rows = [("model", config.get("model")), ("data", config.get("dataset"))]
-    for key, show in (("test/accuracy", percent), ("test/r2", "R2 {:.4f}".format)):
-        rows += [("last evaluation", show(value)) for _, value in files.points(key)[-1:]]
+    evaluations = [told for row in files.rows if (told := named(files, row))]
+    rows += [("last evaluation", ", ".join(word for _, word in told)) for told in evaluations[-1:]]
     rows.append(("epoch", f"{last['epoch']} of {config.get('epochs')}" if last else ""))
     rows.append(("steps", f"{ended.get('step') or last.get('step', 0):,}"))
     if is_number(ended.get("seconds")):
@@ -151,15 +191,15 @@ def facts(files: Files) -> Markup:
 
 
 def curves(files: Files) -> Markup:
-    row, score, _ = files.best
-    name, show = ("r2", short) if score == "loss" else ("accuracy", lambda v: f"{100 * v:.4g} %")
-    losses = {f"{split}/loss": files.points(f"{split}/loss") for split in ("train", "val", "test")}
-    scores = {f"{split}/{name}": files.points(f"{split}/{name}") for split in ("val", "test")}
-    value = row.get(f"test/{name}") if any(scores.values()) else None
-    ring = (row["step"], value) if is_number(value) else None
-    drawn = [
-        chart("loss", losses),
-        chart(name.replace("r2", "R2"), scores, show, ring),
+    row, drawn = files.best[0], []
+    for metric in files.metrics:
+        keys = [f"{split}/{metric.key}" for split in ("train", "val", "test")]
+        lines = {key: files.points(key) for key in keys}
+        value = row.get(keys[-1]) if metric is files.deciding and lines[keys[-1]] else None
+        ring = (row["step"], value) if is_number(value) else None
+        if metric.has("chart"):
+            drawn.append(chart(metric.title, lines, metric.on_axis(short), ring))
+    drawn += [
         chart("learning rate", {"lr": files.points("lr")}),
         chart("images per second", {SPEED: files.points(SPEED)}),
     ]
@@ -170,8 +210,8 @@ def curves(files: Files) -> Markup:
 
 
 def confusion(files: Files) -> Markup | str:
-    if not is_number(files.best[0].get("test/accuracy")):
-        return ""  # a regression, or not evaluated yet
+    if not files.has_matrix:
+        return ""
     matrix, names = files.matrix()
     message = f"All {sum(map(sum, matrix)):,} test images at epoch {files.confusion['epoch']}"
     if len(names) > MOST_NAMES:
@@ -195,8 +235,8 @@ def confusion(files: Files) -> Markup | str:
 
 
 def per_class(files: Files) -> Markup | str:
-    if not is_number(files.best[0].get("test/accuracy")):
-        return ""  # a regression, or not evaluated yet
+    if not files.has_matrix:
+        return ""
     (matrix, names), rows = files.matrix(), []
     guessed = [sum(column) for column in zip(*matrix, strict=True)]
     for y, row in enumerate(matrix):

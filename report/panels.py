@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from common.disk import write_json, write_text
-from common.text import duration, percent
+from common.metric import Metric
+from common.text import duration
 from config import TrainConfig, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress
@@ -17,7 +18,7 @@ from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
 from report import pictures
 from report.screen import Report
-from tasks import Classification, Regression
+from tasks import Task
 from training.data import Data
 from training.learner import Learner
 from training.lr_finder import Rates
@@ -67,8 +68,8 @@ def show_start(
         longer = "--epochs N trains longer, --fresh starts over"
         rows.insert(0, ("finished", f"this run is finished at step {progress.step}; {longer}"))
     elif resumed:
-        best = progress.best
-        shown = f", best {percent(best)}" if best and learner.task.best_is == "accuracy" else ""
+        best, metric = progress.best, learner.task.best
+        shown = f", best {metric.show(best)}" if best is not None and metric.has("best") else ""
         epoch = schedule.place(progress.step)[0]
         rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{shown}"))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
@@ -134,21 +135,23 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
     return notes
 
 
+def on_line(task: Task) -> list[Metric]:
+    return [metric for metric in task.metrics if metric.has("line")]
+
+
 def show_epoch(
-    screen: Report, plan: Plan, task: Classification | Regression, data: Data,
+    screen: Report, plan: Plan, task: Task, data: Data,
     schedule: Schedule, progress: Progress, row: dict, better: bool, left: float, stopping: bool,
 ) -> None:  # fmt: skip
     """One line that can be read from across the room; long runs show one in so many."""
     epochs, epoch = plan.config.epochs, row["epoch"]
     words = [f"epoch {epoch}/{epochs}"]
     for split in ("val", "test"):
-        if f"{split}/loss" in row:
-            words.append(f"{split} loss {row[f'{split}/loss']:.4f}")
-        if f"{split}/accuracy" in row:
-            words.append(f"accuracy {percent(row[f'{split}/accuracy'])}")
-        if f"{split}/r2" in row:
-            words.append(f"R2 {row[f'{split}/r2']:.4f}")
-    words.append(f"best {percent(progress.best)}" if task.best_is == "accuracy" else "")
+        told = [
+            m.named(row[f"{split}/{m.key}"]) for m in on_line(task) if f"{split}/{m.key}" in row
+        ]
+        words += [f"{split} {word}" if number == 0 else word for number, word in enumerate(told)]
+    words.append(f"best {task.best.show(progress.best)}" if task.best.has("best") else "")
     words.append(f"ETA {duration(left)}" if left else "")
     quiet = epochs > 40 and epoch % max(1, epochs // 20)
     if not quiet or stopping or schedule.over(progress):
@@ -167,9 +170,9 @@ def show_evaluation(
     if results is None:
         return STOPPED
     rows = []
-    for split, metrics in results.items():
-        numbers = (f"{k} {v:.6g}" for k, v in metrics.items() if isinstance(v, float))
-        rows.append((split, f"{metrics['images']} images: {', '.join(numbers)}"))
+    for split, found in results.items():
+        numbers = (f"{m.key} {found[m.key]:.6g}" for m in started.task.metrics)
+        rows.append((split, f"{found['images']} images: {', '.join(numbers)}"))
     if "confusion" in results["test"]:
         screen.class_table(data.classes, results["test"]["confusion"])
     screen.end_panel(f"evaluated {weights_shown(plan, started)}", rows, good=True)
@@ -187,7 +190,7 @@ def show_trial(screen: Report, data: Data, seconds_per_image: float) -> int:
 
 
 def write_summary(
-    folder: Path, plan: Plan, data: Data, schedule: Schedule, progress: Progress,
+    folder: Path, plan: Plan, task: Task, data: Data, schedule: Schedule, progress: Progress,
     status: str, reason: str, life: int, skipped_updates: int,
 ) -> None:  # fmt: skip
     """summary.json and confusion.json. Raises OSError."""
@@ -201,9 +204,9 @@ def write_summary(
         "life": life, "skipped_images": len(data.source.skipped),
         "skipped_updates": skipped_updates,
     }  # fmt: skip
-    summary |= {f"test/{k}": v for k, v in last.items() if isinstance(v, float)}
+    for prefix, found in (("test", last), ("best/test", best)):
+        summary |= {f"{prefix}/{m.key}": found[m.key] for m in task.metrics if m.key in found}
     summary["test/images"] = last.get("images")
-    summary |= {f"best/test/{k}": v for k, v in best.items() if isinstance(v, float)}
     write_json(folder / "summary.json", summary)
     if "confusion" in best:  # a file of its own: a thousand classes are a million numbers
         about = {"split": "test", "step": progress.best_step, "epoch": progress.best_epoch}
@@ -212,22 +215,25 @@ def write_summary(
 
 
 def show_ending(
-    screen: Report, folder: Path, page: Path | None, data: Data, progress: Progress,
+    screen: Report, folder: Path, page: Path | None, task: Task, data: Data, progress: Progress,
     model: nn.Module, code: int, reason: str,
 ) -> None:  # fmt: skip
     """The table and the panel of the end."""
-    best, last = progress.best_metrics, progress.last
+    best, last, metric = progress.best_metrics, progress.last, task.best
     rows = []
-    if "accuracy" in best:
+    if "confusion" in best:
         screen.class_table(data.classes, best["confusion"])
+    if best and metric.has("best"):
         split = "validation part" if data.chosen_on == "val" else "test split"
-        rows.append(("last", f"{percent(last['accuracy'])} of {last['images']} test images"))
-        words = f"{percent(best['accuracy'])} at epoch {progress.best_epoch}"
+        images = metric.about(f"{last['images']} test images")
+        rows.append(("last", f"{metric.show(last[metric.key])} {images}"))
+        words = f"{metric.show(best[metric.key])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
     elif best:
-        rows.append(("test", f"loss {last['loss']:.4f}, R2 {last['r2']:.4f}"))
-        learned = {k: v.flatten().tolist() for k, v in model.state_dict().items()}
-        rows += [(k, f"{v[0]:.4f}") for k, v in learned.items() if len(v) == 1]
+        rows.append(("test", ", ".join(m.named(last[m.key]) for m in on_line(task))))
+    learned = {k: v.flatten().tolist() for k, v in model.state_dict().items() if v.numel() == 1}
+    if len(learned) == len(model.state_dict()):  # the line of the first lesson
+        rows += [(k, f"{v[0]:.4f}") for k, v in learned.items()]
     rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
     rows.append(("folder", str(folder)))
     if page is not None:

@@ -2,9 +2,11 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.disk import whole
+from common.metric import Metric
 from common.text import printable
 
 MOST_NAMES = 30  # classes whose names still fit beside a confusion matrix
@@ -78,15 +80,17 @@ def save(drawn, path: Path) -> None:
         drawn.savefig(partial, dpi=110, format="png")
 
 
-def curves(rows: list[dict], path: Path) -> None:
-    """Loss, accuracy (or R2) and learning rate over the steps, from the rows of metrics.jsonl."""
-    score = "r2" if any("test/r2" in row for row in rows) else "accuracy"
-    panels = [("loss", ["train/loss", "val/loss", "test/loss"])]
-    panels.append((score, [f"val/{score}", f"test/{score}"]))
+def curves(rows: list[dict], metrics: Sequence[Metric], path: Path) -> None:
+    """The metrics that want a chart, and the learning rate, over the steps of metrics.jsonl."""
+    panels = [
+        (metric.title, [f"{split}/{metric.key}" for split in ("train", "val", "test")])
+        for metric in metrics
+        if metric.has("chart")
+    ]
     panels.append(("learning rate", ["lr"]))
-    drawn = figure(figsize=(12, 3.6))
+    drawn = figure(figsize=(4 * len(panels), 3.6))
     for place, (title, keys) in enumerate(panels, 1):
-        axes = drawn.add_subplot(1, 3, place)
+        axes = drawn.add_subplot(1, len(panels), place)
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:

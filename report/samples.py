@@ -23,7 +23,7 @@ def draw_pictures(
     """
     if not rows:
         return
-    pictures.curves(rows, folder / "curves.png")
+    pictures.curves(rows, learner.task.metrics, folder / "curves.png")
     model = learner.kept_model.eval()
     if data.source.task == "regression":
         inputs = data.test.images.to(learner.device)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -21,6 +22,7 @@ from common.text import printable
 from report import page
 from report import pictures as plots
 from report.chart import MOST_POINTS, thinned, ticks
+from tasks import Classification
 
 OWNED = "parent.document.title='owned';document.title='owned'"
 CLASSES = [
@@ -74,6 +76,7 @@ def fabricate(folder, classes=CLASSES, matrix=MATRIX, images=False, **status):
         "environment": {"python": CLASSES[1], "packages": {"torch": "2", "numpy": "2"}},
         "classes": {"classes": classes},
         "confusion": {"split": "test", "step": 75_000, "epoch": 3, "matrix": matrix},
+        "metrics": {"best_is": "accuracy", "metrics": [asdict(m) for m in Classification.metrics]},
     }  # fmt: skip
     for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -193,6 +196,7 @@ def test_a_damaged_file_costs_its_section_and_a_word(copy, damage):
         "metrics.jsonl": {"Curves"}, "status.json": {"Lives"}, "config.json": {"Settings"},
         "confusion.json": {"Confusion", "Classes"}, "classes.json": {"Confusion", "Classes"},
         "environment.json": {"Environment"}, "command.sh": {"Repeat"}, "summary.json": set(),
+        "metrics.json": set(),
         "mistakes.png": {"Mistakes"}, "samples.png": {"Samples"},
     }  # fmt: skip
     for name, lost in cost.items():
@@ -254,16 +258,31 @@ ROWS = {"step": [5, 10, 15], "epoch": [1, 2, 3]}
         ),
         (
             {"test/loss": [3.0, 0.25, 0.5], "test/r2": [0.1, 0.5, 0.4]},
-            "0.25</strong>.*R2 0.5000.*epoch 2, the best on the test",
+            "0.2500</strong>.*loss on.*R2 0.5000.*epoch 2, the best on the test",
         ),
         ({}, "87.50 %</strong>.*epoch 3, the best on the test"),  # from summary.json
     ],
 )
 def test_the_best_is_the_one_that_the_run_chose(copy, columns, told):
+    (copy / "metrics.json").unlink()  # of an older program
     columns = {**ROWS, **columns}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert re.search(told, page.build(copy))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"format": "999999999d"}, {"format": "<script>"}, {"shown": ["<"]}, {"key": []}, {"extra": 1},
+])  # fmt: skip
+def test_a_declaration_from_outside_is_one_or_it_is_not_followed(copy, wrong):
+    whole = page.build(copy)
+    declared = json.loads((copy / "metrics.json").read_text())
+    declared["metrics"][1] |= {"title": CLASSES[0]}
+    (copy / "metrics.json").write_text(json.dumps(declared))
+    assert printable(CLASSES[0]) in Seen(page.build(copy)).texts
+    declared["metrics"][1] |= wrong
+    (copy / "metrics.json").write_text(json.dumps(declared))
+    assert page.build(copy) == whole
 
 
 def test_a_run_that_was_stopped_before_an_evaluation_lacks_nothing(copy):

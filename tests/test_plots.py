@@ -8,6 +8,7 @@ import torch
 from matplotlib import font_manager
 from PIL import Image
 
+from common.metric import Metric
 from report import pictures as plots
 
 
@@ -86,6 +87,7 @@ def test_a_picture_that_fails_half_way_leaves_the_old_one(tmp_path):
 
 
 def test_few_and_odd_rows_make_curves(tmp_path):
-    plots.curves([{"step": 1, "train/loss": 2.0, "lr": 0.1}], tmp_path / "one.png")
-    plots.curves([{"step": 1, "epoch": 1}], tmp_path / "none.png")
+    metrics = (Metric(key="loss", title="$loss"),)
+    plots.curves([{"step": 1, "train/loss": 2.0, "lr": 0.1}], metrics, tmp_path / "one.png")
+    plots.curves([{"step": 1, "epoch": 1}], (), tmp_path / "none.png")
     assert len(list(tmp_path.iterdir())) == 2

@@ -60,7 +60,7 @@ def test_auxiliary_heads_weigh_what_the_model_says_in_training_and_nothing_in_ev
 
 def test_metrics_equal_a_plain_computation():
     logits, labels = sample()
-    metrics = Classification(7).metrics(counted(Classification(7), logits, labels, whole(labels)))
+    metrics = Classification(7).results(counted(Classification(7), logits, labels, whole(labels)))
     predicted = logits.argmax(1)
     top5 = (logits.topk(5).indices == labels[:, None]).any(1)
     matrix = [[int(((labels == t) & (predicted == p)).sum()) for p in range(7)] for t in range(7)]
@@ -95,7 +95,7 @@ def test_padding_counts_for_nothing():
 def test_ties_go_to_the_lower_class_in_accuracy_and_matrix_alike():
     logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [2.0, 2.0, 2.0]])
     labels = torch.tensor([0, 1, 2])
-    metrics = Classification(3).metrics(counted(Classification(3), logits, labels, whole(labels)))
+    metrics = Classification(3).results(counted(Classification(3), logits, labels, whole(labels)))
     assert metrics["accuracy"] == 1 / 3
     assert metrics["confusion"] == [[1, 0, 0], [1, 0, 0], [1, 0, 0]]
 
@@ -106,7 +106,7 @@ def test_logits_that_are_not_numbers_are_wrong_everywhere_and_the_loss_stays_fin
     for label in range(3):
         logits, labels = torch.tensor([row, [9.0, 0.0, 0.0]]), torch.tensor([label, 0])
         task = Classification(3)
-        metrics = task.metrics(counted(task, logits, labels, whole(labels)))
+        metrics = task.results(counted(task, logits, labels, whole(labels)))
         assert metrics["accuracy"] == 0.5 and metrics["images"] == 2
         assert metrics["loss"] == pytest.approx(LARGEST_LOSS / 2, rel=1e-3)
         right = sum(metrics["confusion"][c][c] for c in range(3))
@@ -116,7 +116,7 @@ def test_logits_that_are_not_numbers_are_wrong_everywhere_and_the_loss_stays_fin
 def test_a_hopeless_but_finite_answer_has_a_finite_loss():
     logits, labels = torch.tensor([[0.0, -float("inf")], [1e30, 0.0]]), torch.tensor([1, 1])
     task = Classification(2)
-    metrics = task.metrics(counted(task, logits, labels, whole(labels)))
+    metrics = task.results(counted(task, logits, labels, whole(labels)))
     assert metrics["loss"] == LARGEST_LOSS and metrics["accuracy"] == 0
 
 
@@ -124,14 +124,14 @@ def test_a_hopeless_but_finite_answer_has_a_finite_loss():
 def test_with_five_classes_or_fewer_every_image_is_among_the_first_five(classes):
     logits, labels = sample(50, classes)
     task = Classification(classes)
-    assert task.metrics(counted(task, logits, labels, whole(labels)))["top5"] == 1.0
+    assert task.results(counted(task, logits, labels, whole(labels)))["top5"] == 1.0
 
 
 def test_millions_of_images_do_not_overflow():
     task = Classification(2)
     counts = task.new_counts("cpu")
     counts[:4] = torch.tensor([2**20 * 2**20 * 2**20, 0, 0, 2**20])
-    assert task.metrics(counts)["loss"] == LARGEST_LOSS
+    assert task.results(counts)["loss"] == LARGEST_LOSS
 
 
 # --- regression ----------------------------------------------------------------------------------
@@ -152,24 +152,25 @@ def test_squared_error_and_r2_equal_the_textbook_in_every_batching():
     predictions = targets + torch.randn(101, 1, generator=generator) * 0.5
     task = Regression()
     counts = counted(task, predictions, targets, whole(targets))
-    metrics = task.metrics(counts)
+    metrics = task.results(counts)
     squares = ((predictions - targets) ** 2).sum()
     assert torch.allclose(task.loss(predictions, targets), squares)
     assert metrics["loss"] == pytest.approx(float(squares) / 101, rel=1e-5)
     spread = ((targets - targets.mean()) ** 2).sum()
     assert metrics["r2"] == pytest.approx(float(1 - squares / spread), rel=1e-4)
-    assert task.metrics(counted(task, targets, targets, whole(targets)))["r2"] == 1.0
+    assert task.results(counted(task, targets, targets, whole(targets)))["r2"] == 1.0
     for size in (1, 10, 100):
         order = torch.randperm(101, generator=generator)
         assert torch.equal(counted(task, predictions, targets, order.split(size)), counts)
     constant = torch.ones(5, 1)
-    assert task.metrics(counted(task, constant, constant, whole(constant)))["r2"] == 0.0
+    assert task.results(counted(task, constant, constant, whole(constant)))["r2"] == 0.0
     nan = torch.full((5, 1), float("nan"))
-    assert task.metrics(counted(task, nan, constant, whole(constant)))["loss"] == LARGEST_LOSS
+    assert task.results(counted(task, nan, constant, whole(constant)))["loss"] == LARGEST_LOSS
 
 
 def test_what_is_better():
-    assert Classification(2).better(0.5, None) and Classification(2).better(0.6, 0.5)
-    assert not Classification(2).better(0.5, 0.5) and not Classification(2).better(0.4, 0.5)
-    assert Regression().better(0.4, 0.5) and not Regression().better(0.5, 0.5)
-    assert not Classification(2).better(float("nan"), 0.5)
+    accuracy, loss = Classification(2).best, Regression().best
+    assert accuracy.better(0.5, None) and accuracy.better(0.6, 0.5)
+    assert not accuracy.better(0.5, 0.5) and not accuracy.better(0.4, 0.5)
+    assert loss.better(0.4, 0.5) and not loss.better(0.5, 0.5)
+    assert not accuracy.better(float("nan"), 0.5)

@@ -15,7 +15,7 @@ from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
 from optim import WeightAverage
-from tasks import Classification, Regression
+from tasks import Task
 
 DROPOUT = 101  # a stream of `mix`, beside those of data/keyed_random.py
 SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
@@ -41,7 +41,7 @@ class Learner:
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         average: WeightAverage | None,
-        task: Classification | Regression,
+        task: Task,
         config: TrainConfig,
         batch: BatchPlan,
         world: World,

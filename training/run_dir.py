@@ -12,10 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 from common.disk import parse_object, read_json, whole, write_json, write_text
+from common.metric import Metric
 from common.text import file_name
 from errors import UserError
 
@@ -227,6 +230,11 @@ class RunDir:
         write_json(self.folder / "classes.json", content)
         if source.skipped:
             write_text(self.folder / SKIPPED, "\n".join(source.skipped) + "\n")
+
+    def write_metrics(self, metrics: Sequence[Metric], best_is: str) -> None:
+        """metrics.json: what the numbers in metrics.jsonl are, for those who have this folder."""
+        declared = [asdict(metric) for metric in metrics]
+        write_json(self.folder / "metrics.json", {"best_is": best_is, "metrics": declared})
 
     def write_config(self, config_json: str) -> None:
         write_text(self.folder / "config.json", config_json + "\n")

@@ -16,7 +16,7 @@ from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
 from models.weights import freeze_backbone, load_weights
-from tasks import Classification, Regression, build_task
+from tasks import Task, build_task
 from training.data import Data
 from training.learner import Learner
 from training.plan import Plan
@@ -30,7 +30,7 @@ class Started:
     """A model on its device, tried; `weights` says where they come from, "" for from scratch."""
 
     model: nn.Module
-    task: Classification | Regression
+    task: Task
     weights: str
     trial: Trial
 

@@ -15,7 +15,7 @@ from distributed.world import World
 from errors import UserError
 from models import lookup
 from models.pooling import without_deterministic_backward
-from tasks import Classification, Regression
+from tasks import Task
 from training.data import Data
 from training.learner import inputs
 
@@ -32,7 +32,7 @@ class Trial:
 
 
 def try_model(
-    model: nn.Module, task: Classification | Regression, data: Data, config: TrainConfig,
+    model: nn.Module, task: Task, data: Data, config: TrainConfig,
     world: World, debug: bool,
 ) -> Trial:  # fmt: skip
     """One forward and backward of a copy: seconds per image.

@@ -1,0 +1,57 @@
+"""A number of an evaluation that says of itself what it is called, how it is written and judged."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Where a metric may be shown: on an epoch's line, there with its best so far, in a chart.
+PLACES = frozenset({"line", "best", "chart"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Declared once, by its task; screen, page, plots and the choice of the best weights obey.
+
+    `key` is its name in metrics.jsonl, behind the split ("test/loss"). `format` is Python's, of a
+    float; one that ends in % is for a share of the images. `higher_is_better` also decides which of
+    two weights are better where the task says that this metric chooses.
+    """
+
+    key: str
+    title: str
+    format: str = ".4f"
+    higher_is_better: bool = False
+    shown: tuple[str, ...] = ("line", "chart")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError for what no program of ours would declare: page.py reads
+        declarations from a file."""
+        if not (re.fullmatch(r",?\.\d[efg%]", self.format) and PLACES.issuperset(self.shown)):
+            raise ValueError(f"no declaration of a metric: {self}")
+
+    def has(self, place: str) -> bool:
+        """Whether it is shown there, one of PLACES."""
+        return place in self.shown
+
+    @property
+    def is_share(self) -> bool:
+        return self.format.endswith("%")
+
+    def show(self, value: float) -> str:
+        """`98.59 %`, `0.0515`: as every screen and page writes it."""
+        return f"{value:{self.format}}".replace("%", " %")
+
+    def named(self, value: float) -> str:
+        """`accuracy 98.59 %`."""
+        return f"{self.title} {self.show(value)}"
+
+    def about(self, images: str) -> str:
+        """What follows the value: `of 355 test images`, `R2 on 355 test images`."""
+        return f"of {images}" if self.is_share else f"{self.title} on {images}"
+
+    def on_axis(self, otherwise: Callable[[float], str]) -> Callable[[float], str]:
+        """How the marks of a chart's axis are written: shares as percentages."""
+        return (lambda value: f"{100 * value:.4g} %") if self.is_share else otherwise
+
+    def better(self, new: float, old: float | None) -> bool:
+        return old is None or (new > old if self.higher_is_better else new < old)

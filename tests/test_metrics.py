@@ -1,0 +1,102 @@
+"""A metric is declared once, by its task, and everything that shows or weighs one follows."""
+
+import ast
+import json
+import re
+
+import pytest
+from launches import REPOSITORY, SMALL, Command, finish, rows, start
+
+from report import page
+from report import pictures as plots
+from tasks import TASKS, Task
+
+# A task as someone would add it: one metric more, which decides. Nothing else is touched.
+INVENTED = """
+import runpy
+import sys
+
+sys.path[0] = {tree!r}
+import tasks
+from common.metric import Metric
+
+
+class Invented(tasks.Classification):
+    metrics = (
+        *tasks.Classification.metrics,
+        Metric(
+            key="distance", title="mean distance", format=".3f", shown=("line", "best", "chart")
+        ),
+    )
+    best_is = "distance"
+
+    def results(self, counts):
+        found, total = super().results(counts), 0
+        for true, row in enumerate(found["confusion"]):
+            total += sum(n * abs(true - answer) for answer, n in enumerate(row))
+        return found | {{"distance": total / found["images"]}}
+
+
+tasks.TASKS["classification"] = Invented
+runpy.run_path({tree!r} + "/train.py", run_name="__main__")
+"""
+
+
+def test_an_invented_metric_is_shown_written_drawn_and_decides(nets, monkeypatch):
+    (nets / "invented.py").write_text(INVENTED.format(tree=str(REPOSITORY)))
+    flags = ["--model", "plain.py:Net", *SMALL, "--epochs", "3", "--run-dir", "invented"]
+    done = finish(*start(Command([nets / "invented.py", *flags]), nets))
+    assert done.status == 0, done.out
+    run = nets / "invented"
+    values = [row["test/distance"] for row in rows(run) if "test/distance" in row]
+    best, last = f"{min(values):.3f}", f"{values[-1]:.3f}"
+    assert len(values) == 3
+    assert re.search(rf"epoch 3/3  test loss .*  mean distance {last}  best {best}", done.out)
+    assert re.search(rf"last +{last} mean distance on 355 test images", done.out)
+    assert re.search(rf"best +{best} at epoch {values.index(min(values)) + 1} ", done.out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["best/test/distance"] == min(values)
+    made = page.build(run)
+    assert f"<strong>{best}</strong>" in made and "mean distance on 355 test images" in made
+    assert 'aria-label="mean distance over the steps' in made and f"mean distance {last}" in made
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.curves(rows(run), page.Files(run).metrics, run / "curves.png")
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles == ["loss", "accuracy", "mean distance", "learning rate"]
+
+
+def test_each_task_declares_a_loss_and_what_decides():
+    for task in TASKS.values():
+        assert issubclass(task, Task)
+        keys = [metric.key for metric in task.metrics]
+        assert "loss" in keys and task.best_is in keys and len(set(keys)) == len(keys)
+
+
+# Words about something else: the tables of the classes, and what stands below one.
+SPOKEN = {"report/screen.py": {"accuracy"}, "report/page.py": {"#accuracy"}}
+
+
+def literals(tree: ast.Module) -> set[str]:
+    """All texts of a source file but docstrings."""
+    told = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    texts = (n for n in ast.walk(tree) if isinstance(n, ast.Constant) and n not in told)
+    return {n.value for n in texts if isinstance(n.value, str)}
+
+
+@pytest.mark.parametrize(
+    "room", ["train.py", "training", "report", "distributed", "bench/verify.py"]
+)
+def test_no_room_knows_a_metric_by_name(room):
+    keys = {metric.key for task in TASKS.values() for metric in task.metrics} - {"loss"}
+    names = re.compile(rf"\b({'|'.join(keys)}|top-5|mae|best_is ==)\b", re.IGNORECASE)
+    place = REPOSITORY / room
+    for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+        name = path.relative_to(REPOSITORY).as_posix()
+        for text in literals(ast.parse(path.read_text(encoding="utf-8"))):
+            spoken = text in SPOKEN.get(name, ()) or text.startswith("Accuracy: how many images")
+            assert spoken or not names.search(text), f"{name}: {text!r}"
