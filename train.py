@@ -45,7 +45,7 @@ def main(world: World, observer: Observer) -> int:
     optimizer = build_optimizer(started.model, config)
     model, optimizer, *loaders = world.accelerator.prepare(started.model, optimizer, *data.loaders)
     data = data.prepared(loaders)
-    learner = Learner(model, optimizer, average, started.task, config, data.batch, world)
+    learner = Learner(model, optimizer, average, started, config, data.batch, world)
     by_time = world.stop.row_every is not None
     schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run, by_time)
 
@@ -124,7 +124,7 @@ def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int
         images, labels = augment.mix(images, labels, part["indices"], epoch, task.num_classes)
         logits = model(images)
         loss = task.loss(logits, labels)  # summed over the shard
-        learner.accelerator.backward(loss * shards.scale)
+        learner.accelerator.backward(shards.weighed(loss))
         learner.sums[shard] += loss.detach()  # on the device: reading it each step would wait
     skipped = learner.check_gradients(step)
     optimizer.step()

@@ -103,8 +103,8 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
     config, notes = plan.config, []
     if unused := started.trial.unused:
         notes.append(
-            f"{', '.join(unused[:5])} of {config.model} never get a gradient and stay as they are: "
-            "does forward use them?"
+            f"{', '.join(unused[:5])} of {config.model} got no gradient when it was tried: does "
+            "forward use them? What never gets one changes by weight decay alone"
         )
     if plan.actions.debug and (refused := started.trial.nondeterministic):
         notes.append(

@@ -1,7 +1,10 @@
 """What learns: model, optimizer, average, gradient scaler, and the numbers that a step leaves."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -15,7 +18,9 @@ from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
 from optim import WeightAverage
-from tasks import Classification, Regression
+
+if TYPE_CHECKING:
+    from training.start import Started
 
 DROPOUT = 101  # a stream of `mix`, beside those of data/keyed_random.py
 SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
@@ -41,12 +46,13 @@ class Learner:
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         average: WeightAverage | None,
-        task: Classification | Regression,
+        started: Started,
         config: TrainConfig,
         batch: BatchPlan,
         world: World,
     ) -> None:
-        self.model, self.optimizer, self.average, self.task = model, optimizer, average, task
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self.task = started.task
         self.accelerator, self.device = world.accelerator, world.device
         self.bare: nn.Module = self.accelerator.unwrap_model(model)
         self.channels_last = lookup(config.model).channels_last
@@ -55,6 +61,7 @@ class Learner:
         self.shards = Shards(
             self.accelerator, model, batch,
             lambda step, shard: mix(config.seed, DROPOUT, step, shard), config.bitwise,
+            started.trial.nature,
         )  # fmt: skip
         self.parameters = self.shards.parameters
         skip, most = config.on_nonfinite == "skip", SKIPS_IN_A_ROW

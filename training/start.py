@@ -99,14 +99,15 @@ def settle_buckets(learner: Learner, data: Data) -> None:
     has other bits than the same step of a run that was not interrupted.
     """
     shards = learner.shards
-    if learner.accelerator.num_processes == 1 or shards.bitwise:  # bitwise: no sum of DDP's
+    if learner.accelerator.num_processes == 1 or not shards.by_ddp:
         return
     before = packed(shards.buffers)
+    seed_dropout(shards.seed_of(0, 0), learner.device)  # which layers run may be left to chance
     indices = torch.arange(data.batch.micro_batch_size, device=data.train.labels.device)
     batch = data.train.__getitems__(indices)
     images = learner.inputs(data.augment.train(batch["images"], batch["indices"], 0))
     loss = learner.task.loss(learner.model.train()(images), batch["labels"].to(images.device))
-    loss.backward()  # not the accelerator's: under fp16 it would need a scale
+    shards.weighed(loss).backward()  # not the accelerator's: under fp16 it would need a scale
     learner.optimizer.zero_grad()
     unpack(before, shards.buffers)
 

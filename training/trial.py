@@ -4,12 +4,13 @@ import math
 import re
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from config import TrainConfig
+from distributed.shards import Arrivals, EveryParameter, Nature
 from distributed.watch import device_failed, out_of_memory
 from distributed.world import World
 from errors import UserError
@@ -24,11 +25,12 @@ MOST_IMAGES = 16  # enough to see a mistake and, on a CPU, to guess a step's tim
 
 @dataclass(frozen=True)
 class Trial:
-    """What a forward and backward of a copy showed. `unused` parameters never got a gradient."""
+    """What forwards and backwards of a copy showed. `unused` parameters got no gradient in any."""
 
     seconds_per_image: float
     unused: tuple[str, ...] = ()
     nondeterministic: tuple[str, ...] = ()  # layers that --deterministic refuses on a GPU
+    nature: Nature = field(default_factory=Nature)
 
 
 def try_model(
@@ -37,8 +39,7 @@ def try_model(
 ) -> Trial:  # fmt: skip
     """One forward and backward of a copy: seconds per image.
 
-    Errors of a learner's model become sentences (UserError); parameters that never get a gradient
-    are frozen in `model`.
+    Errors of a learner's model become sentences (UserError); `model` stays as it is.
     """
     channels_last = lookup(config.model).channels_last
     trial, size = deepcopy(model).train(), data.batch.micro_batch_size
@@ -48,6 +49,7 @@ def try_model(
     seconds_per_image = math.inf
     indices = torch.arange(size) % len(data.train)
     batch = data.train.__getitems__(indices.to(data.train.labels.device))
+    parameters = [p for p in trial.parameters() if p.requires_grad]
     try:
         for _ in range(1 if debug else 2):  # the first one also warms up
             began = time.monotonic()
@@ -58,7 +60,9 @@ def try_model(
                 answer = trial(images)
                 refuse_other_shape(answer, size, data, config.model)
                 loss = task.loss(answer, labels)
-            loss.backward()
+            arrivals = Arrivals(parameters)
+            EveryParameter.apply(loss, *parameters).backward()
+            reentrant = arrivals.take()
             if images.device.type == "cuda":
                 torch.cuda.synchronize()
             took = (time.monotonic() - began) / size
@@ -89,10 +93,7 @@ def try_model(
             f"--model {config.model}: no parameter gets a gradient; does forward use "
             "its layers, without .detach() or torch.no_grad()?"
         )
-    if unused:
-        for name, p in model.named_parameters():
-            p.requires_grad_(p.requires_grad and name not in unused)
-    return Trial(seconds_per_image, tuple(unused), tuple(refused))
+    return Trial(seconds_per_image, tuple(unused), tuple(refused), Nature(reentrant))
 
 
 def refuse_other_shape(answer: object, size: int, data: Data, name: str) -> None:
