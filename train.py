@@ -141,7 +141,7 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
     results = {}
     for split, loader in data.test_loaders.items():
         counts = task.new_counts(world.device)
-        for batch in loader:
+        for batch in learner.seeded(loader):
             faults.hit("evaluate", progress.step)
             images = augment.evaluate(batch["images"])
             with world.accelerator.autocast():

@@ -3,8 +3,8 @@
 A step's global batch is cut into `shards` equal parts, a constant of the run. Each process computes
 its own share of them, one forward and backward each; that is gradient accumulation, so the number
 of processes may change later while the numbers stay (EasyScale, SC'23, calls it accuracy-consistent
-elasticity). Dropout is seeded by (seed, step, shard); batch norm sees one shard; the running
-statistics are those after shard 0.
+elasticity). Whatever is drawn is seeded by (seed, step, shard); batch norm sees one shard; the
+running statistics are those after shard 0.
 """
 
 import contextlib
@@ -20,15 +20,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _NormBase
 
 from config import BatchPlan
-
-
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed torch's generators of CPU and device; a hundred times cheaper than torch.manual_seed."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
+from distributed.generators import Generators
 
 
 def packed(tensors: list[Tensor]) -> dict[torch.dtype, Tensor]:
@@ -178,6 +170,7 @@ class Shards:
         self.bare = accelerator.unwrap_model(model)
         self.plan = plan
         self.seed_of = seed_of  # (step, shard) -> an integer seed
+        self.generators = Generators(accelerator.device, [self.bare])
         self.bitwise = bitwise
         self.first = accelerator.process_index * plan.shards_per_process
         self.mine = slice(self.first, self.first + plan.shards_per_process)
@@ -216,7 +209,7 @@ class Shards:
             self.last = index == count - 1
             if index > 0:
                 unpack(self.before, self.buffers)
-            seed_dropout(self.seed_of(step, self.first + index), self.accelerator.device)
+            self.generators.seed(self.seed_of(step, self.first + index))
             quiet = not (self.by_ddp and self.last)
             sync = self.accelerator.no_sync(self.model) if quiet else contextlib.nullcontext()
             with sync:

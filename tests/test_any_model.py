@@ -1,12 +1,16 @@
 """Whatever a model is made of, its run is the same on any number of processes."""
 
+import random
+
+import numpy
 import pytest
 import torch
-from launches import Done, train
+from launches import Done, rows, same_weights, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from distributed.generators import Generators
 from distributed.shards import Arrivals, EveryParameter
 
 NETS = '''
@@ -117,3 +121,73 @@ def test_a_gradient_that_arrives_twice_in_a_backward_is_noticed(reentrant):
     EveryParameter.apply(x.sum(), *parameters).backward()
     assert arrivals.counts == [1 + reentrant] * 2 + [1] * 2 and arrivals.take() == reentrant
     assert other.weight.grad is None
+
+
+DRAWING = '''
+import random, numpy, torch
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    """Draws from everywhere while it trains, and with F.dropout also when it is evaluated."""
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.first, self.head = nn.Linear(192, 24), nn.Linear(24, num_classes)
+        self.own = torch.Generator()
+        self.others = [{"python": random.Random()}, (numpy.random.default_rng(),)]
+        with torch.no_grad():
+            self.first.weight *= random.random() + numpy.random.rand()
+
+    def forward(self, images):
+        x = self.first(images.flatten(1)).relu()
+        if self.training:
+            x = x * (0.5 + random.random()) * (0.5 + numpy.random.rand())
+            x = x + torch.rand(24, generator=self.own) + self.others[0]["python"].gauss(0, 1)
+            x = x * self.others[1][0].normal(1, 0.1)
+        return self.head(F.dropout(x))
+'''
+
+
+def test_what_a_forward_draws_follows_from_seed_step_and_shard_whoever_it_draws_from(folder):
+    (folder / "nets.py").write_text(NETS + DRAWING.replace("Net", "Drawing"))
+    for name, count in (("drawn-1", 1), ("drawn-2", 2)):
+        done = run(folder, name, "Drawing", "--bitwise", "--log-every", "1", processes=count)
+        assert done.status == 0, done.out
+    words = ["--model", f"{folder}/nets.py:Drawing", *SHORT, "--bitwise", "--log-every", "1"]
+    done = train([*words, "--run-dir", "drawn-3"], folder, LOCKSTEP_FAULT="term@step=7")
+    assert done.status == 75, done.out
+    done = train(["--resume", "drawn-3"], folder)
+    assert done.status == 0, done.out
+    for name in ("drawn-2", "drawn-3"):
+        assert rows(folder / name) == rows(folder / "drawn-1"), name
+        assert same_weights(folder / name, folder / "drawn-1") == [], name
+    told = rows(folder / "drawn-1")[-1]["test/accuracy"]
+    again = train(["--resume", "drawn-1", "--eval-only"], folder)
+    assert again.status == 0 and told > 0
+
+
+def test_generators_that_are_seeded_alike_draw_alike_and_each_its_own(monkeypatch):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.held = {"a": [random.Random(), torch.Generator()], "b": numpy.random.default_rng()}
+            self.twice = self.held["a"][0]
+            self.old, self.real = numpy.random.RandomState(), random.SystemRandom()
+
+    def draw(holder):
+        (first, second), third = holder.held["a"], holder.held["b"]
+        mine = [first.random(), torch.rand((), generator=second).item(), third.random()]
+        return [
+            *mine,
+            holder.old.rand(),
+            random.random(),
+            numpy.random.rand(),
+            torch.rand(()).item(),
+        ]
+
+    found = []
+    for seed in (7, 7, 8):
+        holder = nn.Sequential(Holder())
+        Generators(torch.device("cpu"), [holder]).seed(seed)
+        found.append(draw(holder[0]))
+    assert found[0] == found[1] and not set(found[0]) & set(found[2]) and len(set(found[0])) == 7

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -14,6 +15,7 @@ from config import BatchPlan, TrainConfig
 from data.keyed_random import mix
 from distributed import faults
 from distributed.checkpoint import copy_state
+from distributed.generators import Generators
 from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
@@ -22,7 +24,8 @@ from optim import WeightAverage
 if TYPE_CHECKING:
     from training.start import Started
 
-DROPOUT = 101  # a stream of `mix`, beside those of data/keyed_random.py
+DROPOUT, EVALUATION = 101, 103  # streams of `mix`, beside those of data/keyed_random.py
+T = TypeVar("T")
 SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
 
 
@@ -56,6 +59,7 @@ class Learner:
         self.accelerator, self.device = world.accelerator, world.device
         self.bare: nn.Module = self.accelerator.unwrap_model(model)
         self.channels_last = lookup(config.model).channels_last
+        self.seed = config.seed
         self.grad_clip = config.grad_clip
         self.scaler = self.accelerator.scaler if config.mixed_precision == "fp16" else None
         self.shards = Shards(
@@ -78,6 +82,15 @@ class Learner:
     def inputs(self, images: Tensor) -> Tensor:
         """Augmented images on the device, in the memory layout that the model has."""
         return inputs(images, self.device, self.channels_last)
+
+    def seeded(self, loader: Iterable[T]) -> Iterator[T]:
+        """Batches to evaluate, where a model that draws even then draws the same on any number of
+        processes: a batch has the same size on each, and its place among all is what seeds it."""
+        first, among = self.accelerator.process_index, self.accelerator.num_processes
+        generators = Generators(self.device, filter(None, (self.bare, self.averaged_model)))
+        for number, batch in enumerate(loader):
+            generators.seed(mix(self.seed, EVALUATION, number * among + first))
+            yield batch
 
     def check_gradients(self, step: int) -> Tensor:
         """Clip; tell the optimizer to leave the weights alone if a number is not finite.

@@ -11,7 +11,8 @@ from common.disk import digest
 from config import Settings, to_json
 from data.keyed_random import mix
 from distributed.accelerator import code_fingerprint, model_fingerprint
-from distributed.shards import packed, seed_dropout, unpack
+from distributed.generators import Generators
+from distributed.shards import packed, unpack
 from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
@@ -44,7 +45,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
             code="nothing-to-evaluate",
         )
     entry = lookup(config.model)
-    seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
+    _seed_weights(config.seed)
     num_classes = data.num_outputs
     model = build_model(config.model, num_classes=num_classes, image_size=config.image_size)
     weights = ""
@@ -66,6 +67,11 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         model.compile(dynamic=False)
         world.watch.patient |= {"data", "step", "evaluate"}
     return Started(model, task, weights, trial)
+
+
+def _seed_weights(seed: int) -> None:
+    """Everything that __init__ may draw from."""
+    Generators(torch.device("cpu"), ()).seed(mix(seed, WEIGHTS))
 
 
 def _load_weights(model: nn.Module, name: str, weights: str, num_classes: int, world: World) -> str:
@@ -102,7 +108,7 @@ def settle_buckets(learner: Learner, data: Data) -> None:
     if learner.accelerator.num_processes == 1 or not shards.by_ddp:
         return
     before = packed(shards.buffers)
-    seed_dropout(shards.seed_of(0, 0), learner.device)  # which layers run may be left to chance
+    shards.generators.seed(shards.seed_of(0, 0))  # which layers run may be left to chance
     indices = torch.arange(data.batch.micro_batch_size, device=data.train.labels.device)
     batch = data.train.__getitems__(indices)
     images = learner.inputs(data.augment.train(batch["images"], batch["indices"], 0))
