@@ -49,7 +49,7 @@ def main(world: World, observer: Observer) -> int:
     by_time = world.stop.row_every is not None
     schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run, by_time)
 
-    facts = agreed_facts(plan.settings, data, learner.bare, world)
+    facts = agreed_facts(plan.settings, data, started, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
     progress = checkpoints.resume(learner, log.screen.warn)
     log.begin(plan, data, facts, progress)
@@ -145,7 +145,7 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
             faults.hit("evaluate", progress.step)
             images = augment.evaluate(batch["images"])
             with world.accelerator.autocast():
-                logits = augment.vote(lambda view: model(learner.inputs(view)), images)
+                logits = augment.vote(lambda view: learner.logits(model, view), images)
             labels, weights = (batch[name].to(logits.device) for name in ("labels", "weights"))
             task.count(counts, logits, labels, weights)
             if world.beat(progress.step):

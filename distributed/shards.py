@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.nn.modules.batchnorm import _NormBase
 
 from config import BatchPlan
 from distributed.generators import Generators
@@ -43,6 +42,8 @@ class Nature:
     """What the trial step measured of a model and its shards have to know."""
 
     reentrant: bool = False  # a parameter's gradient arrives more than once in a backward
+    reads_buffers: bool = True  # what training answers depends on them, as far as is known
+    changing: tuple[str, ...] = ()  # buffers that training changes and that are not persistent
 
 
 class EveryParameter(torch.autograd.Function):
@@ -182,12 +183,9 @@ class Shards:
         ddp_divides = accelerator.num_processes if self.by_ddp else 1
         self.scale = ddp_divides / plan.batch_size
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
-        # Norm layers do not read their running statistics while training; other buffers may be
-        # read by the next forward, so they are kept equal on all processes step by step.
-        norms = {
-            id(b) for m in self.bare.modules() if isinstance(m, _NormBase) for b in m.buffers()
-        }
-        self.read_in_training = any(id(b) not in norms for b in self.buffers)
+        # What the next forward reads is kept equal on all processes step by step; running
+        # statistics, which training does not read, before each evaluation and each save.
+        self.read_in_training = nature.reads_buffers and bool(self.buffers)
         self.undoes = False  # whether undo_buffers puts the buffers from before a step back
         self.before: dict[torch.dtype, Tensor] = {}
         self.sum = ExactSum(self.parameters, plan.shards) if bitwise else None

@@ -20,6 +20,7 @@ from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
 from optim import WeightAverage
+from tasks import split_outputs
 
 if TYPE_CHECKING:
     from training.start import Started
@@ -56,6 +57,7 @@ class Learner:
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.task = started.task
+        self.draws = started.trial.random  # also where it is evaluated
         self.accelerator, self.device = world.accelerator, world.device
         self.bare: nn.Module = self.accelerator.unwrap_model(model)
         self.channels_last = lookup(config.model).channels_last
@@ -82,6 +84,10 @@ class Learner:
     def inputs(self, images: Tensor) -> Tensor:
         """Augmented images on the device, in the memory layout that the model has."""
         return inputs(images, self.device, self.channels_last)
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """What a model answers to augmented images, without what else it may answer."""
+        return split_outputs(model(self.inputs(images)))[0]
 
     def seeded(self, loader: Iterable[T]) -> Iterator[T]:
         """Batches to evaluate, where a model that draws even then draws the same on any number of
