@@ -13,7 +13,13 @@ LARGEST_LOSS = 2.0**20
 
 
 def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A model's answer as (logits, auxiliary logits): some models have extra heads in training."""
+    """A model's answer as (logits, auxiliary logits): some models have extra heads in training.
+
+    A dict or an object may hold the logits under that name, as Hugging Face's classifiers answer.
+    """
+    if isinstance(outputs, dict):
+        outputs = outputs.get("logits", outputs)
+    outputs = getattr(outputs, "logits", outputs)
     if isinstance(outputs, tuple | list):
         return outputs[0], tuple(o for o in outputs[1:] if o is not None)
     return outputs, ()

@@ -45,11 +45,11 @@ def main(world: World, observer: Observer) -> int:
     optimizer = build_optimizer(started.model, config)
     model, optimizer, *loaders = world.accelerator.prepare(started.model, optimizer, *data.loaders)
     data = data.prepared(loaders)
-    learner = Learner(model, optimizer, average, started.task, config, data.batch, world)
+    learner = Learner(model, optimizer, average, started, config, data.batch, world)
     by_time = world.stop.row_every is not None
     schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run, by_time)
 
-    facts = agreed_facts(plan.settings, data, learner.bare, world)
+    facts = agreed_facts(plan.settings, data, started, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
     progress = checkpoints.resume(learner, log.screen.warn)
     log.begin(plan, data, started.task, facts, progress)
@@ -124,7 +124,7 @@ def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int
         images, labels = augment.mix(images, labels, part["indices"], epoch, task.num_classes)
         logits = model(images)
         loss = task.loss(logits, labels)  # summed over the shard
-        learner.accelerator.backward(loss * shards.scale)
+        learner.accelerator.backward(shards.weighed(loss))
         learner.sums[shard] += loss.detach()  # on the device: reading it each step would wait
     skipped = learner.check_gradients(step)
     optimizer.step()
@@ -141,11 +141,11 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
     results = {}
     for split, loader in data.test_loaders.items():
         counts = task.new_counts(world.device)
-        for batch in loader:
+        for batch in learner.seeded(loader):
             faults.hit("evaluate", progress.step)
             images = augment.evaluate(batch["images"])
             with world.accelerator.autocast():
-                logits = augment.vote(lambda view: model(learner.inputs(view)), images)
+                logits = augment.vote(lambda view: learner.logits(model, view), images)
             labels, weights = (batch[name].to(logits.device) for name in ("labels", "weights"))
             task.count(counts, logits, labels, weights)
             if world.beat(progress.step):

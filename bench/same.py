@@ -39,6 +39,10 @@ def differences(one: Path, two: Path) -> list[str]:
     for name, meaning in MEANING.items():
         if facts.get(name) != other_facts.get(name):
             found.append(f"{name}: {meaning} ({facts.get(name)} and {other_facts.get(name)})")
+    if hidden := hidden_state(one) or hidden_state(two):
+        counts = facts.get("processes"), other_facts.get("processes")
+        if counts[0] != counts[1]:
+            found.append(f"processes: {counts[0]} and {counts[1]}, and the model hides {hidden}")
     packages, others = facts.get("packages", {}), other_facts.get("packages", {})
     for name in sorted(packages.keys() | others.keys()):
         if packages.get(name) != others.get(name):
@@ -46,12 +50,20 @@ def differences(one: Path, two: Path) -> list[str]:
     return found
 
 
+def hidden_state(run: Path) -> str:
+    """What the model keeps beside its buffers; such a run is the same on as many processes only."""
+    return read(run)[1].get("hidden_state", "")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs=2, type=Path)
     one, two = parser.parse_args().runs
     found = differences(one, two)
-    print("\n".join(found) or f"{one} and {two} are the same experiment")
+    same = f"{one} and {two} are the same experiment"
+    if hidden := hidden_state(one):
+        same += f", on this number of processes only: the model hides {hidden}"
+    print("\n".join(found) or same)
     return int(bool(found))
 
 

@@ -54,7 +54,7 @@ def main() -> int:
         def through(shards: Shards, batch=batch) -> None:
             for part in shards(batch, 0):
                 loss = task.loss(model(part["images"]), part["labels"])
-                accelerator.backward(loss * shards.scale)
+                accelerator.backward(shards.weighed(loss))
             model.zero_grad()
 
         def plainly(batch=batch, plan=plan) -> None:

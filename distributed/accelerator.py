@@ -453,7 +453,8 @@ def code_fingerprint(*extra: Path) -> str:
 
 def model_fingerprint(model: torch.nn.Module) -> str:
     """A hash of the names and shapes of a model's state and of its printed layers."""
-    text = repr(model) + repr([(k, tuple(v.shape)) for k, v in model.state_dict().items()])
+    shapes = [(k, tuple(getattr(v, "shape", ()))) for k, v in model.state_dict().items()]
+    text = repr(model) + repr(shapes)
     return digest(text)
 
 

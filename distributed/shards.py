@@ -3,30 +3,23 @@
 A step's global batch is cut into `shards` equal parts, a constant of the run. Each process computes
 its own share of them, one forward and backward each; that is gradient accumulation, so the number
 of processes may change later while the numbers stay (EasyScale, SC'23, calls it accuracy-consistent
-elasticity). Dropout is seeded by (seed, step, shard); batch norm sees one shard; the running
-statistics are those after shard 0.
+elasticity). Whatever is drawn is seeded by (seed, step, shard); batch norm sees one shard; the
+running statistics are those after shard 0.
 """
 
 import contextlib
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.autograd.function import FunctionCtx
 
 from config import BatchPlan
-
-
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed torch's generators of CPU and device; a hundred times cheaper than torch.manual_seed."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
+from distributed.generators import Generators
 
 
 def packed(tensors: list[Tensor]) -> dict[torch.dtype, Tensor]:
@@ -42,6 +35,58 @@ def unpack(copy: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> None:
         same = [t for t in tensors if t.dtype == kind]
         parts = flat.split([t.numel() for t in same])
         torch._foreach_copy_(same, [p.view(t.shape) for p, t in zip(parts, same, strict=True)])
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What the trial step measured of a model and its shards have to know."""
+
+    reentrant: bool = False  # a parameter's gradient arrives more than once in a backward
+    reads_buffers: bool = True  # what training answers depends on them, as far as is known
+    changing: tuple[str, ...] = ()  # buffers that training changes and that are not persistent
+
+
+class EveryParameter(torch.autograd.Function):
+    """A loss that hangs on all parameters, without a gradient for those that it did not use.
+
+    DDP waits for each parameter of its model: without this, for ever for those that a branch of
+    forward left out, on one process or on all. `find_unused_parameters` walks the graph instead.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *(None,) * ctx.count
+
+
+class Arrivals:
+    """Counts how often each parameter's gradient arrives, as DDP's hooks would, in a backward.
+
+    Under reentrant `torch.utils.checkpoint` a backward runs inside the backward, and the two of
+    them bring one each; DDP refuses that.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.counts = [0] * len(parameters)
+        self.nodes, self.handles = [], []
+        for place, p in enumerate(parameters):
+            node = p.view_as(p).grad_fn.next_functions[0][0]  # kept: it lives as long as it is held
+            self.nodes.append(node)
+            self.handles.append(node.register_hook(functools.partial(self._arrived, place)))
+
+    def _arrived(self, place: int, *_: tuple) -> None:
+        self.counts[place] += 1
+
+    def take(self) -> bool:
+        """Whether one arrived more than once; the counting ends."""
+        for handle in self.handles:
+            handle.remove()
+        self.nodes.clear()
+        return max(self.counts, default=0) > 1
 
 
 class ExactSum:
@@ -113,28 +158,34 @@ class Shards:
     """Hands out this process's shards of each step and makes the sum of all gradients.
 
     With bitwise=True the sum has the same bits on any number of processes: see ExactSum.
+    Every trainable parameter gets a gradient, zero where no shard of any process used it, so that
+    its momentum and weight decay go on however the shards are spread.
     """
 
-    def __init__(self, accelerator, model: nn.Module, plan: BatchPlan, seed_of, bitwise: bool):
+    def __init__(
+        self, accelerator, model: nn.Module, plan: BatchPlan, seed_of, bitwise: bool,
+        nature: Nature = Nature(),
+    ):  # fmt: skip
         self.accelerator = accelerator
         self.model = model
         self.bare = accelerator.unwrap_model(model)
         self.plan = plan
         self.seed_of = seed_of  # (step, shard) -> an integer seed
+        self.generators = Generators(accelerator.device, [self.bare])
         self.bitwise = bitwise
         self.first = accelerator.process_index * plan.shards_per_process
         self.mine = slice(self.first, self.first + plan.shards_per_process)
+        # DDP adds up the processes where neither an exact sum does nor a reentrant backward.
+        self.by_ddp = not (bitwise or nature.reentrant)
+        self.last = True  # whether the shard that was handed out is the last one of the step
         # What a loss summed over a shard is multiplied by before backward: DDP divides by its
         # number of processes, and every image of the global batch weighs the same.
-        ddp_divides = 1 if bitwise else accelerator.num_processes
+        ddp_divides = accelerator.num_processes if self.by_ddp else 1
         self.scale = ddp_divides / plan.batch_size
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
-        # Norm layers do not read their running statistics while training; other buffers may be
-        # read by the next forward, so they are kept equal on all processes step by step.
-        norms = {
-            id(b) for m in self.bare.modules() if isinstance(m, _NormBase) for b in m.buffers()
-        }
-        self.read_in_training = any(id(b) not in norms for b in self.buffers)
+        # What the next forward reads is kept equal on all processes step by step; running
+        # statistics, which training does not read, before each evaluation and each save.
+        self.read_in_training = nature.reads_buffers and bool(self.buffers)
         self.undoes = False  # whether undo_buffers puts the buffers from before a step back
         self.before: dict[torch.dtype, Tensor] = {}
         self.sum = ExactSum(self.parameters, plan.shards) if bitwise else None
@@ -153,11 +204,11 @@ class Shards:
         self.before = packed(self.buffers) if self.undoes or count > 1 else {}
         after_first: dict[torch.dtype, Tensor] = {}
         for index in range(count):
-            last = index == count - 1
+            self.last = index == count - 1
             if index > 0:
                 unpack(self.before, self.buffers)
-            seed_dropout(self.seed_of(step, self.first + index), self.accelerator.device)
-            quiet = self.bitwise or not last
+            self.generators.seed(self.seed_of(step, self.first + index))
+            quiet = not (self.by_ddp and self.last)
             sync = self.accelerator.no_sync(self.model) if quiet else contextlib.nullcontext()
             with sync:
                 part = slice(index * size, (index + 1) * size)
@@ -169,8 +220,28 @@ class Shards:
         unpack(after_first, self.buffers)
         if self.sum is not None:
             self.sum.hand_out(self.accelerator.num_processes, self._loss_scale())
+        self._fill_and_add()
         if self.read_in_training:
             self.broadcast_buffers()
+
+    def weighed(self, loss: Tensor) -> Tensor:
+        """The share in the step's loss of a loss that is summed over the shard handed out."""
+        loss = loss * self.scale
+        if self.by_ddp and self.last and self.accelerator.num_processes > 1:
+            return EveryParameter.apply(loss, *self.parameters)
+        return loss
+
+    def _fill_and_add(self) -> None:
+        """Zero is the gradient of what nobody used; the sum that neither DDP nor ExactSum made."""
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if self.accelerator.num_processes > 1 and not (self.by_ddp or self.bitwise):
+            gradients = [p.grad for p in self.parameters]
+            copy = packed(gradients)
+            for flat in copy.values():
+                dist.all_reduce(flat)
+            unpack(copy, gradients)
 
     def _loss_scale(self) -> Tensor | float:
         """What fp16 multiplies the loss by, a power of two: it divides out without rounding."""

@@ -13,6 +13,8 @@ from torch import nn
 
 from errors import UserError
 from models import lookup, told_by_weights
+from models.own_file import is_own_file
+from models.state import twin
 
 REACH_SECONDS = 4.0  # name resolution can block for a minute where nothing answers
 
@@ -46,7 +48,9 @@ def imagenet_reach(name: str) -> tuple[bool, str]:
     )
 
 
-def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) -> str:
+def load_weights(
+    model: nn.Module, name: str, weights: str, num_classes: int, image_size: int = 0
+) -> str:
     """Loads "imagenet" or a .pth / .safetensors file into the model; a sentence about what came.
 
     A head for another number of classes stays as initialised; any other difference is a
@@ -64,7 +68,8 @@ def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) ->
     if lookup(name).pretrained.startswith("densenet"):  # published under their names of 2017
         loaded = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in loaded.items()}
 
-    fresh = [head for head in head_prefixes(model, name) if _other_classes(head, loaded, own)]
+    heads = head_prefixes(model, name, image_size)
+    fresh = [head for head in heads if _other_classes(head, loaded, own)]
     given = {k: v for k, v in loaded.items() if not k.startswith(tuple(fresh))}
     missing = [k for k in own if k not in given and not k.startswith(tuple(fresh))]
     unexpected = [k for k in given if k not in own]
@@ -95,9 +100,9 @@ def load_weights(model: nn.Module, name: str, weights: str, num_classes: int) ->
     model.load_state_dict(given, strict=False)
     if not fresh:
         return f"{origin}, all {len(given)} tensors"
-    heads = ", ".join(head.removesuffix(".") for head in fresh)
+    new = ", ".join(head.removesuffix(".") for head in fresh)
     theirs = loaded[_head_key(fresh[0], own)].shape[0]
-    return f"{origin}; they know {theirs} classes, so the head for {num_classes} is new ({heads})"
+    return f"{origin}; they know {theirs} classes, so the head for {num_classes} is new ({new})"
 
 
 def imagenet_classes() -> list[str]:
@@ -107,10 +112,12 @@ def imagenet_classes() -> list[str]:
     return list(AlexNet_Weights.DEFAULT.meta["categories"])
 
 
-def head_prefixes(model: nn.Module, name: str) -> tuple[str, ...]:
+def head_prefixes(model: nn.Module, name: str, image_size: int = 0) -> tuple[str, ...]:
     """Parameter-name prefixes of the classification head(s): the last module with parameters.
 
-    The same rule finds the last layer of each auxiliary head. "" means the model itself.
+    In a learner's own file the last one to run on images of `image_size`, for its __init__ may
+    have another order; else the last one registered, as in each auxiliary head. "" means the model
+    itself.
     """
     tops = ("", *getattr(model, "auxiliary_heads", ()))
     heads = []
@@ -126,16 +133,36 @@ def head_prefixes(model: nn.Module, name: str) -> tuple[str, ...]:
                 f"--model {name}: no layer of it has a parameter, nothing can learn",
                 code="nothing-trains",
             )
-        heads.append(f"{layers[-1]}." if layers[-1] else "")
+        last = layers[-1]
+        if not top and image_size and is_own_file(name):
+            last = _last_to_run(model, layers, image_size)
+        heads.append(f"{last}." if last else "")
     return tuple(heads)
 
 
-def freeze_backbone(model: nn.Module, name: str) -> None:
+def _last_to_run(model: nn.Module, layers: list[str], image_size: int) -> str:
+    """Of these layers the last to answer; one that holds another of them which ran is no layer."""
+    device, order = next(model.parameters()).device, []
+    try:
+        second = twin(model).eval()
+        for path in layers:
+            second.get_submodule(path).register_forward_hook(
+                lambda *_, path=path: order.append(path)
+            )
+        with torch.no_grad():
+            second(torch.zeros(2, 3, image_size, image_size, device=device))
+    except Exception:  # the trial step says what is wrong
+        return layers[-1]
+    ran = [p for p in order if not any(q.startswith(f"{p}." if p else "") for q in order if q != p)]
+    return ran[-1] if ran else layers[-1]
+
+
+def freeze_backbone(model: nn.Module, name: str, image_size: int = 0) -> None:
     """Leaves only the head trainable. What is frozen stays in eval mode, also after train().
 
     Otherwise batch norm would go on learning its statistics, and dropout would blur the features.
     """
-    heads = head_prefixes(model, name)
+    heads = head_prefixes(model, name, image_size)
     frozen = [p for key, p in model.named_parameters() if not key.startswith(heads)]
     if not frozen:
         raise UserError(

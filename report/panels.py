@@ -26,6 +26,7 @@ from training.plan import Plan
 from training.run_dir import SKIPPED
 from training.schedule import Schedule
 from training.start import Started
+from training.trial import PICTURES
 
 PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
 
@@ -104,8 +105,31 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
     config, notes = plan.config, []
     if unused := started.trial.unused:
         notes.append(
-            f"{', '.join(unused[:5])} of {config.model} never get a gradient and stay as they are: "
-            "does forward use them?"
+            f"{', '.join(unused[:5])} of {config.model} got no gradient when it was tried: does "
+            "forward use them? What never gets one changes by weight decay alone"
+        )
+    trial = started.trial
+    if trial.hidden:
+        notes.append(
+            f"{config.model} answers a shard otherwise after another one: it keeps state of its "
+            f"own ({', '.join(trial.hidden[:3])}), which is in no checkpoint. The run is the same "
+            "run on this number of processes only, and not after a stop; register_buffer keeps it"
+        )
+    if trial.random:
+        notes.append(
+            f"{config.model} draws random numbers when it is evaluated, too (F.dropout without "
+            "training=self.training?); the same ones each time, on any number of processes"
+        )
+    if trial.neighbours:
+        notes.append(
+            f"{config.model} answers a picture alone otherwise than in a batch of {PICTURES}, in "
+            "evaluation: test accuracy depends on the batches, and predict.py answers otherwise "
+            "(batch norm without running statistics?)"
+        )
+    if trial.probabilities:
+        notes.append(
+            f"{config.model} answers rows that sum to 1: the loss takes logits and does softmax "
+            "itself; a second softmax learns little and slowly, so leave it out of forward"
         )
     if plan.actions.debug and (refused := started.trial.nondeterministic):
         notes.append(

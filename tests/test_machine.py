@@ -19,7 +19,7 @@ from torch.nn import functional
 import predict
 from config import Settings, parse
 from data.loaders import Resident
-from distributed import accelerator, watch
+from distributed import accelerator, generators, watch
 from distributed.accelerator import (
     choose_precision,
     describe_gpu,
@@ -77,7 +77,7 @@ def test_bf16_is_for_classification_on_a_gpu_and_not_for_regression(gpu):
 def test_a_saved_run_in_bf16_that_nobody_asked_for_is_told_where_the_device_has_none(monkeypatch):
     settings = Settings({"saved run": {"mixed_precision": "bf16", "model": "resnet18"}})
     data = SimpleNamespace(source=SimpleNamespace(skipped=[]))
-    started = SimpleNamespace(trial=SimpleNamespace(unused=(), nondeterministic=()))
+    started = SimpleNamespace(trial=trial.Trial(0.0))
 
     def warned(device: str, **changed) -> bool:
         plan = Plan(replace(settings, **changed), settings.config, None, False)
@@ -219,12 +219,13 @@ class Played(nn.Module):
 def trial_of(monkeypatch):
     """Tries a model as on such a device; its tensors lie on the CPU all the same."""
     monkeypatch.setattr(trial, "inputs", lambda images, device, channels_last: images)
+    monkeypatch.setattr(generators, "seed_dropout", lambda seed, device: None)
 
     def tried(model: nn.Module, device: str) -> trial.Trial:
         images = Resident(torch.rand(100, 3, 8, 8), torch.zeros(100, dtype=torch.long))
         data = SimpleNamespace(
             train=images, batch=SimpleNamespace(micro_batch_size=40), classes=range(10),
-            augment=SimpleNamespace(train=lambda images, *_: images),
+            augment=SimpleNamespace(train=lambda x, *_: x, evaluate=lambda x: x),
             source=SimpleNamespace(task="classification", name="x"),
         )  # fmt: skip
         world = SimpleNamespace(
@@ -232,7 +233,7 @@ def trial_of(monkeypatch):
             accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
         )
         task = SimpleNamespace(loss=functional.cross_entropy)
-        config = SimpleNamespace(model="my_cnn", image_size=8)
+        config = SimpleNamespace(model="my_cnn", image_size=8, mixed_precision="no")
         return trial.try_model(model, task, data, config, world, debug=False)
 
     return tried
@@ -241,7 +242,7 @@ def trial_of(monkeypatch):
 def test_a_gpus_time_is_taken_from_a_whole_micro_batch_and_a_cpus_from_few_images(trial_of):
     for device, images in (("cuda", 40), ("cpu", 16)):
         model = Played()
-        assert trial_of(model, device).unused == () and set(model.seen) == {images}
+        assert trial_of(model, device).unused == () and set(model.seen) == {images, 4, 1}
 
 
 def test_the_layer_that_deterministic_refuses_is_named_and_debug_warns_of_it(trial_of):

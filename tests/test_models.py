@@ -758,7 +758,7 @@ def test_every_model_trains_the_same_on_one_and_two_processes(name, tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         done = train([*arguments, "--run-dir", folder], tmp_path, processes)
-        assert done.status == 0 and "never get a gradient" not in done.out, done.out
+        assert done.status == 0 and "got no gradient" not in done.out, done.out
         found.append(losses(folder))
         shutil.rmtree(folder)  # a checkpoint of VGG-16 with AdamW is 1.6 GB
     assert found[1] == pytest.approx(found[0], rel=1e-3) and len(set(found[0])) == 3

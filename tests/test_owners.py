@@ -23,6 +23,7 @@ from training.learner import Learner, NotFinite
 from training.observer import Observer
 from training.plan import Plan, decide
 from training.schedule import build_schedule
+from training.trial import Trial
 
 FACTS = {"data": "a", "model": "b", "order": "c", "code": "d"}
 
@@ -206,7 +207,8 @@ def learner_of(world: World, seed: int = 0) -> Learner:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3))
     config = TrainConfig(model="my_cnn", optimizer="sgd")
     prepared = world.accelerator.prepare(model, build_optimizer(model, config))
-    return Learner(*prepared, None, Classification(3), config, BatchPlan(8, 2, 1), world)
+    started = SimpleNamespace(task=Classification(3), trial=Trial(0.0))
+    return Learner(*prepared, None, started, config, BatchPlan(8, 2, 1), world)
 
 
 def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tmp_path):

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import BatchPlan
 from data.keyed_random import mix
-from distributed.shards import ExactSum, Guard, Shards, seed_dropout
+from distributed.generators import seed_dropout
+from distributed.shards import ExactSum, Guard, Shards
 from models import build_model
 
 SIZE, CLASSES = 24, 5

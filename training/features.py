@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from data.loaders import EVALUATION_BATCH, Resident
 from distributed.world import World
 from models.weights import head_prefixes
+from tasks import split_outputs
 from training.data import Data
 from training.learner import Learner
 from training.plan import Plan
@@ -24,9 +25,12 @@ def cache_features(learner: Learner, data: Data, plan: Plan, world: World) -> st
     """
     config, model = plan.config, learner.bare
     changing = (config.cutout, config.mixup, config.cutmix, config.tta, config.compile)
-    if config.freeze != "backbone" or config.augment != "none" or any(changing):
+    fixed = config.freeze == "backbone" and config.augment == "none" and not learner.draws
+    if not fixed or any(changing):
         return ""
-    names = [prefix.removesuffix(".") for prefix in head_prefixes(model, config.model)]
+    names = [
+        prefix.removesuffix(".") for prefix in head_prefixes(model, config.model, config.image_size)
+    ]
     if len(names) > 1:  # auxiliary heads hang on other features
         return ""
     parts = [loader.dataset for loader in data.loaders]
@@ -63,7 +67,7 @@ def features_of(learner: Learner, data: Data, head: str, images: Tensor) -> tupl
     with torch.no_grad(), learner.accelerator.autocast():
         answer = learner.bare(images)
     hook.remove()
-    return given[-1].float(), answer
+    return given[-1].float(), split_outputs(answer)[0]
 
 
 def head_only(

@@ -1,7 +1,11 @@
 """What learns: model, optimizer, average, gradient scaler, and the numbers that a step leaves."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -11,13 +15,18 @@ from config import BatchPlan, TrainConfig
 from data.keyed_random import mix
 from distributed import faults
 from distributed.checkpoint import copy_state
+from distributed.generators import Generators
 from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
 from optim import WeightAverage
-from tasks import Task
+from tasks import split_outputs
 
-DROPOUT = 101  # a stream of `mix`, beside those of data/keyed_random.py
+if TYPE_CHECKING:
+    from training.start import Started
+
+DROPOUT, EVALUATION = 101, 103  # streams of `mix`, beside those of data/keyed_random.py
+T = TypeVar("T")
 SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
 
 
@@ -41,20 +50,24 @@ class Learner:
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         average: WeightAverage | None,
-        task: Task,
+        started: Started,
         config: TrainConfig,
         batch: BatchPlan,
         world: World,
     ) -> None:
-        self.model, self.optimizer, self.average, self.task = model, optimizer, average, task
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self.task = started.task
+        self.draws = started.trial.random  # also where it is evaluated
         self.accelerator, self.device = world.accelerator, world.device
         self.bare: nn.Module = self.accelerator.unwrap_model(model)
         self.channels_last = lookup(config.model).channels_last
+        self.seed = config.seed
         self.grad_clip = config.grad_clip
         self.scaler = self.accelerator.scaler if config.mixed_precision == "fp16" else None
         self.shards = Shards(
             self.accelerator, model, batch,
             lambda step, shard: mix(config.seed, DROPOUT, step, shard), config.bitwise,
+            started.trial.nature,
         )  # fmt: skip
         self.parameters = self.shards.parameters
         skip, most = config.on_nonfinite == "skip", SKIPS_IN_A_ROW
@@ -71,6 +84,19 @@ class Learner:
     def inputs(self, images: Tensor) -> Tensor:
         """Augmented images on the device, in the memory layout that the model has."""
         return inputs(images, self.device, self.channels_last)
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """What a model answers to augmented images, without what else it may answer."""
+        return split_outputs(model(self.inputs(images)))[0]
+
+    def seeded(self, loader: Iterable[T]) -> Iterator[T]:
+        """Batches to evaluate, where a model that draws even then draws the same on any number of
+        processes: a batch has the same size on each, and its place among all is what seeds it."""
+        first, among = self.accelerator.process_index, self.accelerator.num_processes
+        generators = Generators(self.device, filter(None, (self.bare, self.averaged_model)))
+        for number, batch in enumerate(loader):
+            generators.seed(mix(self.seed, EVALUATION, number * among + first))
+            yield batch
 
     def check_gradients(self, step: int) -> Tensor:
         """Clip; tell the optimizer to leave the weights alone if a number is not finite.

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from common.disk import digest
-from config import Settings, to_json
+from config import Settings, TrainConfig, to_json
 from data.keyed_random import mix
 from distributed.accelerator import code_fingerprint, model_fingerprint
-from distributed.shards import packed, seed_dropout, unpack
+from distributed.generators import Generators
+from distributed.shards import packed, unpack
 from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
+from models.state import load_whole_state, separate_views, whole_state
 from models.weights import freeze_backbone, load_weights
 from tasks import Task, build_task
 from training.data import Data
@@ -44,21 +46,36 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
             code="nothing-to-evaluate",
         )
     entry = lookup(config.model)
-    seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
+    _seed_weights(config.seed)
     num_classes = data.num_outputs
-    model = build_model(config.model, num_classes=num_classes, image_size=config.image_size)
+    build = partial(
+        build_model, config.model, num_classes=num_classes, image_size=config.image_size
+    )
+    model = build()
+    separate_views(model)
     weights = ""
     if config.weights not in ("none", "auto") and not plan.goes_on:
-        weights = _load_weights(model, config.model, config.weights, num_classes, world)
+        weights = _load_weights(model, config, num_classes, world)
     if config.freeze == "backbone":
-        freeze_backbone(model, config.model)
+        freeze_backbone(model, config.model, config.image_size)
     if hasattr(model, "start_from_data") and not weights:
         _start_from_data(model, data, world)
     task = build_task(data.source.task, num_classes, config.label_smoothing, model)
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
     model = model.to(world.device, memory_format=layout)
-    trial = world.all_or_none(
-        lambda: try_model(model, task, data, config, world, plan.actions.debug)
+
+    def again() -> nn.Module:
+        _seed_weights(config.seed)
+        second = build()
+        load_whole_state(second, whole_state(model))
+        if config.freeze == "backbone":
+            freeze_backbone(second, config.model, config.image_size)
+        return second.to(world.device, memory_format=layout)
+
+    trial = world.broadcast(  # what was measured decides who waits for whom: one process's counts
+        world.all_or_none(
+            lambda: try_model(model, task, data, config, world, plan.actions.debug, again)
+        )
     )
     if plan.actions.debug:
         torch.autograd.set_detect_anomaly(True)
@@ -68,12 +85,18 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     return Started(model, task, weights, trial)
 
 
-def _load_weights(model: nn.Module, name: str, weights: str, num_classes: int, world: World) -> str:
+def _seed_weights(seed: int) -> None:
+    """Everything that __init__ may draw from."""
+    Generators(torch.device("cpu"), ()).seed(mix(seed, WEIGHTS))
+
+
+def _load_weights(model: nn.Module, config: TrainConfig, num_classes: int, world: World) -> str:
     """One process of each node first, which may have to download them, then the others."""
     message = ""
     for turn in (True, False):
         mine = world.accelerator.is_local_main_process == turn
-        work = partial(load_weights, model, name, weights, num_classes) if mine else str
+        words = (model, config.model, config.weights, num_classes, config.image_size)
+        work = partial(load_weights, *words) if mine else str
         message = world.all_or_none(work) or message
     return message
 
@@ -99,26 +122,32 @@ def settle_buckets(learner: Learner, data: Data) -> None:
     has other bits than the same step of a run that was not interrupted.
     """
     shards = learner.shards
-    if learner.accelerator.num_processes == 1 or shards.bitwise:  # bitwise: no sum of DDP's
+    if learner.accelerator.num_processes == 1 or not shards.by_ddp:
         return
     before = packed(shards.buffers)
+    shards.generators.seed(shards.seed_of(0, 0))  # which layers run may be left to chance
     indices = torch.arange(data.batch.micro_batch_size, device=data.train.labels.device)
     batch = data.train.__getitems__(indices)
     images = learner.inputs(data.augment.train(batch["images"], batch["indices"], 0))
     loss = learner.task.loss(learner.model.train()(images), batch["labels"].to(images.device))
-    loss.backward()  # not the accelerator's: under fp16 it would need a scale
+    shards.weighed(loss).backward()  # not the accelerator's: under fp16 it would need a scale
     learner.optimizer.zero_grad()
     unpack(before, shards.buffers)
 
 
-def agreed_facts(settings: Settings, data: Data, model: nn.Module, world: World) -> dict[str, str]:
-    """Fingerprints of what decides a run's numbers, which all processes must share."""
+def agreed_facts(settings: Settings, data: Data, started: Started, world: World) -> dict[str, str]:
+    """Fingerprints of what decides a run's numbers, which all processes must share.
+
+    State that a model hides makes the number of processes one of them: `hidden_state` names it.
+    """
     own_file = Path(settings.config.model.partition(".py:")[0] + ".py")
     facts = {
         "data": data.source.fingerprint,
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(started.model),
         "order": data.sampler.fingerprint(),
         "code": code_fingerprint(own_file),
+        "hidden_state": ", ".join(started.trial.hidden),
+        "processes": str(world.num_processes),
     }
     world.refuse_disagreement({**facts, "settings": digest(to_json(settings))})
     return facts

@@ -1,0 +1,389 @@
+"""Whatever a model is made of, its run is the same on any number of processes."""
+
+import contextlib
+import random
+import threading
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from launches import Done, python, rows, same_weights, train
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from data.loaders import Resident
+from distributed.generators import Generators
+from distributed.shards import Arrivals, EveryParameter
+from errors import UserError
+from models import build_model
+from models.weights import freeze_backbone, head_prefixes
+from tasks import Classification
+from training import trial
+
+NETS = '''
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+class Net(nn.Module):
+    """Blocks left out by chance, one by a seldom coin, one never used; some checkpointed."""
+    reentrant = False
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.first = nn.Linear(192, 24)
+        self.blocks = nn.ModuleList(nn.Linear(24, 24) for _ in range(4))
+        self.seldom, self.never = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.head = nn.Linear(24, num_classes)
+
+    def forward(self, images):
+        x = self.first(images.flatten(1)).relu()
+        for number, block in enumerate(self.blocks):
+            if self.training and torch.rand(()) < 0.5:
+                continue
+            if number % 2:
+                x = x + checkpoint(lambda x: block(x).tanh(), x, use_reentrant=self.reentrant)
+            else:
+                x = x + block(x).tanh()
+        if self.training and torch.rand(()) < 0.1:
+            x = x + self.seldom(x)
+        return self.head(x)
+
+class Reentrant(Net):
+    reentrant = True
+'''
+SHORT = ["--dataset", "digits", "--weights", "none", "--image-size", "8", "--batch-size", "48"]
+SHORT += ["--shards", "12", "--epochs", "2", "--max-steps", "12", "--threads", "1", "--no-plots"]
+SHORT += ["--limit", "480", "--augment", "none", "--schedule", "constant"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("any")
+    (made / "nets.py").write_text(NETS)
+    return made
+
+
+def run(folder, name: str, model: str, *flags: str, processes: int = 1) -> Done:
+    words = ["--model", f"{folder}/nets.py:{model}", *SHORT, "--run-dir", name, *flags]
+    return train(words, folder, processes)
+
+
+def weights(folder, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "last.safetensors")
+
+
+OPTIMIZERS = {
+    "adamw": ["--optimizer", "adamw", "--lr", "0.01", "--weight-decay", "0.1"],
+    "momentum": ["--optimizer", "sgd", "--lr", "0.1", "--momentum", "0.9"],
+}
+SLOW = [(3, "momentum", "Net"), (3, "momentum", "Reentrant"), (4, "adamw", "Reentrant")]
+SLOW += [(4, "adamw", "Net"), (2, "momentum", "Net"), (2, "adamw", "Reentrant")]
+
+
+@pytest.mark.parametrize(
+    ("processes", "optimizer", "model"),
+    [
+        (2, "adamw", "Net"),
+        (2, "momentum", "Reentrant"),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW),
+    ],
+)
+def test_what_a_branch_leaves_out_trains_alike_on_any_number_of_processes(
+    folder, processes, optimizer, model
+):
+    found = {}
+    for count in (1, processes):
+        for way in ([], ["--bitwise"]):
+            name = f"{model}-{optimizer}-{count}{''.join(way)}"
+            if not (folder / name).exists():
+                flags = [*OPTIMIZERS[optimizer], *way]
+                done = run(folder, name, model, *flags, processes=count)
+                assert done.status == 0, done.out
+                assert "got no gradient when it was tried" in done.out
+            found[count, bool(way)] = weights(folder, name)
+    plain, exact = found[1, False], found[1, True]
+    for key, value in plain.items():
+        assert torch.allclose(value, found[processes, False][key], rtol=1e-3, atol=1e-5), key
+        assert torch.allclose(value, exact[key], rtol=1e-3, atol=1e-5), key
+        assert torch.equal(exact[key], found[processes, True][key]), key
+
+
+def test_a_parameter_that_nobody_used_decays_and_keeps_its_momentum(folder):
+    """As with a gradient of zero, not as with none: AdamW shrinks what forward never uses."""
+    flags = [*OPTIMIZERS["adamw"], "--warmup", "0"]
+    for name, steps in (("short", "1"), ("long", "6")):
+        done = run(folder, name, "Net", *flags, "--max-steps", steps)
+        assert done.status == 0, done.out
+    short, long = (weights(folder, name)["never.weight"] for name in ("short", "long"))
+    assert torch.allclose(long, short * (1 - 0.01 * 0.1) ** 5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_gradient_that_arrives_twice_in_a_backward_is_noticed(reentrant):
+    layer, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    parameters = [*layer.parameters(), *other.parameters()]
+    arrivals = Arrivals(parameters)
+    x = checkpoint(layer, torch.ones(2, 3, requires_grad=True), use_reentrant=reentrant)
+    EveryParameter.apply(x.sum(), *parameters).backward()
+    assert arrivals.counts == [1 + reentrant] * 2 + [1] * 2 and arrivals.take() == reentrant
+    assert other.weight.grad is None
+
+
+DRAWING = '''
+import random, numpy, torch
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    """Draws from everywhere while it trains, and with F.dropout also when it is evaluated."""
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.first, self.head = nn.Linear(192, 24), nn.Linear(24, num_classes)
+        self.own = torch.Generator()
+        self.others = [{"python": random.Random()}, (numpy.random.default_rng(),)]
+        with torch.no_grad():
+            self.first.weight *= random.random() + numpy.random.rand()
+
+    def forward(self, images):
+        x = self.first(images.flatten(1)).relu()
+        if self.training:
+            x = x * (0.5 + random.random()) * (0.5 + numpy.random.rand())
+            x = x + torch.rand(24, generator=self.own) + self.others[0]["python"].gauss(0, 1)
+            x = x * self.others[1][0].normal(1, 0.1)
+        return self.head(F.dropout(x))
+'''
+
+
+def test_what_a_forward_draws_follows_from_seed_step_and_shard_whoever_it_draws_from(folder):
+    (folder / "nets.py").write_text(NETS + DRAWING.replace("Net", "Drawing"))
+    for name, count in (("drawn-1", 1), ("drawn-2", 2)):
+        done = run(folder, name, "Drawing", "--bitwise", "--log-every", "1", processes=count)
+        assert done.status == 0, done.out
+    words = ["--model", f"{folder}/nets.py:Drawing", *SHORT, "--bitwise", "--log-every", "1"]
+    done = train([*words, "--run-dir", "drawn-3"], folder, LOCKSTEP_FAULT="term@step=7")
+    assert done.status == 75, done.out
+    done = train(["--resume", "drawn-3"], folder)
+    assert done.status == 0, done.out
+    for name in ("drawn-2", "drawn-3"):
+        assert rows(folder / name) == rows(folder / "drawn-1"), name
+        assert same_weights(folder / name, folder / "drawn-1") == [], name
+    told = rows(folder / "drawn-1")[-1]["test/accuracy"]
+    again = train(["--resume", "drawn-1", "--eval-only"], folder)
+    assert again.status == 0 and told > 0
+
+
+def test_generators_that_are_seeded_alike_draw_alike_and_each_its_own(monkeypatch):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.held = {"a": [random.Random(), torch.Generator()], "b": numpy.random.default_rng()}
+            self.twice = self.held["a"][0]
+            self.old, self.real = numpy.random.RandomState(), random.SystemRandom()
+
+    def draw(holder):
+        (first, second), third = holder.held["a"], holder.held["b"]
+        mine = [first.random(), torch.rand((), generator=second).item(), third.random()]
+        return [
+            *mine,
+            holder.old.rand(),
+            random.random(),
+            numpy.random.rand(),
+            torch.rand(()).item(),
+        ]
+
+    found = []
+    for seed in (7, 7, 8):
+        holder = nn.Sequential(Holder())
+        Generators(torch.device("cpu"), [holder]).seed(seed)
+        found.append(draw(holder[0]))
+    assert found[0] == found[1] and not set(found[0]) & set(found[2]) and len(set(found[0])) == 7
+
+
+# --- what the trial step measures -----------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """A linear net on images of 8 pixels, with something before its head."""
+
+    def __init__(self, before=None, after=None):
+        super().__init__()
+        self.head, self.before, self.after = nn.Linear(192, 10), before, after
+
+    def forward(self, images):
+        x = images if self.before is None else self.before(images)
+        x = self.head(x.flatten(1))
+        return x if self.after is None else self.after(x)
+
+
+class ReadingNorm(nn.BatchNorm2d):
+    """Normalises by its running statistics while it trains, too."""
+
+    def forward(self, x):
+        super().forward(x)
+        return x - self.running_mean.view(1, -1, 1, 1)
+
+
+class Counting(nn.Module):
+    def __init__(self, as_buffer=False):
+        super().__init__()
+        self.calls = 0
+        if as_buffer:
+            del self.calls
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return x * (1 + 0.1 * self.calls)
+
+
+class FirstBatch(nn.Module):
+    """Learns its scale from the first batch that it sees, as ActNorm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.ready = nn.Parameter(torch.ones(())), False
+
+    def forward(self, x):
+        if self.training and not self.ready:
+            self.scale.data, self.ready = 1 / x.std().detach(), True
+        return x * self.scale
+
+
+class Remembering(nn.Module):
+    """What it keeps of training is read in evaluation alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(())
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.5 * self.mean + x.detach().mean()
+        return x if self.training else x - self.mean
+
+
+def trial_of(model: nn.Module, size: int = 16) -> trial.Trial:
+    torch.manual_seed(0)
+    images = Resident(torch.randn(100, 3, 8, 8), torch.arange(100) % 10)
+    data = SimpleNamespace(
+        train=images, batch=SimpleNamespace(micro_batch_size=size), classes=range(10),
+        augment=SimpleNamespace(train=lambda images, *_: images, evaluate=lambda images: images),
+        source=SimpleNamespace(task="classification", name="x"),
+    )  # fmt: skip
+    there = SimpleNamespace(autocast=contextlib.nullcontext)
+    world = SimpleNamespace(device=torch.device("cpu"), accelerator=there)
+    config = SimpleNamespace(model="my_cnn", image_size=8, mixed_precision="no")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = trial.try_model(model, Classification(10), data, config, world, debug=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    return found
+
+
+def untracked() -> nn.Module:
+    return nn.BatchNorm2d(3, track_running_stats=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (None, None, {}),
+        (nn.BatchNorm2d(3), None, {}),
+        (nn.Dropout(0.5), None, {}),
+        (untracked(), None, {"neighbours": True}),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), untracked(), nn.Upsample(8)), None,
+         {"neighbours": True}),
+        (F.dropout, None, {"random": True}),
+        (None, nn.Softmax(1), {"probabilities": True}),
+        (None, nn.LogSoftmax(1), {}),
+        (Counting(), None, {"hidden": ("before.calls",)}),
+        (FirstBatch(), None, {"hidden": ("before.ready",)}),
+        (Remembering(), None, {"hidden": ("before.mean",)}),
+        (ReadingNorm(3), None, {"reads": True}),
+        (Counting(as_buffer=True), None, {"reads": True}),
+        (None, lambda x: {"features": x, "logits": x}, {}),
+        (None, lambda x: SimpleNamespace(logits=x), {}),
+        (None, lambda x: (x, x), {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_model_does_is_measured(before, after, says):
+    found = trial_of(Small(before, after))
+    usual = {"neighbours": False, "random": False, "probabilities": False, "hidden": ()}
+    reads = says.pop("reads", False)
+    assert {name: getattr(found, name) for name in usual} == usual | says
+    assert found.nature.reads_buffers == reads
+
+
+def test_an_answer_without_logits_says_what_was_answered():
+    for answer, says in (({"out": 1}, "a dict"), (SimpleNamespace(), "SimpleNamespace")):
+        with pytest.raises(UserError, match=f"answers a.*{says}.*as `logits`") as error:
+            trial_of(Small(None, lambda x, answer=answer: answer))
+        assert error.value.code == "no-logits"
+
+
+def test_a_model_that_python_cannot_copy_is_a_sentence_and_a_run_builds_it_again():
+    class Locked(Small):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()
+
+    with pytest.raises(UserError, match="lock") as error:
+        trial_of(Locked())
+    assert error.value.code == "no-second-instance"
+
+
+def test_the_head_is_the_last_layer_to_run_in_whatever_order_init_made_them(folder):
+    (folder / "turned.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes=10):\n"
+        "        super().__init__()\n"
+        "        self.scale = nn.Parameter(nn.init.ones_(nn.Linear(1, 1).weight)[0])\n"
+        "        self.head = nn.Linear(12, num_classes)\n"
+        "        self.body = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(2))\n"
+        "    def forward(self, x):\n"
+        "        return self.scale * self.head(self.body(x).flatten(1))\n"
+    )
+    name = f"{folder}/turned.py:Net"
+    model = build_model(name, num_classes=5, image_size=8)
+    assert head_prefixes(model, name, 8) == ("head.",)
+    freeze_backbone(model, name, 8)
+    assert [k for k, p in model.named_parameters() if p.requires_grad] == [
+        "head.weight", "head.bias",
+    ]  # fmt: skip
+
+
+COUNTS = """
+from torch import nn
+
+class Counts(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.head, self.calls = nn.Linear(192, num_classes), 0
+
+    def forward(self, images):
+        self.calls += self.training
+        return self.head(images.flatten(1)) * (1 + 0.01 * self.calls)
+"""
+
+
+def test_state_that_a_model_hides_is_told_kept_with_the_run_and_compared(folder):
+    (folder / "counts.py").write_text(COUNTS)
+    words = ["--model", f"{folder}/counts.py:Counts", *SHORT, "--max-steps", "2"]
+    for name, count in (("counts-1", 1), ("counts-1b", 1), ("counts-2", 2)):
+        done = train([*words, "--run-dir", name], folder, count)
+        assert done.status == 0 and "keeps state of its own (calls)" in done.out, done.out
+
+    def same(other: str) -> tuple[int, str]:
+        done = python("-m", "bench.same", folder / "counts-1", folder / other)
+        return done.returncode, done.stdout
+
+    assert same("counts-2") == (1, "processes: 1 and 2, and the model hides calls\n")
+    status, told = same("counts-1b")
+    assert status == 0 and "on this number of processes only: the model hides calls" in told
