@@ -128,6 +128,8 @@ class Logbook(contextlib.AbstractContextManager):
             folder.write_source(data.source)
         else:
             folder.write_config(to_json(settings))
+            if progress.step == 0:  # nothing was kept of a life before: the data may be others
+                folder.write_source(data.source)
         folder.link_latest()
         self.trackers = build_trackers(
             self.plan.config.track, folder.folder, folder.folder.name,

@@ -49,7 +49,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     model = build_model(config.model, num_classes=num_classes, image_size=config.image_size)
     weights = ""
     if config.weights not in ("none", "auto") and not plan.goes_on:
-        weights = _load_weights(model, config.model, config.weights, num_classes, world)
+        weights = _load_weights(model, plan, data, world)
     if config.freeze == "backbone":
         freeze_backbone(model, config.model)
     if hasattr(model, "start_from_data") and not weights:
@@ -68,12 +68,15 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     return Started(model, task, weights, trial)
 
 
-def _load_weights(model: nn.Module, name: str, weights: str, num_classes: int, world: World) -> str:
+def _load_weights(model: nn.Module, plan: Plan, data: Data, world: World) -> str:
     """One process of each node first, which may have to download them, then the others."""
-    message = ""
+    message, config = "", plan.config
+    load = partial(
+        load_weights, model, config.model, config.weights, data.num_outputs, data.classes,
+        as_they_are=plan.actions.eval_only,
+    )  # fmt: skip
     for turn in (True, False):
-        mine = world.accelerator.is_local_main_process == turn
-        work = partial(load_weights, model, name, weights, num_classes) if mine else str
+        work = load if world.accelerator.is_local_main_process == turn else str
         message = world.all_or_none(work) or message
     return message
 
