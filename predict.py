@@ -94,14 +94,17 @@ def load_imagenet(name: str, weights: str):
         )
     size = int(entry.finetune.get("image_size", 224))  # inception_v3 was trained on 299
     model = build_model(name, num_classes=1000, image_size=size)
-    told = load_weights(model, name, weights, 1000)
-    if "the head for" in told:
-        raise UserError(
-            f"--weights {weights}: these are not ImageNet's 1,000 classes ({told}); for a run of "
-            "yours type --run FOLDER",
-            code="weights-of-other-classes",
-        )
     classes = imagenet_classes()
+    try:
+        load_weights(model, name, weights, 1000, classes, as_they_are=True)
+    except UserError as error:
+        if error.code != "other-classes":
+            raise
+        raise UserError(
+            f"--weights {weights}: these are not ImageNet's 1,000 classes "
+            f"({str(error).partition(': ')[2]}); for a run of yours type --run FOLDER",
+            code="weights-of-other-classes",
+        ) from None
     return model.eval(), {**IMAGENET, "image_size": size, "classes": classes, "crop": CROP}
 
 

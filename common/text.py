@@ -2,7 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errors import UserError
@@ -20,6 +22,36 @@ def file_name(text: str) -> str:
     """The last part of a path, a hub name or FILE.py:Class as a plain file name."""
     stem = Path(text.replace(":", "/")).name or "data"
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
+
+
+def class_name(text: object) -> str:
+    """The name of a class in one Unicode form (NFC): macOS stores é as e and an accent."""
+    return unicodedata.normalize("NFC", str(text))
+
+
+def places(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Where each class stands among known ones, by its name; None: nowhere, or there twice."""
+    if list(names) == list(known):
+        return list(range(len(known)))
+    once = {name: place for place, name in enumerate(known)}
+    twice = {name for name, count in (Counter(names) + Counter(known)).items() if count > 2}
+    return [None if name in twice else once.get(name) for name in names]
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """Names in a row for a sentence; of many the first ones and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + more
+
+
+def both_sides(one: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:
+    """Two lists of classes that do not match, and what only one of them has."""
+    only = [name for name in names if name not in set(others)]
+    missing = [name for name in others if name not in set(names)]
+    told = f"{one} {some(names)}; {other} {some(others)}"
+    parts = [f"only the former: {some(only)}"] * bool(only)
+    parts += [f"only the latter: {some(missing)}"] * bool(missing)
+    return f"{told} ({'; '.join(parts) or 'some of them twice'})"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -5,8 +5,10 @@ This file imports no torch, so that the command line can read the table of data 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from common.text import places
 
 if TYPE_CHECKING:
     import torch
@@ -59,3 +61,17 @@ class Decoded:
     is_test: list[bool]
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()  # left out, with the reason
+
+
+def numbered_as(source: Source, classes: tuple[str, ...]) -> Source:
+    """The data set with the numbers that these classes have; itself where they are others."""
+    there = places(source.classes, classes)
+    if None in there or len(there) != len(classes) or source.classes == classes:
+        return source
+    import torch
+
+    numbers = torch.tensor(there)
+    train, test = (
+        ImageSet(images.images, numbers[images.labels]) for images in (source.train, source.test)
+    )
+    return replace(source, train=train, test=test, classes=classes)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.text import did_you_mean
+from common.text import class_name, did_you_mean
 from errors import UserError
 from models.own_file import (
     call_with_known_arguments,
@@ -215,12 +215,14 @@ def lookup(name: str) -> ModelEntry:
 
 
 def told_by_weights(weights: str) -> dict:
-    """What a run wrote into its weights file (model, image_size, ...); {} for any other file."""
+    """What a run wrote into its weights (model, image_size, classes); {} for any other file."""
     try:
         with Path(weights).expanduser().open("rb") as file:  # safetensors: a length, a JSON header
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**7)))
         told = json.loads(header["__metadata__"]["lockstep"])
-        return {"model": str(told["model"]), "image_size": int(told["image_size"])}
+        classes = tuple(map(class_name, told.get("classes", ())))
+        facts = {"model": str(told["model"]), "image_size": int(told["image_size"])}
+        return {**facts, "classes": classes}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -1,9 +1,11 @@
 """Weights from elsewhere: ImageNet's, a file's; the head that does not fit; a frozen backbone."""
 
+import argparse
 import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.text import both_sides, places, some
 from errors import UserError
 from models import lookup, told_by_weights
 from models.own_file import is_own_file
@@ -49,13 +52,16 @@ def imagenet_reach(name: str) -> tuple[bool, str]:
 
 
 def load_weights(
-    model: nn.Module, name: str, weights: str, num_classes: int, image_size: int = 0
-) -> str:
+    model: nn.Module, name: str, weights: str, num_classes: int, classes: Sequence[str] = (),
+    as_they_are: bool = False, image_size: int = 0,
+) -> str:  # fmt: skip
     """Loads "imagenet" or a .pth / .safetensors file into the model; a sentence about what came.
 
-    A head for another number of classes stays as initialised; any other difference is a
-    UserError and leaves the model as it was. Never executes code from a file. Processes that
-    share a torch hub cache should not download together: let one go first.
+    Where both sides name their classes, the rows of the head are matched by name, and those of
+    classes that the file does not know stay as initialised; so does a head for another number of
+    classes. Any other difference is a UserError and leaves the model as it was, and so is a head
+    with new rows if the weights are to be used `as_they_are`. Never executes code from a file.
+    Processes that share a torch hub cache should not download together: let one go first.
     """
     if weights == "imagenet":
         file = _fetch_imagenet(name)
@@ -68,8 +74,27 @@ def load_weights(
     if lookup(name).pretrained.startswith("densenet"):  # published under their names of 2017
         loaded = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in loaded.items()}
 
+    known = _classes_of(weights)
+    mine = _as_imagenet(classes) if weights == "imagenet" else list(classes)
+    rows = places(mine, known) if known and mine else []
+    same_names = None not in rows and len(rows) == len(known)
+    if rows and not same_names and as_they_are:
+        sides = both_sides("the weights know", known, "the data have", classes)
+        raise UserError(f"--weights {weights}: other classes: {sides}", code="other-classes")
     heads = head_prefixes(model, name, image_size)
-    fresh = [head for head in heads if _other_classes(head, loaded, own)]
+    kept = sum(row is not None for row in rows)
+    by_name = kept > 0 and rows != list(range(len(known)))
+    if by_name:
+        _match_rows(loaded, own, heads, rows, len(known), weights)
+    others = [_other_classes(head, loaded, own) or bool(rows and not kept) for head in heads]
+    fresh = [head for head, other in zip(heads, others, strict=True) if other]
+    if fresh and as_they_are:
+        theirs = loaded[_head_key(fresh[0], own)].shape[0]
+        raise UserError(
+            f"--weights {weights}: they know {theirs} classes, and the data have {num_classes}: "
+            "the head would be a new one, which knows nothing",
+            code="other-classes",
+        )
     given = {k: v for k, v in loaded.items() if not k.startswith(tuple(fresh))}
     missing = [k for k in own if k not in given and not k.startswith(tuple(fresh))]
     unexpected = [k for k in given if k not in own]
@@ -98,11 +123,23 @@ def load_weights(
             code="weights-do-not-fit",
         )
     model.load_state_dict(given, strict=False)
+    if by_name and same_names:
+        return f"{origin}, all {len(given)} tensors, the head's rows in the order of the data"
+    if by_name:
+        new = [classes[place] for place, row in enumerate(rows) if row is None]
+        gone = [other for place, other in enumerate(known) if place not in rows]
+        dropped = f", those of {some(gone, 4)} are left out" if gone else ""
+        which = f", the head's rows of {some(new, 4)} are new" if new else ""
+        return f"{origin}: {kept} of {len(rows)} classes kept{which}{dropped}"
     if not fresh:
-        return f"{origin}, all {len(given)} tensors"
-    new = ", ".join(head.removesuffix(".") for head in fresh)
+        doubt = ""
+        if classes and not known:
+            doubt = "; it names no classes: those of the data are taken to be its own, in order"
+        return f"{origin}, all {len(given)} tensors{doubt}"
+    heads = ", ".join(head.removesuffix(".") or "all of it" for head in fresh)
     theirs = loaded[_head_key(fresh[0], own)].shape[0]
-    return f"{origin}; they know {theirs} classes, so the head for {num_classes} is new ({new})"
+    which = f"{theirs} other classes ({some(known, 4)})" if rows else f"{theirs} classes"
+    return f"{origin}; they know {which}, so the head for {num_classes} is new ({heads})"
 
 
 def imagenet_classes() -> list[str]:
@@ -243,7 +280,9 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
             state: Any = load_file(file)
         else:
-            with warnings.catch_warnings(action="ignore"):  # the error below says it better
+            # A namespace of arguments lies beside timm's weights; it is no code.
+            plain = torch.serialization.safe_globals([argparse.Namespace])
+            with plain, warnings.catch_warnings(action="ignore"):  # the error below says it better
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has errors of its own, and all mean the same here
         raise UserError(
@@ -252,7 +291,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
             "or a .safetensors file",
             code="bad-weights-file",
         ) from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not (isinstance(state, dict) and state) or not all(
@@ -266,8 +305,55 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _key(key: str, own: dict[str, torch.Tensor]) -> str:
-    """The key without what DistributedDataParallel and torch.compile put in front of it."""
-    return key if key in own else re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+    """The key without what DistributedDataParallel, torch.compile and Lightning put before it."""
+    while key not in own and (prefix := re.match(r"(module|_orig_mod|model)\.", key)):
+        key = key[prefix.end() :]
+    return key
+
+
+def _classes_of(weights: str) -> Sequence[str]:
+    """What the rows of the file's head are called; () where it does not say."""
+    if weights != "imagenet":
+        return told_by_weights(weights).get("classes", ())
+    return imagenet_classes()
+
+
+def _as_imagenet(classes: Sequence[str]) -> list[str]:
+    """Classes under the names that the published weights have: `tench, Tinca tinca` is tench.
+
+    All thousand folders by their numbers (n01440764) lie in the order of the weights.
+    """
+    numbers = [re.fullmatch(r"n\d{8}", name) for name in classes]
+    names = [name.partition(",")[0] for name in classes]
+    known = imagenet_classes()
+    if len(classes) != len(known):
+        return names
+    alike = sum(one == other for one, other in zip(names, known, strict=True))
+    return known if all(numbers) or alike > 0.9 * len(known) else names
+
+
+def _match_rows(
+    loaded: dict[str, torch.Tensor], own: dict[str, torch.Tensor], heads: Sequence[str],
+    rows: Sequence[int | None], count: int, weights: str,
+) -> None:  # fmt: skip
+    """Put into `loaded` heads for the model's classes: row n is the file's rows[n], or the own."""
+    for head in heads:
+        keys = [key for key in own if key.startswith(head)]
+        if not all(key in loaded and loaded[key].shape[:1] == (count,) for key in keys) or not all(
+            own[key].shape == (len(rows), *loaded[key].shape[1:]) for key in keys
+        ):
+            raise UserError(
+                f"--weights {weights}: its classes are others or in another order, and the layer "
+                f"{head.removesuffix('.')} that should answer for them has not {count} rows: "
+                "assign the layer that answers last in __init__",
+                code="weights-do-not-fit",
+            )
+        for key in keys:
+            theirs, matched = loaded[key], own[key].detach().clone()
+            for place, row in enumerate(rows):
+                if row is not None:
+                    matched[place] = theirs[row]
+            loaded[key] = matched
 
 
 def _head_key(head: str, own: dict[str, torch.Tensor]) -> str:

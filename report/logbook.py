@@ -130,6 +130,8 @@ class Logbook(contextlib.AbstractContextManager):
             folder.write_source(data.source)
         else:
             folder.write_config(to_json(settings))
+            if progress.step == 0:  # nothing was kept of a life before: the data may be others
+                folder.write_source(data.source)
         folder.write_metrics(task.metrics, task.best_is)
         folder.link_latest()
         self.trackers = build_trackers(

@@ -82,7 +82,7 @@ def show_start(
     if plan.actions.debug:
         screen.show(table_of_layers(config.model, config.image_size, data.num_outputs))
     screen.start_panel("lockstep", rows, changed)
-    for note in filter(None, (batch.note, *_notes(plan, data, started, world))):
+    for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world))):
         screen.warn(note)
     if expected > 1800 and world.device.type == "cpu":
         screen.show(

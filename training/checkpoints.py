@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.text import seconds
+from common.text import both_sides, seconds
 from distributed.checkpoint import (
     Progress,
     Writer,
@@ -24,7 +24,7 @@ from distributed.checkpoint import (
 from distributed.world import World
 from errors import UserError
 from training.learner import Learner
-from training.plan import Plan
+from training.plan import Plan, classes_of_run
 from training.schedule import Schedule
 
 
@@ -71,6 +71,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         data are others.
         """
         if self.plan.actions.eval_only and self.plan.config.run_dir is not None:
+            self._compare_classes()
             self._load_best(Path(self.plan.config.run_dir) / "model.safetensors", learner)
         if self.folder is None:
             return Progress()
@@ -100,11 +101,24 @@ class Checkpoints(contextlib.AbstractContextManager):
                 "--allow-change dataset",
                 code="other-data",
             )
+        self._compare_classes()
         if facts.get("order", self.facts["order"]) != self.facts["order"]:
             warn("the order of the samples is no longer that of this checkpoint")
         if facts.get("code") != self.facts["code"]:
             warn(
                 "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
+            )
+
+    def _compare_classes(self) -> None:
+        """UserError where the data have other classes; those in another order are renumbered."""
+        known, classes = classes_of_run(self.plan), self.card.get("classes", ())
+        if known and list(known) != list(classes):
+            sides = both_sides("the run knows", known, "the data have", classes)
+            weights = Path(str(self.plan.config.run_dir)) / "model.safetensors"
+            raise UserError(
+                f"the classes are not those of this run: {sides}; a new run with --weights "
+                f"{weights} keeps what it knows of those that both have",
+                code="other-classes",
             )
 
     def _load_best(self, path: Path, learner: Learner) -> None:

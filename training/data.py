@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from config import BatchPlan, Settings, plan_batch
 from data.augment import Augment
+from data.image_set import numbered_as
 from data.loaders import Resident, build_test_loader, build_train_loader, evaluation_batch
 from data.order import GlobalBatchSampler, split_validation
 from data.sources import ImageSet, Source, limited, load_source
@@ -18,14 +19,14 @@ from distributed import faults
 from distributed.world import World
 from errors import UserError
 from models import lookup
-from training.plan import Plan
+from training.plan import Plan, classes_of_run
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and evaluation batches; knows nothing of the model.
+    """Training and evaluation batches; knows nothing of the model. `note`: what is to be told.
 
     `test_loaders` are by split: "val", where a part of the training images is held out, and "test".
     """
@@ -36,6 +37,7 @@ class Data:
     sampler: GlobalBatchSampler
     train_loader: DataLoader
     test_loaders: dict[str, DataLoader]
+    note: str = ""
 
     @property
     def train(self) -> Resident:
@@ -101,7 +103,11 @@ def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
     ))  # fmt: skip
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
-    data = build_data(plan.settings, source, world.num_processes, world.device)
+    known = world.main_decides(lambda: classes_of_run(plan))
+    numbered = numbered_as(source, known)
+    data = build_data(plan.settings, numbered, world.num_processes, world.device)
+    if numbered is not source:
+        data = replace(data, note="the data name the run's classes in another order: by name")
     return plan.with_batch(data.batch), data
 
 

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.disk import read_json
+from common.text import class_name
 from config import Actions, BatchPlan, Settings, TrainConfig, recipe_of, restarted
 from data.sources import SOURCES, choose_dataset
 from distributed.checkpoint import visible
 from distributed.world import World
 from errors import UserError
-from models import lookup
+from models import lookup, told_by_weights
 from models.weights import imagenet_reach
 from training.run_dir import fresh_name
 
@@ -39,6 +41,18 @@ class Plan:
         changed = {k: v for k, v in decided.items() if v != getattr(self.config, k)}
         settings = self.settings.with_layer("batch plan", changed)
         return replace(self, settings=settings, config=settings.config)
+
+
+def classes_of_run(plan: Plan) -> tuple[str, ...]:
+    """The classes by the numbers that the run to go on with gave them; () where none is there."""
+    if not plan.goes_on or plan.config.run_dir is None:
+        return ()
+    folder = Path(plan.config.run_dir)
+    told = told_by_weights(str(folder / "model.safetensors")).get("classes", ())
+    if plan.actions.eval_only:
+        return told
+    kept = read_json(folder / "classes.json", {}).get("classes", told)
+    return tuple(map(class_name, kept))
 
 
 def leaves_no_run(actions: Actions) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.disk import digest
-from config import Settings, TrainConfig, to_json
+from config import Settings, to_json
 from data.keyed_random import mix
 from distributed.accelerator import code_fingerprint, model_fingerprint
 from distributed.generators import Generators
@@ -55,7 +55,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     separate_views(model)
     weights = ""
     if config.weights not in ("none", "auto") and not plan.goes_on:
-        weights = _load_weights(model, config, num_classes, world)
+        weights = _load_weights(model, plan, data, world)
     if config.freeze == "backbone":
         freeze_backbone(model, config.model, config.image_size)
     if hasattr(model, "start_from_data") and not weights:
@@ -90,13 +90,15 @@ def _seed_weights(seed: int) -> None:
     Generators(torch.device("cpu"), ()).seed(mix(seed, WEIGHTS))
 
 
-def _load_weights(model: nn.Module, config: TrainConfig, num_classes: int, world: World) -> str:
+def _load_weights(model: nn.Module, plan: Plan, data: Data, world: World) -> str:
     """One process of each node first, which may have to download them, then the others."""
-    message = ""
+    message, config = "", plan.config
+    load = partial(
+        load_weights, model, config.model, config.weights, data.num_outputs, data.classes,
+        as_they_are=plan.actions.eval_only, image_size=config.image_size,
+    )  # fmt: skip
     for turn in (True, False):
-        mine = world.accelerator.is_local_main_process == turn
-        words = (model, config.model, config.weights, num_classes, config.image_size)
-        work = partial(load_weights, *words) if mine else str
+        work = load if world.accelerator.is_local_main_process == turn else str
         message = world.all_or_none(work) or message
     return message
 

@@ -114,7 +114,9 @@ class Copy:
             status = [(str(path), seen.st_size, seen.st_mtime_ns) for path, seen in found]
         which = self.name if self.published else False
         which = True if which == "cifar10" else which  # as in caches of old
-        return [which, self.kind, self.where, image_size, skip_bad, status]
+        by_name = self.kind in ("tables", "hub") and not self.published
+        meaning = ["labels by name"] if by_name else []  # not so in entries of old
+        return [which, self.kind, self.where, image_size, skip_bad, status, *meaning]
 
     def refuse(self, why: str) -> UserError:
         return UserError(f"{self.cannot_be_had(why)} {self.what_to_type}", code="data-unreachable")

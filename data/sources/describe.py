@@ -5,6 +5,7 @@ import json
 import torch
 
 from common.disk import digest
+from common.text import class_name
 from data.cache import Entry, digest_of
 from data.image_set import Decoded, ImageSet, Source
 from errors import UserError
@@ -66,7 +67,7 @@ def source_of(name: str, entry: Entry, origin: str, no_flip: bool = False) -> So
         task="classification",
         train=ImageSet(tensors["train_images"], tensors["train_labels"]),
         test=ImageSet(tensors["test_images"], tensors["test_labels"]),
-        classes=tuple(meta["classes"]),
+        classes=tuple(map(class_name, meta["classes"])),
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         fingerprint=meta["fingerprint"],

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from common.text import printable
+from common.text import class_name, printable
 from data.files import SUFFIXES, TEST_NAMES, Records, decode_records, keyed_split
 from data.image_set import Decoded
 from data.sources.layout import Layout
@@ -21,7 +21,7 @@ def read_class_folders(root: Path) -> Records:
     if _subfolders(root / "train"):
         train = root / "train"
         test = next((root / name for name in TEST_NAMES if _subfolders(root / name)), None)
-    classes = tuple(folder.name for folder in _subfolders(train))
+    classes = tuple(dict.fromkeys(class_name(folder.name) for folder in _subfolders(train)))
     if len(classes) < 2:
         raise UserError(
             f"{printable(train)} has {len(classes)} class folder(s), and telling classes apart "
@@ -31,7 +31,7 @@ def read_class_folders(root: Path) -> Records:
     paths, labels, is_test = [], [], []
     for base in filter(None, (train, test)):
         for folder in _subfolders(base):
-            if folder.name not in classes:
+            if class_name(folder.name) not in classes:
                 raise UserError(
                     f"the class folder {printable(folder)} has no partner in {printable(train)}: "
                     "training would never see that class; add training images or remove it.",
@@ -46,7 +46,7 @@ def read_class_folders(root: Path) -> Records:
                     code="empty-class",
                 )
             paths += found
-            labels += [classes.index(folder.name)] * len(found)
+            labels += [classes.index(class_name(folder.name))] * len(found)
             is_test += [base == test] * len(found)
     if test is None:
         keys = [os.fsencode(path.relative_to(root).as_posix()) for path in paths]
@@ -64,7 +64,7 @@ def _subfolders(path: Path) -> list[Path]:
             for entry in path.iterdir()
             if not entry.name.startswith(".") and entry.is_dir() and _inside(entry, root)
         ),
-        key=lambda entry: entry.name,
+        key=lambda entry: class_name(entry.name),
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from common.text import printable
+from common.text import places, printable
 from data.image_set import Decoded
 from errors import UserError
 
@@ -27,5 +27,11 @@ class Published:
                 code="other-data-set",
             )
         numbers = tuple(map(str, range(len(found.classes))))
-        # A table need not name its classes.
-        return replace(found, classes=self.classes) if found.classes == numbers else found
+        if found.classes == numbers:  # a table need not name its classes
+            return replace(found, classes=self.classes)
+        there = places(found.classes, self.classes)
+        in_range = all(0 <= label < len(there) for label in found.labels)  # else told later
+        if None in there or not in_range:
+            return found
+        labels = [there[label] for label in found.labels]
+        return replace(found, labels=labels, classes=self.classes)

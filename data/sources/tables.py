@@ -1,5 +1,6 @@
 """Tables of (image, label): parquet files, arrow files of `save_to_disk` or of the hub's cache."""
 
+import itertools
 import json
 import os
 import re
@@ -7,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.text import printable
+from common.text import both_sides, class_name, places, printable
 from data.files import TEST_NAMES, Records, decode_records, keyed_split
 from data.image_set import Decoded
 from data.sources.layout import Layout
@@ -67,51 +68,109 @@ def read_tables(path: Path) -> Records:
 
 
 def records_of_tables(splits: dict[str, list["pyarrow.Table"]], origin: str) -> Records:
-    """Records of tables by split name; image and label columns found by name, else by type."""
+    """Records of tables by split name; image and label columns found by name, else by type.
+
+    Each table may name its classes in an order of its own: labels are matched by name.
+    """
     train = splits.pop("train", None) or (splits.popitem()[1] if len(splits) == 1 else None)
     if not train:
         raise UserError(
             f"{origin} has no train split, only {', '.join(map(repr, splits))}.",
             code="no-train-split",
         )
-    image, label, classes = _columns(train[0].schema, origin)
-    items, raw_labels = _rows(train, image, label, origin)
+    image, label = _columns(train[0].schema, origin)
+    items, values, lists = _rows(train, image, label, origin)
     is_test = [False] * len(items)
     names = [f"row {row} of train in {origin}" for row in range(len(items))]
     for split in (name for name in TEST_NAMES if name in splits):
-        more_items, more_labels = _rows(splits[split], image, label, origin)
-        if set(more_labels) <= {-1, None}:  # a competition's test set keeps its labels secret
+        more_items, more_values, more_lists = _rows(splits[split], image, label, origin)
+        if all(value in (-1, None) for value in more_values):  # a competition keeps them secret
             continue
         items += more_items
-        raw_labels += more_labels
+        values += more_values
+        lists += more_lists
         is_test += [True] * len(more_items)
         names += [f"row {row} of {split} in {origin}" for row in range(len(more_items))]
         break
-    if None in raw_labels:
-        raise UserError(
-            f"{names[raw_labels.index(None)]} has no label in column '{label}'.", code="no-label"
-        )
-    if classes is None or any(isinstance(value, str) for value in raw_labels):
-        for name, value in zip(names, raw_labels, strict=True):
-            if not isinstance(value, str) and (value != int(value) or value < 0):
+    classes, labels = _by_name(values, lists, names, label)
+    if not any(is_test):
+        keys = (item if isinstance(item, bytes) else os.fsencode(item.name) for item in items)
+        is_test = keyed_split(keys, labels)
+    return Records(items, names, labels, is_test, classes)
+
+
+def _by_name(
+    values: list, lists: list[tuple[str, ...] | None], rows: list[str], label: str
+) -> tuple[tuple[str, ...], list[int]]:
+    """The classes, and the number of each row's among them.
+
+    `values` stand in the label column; `lists` are the classes that a row's table names, if it
+    does. The first list that there is numbers all of them; without one, the values are the names.
+    """
+    for row, value in zip(rows, values, strict=True):
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if value is None or not (isinstance(value, str) or whole):
+            what = "no label" if value is None else f"the label {printable(value)[:60]}"
+            raise UserError(
+                f"{row} has {what} in column '{label}': labels are whole numbers from 0, or text; "
+                "mend the column or drop the row.",
+                code="no-label" if value is None else "bad-label",
+            )
+    texts = [isinstance(value, str) for value in values]
+    known = next(filter(None, lists), None)
+    if known is None:
+        if any(texts) and not all(texts):
+            row = rows[texts.index(not texts[0])]
+            raise UserError(
+                f"{row} has a {'text' if not texts[0] else 'number'} in column '{label}', the rows "
+                "before have none: labels are whole numbers in all tables, or text in all.",
+                code="bad-label",
+            )
+        for row, value in zip(rows, values, strict=True):
+            if not isinstance(value, str) and value < 0:
                 raise UserError(
-                    f"{name} has the label {value} in column '{label}': labels are whole numbers "
+                    f"{row} has the label {value} in column '{label}': labels are whole numbers "
                     "from 0, or text; mend the column or drop the row.",
                     code="bad-label",
                 )
-        values = sorted(set(raw_labels))
-        classes = tuple(map(str, values))
-        places = {value: place for place, value in enumerate(values)}
-        raw_labels = [places[value] for value in raw_labels]
-    if not any(is_test):
-        keys = (item if isinstance(item, bytes) else os.fsencode(item.name) for item in items)
-        is_test = keyed_split(keys, raw_labels)
-    return Records(items, names, raw_labels, is_test, classes)
+        found = [class_name(value) if isinstance(value, str) else int(value) for value in values]
+        numbers = {value: number for number, value in enumerate(sorted(set(found)))}
+        return tuple(map(str, numbers)), [numbers[value] for value in found]
+    tables = {names: places(names, known) for names in set(filter(None, lists))}
+    by_text = {name: number for number, name in enumerate(known)}
+    labels: list[int] = []
+    for row, value, names in zip(rows, values, lists, strict=True):
+        if isinstance(value, str):
+            number = by_text.get(class_name(value))
+            names = (class_name(value),)
+        elif names is None or not 0 <= value < len(names):  # a number out of range is told later
+            number = int(value)
+        else:
+            number = tables[names][int(value)]
+        if number is None:
+            sides = both_sides("it names", names, "the first table names", known)
+            raise UserError(
+                f"{row} is of a class that the first table does not name: {sides}; mend the names "
+                "or drop the rows.",
+                code="other-classes",
+            )
+        labels.append(number)
+    return known, labels
 
 
-def _columns(schema: "pyarrow.Schema", origin: str) -> tuple[str, str, tuple[str, ...] | None]:
+def _features(schema: "pyarrow.Schema") -> dict:
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
+    return metadata.get("info", {}).get("features", {})
+
+
+def _class_names(schema: "pyarrow.Schema", label: str) -> tuple[str, ...] | None:
+    """What a table calls the numbers in its label column."""
+    names = _features(schema).get(label, {}).get("names")
+    return tuple(map(class_name, names)) if names else None
+
+
+def _columns(schema: "pyarrow.Schema", origin: str) -> tuple[str, str]:
+    features = _features(schema)
 
     def pick(known: tuple[str, ...], kind: str) -> str:
         typed = [
@@ -130,17 +189,17 @@ def _columns(schema: "pyarrow.Schema", origin: str) -> tuple[str, str, tuple[str
 
     image = pick(("img", "image"), "Image")
     label = pick(("label", "labels", "fine_label"), "ClassLabel")
-    classes = features.get(label, {}).get("names")
-    return image, label, tuple(classes) if classes else None
+    return image, label
 
 
 def _rows(
     tables: list["pyarrow.Table"], image: str, label: str, origin: str
-) -> tuple[list[bytes | Path], list]:
+) -> tuple[list[bytes | Path], list, list[tuple[str, ...] | None]]:
+    """Pictures, values of the label column, and for each row the classes that its table names."""
     import pyarrow
     import pyarrow.compute
 
-    items, labels = [], []
+    items, labels, lists = [], [], []
     for table in tables:
         column = table[image]
         if not pyarrow.types.is_struct(column.type):
@@ -155,13 +214,14 @@ def _rows(
                 for blob, path in zip(blobs, paths, strict=True)
             ]
         labels += table[label].to_pylist()
+        lists += itertools.repeat(_class_names(table.schema, label), len(column))
     for row, item in enumerate(items):
         # A path may name a device or a pipe, which would never end.
         if not (item if isinstance(item, bytes) else isinstance(item, Path) and item.is_file()):
             raise UserError(
                 f"row {row} of {origin} has no image in column '{image}'.", code="no-image"
             )
-    return items, labels
+    return items, labels, lists
 
 
 def read(path: Path, image_size: int | None, skip_bad: bool) -> Decoded:
