@@ -1,6 +1,7 @@
 """Submits a training job to SLURM, after checking its flags: all that needs no data and no node.
 
 python launch/submit.py --nodes 2 --gpus 8 --time 4h -- --model vgg16 --dataset cifar10
+python launch/submit.py --status 4711
 """
 
 import argparse
@@ -13,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from submitted import HERE, Problem, keep, name_job, snapshot, status_of, tell
 from sweep import read_rows
 
-HERE = Path(__file__).resolve().parent.parent
 LEAD_SECONDS = 180  # of --signal in slurm.sbatch: the job saves that long before its limit
 LEAD = re.compile(r"--signal=B:USR1@([1-9][0-9]{0,5})")  # another lead: the only such flag allowed
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+,-]*")
@@ -31,10 +32,6 @@ OWNED = (
     "--chdir",
     "--parsable",
 )
-
-
-class Problem(ValueError):
-    """Something the user can mend; printed as one sentence, exit status 2."""
 
 
 def seconds(text: str, lead: int = LEAD_SECONDS) -> int:
@@ -85,11 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", help="file with one line of further flags per array task")
     parser.add_argument("--env", help="file the job sources first (module load, activate)")
     parser.add_argument("--python", help="the Python of the training environment")
+    parser.add_argument("--snapshot", action="store_true", help="train the code as it is now, "
+                        "whatever is edited while the job waits")  # fmt: skip
     parser.add_argument("--preflight", action="store_true", help="check the nodes before training")
     parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="a further "
                         "flag of sbatch, as --sbatch=--exclusive; may be repeated")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")
     parser.add_argument("--follow", action="store_true", help="show the log until the job ends")
+    parser.add_argument("--status", metavar="JOB", help="which rows of a job ran, failed, wait")
     return parser
 
 
@@ -128,6 +128,40 @@ def check(options: argparse.Namespace) -> None:
             problems.append(f"--sbatch {flag}: launch/slurm.sbatch needs its own{lead}")
     if problems:
         raise Problem("\n".join(problems))
+
+
+def check_python(python: str) -> None:
+    """The job's Python has what training needs; looked up, not imported."""
+    names = ("torch", "torchvision", "accelerate", "safetensors")
+    look = f"from importlib.util import find_spec as f; print(*[n for n in {names} if not f(n)])"
+    try:
+        done = subprocess.run([python, "-c", look], capture_output=True, text=True)
+    except OSError as error:
+        raise Problem(f"--python {python}: {error.strerror}") from None
+    if missing := done.stdout.split():
+        raise Problem(
+            f"{python} has no {', '.join(missing)}: activate the training environment and type the "
+            "same again, or name its Python, --python /shared/venv/bin/python"
+        )
+
+
+def check_cpus(options: argparse.Namespace) -> None:
+    """No node has so many CPUs: SLURM would only say that this is not available."""
+    parts = options.gpus or options.tasks
+    asked = (options.cpus or 1) * parts
+    look = ["sinfo", "--noheader", "--Node", "--format=%c"]
+    look += [f"--partition={options.partition}"] if options.partition else []
+    try:
+        done = subprocess.run(look, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return  # sbatch will say what it finds
+    have = [int(word) for word in done.stdout.split() if word.isdecimal()]
+    if have and asked > max(have):
+        where = f" in partition {options.partition}" if options.partition else ""
+        raise Problem(
+            f"{parts} processes x --cpus {options.cpus or 1} are {asked} CPUs per node, and no "
+            f"node{where} has more than {max(have)}"
+        )
 
 
 def trainer_settings(arguments: list[str], python: str) -> dict[str, tuple[str, str]]:
@@ -181,7 +215,7 @@ def tasks_of(array: str) -> list[int]:
 
 
 def check_array(options: argparse.Namespace, arguments: list[str], python: str) -> dict:
-    """The settings of an array's first task, after the flags of each task were resolved."""
+    """The settings of each of an array's tasks, by number; every row's mistake is told."""
     for word in arguments:
         flag = word.replace("_", "-").partition("=")[0]
         if flag in ("--run-dir", "--resume"):
@@ -190,37 +224,44 @@ def check_array(options: argparse.Namespace, arguments: list[str], python: str) 
     if not options.sweep:
         settings = trainer_settings(arguments, python)
         check_settings(settings, options)
-        return settings
+        return dict.fromkeys(tasks_of(options.array), settings)
     try:
-        rows = read_rows(Path(options.sweep))
+        lines = read_rows(Path(options.sweep))
     except (OSError, ValueError) as error:
         raise Problem(f"--sweep: {error}") from None
-    if not rows:
+    if not lines:
         raise Problem(f"--sweep {options.sweep}: holds no row")
+    numbers, rows = list(lines), list(lines.values())
     options.array = options.array or f"0-{len(rows) - 1}"
     beyond = [task for task in tasks_of(options.array) if task >= len(rows)]
     if beyond:
         raise Problem(f"--array {options.array}: {options.sweep} has rows 0 to {len(rows) - 1}, "
                       f"none for task {beyond[0]}")  # fmt: skip
-    first: dict = {}
+    found: dict[int, dict] = {}
+    problems: list[str] = []
     folders: dict[str, int] = {}
     for task in tasks_of(options.array):
+        place = f"{options.sweep}, line {numbers[task]} (row {task})"
         try:
-            settings = trainer_settings([*arguments, *rows[task]], python)
-            check_settings(settings, options)
+            found[task] = trainer_settings([*arguments, *rows[task]], python)
+            check_settings(found[task], options)
         except Problem as problem:
-            raise Problem(f"{options.sweep}, row {task}: {problem}") from None
-        folder = settings.get("run_dir", ("None", ""))[0]
+            problems.append(f"{place}: {problem}")
+            continue
+        folder = found[task].get("run_dir", ("None", ""))[0]
         if folder != "None":
             folder = str((HERE / folder).resolve())
-            if folder in folders:
-                raise Problem(
-                    f"{options.sweep}, rows {folders[folder]} and {task} would train in one "
-                    f"folder, {folder}; give each its own --run-dir, or none"
+            first = folders.setdefault(folder, task)
+            if first != task:
+                problems.append(
+                    f"{options.sweep}, lines {numbers[first]} and {numbers[task]} (rows {first} "
+                    f"and {task}) would train in one folder, {folder}; give each its own "
+                    "--run-dir, or none"
                 )
-            folders[folder] = task
-        first = first or settings
-    return first
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise Problem("\n".join([*problems[:10], *more]))
+    return found
 
 
 def processes(options: argparse.Namespace) -> int:
@@ -275,11 +316,17 @@ def sbatch_command(options: argparse.Namespace, arguments: list[str]) -> list[st
     return [*command, *options.sbatch, "launch/slurm.sbatch", *arguments]
 
 
-def job_environment(options: argparse.Namespace) -> dict[str, str]:
-    """What slurm.sbatch reads from the environment, which sbatch carries along."""
+def job_environment(options: argparse.Namespace, kept: Path | None) -> dict[str, str]:
+    """What slurm.sbatch reads from the environment, which sbatch carries along.
+
+    `kept` holds what the job shall find as it is now, however long it waits.
+    """
+    sweep = options.sweep and (kept / "sweep.txt" if kept else Path(options.sweep).resolve())
     given = {
         "LOCKSTEP_ENV": options.env and str(Path(options.env).resolve()),
-        "LOCKSTEP_SWEEP": options.sweep and str(Path(options.sweep).resolve()),
+        "LOCKSTEP_ENV_KEPT": options.env and kept and str(kept / "env.sh"),
+        "LOCKSTEP_SWEEP": sweep and str(sweep),
+        "LOCKSTEP_CODE": str(kept / "code") if kept and options.snapshot else "",
         "LOCKSTEP_PYTHON": options.python or ("" if options.env else sys.executable),
         "LOCKSTEP_PREFLIGHT": "1" if options.preflight else "",
     }
@@ -335,25 +382,39 @@ def submit(argv: list[str]) -> int:
     else:
         own, arguments = argv, []
     options = build_parser().parse_args(own)
+    if options.status is not None:
+        return status_of(options.status)
     if not arguments:
         raise Problem("train.py's flags are missing: submit.py --nodes 1 --gpus 8 -- --model "
                       "resnet18 --dataset cifar10")  # fmt: skip
     check(options)
     python = options.python or sys.executable
+    if not options.env:  # else it is that file that finds the job's Python
+        check_python(python)
     if options.array or options.sweep:
-        settings = check_array(options, arguments, python)
+        each = check_array(options, arguments, python)
     else:
-        settings = trainer_settings(arguments, python)
-        check_settings(settings, options)
-    command, env = sbatch_command(options, arguments), job_environment(options)
+        each = {None: trainer_settings(arguments, python)}
+        check_settings(each[None], options)
+    settings = next(iter(each.values()))
+    folders = {
+        task: found["run_dir"][0] for task, found in each.items()
+        if found.get("run_dir", ("None", ""))[0] != "None"
+    }  # fmt: skip
+    kept = None
+    if not options.dry_run:
+        check_cpus(options)
+        kept = keep(options.sweep, options.env)
+        if options.snapshot:
+            snapshot(kept / "code", list(folders.values()))
+    command, env = sbatch_command(options, arguments), job_environment(options, kept)
     warning = warn_of_time(settings, options, HERE / "runs")
     if warning:
         print(warning, file=sys.stderr)
     told = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
-    print(f"{told} {shlex.join(command)}".strip(), flush=True)
-    if options.dry_run:
+    tell(f"{told} {shlex.join(command)}".strip())
+    if kept is None:
         return 0
-    (HERE / "runs").mkdir(exist_ok=True)
     try:
         done = subprocess.run(
             command, cwd=HERE, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True
@@ -363,20 +424,26 @@ def submit(argv: list[str]) -> int:
     if done.returncode:
         return 1
     job = done.stdout.strip().partition(";")[0]
-    log = f"runs/slurm-{job}_<task>.log" if options.array else f"runs/slurm-{job}.log"
-    own_folder = settings.get("run_dir", ("None", ""))[0]
-    run = own_folder if own_folder != "None" else log.removesuffix(".log")
+    name_job(kept, job, [task for task in each if task is not None], folders)
+    task = next(iter(each))  # an array's first: paths that can be pasted
+    name = job if task is None else f"{job}_{task}"
+    log, run = f"runs/slurm-{name}.log", folders.get(task, f"runs/slurm-{name}")
+    others = "" if len(each) == 1 else f"     task {task}; the last is _{list(each)[-1]}"
     again = shlex.join(["python", "launch/submit.py", *without(own), "--", "--resume", run])
-    print(f"job     {job}")
-    print(f"log     {log}")
-    print(f"follow  tail -F {shlex.quote(log)}     squeue --jobs {job}")
-    print(f"stop    scancel {job}     saves, and does not requeue")
-    print(f"go on   {again}", flush=True)
+    code = "as it is now" if options.snapshot else "as it will be when the job starts (--snapshot "
+    code += "" if options.snapshot else "keeps it as it is now)"
+    tell(f"job     {job}")
+    tell(f"code    {code}")
+    tell(f"log     {log}{others}")
+    tell(f"follow  tail -F {shlex.quote(log)}")
+    tell(f"status  python launch/submit.py --status {job}")
+    tell(f"stop    scancel {job}     saves, and does not requeue")
+    tell(f"go on   {again}")
     if options.follow:
         try:
             return follow(job, HERE / log, HERE / run)
-        except KeyboardInterrupt:
-            print(f"\nthe job runs on; scancel {job} stops it")
+        except (KeyboardInterrupt, BrokenPipeError):  # a person, or the reader of our output
+            tell(f"\nthe job runs on; scancel {job} stops it")
     return 0
 
 

@@ -9,27 +9,27 @@ import sys
 from pathlib import Path
 
 
-def read_rows(path: Path) -> list[list[str]]:
-    """The words of each line; blank lines and lines that start with # do not count.
+def read_rows(path: Path) -> dict[int, list[str]]:
+    """Line -> its words, a row each; blank lines and lines that start with # do not count.
 
     Quotes keep blanks together, as in a shell; nothing is expanded and nothing is run. ValueError
     names the line whose quotes do not close, or that holds a control character.
     """
-    rows = []
+    rows = {}
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8-sig")  # editors on Windows begin a file with a mark
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: is not UTF-8; save the file as UTF-8") from None
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # as an editor counts
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         if any(c < " " and c != "\t" for c in line):
             raise ValueError(f"{path}, line {number}: holds a control character")
         try:
-            rows.append(shlex.split(line))
+            rows[number] = shlex.split(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}: {line}") from None
     return rows
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         return 2
     path, number = Path(argv[0]), int(argv[1])
     try:
-        rows = read_rows(path)
+        rows = list(read_rows(path).values())
     except (OSError, ValueError) as error:
         print(f"lockstep: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,7 @@
 """The launch scripts without a cluster: syntax, arguments byte for byte, what follows an end."""
 
+import atexit
+import functools
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -123,11 +126,32 @@ def status(**values) -> str:
     return json.dumps({"status": "running", "life": 0, "step": 5, "resumed_at": 0, **values})
 
 
+@functools.cache
+def home() -> Path:
+    """The repository as one who submits has it: with a runs/ of its own."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in ROOT.iterdir():
+        if path.name == "launch":
+            shutil.copytree(path, folder / "launch")
+        elif path.name not in ("runs", ".git"):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
 def submit(*words: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(LAUNCH / "submit.py"), *words],
+        [sys.executable, str(home() / "launch" / "submit.py"), *words],
         env={**os.environ, **env}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
+
+
+def stubs(folder: Path, **texts: str) -> str:
+    """A PATH that begins with these bash scripts."""
+    for name, text in texts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
 
 
 # --- the scripts as text -------------------------------------------------------------------------
@@ -465,8 +489,10 @@ def test_submit_checks_each_row_of_a_sweep_before_anything_queues(tmp_path):
     assert done.returncode == 0 and " --array=0-1 " in done.stdout, done.stderr
     beyond = submit(*dry, "--array", "0-4:2", "--", "--model", "resnet18")
     assert beyond.returncode == 2 and "rows 0 to 1, none for task 2" in beyond.stderr
-    for row, told in (("--lrr 1", "row 2: --lrr: no such option"), ("'", "line 5: No closing"),
-                      ("--batch-size 3 --dataset digits", "row 2: --batch-size 3")):  # fmt: skip
+    for row, told in (("--lrr 1", "line 5 (row 2): --lrr: no such option"),
+                      ("'", "line 5: No closing"),
+                      ("--batch-size 3 --dataset digits", "line 5 (row 2): --batch-size 3"),
+                      ("--lrr 1\n--lr x", "line 6 (row 3): --lr 'x'")):  # fmt: skip
         wrong = tmp_path / "wrong.txt"
         wrong.write_text(sweep.read_text() + row + "\n")
         done = submit(
@@ -479,7 +505,7 @@ def test_submit_refuses_two_rows_of_a_sweep_in_one_folder(tmp_path):
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("--run-dir runs/a\n--seed 1\n--run-dir runs/b/../a\n")
     done = submit("--sweep", str(sweep), "--dry-run", "--", *TINY)
-    assert done.returncode == 2 and "rows 0 and 2 would train in one folder" in done.stderr
+    assert done.returncode == 2 and "lines 1 and 3 (rows 0 and 2) would train" in done.stderr
 
 
 def test_a_sweep_file_may_begin_with_a_mark_and_must_be_utf_8(tmp_path):
@@ -494,7 +520,7 @@ def test_a_sweep_file_may_begin_with_a_mark_and_must_be_utf_8(tmp_path):
 
 @pytest.mark.parametrize(("end", "code"), [("finished", 0), ("failed", 1), (None, 1)])
 def test_a_job_that_slurm_forgot_ends_as_its_run_did(end, code, tmp_path):
-    run, number = ROOT / "runs" / f"slurm-{os.getpid()}000001", f"{os.getpid()}000001"
+    run, number = home() / "runs" / "slurm-1000001", "1000001"
     for name, text in {
         "sbatch": f"echo {number}",
         "squeue": "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
@@ -519,7 +545,84 @@ def test_submit_names_how_one_task_of_an_array_goes_on(tmp_path):
         "--array", "0-2", "--time=4h", "--", *TINY, PATH=f"{tmp_path}:{os.environ['PATH']}"
     )
     told = done.stdout.partition("go on   ")[2].strip()
-    assert told == "python launch/submit.py --time=4h -- --resume 'runs/slurm-4711_<task>'", told
+    assert told == "python launch/submit.py --time=4h -- --resume runs/slurm-4711_0", told
+    assert "tail -F runs/slurm-4711_0.log\n" in done.stdout and "<" not in done.stdout
+    assert "the last is _2" in done.stdout
+
+
+def test_what_was_checked_at_submission_is_what_runs(desk, tmp_path_factory):
+    """Rows, environment file and, with --snapshot, code are edited while the job waits."""
+    own = tmp_path_factory.mktemp("own")
+    (own / "rows.txt").write_text("--lr 0.1\n--lr 0.2 --run-dir mine/run\n")
+    (own / "env.sh").write_text("touch first\n")
+    path = stubs(own, sbatch='env -0 >"$GOT"; echo 4711', squeue="exit 1")
+    words = ["--sweep", str(own / "rows.txt"), "--env", str(own / "env.sh"), "--snapshot"]
+    done = submit(*words, "--", *TINY, PATH=path, GOT=str(own / "got"))
+    assert done.returncode == 0 and "code    as it is now" in done.stdout, done.stderr
+    env = dict(w.split("=", 1) for w in (own / "got").read_text().split("\0") if "=" in w)
+    env = {name: value for name, value in env.items() if name.startswith("LOCKSTEP_")}
+    (own / "rows.txt").write_text("--lr 9\n")
+    (own / "env.sh").write_text("touch second\n")
+    code = Path(env["LOCKSTEP_CODE"])
+    assert (code / "train.py").read_bytes() == (ROOT / "train.py").read_bytes()
+    for name in ("train.py", "models/resnet.py", "launch/sweep.py"):
+        assert not (code / name).is_symlink() and (code / name).is_file()
+    for name in ("runs", "mine"):
+        assert (code / name).is_symlink() and (code / name).resolve() == home() / name
+    task = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "0", "LOCKSTEP_PYTHON": "python"}
+    done = batch(desk, *TINY, **{**env, **task}, STATUS=status(status="finished"))
+    got = json.loads((code / "got.json").read_text())[0]
+    assert got == [*TINY, "--lr", "0.1"], done.stderr
+    assert (code / "first").exists() and not (code / "second").exists()
+    assert "env.sh was changed after the job was submitted" in done.stderr
+
+
+def test_a_python_without_torch_and_nodes_without_the_cpus_are_named_at_once(tmp_path):
+    path = stubs(tmp_path, sbatch=f"touch {tmp_path}/queued", sinfo="echo 16; echo 64")
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/bash\nexec {sys._base_executable} -S -I "$@"\n')
+    bare.chmod(0o755)
+    done = submit("--python", str(bare), "--", *TINY, PATH=path)
+    assert done.returncode == 2 and f"{bare} has no torch, torchvision" in done.stderr
+    done = submit("--tasks", "4", "--cpus", "32", "--", *TINY, PATH=path)
+    assert done.returncode == 2 and "128 CPUs per node" in done.stderr, done.stderr
+    assert "more than 64" in done.stderr and not (tmp_path / "queued").exists()
+
+
+@pytest.mark.parametrize("close", [">&-", "| true"])
+def test_a_job_whose_submission_nobody_reads_is_submitted_and_named(close, tmp_path):
+    path = stubs(tmp_path, sbatch="sleep 0.3; echo 4711", sinfo="")
+    words = f"{sys.executable} {home()}/launch/submit.py -- {' '.join(TINY)}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words} {close}"], text=True, capture_output=True,
+        env={**os.environ, "PATH": path}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and "job     4711" in done.stderr, done.stderr
+    assert "--resume runs/slurm-4711" in done.stderr and "Error" not in done.stderr
+
+
+def test_status_says_which_rows_ran_failed_and_wait(tmp_path):
+    """What waits and runs is SLURM's to know, how a task ended is its folder's."""
+    queue = ["0|COMPLETED|None", "1|RUNNING|None", "2|PENDING|Resources", "3|FAILED|None"]
+    path = stubs(tmp_path, sbatch="echo 4714", sinfo="",
+                 squeue="\n".join(f"echo '{line}'" for line in queue))  # fmt: skip
+    sweep = tmp_path / "rows.txt"
+    sweep.write_text("".join(f"--lr 0.{n}\n" for n in range(1, 7)))
+    assert submit("--sweep", str(sweep), "--", *TINY, PATH=path).returncode == 0
+    for task, word in ((0, "finished"), (1, "running"), (2, "stopped"), (4, "running")):
+        run = home() / "runs" / f"slurm-4714_{task}"
+        run.mkdir()
+        (run / "status.json").write_text(status(status=word, step=10 + task))
+    done = submit("--status", "4714", PATH=path)
+    told = [line.split() for line in done.stdout.splitlines()]
+    assert [row[:4] for row in told[:6]] == [
+        ["0", "finished", "step", "10"], ["1", "runs", "step", "11"], ["2", "waits", "step", "12,"],
+        ["3", "failed", "before", "it"], ["4", "died", "step", "14"],
+        ["5", "failed", "before", "it"],
+    ], done.stdout  # fmt: skip
+    assert told[2][-2:] == ["--lr", "0.3"] and "runs/slurm-4714_3.log" in told[3]
+    assert done.returncode == 1 and "2 failed" in done.stdout.splitlines()[-1]
+    assert submit("--status", "999", PATH=stubs(tmp_path, squeue="")).returncode == 2
 
 
 def test_follow_outlives_a_silent_controller_and_says_how_the_job_ended(tmp_path):

@@ -381,3 +381,24 @@ def test_no_secret_of_the_environment_is_written(tmp_path, monkeypatch):
             assert "canary" not in path.read_text()
     assert facts["devices"] == "CPU" and facts["packages"]["torch"]
     assert len(facts["commit"]) in (0, 40)
+
+
+def test_what_was_not_committed_is_kept_with_the_run(tmp_path, monkeypatch):
+    code = tmp_path / "code"
+    (code / "training").mkdir(parents=True)
+    (code / "net.py").write_text("width = 1\n")
+    own = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "net.py"], ["commit", "-qm", "one"]):
+        subprocess.run([*own, *words], check=True)
+    monkeypatch.setattr(run_dir, "__file__", str(code / "training" / "run_dir.py"))
+    for number, text in enumerate(("width = 1\n", "width = 2\n")):
+        (code / "net.py").write_text(text)
+        run = RunDir(tmp_path / f"run{number}")
+        run.folder.mkdir()
+        run.write_birth("{}", ["python"], run_dir.describe_environment({}))
+    assert not (tmp_path / "run0" / "uncommitted.diff").exists()
+    kept = tmp_path / "run1" / "uncommitted.diff"
+    assert "+width = 2" in kept.read_text()
+    (code / "net.py").write_text("width = 1\n")
+    subprocess.run([*own, "apply", str(kept)], check=True)
+    assert (code / "net.py").read_text() == "width = 2\n"

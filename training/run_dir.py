@@ -30,6 +30,7 @@ except ImportError:  # Windows
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
 CODE = "code"  # the source of a model that came as a class
+MOST_DIFF = 1_000_000  # characters of uncommitted changes that a run keeps
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
 
 
@@ -216,13 +217,15 @@ class RunDir:
         return [json.loads(line) for line in self.metrics_lines()]
 
     def write_birth(self, config_json: str, command: list[str], environment: dict) -> None:
-        """config.json, command.sh and environment.json."""
+        """config.json, command.sh, environment.json; what is not committed, as a diff."""
         write_text(self.folder / "config.json", config_json + "\n")
         script = "#!/bin/sh\n# repeats this run, from the repository's folder\n" + shlex.join(
             command
         )
         write_text(self.folder / "command.sh", script + "\n")
         write_json(self.folder / "environment.json", environment)
+        if environment.get("uncommitted_changes") and (text := git("diff", "HEAD", "--", ".")):
+            write_text(self.folder / "uncommitted.diff", text[:MOST_DIFF] + "\n")
 
     def write_source(self, source) -> None:
         """classes.json, with what images are normalised by, and the list of unreadable images."""
@@ -294,28 +297,30 @@ def describe_environment(extra: dict) -> dict:
     for name in ("torch", "torchvision", "accelerate", "datasets", "numpy", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=5
-            )
-            return done.stdout.strip() if done.returncode == 0 else ""
-        except (OSError, subprocess.SubprocessError):
-            return ""
-
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "packages": packages,
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        ),
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT", ""),
         **extra,
     }
+
+
+def git(*words: str) -> str:
+    """What git says of this code; "" where there is none."""
+    here = Path(__file__).resolve().parent.parent
+    command = ["git", "--no-optional-locks", "-C", str(here), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5)
+        return done.stdout.strip("\n") if done.returncode == 0 else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def free_bytes(folder: Path) -> int:
