@@ -9,8 +9,10 @@ from torch.nn import functional as F
 LOSS_UNIT = 2**-20
 LARGEST_LOSS = 2.0**20
 
+Outputs = Tensor | tuple | list  # what a model answers, with its auxiliary heads where it has any
 
-def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+
+def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A model's answer as (logits, auxiliary logits): some models have extra heads in training."""
     if isinstance(outputs, tuple | list):
         return outputs[0], tuple(o for o in outputs[1:] if o is not None)
@@ -28,7 +30,7 @@ class Classification:
         self.label_smoothing = label_smoothing
         self.auxiliary = auxiliary
 
-    def loss(self, outputs, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
         logits, extra = split_outputs(outputs)
         loss = F.cross_entropy(
@@ -40,11 +42,11 @@ class Classification:
             )
         return loss
 
-    def new_counts(self, device) -> Tensor:
+    def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`."""
         return torch.zeros(4 + self.num_classes**2, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> None:
         """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
         logits = split_outputs(outputs)[0].float()
         loss = F.cross_entropy(logits, labels, reduction="none").clamp(max=LARGEST_LOSS)
@@ -114,7 +116,7 @@ class Regression:
     best_is = "loss"
     num_classes = 1
 
-    def loss(self, outputs, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Squared error summed over the samples; a shape that would broadcast is an error."""
         predictions = split_outputs(outputs)[0]
         if predictions.shape != targets.shape:
@@ -124,10 +126,10 @@ class Regression:
             )
         return F.mse_loss(predictions.float(), targets, reduction="sum")
 
-    def new_counts(self, device) -> Tensor:
+    def new_counts(self, device: torch.device) -> Tensor:
         return torch.zeros(4, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs, targets: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs: Outputs, targets: Tensor, weights: Tensor) -> None:
         predictions = split_outputs(outputs)[0].float()
         if predictions.shape != targets.shape:
             self.loss(outputs, targets)
@@ -154,7 +156,10 @@ class Regression:
         return {}
 
 
-def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module):
+def build_task(
+    name: str, num_classes: int, label_smoothing: float, model: nn.Module
+) -> Classification | Regression:
+    """The task of this name; the model may weigh its auxiliary heads itself."""
     if name == "regression":
         return Regression()
     return Classification(num_classes, label_smoothing, getattr(model, "auxiliary_weight", 0.3))

@@ -5,10 +5,13 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
+Point = tuple[float, float]  # (step, value)
+
 MOST_POINTS = 600  # of a curve; a longer one is thinned without losing its extremes
 
 
 def short(value: float) -> str:
+    """A number in few characters: 12,345 or 0.01234."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
@@ -22,7 +25,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [apart * number for number in range(first, last + 1)]
 
 
-def thinned(points: list[tuple]) -> list[tuple]:
+def thinned(points: list[Point]) -> list[Point]:
     """At most MOST_POINTS; of each stretch of the curve its lowest and its highest."""
     if len(points) <= MOST_POINTS:
         return points
@@ -33,7 +36,10 @@ def thinned(points: list[tuple]) -> list[tuple]:
 
 
 def chart(
-    title: str, lines: dict[str, list[tuple]], show: Callable = short, best=None
+    title: str,
+    lines: dict[str, list[Point]],
+    show: Callable[[float], str] = short,
+    best: Point | None = None,
 ) -> Markup | str:
     """Curves over the steps as inline SVG; `show` writes a value, `best` is a point to ring."""
     lines = {name: thinned(points) for name, points in lines.items() if points}

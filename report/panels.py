@@ -148,7 +148,8 @@ def show_epoch(
             words.append(f"accuracy {percent(row[f'{split}/accuracy'])}")
         if f"{split}/r2" in row:
             words.append(f"R2 {row[f'{split}/r2']:.4f}")
-    words.append(f"best {percent(progress.best)}" if task.best_is == "accuracy" else "")
+    scored = task.best_is == "accuracy"
+    words.append(f"best {percent(progress.best or 0.0)}" if scored else "")
     words.append(f"ETA {duration(left)}" if left else "")
     quiet = epochs > 40 and epoch % max(1, epochs // 20)
     if not quiet or stopping or schedule.over(progress):

@@ -46,7 +46,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     ) -> None:
         self.plan, self.facts, self.card, self.world = plan, facts, card, world
         self.folder, config = plan.folder, plan.config
-        self.writer = None
+        self.writer: Writer | None = None  # on the main process, where there is a folder
         if self.folder is not None and world.is_main:
             world.watch.before_the_end = self._finish_writing
             self.writer = Writer(
@@ -151,20 +151,24 @@ class Checkpoints(contextlib.AbstractContextManager):
         return failed
 
     def _wait(self) -> str:
+        assert self.writer is not None
         self.writer.wait()
         return self.writer.error
 
     def _finish_writing(self) -> None:
         """From the watch's thread, before it ends a process that hangs: a whole save is no loss."""
-        self.writer.wait(60)
+        if self.writer is not None:
+            self.writer.wait(60)
 
     def _problem(self) -> str:
         return self.writer.error if self.writer is not None else ""
 
     def save_weights(self, name: str, learner: Learner, progress: Progress) -> str:
-        """Main process: the evaluated weights with all that prediction needs, readable without
-        this program. Returns why they could not be written."""
-        if self.writer is None:
+        """Main process: the evaluated weights with all that prediction needs.
+
+        Readable without this program. Returns why they could not be written.
+        """
+        if self.writer is None or self.folder is None:
             return ""
         card = {**self.card, "step": progress.step}
         metadata = {"lockstep": json.dumps(card)}  # one key: safetensors keeps no order of several

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -94,7 +95,7 @@ class Learner:
         if not self.guard.must_stop(report):
             return None
         bad_loss = torch.tensor([report["bad_loss"]], device=self.device)
-        everyone = self.accelerator.gather(bad_loss).tolist()
+        everyone = cast(Tensor, self.accelerator.gather(bad_loss)).tolist()
         return NotFinite(
             report["bad_step"], [rank for rank, bad in enumerate(everyone) if bad >= 0]
         )
@@ -103,7 +104,7 @@ class Learner:
         """Each shard's loss sum since they were last taken: the same list on every process."""
         sums = self.sums
         if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.clone(), reduction="sum")
+            sums = cast(Tensor, self.accelerator.reduce(sums.clone(), reduction="sum"))
         return sums.tolist()
 
     def take_loss_sums(self) -> list[float]:

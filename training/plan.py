@@ -42,6 +42,7 @@ class Plan:
 
 
 def leaves_no_run(actions: Actions) -> bool:
+    """Whether this command ends without a run folder."""
     return actions.dry_run or actions.find_lr or actions.eval_only
 
 

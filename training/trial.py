@@ -15,7 +15,7 @@ from distributed.world import World
 from errors import UserError
 from models import lookup
 from models.pooling import without_deterministic_backward
-from tasks import Classification, Regression
+from tasks import Classification, Outputs, Regression, split_outputs
 from training.data import Data
 from training.learner import inputs
 
@@ -97,9 +97,9 @@ def try_model(
     return Trial(seconds_per_image, tuple(unused), tuple(refused))
 
 
-def refuse_other_shape(answer: object, size: int, data: Data, name: str) -> None:
+def refuse_other_shape(answer: Outputs, size: int, data: Data, name: str) -> None:
     """A classifier answers (size, classes) logits: other classes would be counted as these."""
-    logits = answer[0] if isinstance(answer, tuple) else answer
+    logits, _ = split_outputs(answer)
     wanted = (size, len(data.classes))
     if data.source.task == "classification" and tuple(logits.shape) != wanted:
         raise UserError(
