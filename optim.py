@@ -66,7 +66,7 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Where a group's rate is scaled, its weight decay shrinks the weights as much as in the others.
     """
     if hasattr(model, "muon_groups"):
-        groups = model.muon_groups()
+        groups = model.muon_groups()  # pyright: ignore[reportCallIssue] - a hook of the model
     else:
         weights, others = parameter_groups(model, weight_decay)
         filters = [p for p in weights["params"] if p.ndim > 2]
@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters and parameters[0].is_cuda:
@@ -113,6 +113,7 @@ class Muon(torch.optim.Optimizer):
     def _update(self, p: torch.Tensor, group: dict) -> None:
         lr, decay, keep = group["lr"], group["weight_decay"], group["momentum"]
         old = self.state[p]["momentum_buffer"]
+        assert p.grad is not None
         gradient = p.grad if group["orthogonal"] else p.grad.add(p, alpha=decay)
         momentum = gradient.add(old, alpha=keep)
         change = gradient.add(momentum, alpha=keep)
@@ -133,7 +134,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         if not group["orthogonal"]:
             sgd(
-                parameters, [p.grad for p in parameters], buffers, fused=True,
+                parameters, [p.grad for p in parameters if p.grad is not None], buffers, fused=True,
                 found_inf=self.found_inf, weight_decay=decay, momentum=keep, lr=lr,
                 dampening=0.0, nesterov=True, maximize=False,
             )  # fmt: skip
@@ -144,7 +145,8 @@ class Muon(torch.optim.Optimizer):
         filters = [parameters[i] for i in order]
         weights = [_as_stored(p, p).view(len(p), -1) for p in filters]
         olds = [_as_stored(buffers[i], parameters[i]).view(shapes[i]) for i in order]
-        gradient = torch.cat([_as_stored(p.grad, p).flatten() for p in filters])
+        gradients = [_as_stored(p.grad, p) for p in filters if p.grad is not None]
+        gradient = torch.cat([g.flatten() for g in gradients])
         weight = torch.cat([w.flatten() for w in weights])
         old = torch.cat([b.flatten() for b in olds])
         momentum = gradient.add(old, alpha=keep)
@@ -232,6 +234,7 @@ def orthogonal_stacks(stacks: list[torch.Tensor], steps: int = 3) -> list[torch.
             factor = polynomial if factor is None else polynomial @ factor
             if step < steps - 1:
                 square = polynomial @ square @ polynomial
+        assert factor is not None
         factor = factor / length
         for i, part in zip(mine, factor.split([len(wide[i]) for i in mine]), strict=True):
             n = wide[i].shape[1]
@@ -259,7 +262,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module, skipped: torch.Tensor | None = None) -> None:
         """One update's average; `skipped` is a 0-dim float on the device, 1 where none was made."""
-        mine = list(self.model.parameters())
+        mine: list[torch.Tensor] = list(self.model.parameters())
         change = torch._foreach_sub([p.detach() for p in model.parameters()], mine)
         weight = 1 - self.decay
         torch._foreach_mul_(change, weight if skipped is None else weight * (1 - skipped))

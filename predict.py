@@ -6,15 +6,21 @@ evaluation mode, without random crops: the same answer every time, whatever else
 
 import argparse
 import csv
+import io
 import json
 import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.parser import Parser
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 LATEST = Path("runs/latest")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -22,7 +28,10 @@ CROP = 224 / 256  # ImageNet evaluates the middle 224 of 256 pixels
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("predict.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    """The command line; UserError where it makes no sense."""
+    parser = Parser(
+        "predict.py", description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("paths", nargs="+", help="pictures, or folders of pictures")
     parser.add_argument("--run", type=Path, default=LATEST, help="a run folder, or its weights")
     parser.add_argument("--model", help="instead of a run: a model of `python -m models`, with ...")
@@ -38,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def load_run(folder: Path):
+def load_run(folder: Path) -> tuple["nn.Module", dict]:
     """(model in evaluation mode, what its weights say of themselves) of a run."""
     from safetensors import SafetensorError, safe_open
 
@@ -78,7 +87,7 @@ def load_run(folder: Path):
     return model.eval(), told
 
 
-def load_imagenet(name: str, weights: str):
+def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
     """(model, what it was trained on) for ImageNet's classes."""
     from models import build_model
     from models.weights import imagenet_classes, imagenet_reach, load_weights
@@ -122,7 +131,7 @@ def pictures(paths: list[str]) -> list[Path]:
     return found
 
 
-def prepare(path: Path, told: dict):
+def prepare(path: Path, told: dict) -> "torch.Tensor":
     """A picture as the run's training saw its own: uint8 (1, 3, S, S), not yet normalised."""
     import numpy
     import torch
@@ -145,7 +154,7 @@ def prepare(path: Path, told: dict):
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
 
 
-def predict(model, told: dict, path: Path, top: int) -> list[tuple[str, float]]:
+def predict(model: "nn.Module", told: dict, path: Path, top: int) -> list[tuple[str, float]]:
     """The most likely classes of one picture with their probabilities."""
     import torch
 
@@ -164,7 +173,7 @@ def predict(model, told: dict, path: Path, top: int) -> list[tuple[str, float]]:
     return [(told["classes"][index], value) for index, value in pairs]
 
 
-def on_gpu(model):
+def on_gpu(model: "nn.Module") -> "nn.Module":
     """The model on the GPU, where there is one with room for it."""
     import torch
 
@@ -174,7 +183,7 @@ def on_gpu(model):
         return back_on_cpu(model, error)
 
 
-def gpu_refuses(model, error: RuntimeError) -> bool:
+def gpu_refuses(model: "nn.Module", error: RuntimeError) -> bool:
     """Whether it is the GPU that fails, not the picture."""
     from distributed.watch import device_failed, out_of_memory
 
@@ -182,13 +191,14 @@ def gpu_refuses(model, error: RuntimeError) -> bool:
     return not on_cpu and (device_failed(error) or out_of_memory(error))
 
 
-def back_on_cpu(model, error: RuntimeError):
+def back_on_cpu(model: "nn.Module", error: RuntimeError) -> "nn.Module":
     """A picture takes a CPU a fraction of a second: go on there, and say so."""
     print(f"on the CPU, because the GPU refuses: {str(error).splitlines()[0]}", file=sys.stderr)
     return model.to("cpu")
 
 
 def main(argv: list[str]) -> int:
+    """Predict what was asked for; returns the exit status."""
     try:
         arguments = parse(argv)
         if arguments.model:
@@ -222,6 +232,7 @@ def main(argv: list[str]) -> int:
 
 
 def show(results: dict[str, list], arguments: argparse.Namespace) -> None:
+    """Results as a table, as JSON or as CSV."""
     if arguments.json:
         rows = [
             {"path": p, "predictions": [{"class": c, "confidence": v} for c, v in found]}
@@ -229,7 +240,8 @@ def show(results: dict[str, list], arguments: argparse.Namespace) -> None:
         ]
         print(json.dumps(rows, indent=2))
     elif arguments.csv:
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["path", "rank", "class", "confidence"])
         for path, found in results.items():

@@ -1,5 +1,7 @@
 """What a batch means: loss and metrics of classification and of regression."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,8 +13,10 @@ from common.metric import Metric
 LOSS_UNIT = 2**-20
 LARGEST_LOSS = 2.0**20
 
+Outputs = Tensor | tuple | list | dict  # what a model answers, with its auxiliary heads if any
 
-def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+
+def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A model's answer as (logits, auxiliary logits): some models have extra heads in training.
 
     A dict or an object may hold the logits under that name, as Hugging Face's classifiers answer.
@@ -22,7 +26,7 @@ def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     outputs = getattr(outputs, "logits", outputs)
     if isinstance(outputs, tuple | list):
         return outputs[0], tuple(o for o in outputs[1:] if o is not None)
-    return outputs, ()
+    return cast(Tensor, outputs), ()
 
 
 class Task:
@@ -47,15 +51,15 @@ class Task:
         """The metric that decides."""
         return next(metric for metric in self.metrics if metric.key == self.best_is)
 
-    def loss(self, outputs, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the batch."""
         raise NotImplementedError
 
-    def new_counts(self, device) -> Tensor:
+    def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters, all zero, which processes may add up in any order."""
         raise NotImplementedError
 
-    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> None:
         """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
         raise NotImplementedError
 
@@ -82,7 +86,7 @@ class Classification(Task):
     )  # fmt: skip
     best_is = "accuracy"
 
-    def loss(self, outputs, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
         logits, extra = split_outputs(outputs)
         loss = F.cross_entropy(
@@ -94,11 +98,11 @@ class Classification(Task):
             )
         return loss
 
-    def new_counts(self, device) -> Tensor:
+    def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`."""
         return torch.zeros(4 + self.num_classes**2, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> None:
         logits = split_outputs(outputs)[0].float()
         loss = F.cross_entropy(logits, labels, reduction="none").clamp(max=LARGEST_LOSS)
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
@@ -166,7 +170,7 @@ class Regression(Task):
     )
     best_is = "loss"
 
-    def loss(self, outputs, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Squared error summed over the samples; a shape that would broadcast is an error."""
         predictions = split_outputs(outputs)[0]
         if predictions.shape != targets.shape:
@@ -176,10 +180,10 @@ class Regression(Task):
             )
         return F.mse_loss(predictions.float(), targets, reduction="sum")
 
-    def new_counts(self, device) -> Tensor:
+    def new_counts(self, device: torch.device) -> Tensor:
         return torch.zeros(4, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs, targets: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs: Outputs, targets: Tensor, weights: Tensor) -> None:
         predictions = split_outputs(outputs)[0].float()
         if predictions.shape != targets.shape:
             self.loss(outputs, targets)
@@ -204,5 +208,6 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Reg
 
 
 def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module) -> Task:
+    """The task of this name; the model may weigh its auxiliary heads itself."""
     auxiliary = getattr(model, "auxiliary_weight", 0.3)
     return TASKS[name](num_classes, label_smoothing, auxiliary)

@@ -22,7 +22,7 @@ from report.ending import finish, run_to_exit
 from report.logbook import Logbook
 from report.notebook import Flag, Model, Result, run_as_guest
 from training.checkpoints import Checkpoints
-from training.data import Batch, Data, load_data
+from training.data import Batch, Data, load_data, resident
 from training.features import cache_features
 from training.learner import Learner
 from training.lr_finder import find_lr
@@ -150,9 +150,9 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
             task.count(counts, logits, labels, weights)
             if world.beat(progress.step):
                 return None
-        counts = world.accelerator.reduce(counts, reduction="sum").cpu()
+        counts = world.sum(counts).cpu()
         results[split] = task.results(counts)
-        assert results[split]["images"] == len(loader.dataset), "an image was lost or counted twice"
+        assert results[split]["images"] == len(resident(loader)), "an image lost or counted twice"
     return results
 
 

@@ -6,11 +6,16 @@ so that a column is the work of one core; on a GPU the first column is the GPU's
 """
 
 import sys
+from collections.abc import Callable
 
+import numpy
 import torch
+from torch import Tensor
 
 from bench.measure import arguments_of, compare, finish, ratio, shown, spread, table
 from data.augment import Augment
+
+Batcher = Callable[[numpy.ndarray, Tensor], tuple[Tensor, Tensor]]
 
 MEAN, STD, CLASSES = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26), 10
 SIDE = 32  # of the images that come in, as CIFAR-10's
@@ -30,7 +35,7 @@ KINDS = {
 }
 
 
-def theirs(kind: str, size: int, more: dict):
+def theirs(kind: str, size: int, more: dict) -> Batcher:
     """A function from uint8 images (n, H, W, 3) and labels (n,) to a batch, by torchvision."""
     from PIL import Image
     from torchvision.transforms import v2
@@ -51,7 +56,7 @@ def theirs(kind: str, size: int, more: dict):
     mixes = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
     mix = next((mixes[k](alpha=more[k], num_classes=CLASSES) for k in mixes if k in more), None)
 
-    def batch(images, labels):
+    def batch(images: numpy.ndarray, labels: Tensor) -> tuple[Tensor, Tensor]:
         done = torch.stack([transform(Image.fromarray(image)) for image in images])
         return mix(done, labels) if mix else (done, labels)
 

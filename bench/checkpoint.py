@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict:
             writer.start(files, Progress(step=number + 1), {})
             stalls.append(time.perf_counter() - began)
             beside = []
-            while writer._thread.is_alive():
+            while writer._thread is not None and writer._thread.is_alive():
                 beside.append(step())
             writer.wait()
             if writer.error:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.preloaded import Interpreter, Launched
+from common.disk import Json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VALUES = REPOSITORY / "tests" / "golden"
@@ -152,7 +153,7 @@ def tensors_of(file: Path) -> Iterator[tuple[str, list]]:
         for name in sorted(tensors.keys()):
             value = np.ascontiguousarray(tensors.get_tensor(name))
             mix = hashlib.blake2b(f"{value.dtype} {value.shape}".encode(), digest_size=12)
-            mix.update(value.reshape(-1).view(np.uint8))
+            mix.update(value.reshape(-1).view(np.uint8).data)
             norm = np.sqrt(np.square(value, dtype=np.float64).sum())
             yield name, [mix.hexdigest(), float(norm), float(value.sum(dtype=np.float64))]
 
@@ -189,7 +190,7 @@ def text(row: dict, key: str) -> str:
     return json.dumps(row[key]) if key in row else "nothing"
 
 
-def apart(one: object, two: object) -> str:
+def apart(one: Json, two: Json) -> str:
     if not (isinstance(one, float) and isinstance(two, float)):
         return ""
     return f" (by {two - one:.2e})"
@@ -334,7 +335,9 @@ def renew(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.golden", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="bench.golden", description=__doc__ and __doc__.splitlines()[0]
+    )
     parser.add_argument("--renew", action="store_true", help="store this tree's values instead")
     parser.add_argument("--beside", action="store_true", help="compare with the golden commit")
     parser.add_argument("--only", nargs="+", metavar="RUN", help=f"of {', '.join(RUNS)}")

@@ -255,7 +255,7 @@ def some_rows(waiting: list[Row], place: Place, log: Path, results: Results) -> 
 def work(rows: list[Row], says: int, place: Place) -> int:
     """Be the process: measure rows until one raises."""
 
-    def say(**words) -> None:
+    def say(**words: str | dict) -> None:
         os.write(says, (json.dumps(words) + "\n").encode())
 
     for number, row in enumerate(rows):
@@ -278,7 +278,7 @@ def work(rows: list[Row], says: int, place: Place) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", default="bench/results/gpu", help="where to write")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument("--rows", help="only these, with commas between: exact alexnet,waits ...")

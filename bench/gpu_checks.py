@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; for `exact`
 
 import torch
+from torch.cuda import nccl
 
 from bench.gpu import REPOSITORY, Found, Place
 from bench.gpu_trainer import Ended, Watch, Windows, losses, rows, state, trained
@@ -70,7 +71,7 @@ def card(place: Place) -> Iterator[Found]:
         return
     facts |= {"device": torch.cuda.get_device_name(), "CUDA": torch.version.cuda}
     facts |= {"cuDNN": torch.backends.cudnn.version()}
-    facts |= {"NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+    facts |= {"NCCL": ".".join(map(str, nccl.version()))}
     if shutil.which("nvidia-smi"):
         words = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=20)

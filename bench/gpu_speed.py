@@ -104,7 +104,7 @@ class Profiled(Windows):
         device = torch.autograd.DeviceType.CUDA if CUDA else torch.autograd.DeviceType.CPU
         spans = sorted(
             (event.time_range.start, event.time_range.end)
-            for event in self.profiler.events()
+            for event in self.profiler.events() or []
             if event.device_type == device
             and not (getattr(event, "is_user_annotation", False) or TAGGED.match(event.name))
         )

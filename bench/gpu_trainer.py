@@ -49,6 +49,8 @@ NOTHING = Watch()
 
 @dataclass(frozen=True)
 class Ended:
+    """How a run of the trainer ended."""
+
     status: int
     words: str  # what it said on stderr, or the refusal's sentence
     evaluation_batches: int = 0
@@ -78,7 +80,7 @@ class Watching(Observer):
 
     def batches(self, batches: Iterable) -> Iterator:
         for batch in self._numbered(batches):
-            if not is_compiled(self.learner.bare):
+            if self.learner is None or not is_compiled(self.learner.bare):
                 self._enter("augment")  # until the first forward
             yield batch
             self._inner.close()
@@ -146,8 +148,9 @@ class Tee(io.StringIO):
     """Keeps what passes through to stderr."""
 
     def write(self, text: str) -> int:
-        sys.__stderr__.write(text)
-        sys.__stderr__.flush()
+        if sys.__stderr__ is not None:
+            sys.__stderr__.write(text)
+            sys.__stderr__.flush()
         return super().write(text)
 
 

@@ -9,10 +9,14 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,7 +45,9 @@ class Launches(TorchDispatchMode):
         self.strict = strict
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ):
         name = func._schema.name.removeprefix("aten::")
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         # A 0-dim tensor of the CPU is a number among the arguments of a kernel.
@@ -96,9 +102,13 @@ def training_batch(device: torch.device) -> dict[str, Tensor]:
     )
 
 
-def augmenting(kind: str, device: torch.device, **more) -> list[str]:
+def augmenting(
+    kind: str, device: torch.device, mixup: float = 0.0, cutmix: float = 0.0
+) -> list[str]:
     """One batch of training images, augmented and mixed; the choices of the epoch are there."""
-    augment = Augment(kind, 32, (0.5,) * 3, (0.25,) * 3, 0, samples=SAMPLES, **more)
+    augment = Augment(
+        kind, 32, (0.5,) * 3, (0.25,) * 3, 0, samples=SAMPLES, mixup=mixup, cutmix=cutmix
+    )
     batch = training_batch(device)
 
     def piece() -> None:
@@ -143,16 +153,16 @@ def model_on(device: torch.device, name: str, image_size: int = 32) -> nn.Module
             last = p.ndim == 4 and lookup(name).channels_last
             layout = torch.channels_last if last else torch.contiguous_format
             fake = torch.empty(p.shape, device=device, memory_format=layout)
-            module._parameters[key] = nn.Parameter(fake, p.requires_grad)
+            made = module._parameters[key] = nn.Parameter(fake, p.requires_grad)
             if p.requires_grad:
-                module._parameters[key].grad = torch.empty_like(fake)
+                made.grad = torch.empty_like(fake)
     return model
 
 
 def updating(device: torch.device, model: nn.Module, optimizer: str) -> list[str]:
     """One update of a model by an optimizer that may have to leave it out."""
     made = build_optimizer(model, TrainConfig(optimizer=optimizer))
-    made.found_inf, made.grad_scale = torch.zeros((), device=device), None
+    vars(made).update(found_inf=torch.zeros((), device=device), grad_scale=None)
     step = type(made).step  # without the optimizer's hooks for profilers
     for p in (p for group in made.param_groups for p in group["params"]):
         if optimizer == "adamw":
@@ -164,19 +174,19 @@ def updating(device: torch.device, model: nn.Module, optimizer: str) -> list[str
 
 
 def guarding(device: torch.device, skip: bool = True) -> list[str]:
-    guard = Guard(device, SimpleNamespace(), skip)
+    guard = Guard(device, cast(Optimizer, SimpleNamespace()), skip)
     norm, losses = (torch.zeros((), device=device) for _ in range(2))
     return count(lambda: guard.check(norm, losses, 5))
 
 
 def undoing(device: torch.device, model: nn.Module) -> list[str]:
     """The buffers of a model put back where a step is left out, with the copy made before it."""
-    accelerator = SimpleNamespace(
+    alone = SimpleNamespace(
         unwrap_model=lambda model: model, process_index=0, num_processes=1,
         device=torch.device("cpu"),  # whose generator is seeded for dropout
     )  # fmt: skip
     plan = BatchPlan(batch_size=BATCH, num_processes=1, shards=1)
-    shards = Shards(accelerator, model, plan, lambda step, shard: 0, False)
+    shards = Shards(cast(Accelerator, alone), model, plan, lambda step, shard: 0, False)
     shards.undoes = True
     batch, found = training_batch(device), torch.zeros((), device=device)
 

@@ -4,10 +4,11 @@ What bench.throughput compares with. `python -m bench.lesson_loop --model alexne
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -18,19 +19,24 @@ from models import build_model
 class Pictures(Dataset):
     """PIL pictures through torchvision's transforms, one by one."""
 
-    def __init__(self, images, labels, transform):
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: Callable[[Image.Image], Tensor]
+    ) -> None:
         self.images = images.permute(0, 2, 3, 1).numpy()
         self.labels = labels
         self.transform = transform
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def train(model_name, dataset, image_size, batch_size, epochs, num_workers=2):
+def train(
+    model_name: str, dataset: str, image_size: int, batch_size: int, epochs: int,
+    num_workers: int = 2,
+) -> None:  # fmt: skip
     source = load_source(dataset)
     transform = transforms.Compose(
         [
@@ -60,7 +66,7 @@ def train(model_name, dataset, image_size, batch_size, epochs, num_workers=2):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--model", default="alexnet")
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--image-size", type=int, default=224)

@@ -78,7 +78,7 @@ class Gate:
         self.parts[part] = self.parts.get(part, 0.0) + seconds
 
 
-def say(**values) -> None:
+def say(**values: float | dict[str, float]) -> None:
     print(WORD + json.dumps(values), flush=True)
 
 
@@ -92,6 +92,8 @@ class Arm:
             words, cwd=REPOSITORY, env=env, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
 
     def ready(self) -> "Arm":
         """Wait until it stands at its first window; SystemExit with its words where it ended."""
@@ -100,7 +102,7 @@ class Arm:
 
     def hear(self) -> dict:
         ordinary = []
-        for line in self.process.stdout:
+        for line in self.stdout:
             if line.startswith(WORD):
                 return json.loads(line.removeprefix(WORD))
             ordinary.append(line)
@@ -109,15 +111,15 @@ class Arm:
 
     def window(self) -> dict:
         """Run one window and return what was measured."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        self.stdin.write("go\n")
+        self.stdin.flush()
         result = self.hear()
         self.hear()  # it stands again
         return result
 
     def close(self) -> None:
-        self.process.stdin.close()
-        for _ in self.process.stdout:
+        self.stdin.close()
+        for _ in self.stdout:
             pass
         self.process.wait()
         self.log.close()
@@ -177,7 +179,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def finish(parser_arguments: argparse.Namespace, results: object) -> None:
+def finish(parser_arguments: argparse.Namespace, results: dict) -> None:
     """Write the JSON file, if one was asked for."""
     if parser_arguments.json:
         own = ("--json", parser_arguments.json, f"--json={parser_arguments.json}")
@@ -187,8 +189,8 @@ def finish(parser_arguments: argparse.Namespace, results: object) -> None:
         Path(parser_arguments.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def arguments_of(doc: str) -> argparse.ArgumentParser:
+def arguments_of(doc: str | None) -> argparse.ArgumentParser:
     """The parser of a measurement: its first docstring line, and --json."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser = argparse.ArgumentParser(description=doc and doc.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
     return parser

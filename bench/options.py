@@ -5,6 +5,8 @@ forward, backward and update on one batch); they take turns in windows of a few 
 above 1 says that the trainer's own choice is the faster one.
 """
 
+import argparse
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.measure import Arm, Gate, arguments_of, ratio, shown, spread, table, take_turns
 from bench.throughput import Limit, flags_of, of_each_model
 from config import parse_or_exit
-from distributed.accelerator import keep_freed_memory
+from distributed.accelerator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
 from distributed.checkpoint import Progress
 from report.ending import run_to_exit
 from train import main as train_main
@@ -57,7 +59,7 @@ class Changed(Limit):
                 for group in learner.optimizer.param_groups:
                     group["fused"] = False
             case "memory given back":
-                keep_freed_memory(False)
+                give_memory_back()
             case "no cudnn.benchmark":
                 torch.backends.cudnn.benchmark = False
             case "fp32 without TF32":
@@ -73,7 +75,15 @@ class Changed(Limit):
         super().started(learner, data, schedule, progress)
 
 
-def measure(model: str, arguments, folder: Path) -> dict:
+def give_memory_back() -> None:
+    """Malloc as glibc begins, which undoes keep_freed_memory."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_MAX, 2**16)
+    mallopt(M_TRIM_THRESHOLD, 2**17)
+    mallopt(M_TOP_PAD, 2**17)
+
+
+def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict:
     """Windows of all options: images per second, the ratio to "as trained", memory."""
     arms, left_out = {}, {}
     os.environ.pop("OMP_NUM_THREADS", None)

@@ -41,7 +41,7 @@ class Planted(Observer):
                 total = max(1, schedule.total_steps // count)
                 object.__setattr__(schedule, "total_steps", total)
             case "batchnorm":  # running statistics move with every shard of a process
-                Shards.buffers = []
+                Shards.buffers = []  # pyright: ignore[reportAttributeAccessIssue] - the fault
             case "buffers":  # each rank evaluates with its own running statistics
                 learner.shards.broadcast_buffers = lambda: None
 

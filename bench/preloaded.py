@@ -35,6 +35,7 @@ import time
 from collections import deque
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 
 PACKAGES = ("torch", "torch._dynamo", "torch.distributed", "accelerate", "sklearn.datasets", "rich")
 PACKAGES += ("torchvision",)
@@ -108,11 +109,11 @@ def become(job: dict, place: dict[str, str]) -> None:
         status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
         if not isinstance(leaving.code, int | None):
             print(leaving.code, file=sys.stderr)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         status = 1
     # As an interpreter ends, but that it frees what was preloaded: that costs more than a run.
-    threading._shutdown()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as Python ends
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -166,7 +167,7 @@ def lead(job: dict) -> tuple[dict, dict[str, str]] | None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, number)
 
-    def stop(number: int, frame: object = None) -> None:
+    def stop(number: int, frame: FrameType | None = None) -> None:
         nonlocal failed
         failed = True
         tell_all(signal.SIGTERM)
@@ -196,7 +197,7 @@ def family(process: int) -> list[int]:
     return [*map(int, read(f"/proc/{process}/task/{process}/children").split()), process]
 
 
-def say(**facts: object) -> None:
+def say(**facts: float | dict[str, str]) -> None:
     os.write(1, (json.dumps(facts) + "\n").encode())
 
 
@@ -266,6 +267,8 @@ class Interpreter:
             [sys.executable, str(Path(__file__).resolve())], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
         )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
         self._environment = environment
         self._text = b""
         self._said: deque[dict] = deque()
@@ -282,9 +285,9 @@ class Interpreter:
 
     def close(self) -> None:
         """End it, and all that still runs."""
-        self.process.stdin.close()
+        self._stdin.close()
         self.process.wait()
-        self.process.stdout.close()
+        self._stdout.close()
 
     def start(
         self,
@@ -301,7 +304,7 @@ class Interpreter:
         job |= {"processes": processes, "errors": str(errors) if errors else ""}
         job["environment"] = self._environment if environment is None else environment
         launched = self._launched[number] = Launched(self, words)
-        self.process.stdin.write((json.dumps(job) + "\n").encode())
+        self._stdin.write((json.dumps(job) + "\n").encode())
         while not launched.pid:
             self.listen(None)
         return launched
@@ -319,8 +322,8 @@ class Interpreter:
                 del self._launched[facts["job"]]
 
     def _hear(self, seconds: float | None) -> None:
-        while not self._said and select.select([self.process.stdout], [], [], seconds)[0]:
-            piece = self.process.stdout.read(65536)
+        while not self._said and select.select([self._stdout], [], [], seconds)[0]:
+            piece = self._stdout.read(65536)
             if not piece:
                 raise RuntimeError("bench/preloaded.py has ended; it says why above")
             *lines, self._text = (self._text + piece).split(b"\n")
@@ -343,12 +346,12 @@ class Launched:
 
     def wait(self, timeout: float | None = None) -> int:
         end = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
+        while (status := self.poll()) is None:
             left = None if end is None else end - time.monotonic()
-            if left is not None and left < 0:
+            if timeout is not None and left is not None and left < 0:
                 raise subprocess.TimeoutExpired(self.args, timeout)
             self._interpreter.listen(left)
-        return self.returncode
+        return status
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

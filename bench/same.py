@@ -56,7 +56,7 @@ def hidden_state(run: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("runs", nargs=2, type=Path)
     one, two = parser.parse_args().runs
     found = differences(one, two)

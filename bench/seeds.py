@@ -43,7 +43,9 @@ def with_votes(flags: list[str], folder: Path, tta: int) -> float:
     """Accuracy of a finished run's last weights under test-time augmentation."""
     weights = ["--weights", str(folder / "last.safetensors"), "--eval-only", "--tta", str(tta)]
     said = train([*flags, *weights])
-    return float(re.search(r"accuracy ([\d.]+)", said)[1])
+    found = re.search(r"accuracy ([\d.]+)", said)
+    assert found, said
+    return float(found[1])
 
 
 def markdown(results: dict) -> str:

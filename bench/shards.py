@@ -36,7 +36,7 @@ def main() -> int:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     size, micro = arguments.image_size, arguments.micro_batch
     model = build_model(arguments.model, num_classes=10, image_size=size)
-    model = model.to(accelerator.device, memory_format=torch.channels_last).train()
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last).train()
     task = build_task("classification", 10, 0.0, model)
     results = {}
     for count in map(int, arguments.shards.split(",")):
@@ -51,13 +51,13 @@ def main() -> int:
             for bitwise in (False, True)
         )
 
-        def through(shards: Shards, batch=batch) -> None:
+        def through(shards: Shards, batch: dict[str, torch.Tensor] = batch) -> None:
             for part in shards(batch, 0):
                 loss = task.loss(model(part["images"]), part["labels"])
                 accelerator.backward(shards.weighed(loss))
             model.zero_grad()
 
-        def plainly(batch=batch, plan=plan) -> None:
+        def plainly(batch: dict[str, torch.Tensor] = batch, plan: BatchPlan = plan) -> None:
             parts = (batch[name].split(micro) for name in ("images", "labels"))
             for images, labels in zip(*parts, strict=True):
                 loss = task.loss(model(images), labels)

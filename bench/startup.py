@@ -37,6 +37,7 @@ def seconds_to_bare_step(code: str) -> float:
     began = time.perf_counter()
     words = [sys.executable, "-c", code]
     with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         told = process.stdout.readline()
         took = time.perf_counter() - began
         process.kill()

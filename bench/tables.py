@@ -35,7 +35,7 @@ def made(page: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the tables into the pages")
     arguments = parser.parse_args()
     status = 0

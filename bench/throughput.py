@@ -6,12 +6,13 @@ layout, compile, optimizer of (a), on one batch that lies there, without loader,
 logging, averaging. Each is a process of its own; windows of a few steps take turns.
 """
 
+import argparse
 import itertools
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -122,7 +123,7 @@ def lesson_arm(gate: Gate, model: str, dataset: str, image_size: int, batch_size
     lesson_loop.train(model, dataset, image_size, batch_size, epochs=10**6)
 
 
-def start(arm: str, model: str, arguments, folder: Path) -> Arm:
+def start(arm: str, model: str, arguments: argparse.Namespace, folder: Path) -> Arm:
     words, environment = [sys.executable], {}
     if arm == "accelerate":
         words += ["-m", "accelerate.commands.launch"]
@@ -137,7 +138,7 @@ def start(arm: str, model: str, arguments, folder: Path) -> Arm:
     return Arm(words, **environment)
 
 
-def measure(model: str, arguments, folder: Path) -> dict:
+def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict:
     """Windows of all arms, and what they say."""
     arms = {name: start(name, model, arguments, folder) for name in ARMS}
     try:
@@ -207,7 +208,12 @@ def short(results: dict) -> str:
     return table(["", "Lockstep", "the lesson's loop", "share of the compute limit"], rows)
 
 
-def of_each_model(parser, arguments, measure, markdown) -> int:
+def of_each_model(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    measure: Callable[[str, argparse.Namespace, Path], dict],
+    markdown: Callable[[dict], str],
+) -> int:
     """Print and keep what measure(model, arguments, folder) finds for each model asked for."""
     if unknown := [name for name in arguments.models.split(",") if name not in SIZES]:
         parser.error(f"no such model here: {unknown[0]}; known: {', '.join(SIZES)}")

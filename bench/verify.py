@@ -16,8 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from models import lookup
@@ -58,7 +60,7 @@ def step_losses(shards: dict) -> dict[int, float]:
     return {step: math.fsum(values) for step, values in steps.items()}
 
 
-def length(tensors) -> float:
+def length(tensors: Iterable[torch.Tensor]) -> float:
     """The Euclidean norm of all numbers of all tensors."""
     return math.sqrt(math.fsum(float(t.double().pow(2).sum()) for t in tensors))
 
@@ -181,7 +183,7 @@ def verify(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--processes", default="1,2,4", help="numbers of processes to compare")
     parser.add_argument("--steps", type=int, default=12)

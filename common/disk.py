@@ -7,6 +7,9 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import overload
+
+Json = str | float | None | dict | list  # what json.dumps takes; int and bool are float here
 
 
 @contextlib.contextmanager
@@ -34,7 +37,8 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: Json) -> None:
+    """An object as a JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -47,6 +51,10 @@ def parse_object(text: str) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
+@overload
+def read_json(path: Path, default: dict) -> dict: ...
+@overload
+def read_json(path: Path) -> dict | None: ...
 def read_json(path: Path, default: dict | None = None) -> dict | None:
     """The object in a JSON file, or the default where it is missing or damaged."""
     try:

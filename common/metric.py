@@ -24,8 +24,10 @@ class Metric:
     shown: tuple[str, ...] = ("line", "chart")
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError for what no program of ours would declare: page.py reads
-        declarations from a file."""
+        """Raises ValueError or TypeError for what no program of ours would declare.
+
+        The page reads declarations from a file.
+        """
         if not (re.fullmatch(r",?\.\d[efg%]", self.format) and PLACES.issuperset(self.shown)):
             raise ValueError(f"no declaration of a metric: {self}")
 

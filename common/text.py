@@ -11,7 +11,7 @@ from errors import UserError
 
 
 def printable(text: object) -> str:
-    """Text from outside (class names, paths) with control characters escaped, as \\x1b.
+    r"""Text from outside (class names, paths) with control characters escaped, as \x1b.
 
     Nothing that is left can move a cursor, turn the direction of writing or break a line.
     """
@@ -66,6 +66,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def percent(fraction: float) -> str:
+    """0.4567 as `45.67 %`."""
     return f"{100 * fraction:.2f} %"
 
 

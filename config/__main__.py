@@ -7,6 +7,7 @@ from config import parse_or_exit, to_json
 
 
 def main(arguments: list[str]) -> int:
+    """The exit status; what was asked for is on the screen."""
     as_json = arguments[:1] == ["--json"]  # before the flags, so none can be mistaken
     shown = parse_or_exit(arguments[1:] if as_json else arguments)
     if as_json:

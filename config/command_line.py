@@ -98,6 +98,7 @@ def parse(argv: list[str]) -> Settings:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every field of TrainConfig as a flag, in groups, and the actions."""
     parser = Parser(
         prog="train.py",
         description="Train an image classifier: the same run on one process or many.",
@@ -148,6 +149,7 @@ def spell(word: str) -> str:
 
 
 def unknown_flag(word: str, flags: list[str]) -> UserError:
+    """The mistake of a flag that does not exist, with the one that may be meant."""
     flag = word.partition("=")[0]
     if flag == "--pretrained":  # torchvision's word of old
         message = "--pretrained: no such option; type --weights imagenet, or a file of weights"
@@ -163,7 +165,7 @@ def read_yaml(path: Path) -> dict[str, object]:
     class Strict(yaml.SafeLoader):
         pass
 
-    def mapping(loader, node):
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, object]:
         keys = [loader.construct_object(key) for key, _ in node.value]
         if not all(isinstance(key, str) for key in keys):
             raise UserError(f"--config {path}: must be lines like `lr: 0.05`", code="bad-yaml")
@@ -178,7 +180,8 @@ def read_yaml(path: Path) -> dict[str, object]:
             for k, (_, v) in zip(keys, node.value, strict=True)
         }
 
-    def whole(loader, node):  # YAML 1.1 would make 5400 of 1:30:00
+    def whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | int:
+        # YAML 1.1 would make 5400 of 1:30:00
         return node.value if ":" in node.value else loader.construct_yaml_int(node)
 
     Strict.add_constructor("tag:yaml.org,2002:int", whole)

@@ -3,13 +3,19 @@
 import re
 import typing
 from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 from common.text import did_you_mean
 from data.sources import NAMES
 from errors import UserError
 
+T = TypeVar("T")
 
-def setting(default, help: str, *, group: str = "", choices: tuple = (), low=None, high=None):
+
+def setting(
+    default: T, help: str, *, group: str = "", choices: tuple = (), low: float | None = None,
+    high: float | None = None,
+) -> T:  # fmt: skip
     """A dataclass field that carries what the command line and the checks need to know."""
     extra = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
     return field(default=default, metadata=extra)
@@ -190,9 +196,9 @@ def convert(
         elif kind is int:
             if isinstance(value, float) and not value.is_integer():
                 raise ValueError
-            value = int(value)
+            value = int(value)  # pyright: ignore[reportArgumentType] - TypeError is caught
         elif kind is float:
-            value = float(value)
+            value = float(value)  # pyright: ignore[reportArgumentType] - here too
             if value != value or value in (float("inf"), float("-inf")):
                 raise ValueError
         elif not isinstance(value, str | int | float):

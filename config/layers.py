@@ -13,7 +13,7 @@ from pathlib import Path
 from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
 from errors import UserError, all_of
-from models import lookup, told_by_weights
+from models import Recipe, lookup, told_by_weights
 
 __version__ = "0.1.0"
 
@@ -49,7 +49,7 @@ class Settings:
 
     def origin(self, name: str) -> str:
         """Where the value of a field comes from, as the start panel shows it."""
-        return next((o for o, v in reversed(self.layers.items()) if name in v), "default")
+        return next((o for o, v in reversed(list(self.layers.items())) if name in v), "default")
 
     def asked(self, name: str) -> bool:
         """Whether the user typed this value (as a flag or in a file) for this very command."""
@@ -70,7 +70,7 @@ class Settings:
         return replace(self, layers=layers)
 
 
-def recipe_of(model: str, weights: str) -> dict[str, object]:
+def recipe_of(model: str, weights: str) -> Recipe:
     """The model's recipe: from scratch, or for fine-tuning where it starts from weights."""
     entry = lookup(model)
     recipe = dict(entry.recipe)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,11 @@ from data.augment import KINDS, Augment
 from data.cache import cache_dir
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
 from errors import UserError
+
+Command = Callable[[Source, argparse.Namespace], None]
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ROWS, COLUMNS = 8, 8  # of the sheet: a picture per row, an epoch per column
 LEAST_WIDTH = 512  # pixels of the sheet: digits of 8 pixels are shown larger
@@ -52,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("python -m data", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="show|stats|prepare")
 
-    def add(name: str, run: object, summary: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, parents=[common], help=summary, description=summary, allow_abbrev=False
         )
@@ -128,15 +134,18 @@ def _show(source: Source, options: argparse.Namespace) -> None:
     print(f"{printable(options.out)}: {sheet.width}x{sheet.height} pixels")
 
 
-def half_blocks(image: object) -> str:
+def half_blocks(image: "Image.Image") -> str:
     """A Pillow image as coloured text: each character shows two pixels, one above the other."""
     width = min(image.width, PREVIEW_WIDTH)
     height = max(2, round(image.height * width / image.width) // 2 * 2)
-    pixels = image.convert("RGB").resize((width, height)).load()
+    small = image.convert("RGB").resize((width, height))
+    pixels = [small.crop((0, y, width, y + 1)).tobytes() for y in range(height)]
     lines = []
     for y in range(0, height, 2):
         cells = (
-            "\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1])
+            "\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(
+                *pixels[y][3 * x : 3 * x + 3], *pixels[y + 1][3 * x : 3 * x + 3]
+            )
             for x in range(width)
         )
         lines.append("".join(cells) + "\x1b[0m")

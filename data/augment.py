@@ -113,7 +113,8 @@ class Augment:
         if not self.no_flip:
             views = [(w / 2, x) for w, view in views for x in (view, view.flip(3))]
         # In float32: what the views' logits differ by would be lost in the precision of a model.
-        return sum(weight * model(view).float() for weight, view in views)
+        votes = (weight * model(view).float() for weight, view in views)
+        return sum(votes)  # pyright: ignore[reportReturnType] - there is always a view
 
     def mix(
         self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int, num_classes: int
@@ -154,6 +155,7 @@ class Augment:
             chunks = torch.arange(self.samples, device=images.device).split(CHUNK)
             table = torch.cat([choose(chunk, epoch, height, width) for chunk in chunks])
             self._tables[choose.__name__] = key, table
+        assert table is not None  # as it was made for a key
         return table[indices]
 
     def choices(self, indices: Tensor, epoch: int, height: int, width: int) -> Tensor:

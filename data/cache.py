@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.disk import digest, whole
+from common.disk import Json, digest, whole
 
 Entry = tuple[dict[str, torch.Tensor], dict]  # tensors, and what is known about them (JSON)
 
@@ -37,12 +37,12 @@ def cache_dir() -> Path:
     return base / "lockstep"
 
 
-def entry_path(key: object) -> Path:
+def entry_path(key: Json) -> Path:
     """The file of a key: anything JSON can write, and that changes whenever the data do."""
     return cache_dir() / f"{digest(json.dumps([FORMAT, key]), 16)}.safetensors"
 
 
-def cached(key: object, build: Callable[[], Entry]) -> Entry:
+def cached(key: Json, build: Callable[[], Entry]) -> Entry:
     """The entry of `key`; built by the first process of this node to ask, others poll for it.
 
     A damaged or older file is built anew. Where nothing can be written or locked, every process
@@ -97,7 +97,7 @@ def write_entry(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> boo
 def digest_of(tensor: torch.Tensor) -> str:
     """blake2b over a tensor's type, shape and bytes."""
     state = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-    state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

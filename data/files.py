@@ -122,7 +122,7 @@ def decode_all(
     images = np.empty((len(arrays), 3, height, width), dtype=np.uint8)
     for place in range(len(arrays)):
         array, arrays[place] = arrays[place], None  # frees as it goes: half the peak memory
-        if array.shape[:2] != (height, width):
+        if image_size and array.shape[:2] != (height, width):
             array = np.asarray(square(Image.fromarray(array), image_size))
         images[place] = array.transpose(2, 0, 1)
     return torch.from_numpy(images), kept, tuple(skipped)
@@ -138,12 +138,12 @@ def decode(item: bytes | Path, image_size: int | None) -> np.ndarray:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
-        shrink = image_size is not None and max(width, height) > SMALL
-        if shrink:
-            image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decode at 1/2, 1/4, 1/8
+        side = image_size if max(width, height) > SMALL else None
+        if side is not None:
+            image.draft(None, (2 * side, 2 * side))  # JPEG: decode at 1/2, 1/4, 1/8
         image.load()
         rgb = upright_rgb(image)
-        return np.asarray(square(rgb, image_size) if shrink else rgb)
+        return np.asarray(rgb if side is None else square(rgb, side))
 
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":
@@ -161,6 +161,7 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def square(image: "Image.Image", size: int) -> "Image.Image":
+    """The middle square of a picture, resized to `size` pixels a side."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

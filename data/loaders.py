@@ -77,10 +77,13 @@ def build_test_loader(images: ImageSet, batch_size: int, device: torch.device) -
     return _loader(data, sampler, home, device)
 
 
-def _loader(data: Resident, sampler, home: torch.device, device: torch.device) -> DataLoader:
+def _loader(
+    data: Resident, sampler: GlobalBatchSampler | EvaluationBatchSampler, home: torch.device,
+    device: torch.device,
+) -> DataLoader:  # fmt: skip
     return DataLoader(
         data,
-        batch_sampler=sampler,
+        batch_sampler=sampler,  # pyright: ignore[reportArgumentType] - tensors, no lists
         collate_fn=lambda batch: batch,
         pin_memory=home.type == "cpu" and device.type == "cuda",
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import accelerate
 import numpy
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.cuda import nccl
 
 from common.disk import digest
 from config import Settings, tell
@@ -28,6 +29,8 @@ from errors import UserError
 from models import lookup
 
 T = TypeVar("T")
+
+FILLING: Any = torch.utils.deterministic  # its switch is made at run time: stubs lack it
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -55,7 +58,7 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
     limit = timedelta(seconds=wait_limit())
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=decided.get("mixed_precision", settings.config.mixed_precision),
+        mixed_precision=str(decided.get("mixed_precision", settings.config.mixed_precision)),
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
@@ -73,8 +76,9 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
         )
     refuse_shared_gpu(accelerator)
     if "threads" in decided:  # nodes may have different numbers of CPUs; a run has one
-        decided["threads"] = min(everyones(accelerator, decided["threads"]))
-        torch.set_num_threads(decided["threads"])
+        threads = min(everyones(accelerator, decided["threads"]))
+        decided["threads"] = threads
+        torch.set_num_threads(threads)
     settings = settings.with_layer(origin, decided)
     refuse_disagreement(accelerator, what_must_agree(settings))
     return accelerator, settings
@@ -88,7 +92,7 @@ def not_installed(package: str) -> Iterator[None]:
     """
     absent = package not in sys.modules and importlib.util.find_spec(package) is None
     if absent:
-        sys.modules[package] = None
+        sys.modules[package] = None  # pyright: ignore[reportArgumentType] - imports know it
     try:
         yield
     finally:
@@ -96,18 +100,18 @@ def not_installed(package: str) -> Iterator[None]:
             del sys.modules[package]
 
 
-def look_at_the_machine(settings: Settings) -> tuple[dict[str, object], str, bool]:
+def look_at_the_machine(settings: Settings) -> tuple[dict[str, Any], str, bool]:
     """What this process decides alone, before it meets the others: (values, origin, on the CPU)."""
     refuse_foreign_switches()
     refuse_lonely_tasks()
     config = settings.config
-    decided: dict[str, object] = {}
+    decided: dict[str, Any] = {}
     if settings.actions.debug:  # a fault shows at the line that launched it; read when CUDA starts
         os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads it here
+        FILLING.fill_uninitialized_memory = False  # nobody reads it here
         torch.backends.cudnn.benchmark = False
     cuda = torch.cuda.is_available() and not cpu_asked()
     if cuda and not config.deterministic:
@@ -176,7 +180,7 @@ def refuse_unknown_gpu(index: int) -> None:
     if not known or None in builds:  # ROCm has names of another kind
         return
     major, minor = torch.cuda.get_device_capability(index)
-    for kind, of_major, of_minor in (build.groups() for build in builds):
+    for kind, of_major, of_minor in (build.groups() for build in filter(None, builds)):
         exact, oldest = int(of_major) == major, (int(of_major), int(of_minor))
         if oldest <= (major, minor) and (exact or kind == "compute"):
             return
@@ -322,6 +326,7 @@ def refuse_lonely_tasks() -> None:
 
 
 def refuse_shared_gpu(accelerator: Accelerator) -> None:
+    """Two ranks on one GPU would share its time and memory: no speed, and NCCL refuses it."""
     if accelerator.device.type != "cuda" or accelerator.num_processes == 1:
         return
     mine = (socket.gethostname(), torch.cuda.get_device_properties(accelerator.device).uuid)
@@ -341,7 +346,8 @@ def control_group() -> dist.ProcessGroup:
 
     Gloo's, with the limit of every wait: NCCL hangs or dies where a process is at a wrong place.
     """
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_limit()))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_limit()))
+    return cast(dist.ProcessGroup, group)  # every process is a member
 
 
 def broadcast(accelerator: Accelerator, value: T) -> T:
@@ -476,7 +482,7 @@ def describe_gpu(device: torch.device) -> dict[str, dict]:
     if device.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)
-    nccl = torch.cuda.nccl.version() if dist.is_nccl_available() else ()
+    of_nccl = nccl.version() if dist.is_nccl_available() else ()
     facts = {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -484,7 +490,7 @@ def describe_gpu(device: torch.device) -> dict[str, dict]:
         "driver": driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, nccl)),
+        "nccl": ".".join(map(str, of_nccl)),
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,

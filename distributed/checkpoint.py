@@ -21,10 +21,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from common.disk import digest
 from distributed import faults
 from errors import UserError
+
+Files = dict[str, dict[str, Tensor]]  # name of a file without its suffix -> tensors by name
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -61,7 +65,12 @@ class Progress:
 # --- what is saved: plain CPU tensors, taken in one go -------------------------------------------
 
 
-def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str, dict[str, Tensor]]:
+def capture(
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: nn.Module | None = None,
+    scaler: GradScaler | None = None,
+) -> Files:
     """Host copies of all state, file name -> tensors; the only part a step has to wait for."""
 
     def host(tensor: Tensor) -> Tensor:
@@ -84,7 +93,13 @@ def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str,
 
 
 @torch.no_grad()
-def restore(files: dict[str, dict[str, Tensor]], model, optimizer, average=None, scaler=None):
+def restore(
+    files: Files,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: nn.Module | None = None,
+    scaler: GradScaler | None = None,
+) -> None:
     """Put captured state back into existing objects, keeping their devices and memory layouts."""
     if average is not None and "ema" not in files:
         raise UserError(
@@ -118,6 +133,7 @@ def restore(files: dict[str, dict[str, Tensor]], model, optimizer, average=None,
 
 
 def copy_state(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Fill a model with saved tensors; UserError, and nothing changed, where they do not fit."""
     mine = model.state_dict()
     wrong = [k for k in mine if k not in tensors or tensors[k].shape != mine[k].shape]
     wrong += [k for k in tensors if k not in mine]
@@ -134,7 +150,9 @@ def copy_state(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file, complete on the disk under its name or not there at all."""
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata=metadata)
@@ -146,7 +164,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 def sync(path: Path) -> None:
     """fsync a file or, where the system allows it, a folder."""
     folder = path.is_dir()
-    with contextlib.suppress(OSError if folder else ()):  # Windows cannot open a folder
+    with contextlib.suppress(*([OSError] if folder else [])):  # Windows cannot open a folder
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
         try:
             os.fsync(descriptor)
@@ -155,16 +173,18 @@ def sync(path: Path) -> None:
 
 
 def digest_of(path: Path) -> str:
+    """blake2b of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def digest_of_manifest(manifest: dict) -> str:
+    """blake2b of all a manifest says but this digest itself."""
     rest = {key: value for key, value in manifest.items() if key != "self"}
     return digest(json.dumps(rest, sort_keys=True), size=16)
 
 
-def write_checkpoint(folder: Path, files: dict, progress: Progress, facts: dict) -> Path:
+def write_checkpoint(folder: Path, files: Files, progress: Progress, facts: dict) -> Path:
     """Write one checkpoint and return its final path; leaves nothing behind when it fails."""
     target = folder / f"step-{progress.step:09d}"
     partial = target.with_name(target.name + ".partial")
@@ -241,7 +261,7 @@ class Writer:
         self.error = ""  # why the latest save failed; "" once one succeeds
         self._thread: threading.Thread | None = None
 
-    def start(self, files: dict, progress: Progress, facts: dict) -> None:
+    def start(self, files: Files, progress: Progress, facts: dict) -> None:
         """Begin a save of captured state."""
         self.wait()
         progress = Progress(**asdict(progress))
@@ -250,7 +270,7 @@ class Writer:
         )
         self._thread.start()
 
-    def _run(self, files, progress, facts) -> None:
+    def _run(self, files: Files, progress: Progress, facts: dict) -> None:
         began = time.monotonic()
         try:
             target = write_checkpoint(self.folder, files, progress, facts)
@@ -270,7 +290,7 @@ class Writer:
                 self._thread = None
 
 
-def explain_failure(error: Exception, folder: Path, files: dict) -> str:
+def explain_failure(error: Exception, folder: Path, files: Files) -> str:
     """Why a save failed, in words; a full disk hides behind several exception types."""
     need = sum(t.numel() * t.element_size() for part in files.values() for t in part.values())
     try:
@@ -350,7 +370,7 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict]
     return None
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]:
+def read_checkpoint(path: Path) -> tuple[Files, Progress]:
     """All tensors and the progress of a verified checkpoint."""
     listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     files = {

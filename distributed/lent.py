@@ -11,7 +11,7 @@ import numpy
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from distributed.accelerator import cpu_asked
+from distributed.accelerator import FILLING, cpu_asked
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def _switches() -> Iterator[None]:
     cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = FILLING.fill_uninitialized_memory
     benchmark, precision = cudnn.benchmark, torch.get_float32_matmul_precision()
     usual = torch.get_default_dtype()
     anomalies, nan_checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
@@ -60,8 +60,8 @@ def _switches() -> Iterator[None]:
         torch.autograd.set_detect_anomaly(anomalies, nan_checks)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-        cudnn.benchmark = benchmark
+        FILLING.fill_uninitialized_memory = filled
+        torch.backends.cudnn.benchmark = benchmark
         if torch.get_float32_matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)
 
@@ -103,7 +103,7 @@ def _output() -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(AttributeError, ValueError):  # a stream that has no such switch
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(errors=errors)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager

@@ -10,13 +10,16 @@ running statistics are those after shard 0.
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import Node
 
 from config import BatchPlan
 from distributed.generators import Generators
@@ -55,12 +58,13 @@ class EveryParameter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, loss: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.count = len(parameters)
+        ctx.count = len(parameters)  # pyright: ignore[reportAttributeAccessIssue]  # the way torch has
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, *(None,) * ctx.count
+        count: int = ctx.count  # pyright: ignore[reportAttributeAccessIssue]
+        return gradient, *(None,) * count
 
 
 class Arrivals:
@@ -74,7 +78,8 @@ class Arrivals:
         self.counts = [0] * len(parameters)
         self.nodes, self.handles = [], []
         for place, p in enumerate(parameters):
-            node = p.view_as(p).grad_fn.next_functions[0][0]  # kept: it lives as long as it is held
+            view = cast(Node, p.view_as(p).grad_fn)
+            node = cast(Node, view.next_functions[0][0])  # kept: it lives as long as it is held
             self.nodes.append(node)
             self.handles.append(node.register_hook(functools.partial(self._arrived, place)))
 
@@ -163,9 +168,9 @@ class Shards:
     """
 
     def __init__(
-        self, accelerator, model: nn.Module, plan: BatchPlan, seed_of, bitwise: bool,
-        nature: Nature = Nature(),
-    ):  # fmt: skip
+        self, accelerator: Accelerator, model: nn.Module, plan: BatchPlan,
+        seed_of: Callable[[int, int], int], bitwise: bool, nature: Nature = Nature(),
+    ) -> None:  # fmt: skip
         self.accelerator = accelerator
         self.model = model
         self.bare = accelerator.unwrap_model(model)
@@ -246,7 +251,9 @@ class Shards:
     def _loss_scale(self) -> Tensor | float:
         """What fp16 multiplies the loss by, a power of two: it divides out without rounding."""
         scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.sum.total.device))
+        if scaler is None or self.sum is None:
+            return 1.0
+        return scaler.scale(torch.ones((), device=self.sum.total.device))
 
     def undo_buffers(self, found: Tensor) -> Tensor:
         """Where the update is left out (found = 1), what its step did to the buffers is too."""
@@ -295,12 +302,15 @@ class Guard:
         self.skipped += bad[0]
         self.skipped[1].mul_(bad[0])
         found = (self.first[0] >= 0).float()  # without skip: from the first bad one on
-        self.optimizer.found_inf, self.optimizer.grad_scale = found, None
+        # As torch's gradient scaler tells its fused optimizers.
+        self.optimizer.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
         return found
 
     def report(self) -> dict[str, int]:
-        """First bad step (-1: none; with skip: of the latest streak), skipped updates, the latest
-        in a row; one host sync.
+        """The first bad step, updates left out in all and in a row, the first bad loss.
+
+        -1 is none; with skip the first is that of the latest streak. One host sync.
         """
         bad_step, bad_loss, skipped, in_a_row = torch.cat([self.first, self.skipped]).tolist()
         return {

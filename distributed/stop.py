@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,9 @@ REASONS = {
     ORPHAN: "the launcher is gone",
     SAVE_FAILED: "a checkpoint could not be written",
 }
+
+
+Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal has them
 
 
 class StopVote:
@@ -45,7 +50,7 @@ class StopVote:
         self.row_agreed = False  # for one beat, the same on all processes
         self.stop_file: Path | None = None
         self.group = None
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Handler] = {}
         self.is_main = True
         self._parent = os.getppid() if launched() else None
         self._last_save = self._last_row = time.monotonic()
@@ -78,7 +83,7 @@ class StopVote:
         """Vote in this group (None: alone) from now on."""
         self.group, self.is_main = group, is_main
 
-    def _on_signal(self, number, frame) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # SLURM and an agent may both send TERM in the same millisecond: a second signal is no
         # "now". Only a person at a terminal who presses Ctrl-C again two seconds later means it.
         now = time.monotonic()

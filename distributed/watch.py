@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,9 +36,9 @@ class Watch:
         self.phase, self.step = "start", 0
         self.folder: Path | None = None
         self.limit = float(os.environ.get("LOCKSTEP_STALL", "300"))
-        self.on_beat = lambda: None
-        self.on_stall = lambda told: None
-        self.before_the_end = lambda: None
+        self.on_beat: Callable[[], None] = lambda: None
+        self.on_stall: Callable[[str], None] = lambda message: None
+        self.before_the_end: Callable[[], None] = lambda: None
         # Reading data and drawing pictures have no beats of their own: six times as long; the loop
         # adds phases in which a compiler may sit.
         self.patient = {"start", "end"}
@@ -64,7 +65,7 @@ class Watch:
     def stop(self) -> None:
         """Leave without a trace: a crash folder that stays tells of a crash."""
         self._stop.set()
-        if self._thread is None:
+        if self._thread is None or self.folder is None:
             return
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -88,6 +89,11 @@ class Watch:
             if still > PEER_SECONDS and not alone and (dead := self.dead_peer()):
                 self._leave_after(dead)
 
+    def _file(self, name: str) -> Path:
+        """In the folder that `start` named."""
+        assert self.folder is not None
+        return self.folder / name
+
     def _beat(self) -> None:
         place = {
             "rank": self.rank,
@@ -98,7 +104,7 @@ class Watch:
             "still": round(time.monotonic() - self._since, 1),
             "time": time.time(),
         }
-        path = self.folder / f"heartbeat-{self.rank}.json"
+        path = self._file(f"heartbeat-{self.rank}.json")
         with contextlib.suppress(OSError):
             write_text(path, json.dumps(place), sync=False)
 
@@ -115,7 +121,7 @@ class Watch:
         self._end(told)
 
     def _dump(self, why: str) -> None:
-        with contextlib.suppress(OSError), (self.folder / f"rank-{self.rank}.txt").open("w") as f:
+        with contextlib.suppress(OSError), self._file(f"rank-{self.rank}.txt").open("w") as f:
             f.write(f"{why}\n")
             f.flush()
             faulthandler.dump_traceback(f, all_threads=True)
@@ -141,7 +147,7 @@ class Watch:
             if rank == self.rank:
                 continue
             with contextlib.suppress(OSError):
-                report = (self.folder / f"rank-{rank}.txt").read_text(errors="replace")
+                report = self._file(f"rank-{rank}.txt").read_text(errors="replace")
                 if "Traceback" in report:
                     return report.splitlines()[0]
             if place["host"] == socket.gethostname() and not alive(place["pid"]):

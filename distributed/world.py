@@ -5,10 +5,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from common.text import seconds
 from config import Settings
@@ -116,6 +117,10 @@ class World(contextlib.AbstractContextManager):
         """What work() returns here; a UserError of any process is raised on all, naming it."""
         return machine.all_or_none(self.accelerator, work)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor added up over all processes, on every one."""
+        return cast(Tensor, self.accelerator.reduce(tensor, reduction="sum"))
+
     def refuse_disagreement(self, facts: dict[str, str]) -> None:
         """All processes must hold the same facts; the odd ones are named in a UserError."""
         machine.refuse_disagreement(self.accelerator, facts)
@@ -135,8 +140,10 @@ class World(contextlib.AbstractContextManager):
     # --- while it runs --------------------------------------------------------------------------
 
     def phase(self, name: str, step: int, new_beats: bool = False) -> None:
-        """Where this process is, for those who wait for it; with `new_beats`, beats that follow
-        have another length."""
+        """Where this process is, for those who wait for it.
+
+        With `new_beats`, beats that follow have another length.
+        """
         self.watch.at(name, step)
         if new_beats:
             self.stop.new_phase()

@@ -16,10 +16,17 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")
@@ -208,12 +215,12 @@ class Peers:
             time.sleep(0.2)
         return ""
 
-    def gather(self, mine) -> list:
+    def gather(self, mine: T) -> list[T]:
         if self.size == 1:
             return [mine]
         import torch.distributed as dist
 
-        everyone = [None] * self.size
+        everyone = [mine] * self.size
         dist.all_gather_object(everyone, mine)
         return everyone
 
@@ -221,7 +228,7 @@ class Peers:
         return known_sum(self.rank, self.size, 2**22, "cpu") if self.size > 1 else (True, 0.0)
 
 
-def known_sum(rank: int, size: int, count: int, device) -> tuple[bool, float]:
+def known_sum(rank: int, size: int, count: int, device: "torch.device | str") -> tuple[bool, float]:
     """All-reduce so many known integers: (right, megabytes per second)."""
     import torch
     import torch.distributed as dist
@@ -325,7 +332,7 @@ def gpu_facts() -> dict:
     return found
 
 
-def differing(everyone: list[dict], value_of) -> str:
+def differing(everyone: list[dict], value_of: Callable[[dict], object]) -> str:
     """'n1 has a; n2 has b' where a value is not the same everywhere, else ''."""
     holders: dict[str, list[str]] = {}
     for facts in everyone:
@@ -402,7 +409,7 @@ def has_kernels(major: int, minor: int, kernels: list[str]) -> bool:
     built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in kernels]
     if None in built or not built:  # another vendor's names
         return True
-    for found in built:
+    for found in filter(None, built):
         have = int(found[2]), int(found[3])
         if found[4] == "a":
             fits = have == (major, minor)
@@ -518,7 +525,7 @@ def main(argv: list[str]) -> int:
     if "--" in argv:
         own, arguments = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     parser = argparse.ArgumentParser(
-        prog="preflight.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+        prog="preflight.py", description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False,
         epilog="What follows -- are train.py's flags; with them, model and data are tried too.",
     )  # fmt: skip
     parser.add_argument("--gpus", type=int, help="GPUs a node should have (default: SLURM's word)")

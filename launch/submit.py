@@ -65,7 +65,7 @@ def slurm_time(total: int) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="submit.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+        prog="submit.py", description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False,
         epilog="What follows -- are train.py's flags: python train.py --help",
     )  # fmt: skip
     parser.add_argument("--nodes", type=int, default=1)

@@ -26,8 +26,10 @@ class Problem(ValueError):
 
 
 def tell(text: str) -> None:
-    """Print it; where nobody reads stdout any more (`| head`), on stderr: a job's number is not
-    to be lost, nor its submission to end halfway."""
+    """Print it; where nobody reads stdout any more (`| head`), on stderr.
+
+    A job's number is not to be lost, nor its submission to end halfway.
+    """
     if sys.stdout is None:
         sys.stdout = sys.stderr
     try:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TORCHVISION = "torchvision:"
+Recipe = dict[str, str | int | float]  # fields of TrainConfig -> values
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,15 @@ class ModelEntry:
     target: str
     min_image_size: int
     summary: str
-    recipe: dict[str, object]
-    finetune: dict[str, object] = field(default_factory=dict)
+    recipe: Recipe
+    finetune: Recipe = field(default_factory=dict)
     pretrained: str = ""
     task: str = "classification"
     channels_last: bool = True
 
 
 # Learning rates belong to the batch size beside them; warmup is in epochs.
-_ADAMW: dict[str, object] = {
+_ADAMW: Recipe = {
     "image_size": 32,
     "batch_size": 64,
     "epochs": 10,
@@ -62,7 +63,7 @@ _ADAMW: dict[str, object] = {
     "warmup": 0.5,
     "augment": "crop",
 }
-_FINETUNE: dict[str, object] = {
+_FINETUNE: Recipe = {
     "image_size": 224,
     "batch_size": 32,
     "epochs": 5,
@@ -72,7 +73,7 @@ _FINETUNE: dict[str, object] = {
     "label_smoothing": 0.0,
 }
 # AlexNet and VGG have no batch norm: SGD, small steps, as in their papers.
-_FINETUNE_SGD: dict[str, object] = _FINETUNE | {
+_FINETUNE_SGD: Recipe = _FINETUNE | {
     "optimizer": "sgd",
     "lr": 0.005,
     "momentum": 0.9,
@@ -273,7 +274,7 @@ def _torchvision_entry(name: str) -> ModelEntry:
         )
     return ModelEntry(
         target=TORCHVISION + name,
-        min_image_size=max(zoo.get_model_weights(name).DEFAULT.meta["min_size"]),
+        min_image_size=max(zoo.get_model_weights(name)["DEFAULT"].meta["min_size"]),
         summary="from torchvision",
         recipe=_ADAMW | {"image_size": 224},
         finetune=_FINETUNE,

@@ -2,14 +2,20 @@
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from errors import UserError
 from models import MODELS, build_model, lookup
 from models.own_file import is_own_file
 
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
 
 def main() -> int:
+    """Print the table that was asked for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
     parser.add_argument("model", nargs="?", help="a name of the table, torchvision:..., file.py:..")
     parser.add_argument("--image-size", type=int, help="pixels; default: that of the recipe")
@@ -33,7 +39,8 @@ def main() -> int:
     return 0
 
 
-def table_of_models(num_classes: int) -> Any:
+def table_of_models(num_classes: int) -> "Table":
+    """All models in lesson order, with their recipes from scratch."""
     import torch
     from rich.table import Table
 
@@ -59,7 +66,7 @@ def table_of_models(num_classes: int) -> Any:
     return table
 
 
-def table_of_layers(name: str, image_size: int | None, num_classes: int) -> Any:
+def table_of_layers(name: str, image_size: int | None, num_classes: int) -> "Table":
     """Layers in the order in which they run in training, auxiliary heads included."""
     import torch
     from rich.table import Table
@@ -80,7 +87,7 @@ def table_of_layers(name: str, image_size: int | None, num_classes: int) -> Any:
         table.add_column(heading, justify="right")
     total = 0
 
-    def add_row(path: str, layer: nn.Module, output: Any) -> None:
+    def add_row(path: str, layer: nn.Module, output: "torch.Tensor | tuple | list") -> None:
         nonlocal total
         while isinstance(output, tuple | list) and output:  # nn.GRU, nn.MultiheadAttention
             output = output[0]
@@ -113,7 +120,8 @@ def table_of_layers(name: str, image_size: int | None, num_classes: int) -> Any:
     return table
 
 
-def count(parameters: Any) -> int:
+def count(parameters: Iterable["torch.Tensor"]) -> int:
+    """How many numbers the parameters hold."""
     return sum(parameter.numel() for parameter in parameters)
 
 

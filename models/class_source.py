@@ -43,7 +43,7 @@ def standalone_source(made: type) -> str:
             define(_text(value))
             if own != name:
                 pieces.append(f"{name} = {own}")
-        elif own and getattr(sys.modules.get(home), own, None) is value:
+        elif home and own and getattr(sys.modules.get(home), own, None) is value:
             imports.append(f"from {home} import {own}" + ("" if own == name else f" as {name}"))
         elif _is_plain(value):
             pieces.append(f"{name} = {value!r}")
@@ -71,8 +71,9 @@ def _text(value: type | FunctionType) -> str:
             lines = linecache.getlines(function.__code__.co_filename)
             first = function.__code__.co_firstlineno
             for node in ast.walk(ast.parse("".join(lines))):
-                named = isinstance(node, ast.ClassDef) and node.name == value.__name__
-                if named and node.lineno <= first <= node.end_lineno:
+                if not isinstance(node, ast.ClassDef) or node.name != value.__name__:
+                    continue
+                if node.lineno <= first <= (node.end_lineno or 0):
                     start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                     return textwrap.dedent("".join(lines[start - 1 : node.end_lineno])).rstrip()
     return textwrap.dedent(inspect.getsource(value)).rstrip()

@@ -10,10 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common.text import did_you_mean
 from errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def is_own_file(name: str) -> bool:
@@ -21,11 +24,11 @@ def is_own_file(name: str) -> bool:
     return name.endswith(".py") or ".py:" in name
 
 
-_in_memory: dict[str, Callable[[], type]] = {}
+_in_memory: dict[str, Callable[[], type[nn.Module]]] = {}
 
 
 @contextlib.contextmanager
-def standing_for(name: str, load: Callable[[], type]) -> Iterator[None]:
+def standing_for(name: str, load: Callable[[], type[nn.Module]]) -> Iterator[None]:
     """Within, path/to/file.py:Class means the class that load() returns, not what the file says."""
     _in_memory[name] = load
     try:
@@ -59,13 +62,14 @@ def check_own_file(name: str) -> None:
         raise _no_such_class(name, classes)
 
 
-def load_own_class(name: str) -> type:
+def load_own_class(name: str) -> type[nn.Module]:
     """The class, from the file run as a module; its folder is on sys.path meanwhile."""
     if name in _in_memory:
         return _in_memory[name]()
     path, class_name = _split(name)
     # A prefix of our own, for a file may be called data.py or torch.py.
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # of a .py file
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up by name
     folder = str(path.resolve().parent)
@@ -96,7 +100,9 @@ def load_own_class(name: str) -> type:
     return found
 
 
-def call_with_known_arguments(make: Callable, known: dict[str, Any], name: str) -> Any:
+def call_with_known_arguments(
+    make: Callable[..., nn.Module], known: dict[str, int], name: str
+) -> nn.Module:
     """make(**the known arguments that it takes); UserError if it needs others."""
     parameters = inspect.signature(make).parameters
     needed = [
@@ -116,7 +122,7 @@ def call_with_known_arguments(make: Callable, known: dict[str, Any], name: str) 
     return make(**{key: value for key, value in known.items() if key in parameters})
 
 
-def size_lazy_layers(model: Any, image_size: int, name: str) -> None:
+def size_lazy_layers(model: nn.Module, image_size: int, name: str) -> None:
     """Give nn.LazyLinear and its kin their sizes by two blank images of (3, image_size, ...)."""
     import torch
     from torch.nn.parameter import is_lazy

@@ -54,9 +54,11 @@ class ResNet(nn.Module):
 
 
 def stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+    """Residual blocks of one width; the first one halves the maps where stride is 2."""
     first = BasicBlock(in_channels, channels, stride)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(num_blocks - 1)))
 
 
 def resnet18(num_classes: int = 10) -> ResNet:
+    """The 18-layer network: two basic blocks in each of four stages."""
     return ResNet([2, 2, 2, 2], num_classes)

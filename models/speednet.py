@@ -53,6 +53,7 @@ class SpeedNet(nn.Module):
         whitened = 2 * 3 * PATCH**2  # each direction and its opposite
         self.whiten = nn.Conv2d(3, whitened, PATCH)
         self.whiten.weight.requires_grad_(False)
+        assert self.whiten.bias is not None
         nn.init.zeros_(self.whiten.bias)
         widths = (whitened, *WIDTHS)
         self.groups = nn.Sequential(*map(Group, widths, WIDTHS))

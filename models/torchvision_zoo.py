@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from models.pooling import AdaptivePool
 
+Outputs = torch.Tensor | tuple[torch.Tensor, ...]
+
 # The auxiliary heads: their share of the loss (as in the papers) and their modules.
 AUXILIARY = {"googlenet": (0.3, ("aux1", "aux2")), "inception_v3": (0.4, ("AuxLogits",))}
 
@@ -16,7 +18,7 @@ def build_from_torchvision(name: str, num_classes: int, image_size: int) -> nn.M
     """torchvision's model; with auxiliary heads it returns (logits, aux, ...) in training mode."""
     from torchvision.models import get_model
 
-    options: dict[str, Any] = {}
+    options: dict[str, int | list] = {}
     if name in AUXILIARY:
         # transform_input maps ImageNet's normalisation to the one that the published weights
         # expect; always on, so that the same weights mean the same wherever they come from.
@@ -25,11 +27,11 @@ def build_from_torchvision(name: str, num_classes: int, image_size: int) -> nn.M
         options = {"image_size": image_size}  # a position embedding for each patch
     if name == "googlenet":
         options["blocks"] = googlenet_blocks()
-    model = get_model(name, weights=None, num_classes=num_classes, **options)
+    model: Any = get_model(name, weights=None, num_classes=num_classes, **options)
     for layer in list(model.modules()):
         for child_name, child in layer.named_children():
             if type(child) is nn.AdaptiveAvgPool2d and child.output_size in ((6, 6), (7, 7)):
-                setattr(layer, child_name, ZooPool(child.output_size[0]))
+                setattr(layer, child_name, ZooPool(6 if child.output_size == (6, 6) else 7))
     if name in AUXILIARY:
         model.auxiliary_weight, model.auxiliary_heads = AUXILIARY[name]
         model.register_forward_hook(_plain_tuple)
@@ -56,8 +58,8 @@ def googlenet_blocks() -> list:
     from torchvision.models.googlenet import BasicConv2d, Inception, InceptionAux
 
     class AuxiliaryHead(InceptionAux):
-        def __init__(self, in_channels: int, num_classes: int, **options: Any) -> None:
-            super().__init__(in_channels, num_classes, **options)
+        def __init__(self, in_channels: int, num_classes: int, dropout: float = 0.7) -> None:
+            super().__init__(in_channels, num_classes, dropout=dropout)
             self.pool = ZooPool(4)
 
         def forward(self, maps: torch.Tensor) -> torch.Tensor:
@@ -67,11 +69,11 @@ def googlenet_blocks() -> list:
     return [BasicConv2d, Inception, AuxiliaryHead]
 
 
-def _plain_tuple(model: nn.Module, inputs: tuple, outputs: Any) -> Any:
+def _plain_tuple(model: nn.Module, inputs: tuple, outputs: Outputs) -> Outputs:
     return tuple(outputs) if isinstance(outputs, tuple) else outputs
 
 
-def _at_least_17_wide(head: nn.Module, inputs: tuple) -> Any:
+def _at_least_17_wide(head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     """The auxiliary head of Inception fits maps of 299-pixel images; smaller ones are stretched."""
     (maps,) = inputs
     return (AdaptivePool(17)(maps),) if min(maps.shape[-2:]) < 17 else inputs

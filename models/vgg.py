@@ -41,7 +41,8 @@ class VGG(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps = self.features(images)  # (N, 512, S/32, S/32)
-        hidden = pooled_linear(maps, self.pool, self.classifier[0])  # (N, 4096)
+        linear: nn.Linear = self.classifier[0]  # pyright: ignore[reportAssignmentType]
+        hidden = pooled_linear(maps, self.pool, linear)  # (N, 4096)
         return self.classifier[1:](hidden)
 
 
@@ -49,15 +50,18 @@ def initialise(layer: nn.Module) -> None:
     """Kaiming for convolutions: with torch's default a plain deep net passes no signal."""
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     elif isinstance(layer, nn.Linear):
         nn.init.normal_(layer.weight, std=0.01)
         nn.init.zeros_(layer.bias)
 
 
 def vgg11(num_classes: int = 1000) -> VGG:
+    """Column A: eight convolutions."""
     return VGG(COLUMN_A, num_classes)
 
 
 def vgg16(num_classes: int = 1000) -> VGG:
+    """Column D: thirteen convolutions."""
     return VGG(COLUMN_D, num_classes)

@@ -236,7 +236,7 @@ def _same_net_in_torchvision(name: str) -> str:
 def _imagenet_url(name: str) -> str:
     from torchvision.models import get_model_weights
 
-    return get_model_weights(lookup(name).pretrained).DEFAULT.url
+    return get_model_weights(lookup(name).pretrained)["DEFAULT"].url
 
 
 def _imagenet_file(name: str) -> Path:

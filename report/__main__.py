@@ -9,6 +9,7 @@ from errors import USER_ERROR, UserError
 
 
 def main(arguments: list[str]) -> int:
+    """`page` or `doctor` for a run folder; returns the exit status."""
     parser = Parser("python -m report", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="page|doctor")
     for name, summary in (

@@ -7,10 +7,13 @@ from markupsafe import Markup, escape
 
 from common.text import printable
 
+Point = tuple[float, float]  # (step, value)
+
 MOST_POINTS = 600  # of a curve; a longer one is thinned without losing its extremes
 
 
 def short(value: float) -> str:
+    """A number in few characters: 12,345 or 0.01234."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
@@ -24,7 +27,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [apart * number for number in range(first, last + 1)]
 
 
-def thinned(points: list[tuple]) -> list[tuple]:
+def thinned(points: list[Point]) -> list[Point]:
     """At most MOST_POINTS; of each stretch of the curve its lowest and its highest."""
     if len(points) <= MOST_POINTS:
         return points
@@ -35,7 +38,10 @@ def thinned(points: list[tuple]) -> list[tuple]:
 
 
 def chart(
-    title: str, lines: dict[str, list[tuple]], show: Callable = short, best=None
+    title: str,
+    lines: dict[str, list[Point]],
+    show: Callable[[float], str] = short,
+    best: Point | None = None,
 ) -> Markup | str:
     """Curves over the steps as inline SVG; `show` writes a value, `best` is a point to ring."""
     title = str(escape(printable(title)))  # titles and names may be those of a file

@@ -47,6 +47,7 @@ def is_alive(written: dict) -> bool:
 
 
 def resumed(status: dict) -> int:
+    """The step from which the last life went on."""
     return status.get("resumed_at") or 0
 
 

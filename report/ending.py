@@ -49,6 +49,7 @@ def _write(
     progress: Progress, world: World, code: int, reason: str,
 ) -> None:  # fmt: skip
     """Main process: whatever cannot be written is said, and the rest is."""
+    assert log.folder is not None
     folder, plan, screen = log.folder.folder, log.plan, log.screen
     status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
     if problem := checkpoints.save_weights("last.safetensors", learner, progress):
@@ -101,7 +102,7 @@ def run_to_exit(
             raise
         words = world.failure(error) if world is not None else failed_at_start(error)
         tell_agent(error)
-        if not isinstance(error, NumbersGoneBad) or world.is_main:
+        if not isinstance(error, NumbersGoneBad) or world is None or world.is_main:
             print(f"\n{words}", file=sys.stderr, flush=True)
         # Not through the interpreter's end: a process group whose peer is gone would wait there.
         sys.stdout.flush()

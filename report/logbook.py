@@ -4,9 +4,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+from common.disk import Json
 from common.text import duration
 from config import restarted, to_json
 from distributed import faults
@@ -48,7 +50,7 @@ class Logbook(contextlib.AbstractContextManager):
         self.trackers: list[Tracker] = []
         self._row_problem = ""
         if plan.folder is not None:
-            self.life = world.main_decides(self._enter_folder)
+            self.life = world.main_decides(partial(self._enter_folder, plan.folder))
             world.stop.stop_file = plan.folder / "STOP"
             world.watch.start(plan.folder, limited=not plan.actions.debug)
             if self.folder is not None:
@@ -63,9 +65,9 @@ class Logbook(contextlib.AbstractContextManager):
         """Where the main process writes; None on the others and where nothing is left."""
         return self.folder.folder if self.folder is not None else None
 
-    def _enter_folder(self) -> int:
+    def _enter_folder(self, folder: Path) -> int:
         """Lock the folder; the number of this life."""
-        folder, actions = self.plan.folder, self.plan.actions
+        actions = self.plan.actions
         if starts_over(actions):
             aside = set_aside(folder)
             if aside is not None:
@@ -119,7 +121,8 @@ class Logbook(contextlib.AbstractContextManager):
 
     def _begin(self, data: Data, task: Task, facts: dict[str, str], progress: Progress) -> None:
         folder, settings = self.folder, self.plan.settings
-        self._refuse_crash_loop(progress.step)
+        assert folder is not None  # the main process's
+        self._refuse_crash_loop(folder, progress.step)
         folder.keep_metrics(progress.metrics_rows)
         if self.life == 0 or not (folder.folder / "config.json").exists():
             gpus = self.world.device.type == "cuda"
@@ -140,12 +143,12 @@ class Logbook(contextlib.AbstractContextManager):
         )  # fmt: skip
         folder.begin_life(self.life, progress.step)
 
-    def _refuse_crash_loop(self, step: int) -> None:
+    def _refuse_crash_loop(self, folder: RunDir, step: int) -> None:
         """Automatic restarts end where lives die without getting further."""
-        old = self.folder.read_status()
+        old = folder.read_status()
         died = old.get("status") in ("running", "failed")
         deaths = int(old.get("deaths", 0)) + 1 if died and old.get("resumed_at") == step else 0
-        self.folder.status(
+        folder.status(
             deaths=deaths, failed_at=old.get("failed_at") if died else None, failed_twice=False
         )
         if not restarted():
@@ -156,9 +159,9 @@ class Logbook(contextlib.AbstractContextManager):
         if old.get("failed_twice"):
             message = f"step {old['failed_at']} failed twice in a row: {old['reason']}"
         if message:
-            self.folder.status(status="failed", reason=message)
+            folder.status(status="failed", reason=message)
             raise UserError(
-                f"{message}; see {self.folder.folder / 'crash'} and start it by hand",
+                f"{message}; see {folder.folder / 'crash'} and start it by hand",
                 code="crash-loop",
             )
 
@@ -238,7 +241,7 @@ class Logbook(contextlib.AbstractContextManager):
         for tracker in self.trackers:
             tracker.log(row)
 
-    def status(self, **values: object) -> None:
+    def status(self, **values: Json) -> None:
         """Into status.json, which is worth no crash where the disk is full."""
         if self.folder is not None:
             with contextlib.suppress(OSError):

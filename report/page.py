@@ -14,6 +14,7 @@ import struct
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -43,7 +44,7 @@ TEMPLATES = Environment(
     loader=FileSystemLoader(HERE), autoescape=True, finalize=cleaned, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-PARTS = TEMPLATES.get_template("parts.html").module
+PARTS: Any = TEMPLATES.get_template("parts.html").module  # its macros
 
 
 def content(path: Path) -> str:
@@ -77,8 +78,8 @@ class Files:
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of the rows in which both are finite numbers."""
-        pairs = [(row.get("step"), row[key]) for row in self.rows if key in row]
-        return [pair for pair in pairs if all(map(is_number, pair))]
+        pairs = ((row.get("step"), row[key]) for row in self.rows if key in row)
+        return [(step, value) for step, value in pairs if is_number(step) and is_number(value)]
 
     @cached_property
     def declared(self) -> tuple[tuple[Metric, ...], str]:
@@ -135,7 +136,8 @@ class Files:
         return matrix, names
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a file is a number that can be drawn."""
     return isinstance(value, int | float) and abs(value) < 1e100
 
 
@@ -154,6 +156,7 @@ def picture(path: Path, message: str, kind: str = "") -> Markup | str:
 
 
 def verdict(files: Files) -> Markup:
+    """The best result, or how far the run came."""
     (row, chosen), metric = files.best, files.deciding
     value = row.get(f"test/{metric.key}")
     if not is_number(value):
@@ -173,6 +176,7 @@ def named(files: Files, row: dict) -> list[tuple[Metric, str]]:
 
 
 def facts(files: Files) -> Markup:
+    """Model, data, length, time and speed."""
     config, ended = files.config.get("config", {}), files.ended
     last = files.rows[-1] if files.rows else {}
     rows = [("model", config.get("model")), ("data", config.get("dataset"))]
@@ -191,6 +195,7 @@ def facts(files: Files) -> Markup:
 
 
 def curves(files: Files) -> Markup:
+    """The metrics that want a chart, learning rate and speed over the steps."""
     row, drawn = files.best[0], []
     for metric in files.metrics:
         keys = [f"{split}/{metric.key}" for split in ("train", "val", "test")]
@@ -210,6 +215,7 @@ def curves(files: Files) -> Markup:
 
 
 def confusion(files: Files) -> Markup | str:
+    """The confusion matrix, or the most frequent mistakes where there are many classes."""
     if not files.has_matrix:
         return ""
     matrix, names = files.matrix()
@@ -235,6 +241,7 @@ def confusion(files: Files) -> Markup | str:
 
 
 def per_class(files: Files) -> Markup | str:
+    """Accuracy and precision of each class."""
     if not files.has_matrix:
         return ""
     (matrix, names), rows = files.matrix(), []
@@ -255,6 +262,7 @@ def per_class(files: Files) -> Markup | str:
 
 
 def mistakes(files: Files) -> Markup | str:
+    """The sheet of the surest mistakes."""
     message = (
         "What it is, what it was taken for: the surest mistakes in the first 1,000 test images"
     )
@@ -275,6 +283,7 @@ def lives(files: Files) -> Markup:
 
 
 def repeat(files: Files) -> Markup:
+    """What to type to run it again, or to go on."""
     lines = (files.folder / "command.sh").read_text("utf-8", "replace").splitlines()
     lines = [line for line in lines if line and not line.startswith("#")]
     if files.state != "finished":
@@ -283,6 +292,7 @@ def repeat(files: Files) -> Markup:
 
 
 def settings(files: Files) -> Markup:
+    """Every setting with its origin, those that are no default first."""
     values, origins = files.config["config"], files.config["origins"]
     usual = {field.name: field.default for field in fields(TrainConfig)}
     changed = [name for name in values if values[name] != usual.get(name)]
@@ -293,6 +303,7 @@ def settings(files: Files) -> Markup:
 
 
 def environment(files: Files) -> Markup:
+    """Versions, machine and fingerprints."""
     rows = []
     for name, value in files.environment.items():
         if isinstance(value, dict):
@@ -305,6 +316,7 @@ def environment(files: Files) -> Markup:
 
 
 def samples(files: Files) -> Markup | str:
+    """The sheet of training images."""
     message = "Training images as the model sees them"
     inside = picture(files.folder / "samples.png", message, "sheet")
     return PARTS.folded("the first training images", inside) if inside else ""

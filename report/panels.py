@@ -160,6 +160,7 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
 
 
 def on_line(task: Task) -> list[Metric]:
+    """The metrics that an epoch's line shows."""
     return [metric for metric in task.metrics if metric.has("line")]
 
 
@@ -175,7 +176,7 @@ def show_epoch(
             m.named(row[f"{split}/{m.key}"]) for m in on_line(task) if f"{split}/{m.key}" in row
         ]
         words += [f"{split} {word}" if number == 0 else word for number, word in enumerate(told)]
-    words.append(f"best {task.best.show(progress.best)}" if task.best.has("best") else "")
+    words.append(f"best {task.best.show(progress.best or 0.0)}" if task.best.has("best") else "")
     words.append(f"ETA {duration(left)}" if left else "")
     quiet = epochs > 40 and epoch % max(1, epochs // 20)
     if not quiet or stopping or schedule.over(progress):

@@ -4,10 +4,17 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.disk import whole
 from common.metric import Metric
 from common.text import printable
+
+if TYPE_CHECKING:
+    import numpy
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
 
 MOST_NAMES = 30  # classes whose names still fit beside a confusion matrix
 MOST_MISTAKES = 30  # lines of text beside a larger one
@@ -32,6 +39,7 @@ def drawable(classes: list[str]) -> list[str]:
 
 
 def has_glyph(character: str) -> bool:
+    """Whether an installed font can draw this character."""
     return character.isspace() or character in "…?" or bool(font_with(character))
 
 
@@ -64,17 +72,17 @@ def fonts_for(texts: list[str]) -> list[str]:
     return [*rcParams["font.family"], *dict.fromkeys(filter(None, found))]
 
 
-def figure(*arguments, **options):
+def figure(width: float, height: float) -> "Figure":
     """A matplotlib figure that needs no screen and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(*arguments, layout="constrained", **options)
+    made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     return made
 
 
-def save(drawn, path: Path) -> None:
+def save(drawn: "Figure", path: Path) -> None:
     """Write a figure under its name only when it is whole."""
     with whole(path, sync=False) as partial:
         drawn.savefig(partial, dpi=110, format="png")
@@ -88,7 +96,7 @@ def curves(rows: list[dict], metrics: Sequence[Metric], path: Path) -> None:
         if metric.has("chart")
     ]
     panels.append(("learning rate", ["lr"]))
-    drawn = figure(figsize=(4 * len(panels), 3.6))
+    drawn = figure(4 * len(panels), 3.6)
     for place, (title, keys) in enumerate(panels, 1):
         axes = drawn.add_subplot(1, len(panels), place)
         for key in keys:
@@ -115,7 +123,7 @@ def confusion(matrix: list[list[int]], classes: list[str], path: Path) -> None:
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     side = min(12, 3.5 + 0.45 * min(count, MOST_NAMES))
     listed = count > MOST_NAMES
-    drawn = figure(figsize=(14, 8.5) if listed else (side + 1, side))
+    drawn = figure(*((14, 8.5) if listed else (side + 1, side)))
     places = drawn.add_gridspec(1, 1 + listed, width_ratios=[3, 2][: 1 + listed])
     axes = drawn.add_subplot(places[0])
     power = 0.5 if listed else 1  # a small share of one class among many is still to be seen
@@ -132,11 +140,11 @@ def confusion(matrix: list[list[int]], classes: list[str], path: Path) -> None:
         axes.set_yticks(range(count), shown, family=fonts)
         for y, x in zip(*counts.nonzero(), strict=True):
             colour = "white" if shares[y, x] > 0.5 else "black"
-            axes.text(x, y, counts[y, x], ha="center", va="center", color=colour, fontsize=8)
+            axes.text(x, y, str(counts[y, x]), ha="center", va="center", color=colour, fontsize=8)
     save(drawn, path)
 
 
-def list_mistakes(axes, counts, names: list[str]) -> None:
+def list_mistakes(axes: "Axes", counts: "numpy.ndarray", names: list[str]) -> None:
     """The pairs of classes confused most often, from a matrix (n, n), as text."""
     import numpy
 
@@ -151,11 +159,11 @@ def list_mistakes(axes, counts, names: list[str]) -> None:
     axes.text(0, 0.5, message, va="center", fontsize=9, family=fonts_for(lines))
 
 
-def sheet(images, titles: list[str], path: Path) -> None:
+def sheet(images: "Tensor", titles: list[str], path: Path) -> None:
     """Pictures, uint8 (n, 3, H, W), in rows of eight, each with a title."""
     columns = min(8, max(1, len(images)))
     lines = math.ceil(len(images) / columns)
-    drawn = figure(figsize=(1.6 * columns, 1.9 * max(1, lines)))
+    drawn = figure(1.6 * columns, 1.9 * max(1, lines))
     for place, (image, title) in enumerate(zip(images, titles, strict=True), 1):
         axes = drawn.add_subplot(lines, columns, place)
         axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -164,9 +172,9 @@ def sheet(images, titles: list[str], path: Path) -> None:
     save(drawn, path)
 
 
-def line_fit(inputs, targets, predictions, path: Path) -> None:
+def line_fit(inputs: "Tensor", targets: "Tensor", predictions: "Tensor", path: Path) -> None:
     """The points of a regression and the line that was learned; flat tensors."""
-    drawn = figure(figsize=(6, 4.5))
+    drawn = figure(6, 4.5)
     axes = drawn.add_subplot()
     axes.scatter(inputs.tolist(), targets.tolist(), label="points", color="tab:blue")
     order = inputs.argsort()
@@ -179,7 +187,7 @@ def line_fit(inputs, targets, predictions, path: Path) -> None:
 
 def lr_curve(rates: list[float], losses: list[float], suggestion: float, path: Path) -> None:
     """Smoothed loss against the learning rate, and the rate that is suggested."""
-    drawn = figure(figsize=(7, 4.5))
+    drawn = figure(7, 4.5)
     axes = drawn.add_subplot()
     axes.plot(rates, losses)
     axes.axvline(suggestion, color="tab:red", linestyle="--", label=f"suggested: {suggestion:.2g}")

@@ -5,13 +5,13 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -33,14 +33,15 @@ class Report:
         self.console = console or Console(
             highlight=False, width=None if sys.stdout.isatty() else 100
         )
+        stream = self.console.file
         with contextlib.suppress(AttributeError, ValueError):  # a console that has no such letters
-            self.console.file.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
         self.has_bar = self.console.is_terminal or (
             self.console.is_jupyter and find_spec("ipywidgets") is not None
         )
         self.log: Console | None = None
         self._bar: Progress | None = None
-        self._task = None
+        self._task = TaskID(0)  # of the bar
         self._last_line = -SECONDS_BETWEEN_LINES
         self._warned: set[str] = set()
 
@@ -53,7 +54,7 @@ class Report:
                 force_jupyter=False,  # in a notebook a console forgets its file
             )  # fmt: skip
 
-    def show(self, thing, style: str | None = None) -> None:
+    def show(self, thing: RenderableType, style: str | None = None) -> None:
         """Print text or a rich table; text is never read as markup."""
         if not self.enabled:
             return
@@ -212,7 +213,7 @@ class SpeedMeter:
 
     WARMUP_STEPS = 2
 
-    def __init__(self, clock=time.monotonic):
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.steps = 0
         self._began: float | None = None

@@ -9,16 +9,32 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from common.disk import read_json, write_json
 
+if TYPE_CHECKING:
+    import wandb
+
 REACH_SECONDS = 3.0
 FINISH_SECONDS, STOP_SECONDS = 60.0, 10.0  # for its last rows; a stop may have half a minute
 
 
-def build_trackers(kind: str, folder: Path, name: str, config: dict, warn: Callable) -> list:
+class Sink(Protocol):
+    """Where rows go: a run of wandb, a writer of TensorBoard."""
+
+    def log(self, row: dict) -> None:
+        """One row of metrics.jsonl."""
+
+    def finish(self) -> None:
+        """All rows are there; what waits is sent."""
+
+
+def build_trackers(
+    kind: str, folder: Path, name: str, config: dict, warn: Callable[[str], None]
+) -> "list[Tracker]":
     """The trackers of `--track`; on the main process only. An empty list for "none"."""
     if kind == "none":
         return []
@@ -36,7 +52,7 @@ class Tracker:
     `warn` and ends it.
     """
 
-    def __init__(self, start: Callable, kind: str, warn: Callable):
+    def __init__(self, start: Callable[[], Sink], kind: str, warn: Callable[[str], None]):
         self.kind, self.warn = kind, warn
         self.rows: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, args=(start,), daemon=True)
@@ -54,7 +70,7 @@ class Tracker:
             self.warn(f"--track {self.kind} did not end within {seconds:g} s and is left behind")
         return not self.thread.is_alive()
 
-    def _work(self, start: Callable) -> None:
+    def _work(self, start: Callable[[], Sink]) -> None:
         try:
             tracker = start()
             for row in iter(self.rows.get, None):
@@ -94,7 +110,9 @@ def _saved_key(host: str) -> bool:
     return False
 
 
-def start_wandb(folder: Path, name: str, config: dict, known: list[str], warn: Callable):
+def start_wandb(
+    folder: Path, name: str, config: dict, known: list[str], warn: Callable[[str], None]
+) -> Sink:
     """A wandb run through Accelerate's tracker, in the run folder; one run across restarts."""
     mode, why = wandb_mode()
     if mode == "offline":
@@ -128,7 +146,7 @@ class Rows:
     crash, it drops.
     """
 
-    def __init__(self, run, known: list[str]):
+    def __init__(self, run: "wandb.Run", known: list[str]):
         self.run, self.number = run, 0
         for line in known:
             if self.number >= run.starting_step:
@@ -144,7 +162,8 @@ class Rows:
         self.run.finish()
 
 
-def start_tensorboard(folder: Path):
+def start_tensorboard(folder: Path) -> Sink:
+    """A TensorBoard writer through Accelerate's tracker, in the run folder."""
     from accelerate.tracking import TensorBoardTracker
 
     tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder))

@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,35 @@ def test_every_mistake_of_a_user_has_a_code():
                 assert code is not None, f"{place}:{node.lineno}"
                 if isinstance(code, ast.Constant):
                     assert re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", code.value), code.value
+
+
+# What can be anything: it is shown, or looked at to learn what it is.
+OF_ANY_KIND = {
+    "common/text.py": {"printable"}, "config/fields.py": {"convert"},
+    "models/class_source.py": {"need", "_is_plain"}, "report/page.py": {"cleaned", "is_number"},
+    "report/pictures.py": {"plain"},
+}  # fmt: skip
+
+
+def test_no_parameter_is_an_object_where_a_type_can_be_told():
+    for place, tree in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name not in OF_ANY_KIND.get(place, ()):
+                told = [a for a in node.args.args + node.args.kwonlyargs if a.annotation]
+                named = {a.arg for a in told if ast.unparse(a.annotation) == "object"}
+                assert not named, f"{place}:{node.lineno}: {named}"
+
+
+def test_the_machine_checks_what_signatures_say():
+    """Annotations and docstrings by ruff, types by pyright, each pinned where it moves."""
+    project = tomllib.loads((HOUSE / "pyproject.toml").read_text(encoding="utf-8"))
+    assert {"ANN001", "ANN401", "D"} <= set(project["tool"]["ruff"]["lint"]["select"])
+    assert not {"ANN001", "ANN401", "D103"} & set(project["tool"]["ruff"]["lint"]["ignore"])
+    assert project["tool"]["pyright"]["typeCheckingMode"] == "basic"
+    dev = project["project"]["optional-dependencies"]["dev"]
+    assert any(re.match(r"pyright\[nodejs\]==\d", name) for name in dev)
+    commands = (HOUSE / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {"ruff check .", "pyright"} <= set(commands)
 
 
 def test_no_folder_hides_a_package():

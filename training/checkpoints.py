@@ -40,13 +40,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         self,
         plan: Plan,
         facts: dict[str, str],
-        card: dict[str, object],
+        card: dict[str, Json],
         world: World,
         on_saved: Callable[[str], None],
     ) -> None:
         self.plan, self.facts, self.card, self.world = plan, facts, card, world
         self.folder, config = plan.folder, plan.config
-        self.writer = None
+        self.writer: Writer | None = None  # on the main process, where there is a folder
         if self.folder is not None and world.is_main:
             world.watch.before_the_end = self._finish_writing
             self.writer = Writer(
@@ -111,7 +111,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _compare_classes(self) -> None:
         """UserError where the data have other classes; those in another order are renumbered."""
-        known, classes = classes_of_run(self.plan), self.card.get("classes", ())
+        known = classes_of_run(self.plan)
+        classes = cast(Sequence[str], self.card.get("classes", ()))
         if known and list(known) != list(classes):
             sides = both_sides("the run knows", known, "the data have", classes)
             weights = Path(str(self.plan.config.run_dir)) / "model.safetensors"
@@ -165,20 +166,24 @@ class Checkpoints(contextlib.AbstractContextManager):
         return failed
 
     def _wait(self) -> str:
+        assert self.writer is not None
         self.writer.wait()
         return self.writer.error
 
     def _finish_writing(self) -> None:
         """From the watch's thread, before it ends a process that hangs: a whole save is no loss."""
-        self.writer.wait(60)
+        if self.writer is not None:
+            self.writer.wait(60)
 
     def _problem(self) -> str:
         return self.writer.error if self.writer is not None else ""
 
     def save_weights(self, name: str, learner: Learner, progress: Progress) -> str:
-        """Main process: the evaluated weights with all that prediction needs, readable without
-        this program. Returns why they could not be written."""
-        if self.writer is None:
+        """Main process: the evaluated weights with all that prediction needs.
+
+        Readable without this program. Returns why they could not be written.
+        """
+        if self.writer is None or self.folder is None:
             return ""
         card = {**self.card, "step": progress.step}
         metadata = {"lockstep": json.dumps(card)}  # one key: safetensors keeps no order of several

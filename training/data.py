@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ from training.plan import Plan, classes_of_run
 Batch = dict[str, Tensor]
 
 
+def resident(loader: DataLoader) -> Resident:
+    """The images that a loader hands out, also after Accelerate prepared it."""
+    return cast(Resident, loader.dataset)
+
+
 @dataclass(frozen=True)
 class Data:
     """Training and evaluation batches; knows nothing of the model. `note`: what is to be told.
@@ -41,11 +46,11 @@ class Data:
 
     @property
     def train(self) -> Resident:
-        return self.train_loader.dataset
+        return resident(self.train_loader)
 
     @property
     def test(self) -> Resident:
-        return self.test_loaders["test"].dataset
+        return resident(self.test_loaders["test"])
 
     @property
     def classes(self) -> list[str]:

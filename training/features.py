@@ -11,7 +11,7 @@ from data.loaders import EVALUATION_BATCH, Resident
 from distributed.world import World
 from models.weights import head_prefixes
 from tasks import split_outputs
-from training.data import Data
+from training.data import Data, resident
 from training.learner import Learner
 from training.plan import Plan
 
@@ -33,7 +33,7 @@ def cache_features(learner: Learner, data: Data, plan: Plan, world: World) -> st
     ]
     if len(names) > 1:  # auxiliary heads hang on other features
         return ""
-    parts = [loader.dataset for loader in data.loaders]
+    parts = [resident(loader) for loader in data.loaders]
     model.eval()
     given, answer = features_of(learner, data, names[0], data.train.images[:EVALUATION_BATCH])
     with torch.no_grad(), learner.accelerator.autocast():
@@ -71,8 +71,10 @@ def features_of(learner: Learner, data: Data, head: str, images: Tensor) -> tupl
 
 
 def head_only(
-    model: nn.Module, head: str, autocast: Callable[[], contextlib.AbstractContextManager]
+    model: nn.Module, head: str, autocast: Callable[..., contextlib.AbstractContextManager]
 ) -> None:
+    """From now on the model's forward takes features, and runs its head alone."""
+
     def forward(self: nn.Module, features: Tensor) -> Tensor:
         with autocast():
             return self.get_submodule(head)(features).float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -91,7 +91,8 @@ class Learner:
 
     def seeded(self, loader: Iterable[T]) -> Iterator[T]:
         """Batches to evaluate, where a model that draws even then draws the same on any number of
-        processes: a batch has the same size on each, and its place among all is what seeds it."""
+        processes: a batch has the same size on each, and its place among all is what seeds it.
+        """
         first, among = self.accelerator.process_index, self.accelerator.num_processes
         generators = Generators(self.device, filter(None, (self.bare, self.averaged_model)))
         for number, batch in enumerate(loader):
@@ -120,7 +121,7 @@ class Learner:
         if not self.guard.must_stop(report):
             return None
         bad_loss = torch.tensor([report["bad_loss"]], device=self.device)
-        everyone = self.accelerator.gather(bad_loss).tolist()
+        everyone = cast(Tensor, self.accelerator.gather(bad_loss)).tolist()
         return NotFinite(
             report["bad_step"], [rank for rank, bad in enumerate(everyone) if bad >= 0]
         )
@@ -129,7 +130,7 @@ class Learner:
         """Each shard's loss sum since they were last taken: the same list on every process."""
         sums = self.sums
         if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.clone(), reduction="sum")
+            sums = cast(Tensor, self.accelerator.reduce(sums.clone(), reduction="sum"))
         return sums.tolist()
 
     def take_loss_sums(self) -> list[float]:

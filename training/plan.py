@@ -56,6 +56,7 @@ def classes_of_run(plan: Plan) -> tuple[str, ...]:
 
 
 def leaves_no_run(actions: Actions) -> bool:
+    """Whether this command ends without a run folder."""
     return actions.dry_run or actions.find_lr or actions.eval_only
 
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.disk import Json
 from distributed.checkpoint import Progress
 from training.data import Batch, Data
 from training.learner import Learner
@@ -23,7 +24,7 @@ from training.observer import Observer
 from training.schedule import Schedule
 
 
-def digest(tensors) -> str:
+def digest(tensors: Iterable[Tensor]) -> str:
     """blake2b of the tensors' bytes, whatever their memory layout."""
     state = hashlib.blake2b(digest_size=12)
     for tensor in tensors:
@@ -57,7 +58,7 @@ class Recorder(Observer):
             self._pixels.clear()
             yield batch
 
-    def _write(self, **row: object) -> None:
+    def _write(self, **row: Json) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 

@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
-from common.disk import parse_object, read_json, whole, write_json, write_text
+from common.disk import Json, parse_object, read_json, whole, write_json, write_text
 from common.metric import Metric
 from common.text import file_name
+from data.image_set import Source
 from errors import UserError
 
 try:
@@ -69,14 +71,17 @@ def set_aside(folder: Path) -> Path | None:
 
 
 class RunDir:
-    """The folder of one run, owned by the main process. Methods write; none of them reads a clock
-    twice or computes: what they are given is what stands in the files."""
+    """The folder of one run, owned by the main process.
+
+    Methods write; none of them reads a clock twice or computes: what they are given is what stands
+    in the files.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.metrics_file = folder / "metrics.jsonl"
-        self._lock = None
+        self._lock: TextIO | None = None
         self._one_at_a_time = (
             threading.Lock()
         )  # the checkpoint writer's thread tells its status too
@@ -140,11 +145,13 @@ class RunDir:
         }
         self._write_lock()
 
-    def _write_lock(self, **extra) -> None:
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(json.dumps({**self._owner, **extra}))
-        self._lock.flush()
+    def _write_lock(self, **extra: bool) -> None:
+        lock = self._lock
+        assert lock is not None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(json.dumps({**self._owner, **extra}))
+        lock.flush()
 
     def beat(self) -> None:
         """Keep the lock's heartbeat fresh, for jobs on hosts that do not share POSIX locks."""
@@ -162,7 +169,7 @@ class RunDir:
 
     # --- status, metrics, summary -------------------------------------------------------------
 
-    def status(self, **values) -> None:
+    def status(self, **values: Json) -> None:
         """Merge into status.json: what scripts read, since launchers mangle exit codes."""
         with self._one_at_a_time:
             old = read_json(self.folder / "status.json", {})
@@ -227,7 +234,7 @@ class RunDir:
         if environment.get("uncommitted_changes") and (text := git("diff", "HEAD", "--", ".")):
             write_text(self.folder / "uncommitted.diff", text[:MOST_DIFF] + "\n")
 
-    def write_source(self, source) -> None:
+    def write_source(self, source: Source) -> None:
         """classes.json, with what images are normalised by, and the list of unreadable images."""
         content = {"classes": source.classes, "mean": source.mean, "std": source.std}
         write_json(self.folder / "classes.json", content)
@@ -291,8 +298,10 @@ def without(argv: list[str], folder: str, fresh: str) -> list[str]:
 
 
 def describe_environment(extra: dict) -> dict:
-    """Versions, commit, host and job: what a stranger needs to repeat the run. No secrets: the
-    environment's variables are not dumped, only the named few."""
+    """Versions, commit, host and job: what a stranger needs to repeat the run.
+
+    No secrets: the environment's variables are not dumped, only the named few.
+    """
     packages = {}
     for name in ("torch", "torchvision", "accelerate", "datasets", "numpy", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -324,4 +333,5 @@ def git(*words: str) -> str:
 
 
 def free_bytes(folder: Path) -> int:
+    """Room on the disk that holds the folder."""
     return shutil.disk_usage(folder).free

@@ -62,7 +62,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         _start_from_data(model, data, world)
     task = build_task(data.source.task, num_classes, config.label_smoothing, model)
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
-    model = model.to(world.device, memory_format=layout)
+    model = model.to(world.device).to(memory_format=layout)
 
     def again() -> nn.Module:
         _seed_weights(config.seed)
@@ -70,7 +70,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         load_whole_state(second, whole_state(model))
         if config.freeze == "backbone":
             freeze_backbone(second, config.model, config.image_size)
-        return second.to(world.device, memory_format=layout)
+        return second.to(world.device).to(memory_format=layout)
 
     trial = world.broadcast(  # what was measured decides who waits for whom: one process's counts
         world.all_or_none(
@@ -110,8 +110,10 @@ def _start_from_data(model: nn.Module, data: Data, world: World) -> None:
     """
     if world.is_main:
         images = data.train.images[:2000].cpu()
-        model.start_from_data(data.augment.evaluate(images))
-    state = world.broadcast(model.state_dict() if world.is_main else None)
+        model.start_from_data(  # pyright: ignore[reportCallIssue] - a hook of the model
+            data.augment.evaluate(images)
+        )
+    state = world.broadcast(model.state_dict() if world.is_main else {})
     model.load_state_dict(state)
 
 

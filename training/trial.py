@@ -23,7 +23,7 @@ from errors import UserError
 from models import lookup
 from models.pooling import without_deterministic_backward
 from models.state import beside_state_dict, twin
-from tasks import Task, split_outputs
+from tasks import Outputs, Task, split_outputs
 from training.data import Data
 from training.learner import inputs
 
@@ -250,7 +250,7 @@ def _text(value: Tensor | float | str | list | dict | tuple | None) -> str:
     return repr(value)[:10_000] if isinstance(value, bool | int | float | str | list | dict) else ""
 
 
-def refuse_other_shape(answer: object, size: int, data: Data, name: str) -> None:
+def refuse_other_shape(answer: Outputs, size: int, data: Data, name: str) -> None:
     """A classifier answers (size, classes) logits: other classes would be counted as these."""
     logits = split_outputs(answer)[0]
     wanted = (size, len(data.classes))

@@ -75,7 +75,7 @@ LAYOUTS = {
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def find(target: str) -> Any:
+def find(target: str) -> Any:  # noqa: ANN401 - each table knows what its rows name
     """What a row of a table names; its file is imported only now."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(f"data.sources.{module}"), name)
@@ -210,11 +210,12 @@ def build(copy: Copy, image_size: int | None, skip_bad: bool) -> Entry:
     from data.sources import hub
     from data.sources.describe import entry_of
 
-    if copy.layout and not copy.layout.read:
+    layout = copy.layout
+    if layout and not layout.read:
         known = {name: find(e.target) for name, e in SOURCES.items() if not e.made}
         return find("carried:read")(Path(copy.where), image_size, known, copy.name)
-    if copy.layout:
-        found = copy.layout.read(Path(copy.where), image_size, skip_bad)
+    if layout and layout.read:
+        found = layout.read(Path(copy.where), image_size, skip_bad)
     else:
         if not hub.folder_of(copy.where):
             reached, why = hub.reach(copy.where)

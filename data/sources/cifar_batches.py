@@ -74,8 +74,9 @@ def _batch_contents(path: Path) -> list[tuple[str, bytes]]:
             with tarfile.open(archive) as tar:
                 for member in tar:
                     name = member.name.rpartition("/")[2]
-                    if member.isreg() and name in BATCH_NAMES and member.size < 2**26:
-                        found[name] = tar.extractfile(member).read()
+                    fits = member.isreg() and name in BATCH_NAMES and member.size < 2**26
+                    if fits and (file := tar.extractfile(member)):
+                        found[name] = file.read()
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(
                 f"{printable(archive)} is a damaged archive: {error}", code="bad-archive"
@@ -88,7 +89,8 @@ def _batch_contents(path: Path) -> list[tuple[str, bytes]]:
 
 
 def _batch_files(path: Path) -> list[Path]:
-    return [p for name in BATCH_NAMES if (p := _batch_folder(path) / name).is_file()]
+    folder = _batch_folder(path) or path
+    return [p for name in BATCH_NAMES if (p := folder / name).is_file()]
 
 
 def _archive(path: Path) -> Path:

@@ -61,6 +61,7 @@ def entry_of(found: Decoded, at: str) -> Entry:
 
 
 def source_of(name: str, entry: Entry, origin: str, no_flip: bool = False) -> Source:
+    """A data set of a cached entry, described and ready to be trained on."""
     tensors, meta = entry
     return Source(
         name=name,
@@ -78,6 +79,7 @@ def source_of(name: str, entry: Entry, origin: str, no_flip: bool = False) -> So
 
 
 def fingerprint_of(classes: tuple[str, ...], checksums: dict[str, str]) -> str:
+    """A digest of classes, shapes, labels and pixels."""
     return digest(json.dumps([classes, checksums]))
 
 

@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits, grey, eight pixels a side; they come with the package."""
 
+from typing import Any
+
 import torch
 
 from data.image_set import Source
@@ -10,7 +12,7 @@ def make(origin: str, seed: int) -> Source:
     """1,797 images of ten classes; every fifth of each digit tests, whatever the seed."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()  # a Bunch, which its stub takes for a tuple too
     grey = torch.from_numpy((digits.images * (255 / 16)).round()).to(torch.uint8)
     images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
     labels = torch.from_numpy(digits.target).to(torch.int64)

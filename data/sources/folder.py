@@ -85,6 +85,7 @@ def _inside(path: Path, root: Path) -> bool:
 
 
 def read(path: Path, image_size: int | None, skip_bad: bool) -> Decoded:
+    """The pictures of a folder, decoded; the folder's names are the classes."""
     return decode_records(read_class_folders(path), image_size, skip_bad)
 
 

@@ -76,6 +76,7 @@ def read(repository: str, image_size: int | None, skip_bad: bool) -> Decoded:
 
 
 def read_records(repository: str) -> Records:
+    """The rows of all splits of a data set on the hub, or in its local cache."""
     if folder := folder_of(repository):
         return read_tables(folder)
     from datasets import load_dataset
@@ -88,7 +89,7 @@ def read_records(repository: str) -> Records:
             f"the hub's {repository} cannot be loaded: {first_line}", code="hub-refused"
         ) from None
     tables = {
-        split: [part.data.table.replace_schema_metadata(part.features.arrow_schema.metadata)]
+        str(split): [part.data.table.replace_schema_metadata(part.features.arrow_schema.metadata)]
         for split, part in splits.items()
     }
     return records_of_tables(tables, f"the hub's {repository}")

@@ -27,7 +27,7 @@ def table_files(path: Path) -> list[Path]:
 
 
 def split_of(relative: Path) -> str:
-    """ "train", "test" or "" from a file's name, else from its folders, innermost first."""
+    """The split ("train", "test", "") of a file's name, else from its folders, innermost first."""
     for word in reversed(re.split("[^a-z]+", relative.as_posix().lower())):
         if word == "train" or word in TEST_NAMES:
             return word
@@ -148,7 +148,7 @@ def _by_name(
         else:
             number = tables[names][int(value)]
         if number is None:
-            sides = both_sides("it names", names, "the first table names", known)
+            sides = both_sides("it names", names or (), "the first table names", known)
             raise UserError(
                 f"{row} is of a class that the first table does not name: {sides}; mend the names "
                 "or drop the rows.",
@@ -205,7 +205,8 @@ def _rows(
         if not pyarrow.types.is_struct(column.type):
             items += column.to_pylist()
         else:
-            field = {f.name: pyarrow.compute.struct_field(column, f.name) for f in column.type}
+            of = pyarrow.compute.struct_field  # pyright: ignore[reportAttributeAccessIssue] - made
+            field = {f.name: of(column, f.name) for f in column.type}
             nothing = [None] * len(column)
             blobs = field["bytes"].to_pylist() if "bytes" in field else nothing
             paths = field["path"].to_pylist() if "path" in field else nothing
@@ -225,6 +226,7 @@ def _rows(
 
 
 def read(path: Path, image_size: int | None, skip_bad: bool) -> Decoded:
+    """The pictures of tables on the disk, decoded."""
     return decode_records(read_tables(path), image_size, skip_bad)
 
 
