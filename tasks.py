@@ -11,6 +11,9 @@ from common.metric import Metric
 LOSS_UNIT = 2**-20
 LARGEST_LOSS = 2.0**20
 
+MOST_EXAMPLES = 32  # mistakes in all; of a class not so many, where there are several
+MOST_POINTS = 200  # answers of a regression that are kept
+
 
 def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A model's answer as (logits, auxiliary logits): some models have extra heads in training."""
@@ -49,12 +52,30 @@ class Task:
         """Integer counters, all zero, which processes may add up in any order."""
         raise NotImplementedError
 
-    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
-        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
+    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> Tensor:
+        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding.
+
+        Returns what the model answers, (n,): classes or numbers.
+        """
         raise NotImplementedError
 
     def results(self, counts: Tensor) -> dict:
         """Counters of all processes together -> a float for each metric, "images", and more."""
+        raise NotImplementedError
+
+    def new_examples(self, device) -> Tensor:
+        """What an evaluation keeps to be shown: no larger for more images."""
+        raise NotImplementedError
+
+    def keep(self, kept: Tensor, outputs, answers: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Keep what is worth showing of a batch, without a wait of the host.
+
+        `answers` are those of `count`, indices (n,) int64 the samples' numbers, -1 for padding.
+        """
+        raise NotImplementedError
+
+    def examples(self, kept: Tensor) -> list[dict]:
+        """What to show of what all processes kept (processes, ...): the same however many."""
         raise NotImplementedError
 
     def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
@@ -92,7 +113,7 @@ class Classification(Task):
         """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`."""
         return torch.zeros(4 + self.num_classes**2, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> Tensor:
         logits = split_outputs(outputs)[0].float()
         loss = F.cross_entropy(logits, labels, reduction="none").clamp(max=LARGEST_LOSS)
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
@@ -108,6 +129,7 @@ class Classification(Task):
         counts[:4].add_(found.sum(1))
         cells = torch.add(predicted, labels, alpha=self.num_classes)
         counts[4:].scatter_add_(0, cells, weights)
+        return predicted
 
     def _classes(self, logits: Tensor) -> Tensor:
         return torch.arange(logits.shape[1], device=logits.device)[None]
@@ -123,6 +145,43 @@ class Classification(Task):
             "images": images,
             "confusion": matrix.tolist(),
         }
+
+    def new_examples(self, device) -> Tensor:
+        """The surest mistakes of each class, int64 (2, classes, places): see `keep`; 0: none."""
+        places = max(MOST_EXAMPLES // 4, MOST_EXAMPLES // self.num_classes)
+        return torch.zeros(2, self.num_classes, places, dtype=torch.int64, device=device)
+
+    def keep(self, kept: Tensor, outputs, answers: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Of a mistake its key, how sure it is in units of 2**-20 times 2**32 less its index, and
+        the answer. No two keys are equal: neither batches nor processes decide what is kept.
+        """
+        sure = split_outputs(outputs)[0].float().softmax(1).amax(1).nan_to_num(0.0)
+        keys = (sure * 2**20).long() * 2**32 - indices
+        keys = keys * ((answers != labels) & (indices >= 0))
+        classes = torch.arange(self.num_classes, device=labels.device)[:, None]
+        keys = torch.cat([kept[0], keys * (labels == classes)], 1)
+        answers = torch.cat([kept[1], answers.expand(self.num_classes, -1)], 1)
+        best, places = keys.topk(kept.shape[2])
+        torch.stack([best, answers.gather(1, places)], out=kept)
+
+    def examples(self, kept: Tensor) -> list[dict]:
+        """The surest mistakes: the first of every class, surest first, before the second of any."""
+        keys, answers = kept.permute(1, 2, 0, 3).flatten(2)
+        keys, places = keys.topk(kept.shape[3])
+        answers = answers.gather(1, places)
+        found = [
+            (turn, -key, label, answer)
+            for label, row in enumerate(zip(keys.tolist(), answers.tolist(), strict=True))
+            for turn, (key, answer) in enumerate(zip(*row, strict=True))
+            if key > 0
+        ]
+        return [
+            {
+                "index": less % 2**32, "label": label, "answer": answer,
+                "confidence": -(less >> 32) / 2**20,
+            }
+            for _, less, label, answer in sorted(found)[:MOST_EXAMPLES]
+        ]  # fmt: skip
 
     def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
         matrix = torch.tensor(results["confusion"], dtype=torch.float64)
@@ -173,7 +232,7 @@ class Regression(Task):
     def new_counts(self, device) -> Tensor:
         return torch.zeros(4, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs, targets: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs, targets: Tensor, weights: Tensor) -> Tensor:
         predictions = split_outputs(outputs)[0].float()
         if predictions.shape != targets.shape:
             self.loss(outputs, targets)
@@ -182,6 +241,7 @@ class Regression(Task):
         units = (torch.stack(values) / LOSS_UNIT).round().long() * weights
         counts[:3].add_(units.sum(1))
         counts[3].add_(weights.sum())
+        return predictions[:, 0]
 
     def results(self, counts: Tensor) -> dict:
         squares, total, total_squares = (x * LOSS_UNIT for x in counts[:3].tolist())
@@ -192,6 +252,22 @@ class Regression(Task):
             "r2": 1 - squares / spread if spread > 0 else 0.0,
             "images": images,
         }
+
+    def new_examples(self, device) -> Tensor:
+        """Answers by the sample's index, (MOST_POINTS + 1, 2): the first one, and 1 where it is."""
+        return torch.zeros(MOST_POINTS + 1, 2, device=device)
+
+    def keep(
+        self, kept: Tensor, outputs, answers: Tensor, targets: Tensor, indices: Tensor
+    ) -> None:
+        shown = (indices >= 0) & (indices < MOST_POINTS)
+        places = torch.where(shown, indices, MOST_POINTS)  # the last is for all others
+        kept.index_copy_(0, places, torch.stack([answers, torch.ones_like(answers)], 1))
+
+    def examples(self, kept: Tensor) -> list[dict]:
+        """The answers to the first samples."""
+        pairs = enumerate(kept.sum(0)[:MOST_POINTS].tolist())  # each is one process's
+        return [{"index": i, "answer": answer} for i, (answer, there) in pairs if there]
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression)}

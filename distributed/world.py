@@ -112,6 +112,11 @@ class World(contextlib.AbstractContextManager):
         """This value of every process, by rank."""
         return machine.everyones(self.accelerator, mine)
 
+    def together(self, counts: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The sum of every process's counts, and (processes, ...) what each kept, on the CPU."""
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        return counts.cpu(), self.accelerator.gather(kept[None]).cpu()
+
     def all_or_none(self, work: Callable[[], T]) -> T:
         """What work() returns here; a UserError of any process is raised on all, naming it."""
         return machine.all_or_none(self.accelerator, work)

@@ -255,9 +255,7 @@ def per_class(files: Files) -> Markup | str:
 
 
 def mistakes(files: Files) -> Markup | str:
-    message = (
-        "What it is, what it was taken for: the surest mistakes in the first 1,000 test images"
-    )
+    message = "What it is, what it was taken for: the surest mistakes among the test images"
     return picture(files.folder / "mistakes.png", message, "sheet")
 
 
@@ -307,7 +305,7 @@ def environment(files: Files) -> Markup:
 def samples(files: Files) -> Markup | str:
     message = "Training images as the model sees them"
     inside = picture(files.folder / "samples.png", message, "sheet")
-    return PARTS.folded("the first training images", inside) if inside else ""
+    return PARTS.folded("a few training images", inside) if inside else ""
 
 
 SECTIONS = [

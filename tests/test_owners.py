@@ -154,7 +154,7 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
         task, progress = Classification(3), Progress(step=7)
         data = SimpleNamespace(batch=BatchPlan(8, 1, 1), classes=["a", "b", "c"], chosen_on="test")
         plan = schedule(epochs=2)
-        log.row(1.5, data, plan, progress)
+        log.row({"train/loss": 1.5}, data, plan, progress)
         assert written == [{"step": 7}]
         result = {"loss": 1.0, "accuracy": 0.5, "top5": 1.0, "images": 6}
         result["confusion"] = [[2, 0, 0]] * 3
@@ -209,7 +209,8 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
         with Checkpoints(*args) as checkpoints:
             found = checkpoints.resume(other, lambda text: None)
         assert found.step == 4 and found.summed == 2
-        assert other.take_loss_sums() == [1.5, 2.5] and other.take_loss_sums() == [0, 0]
+        assert other.loss_sums() == [1.5, 2.5]
+        assert other.take_row(8)["train/loss"] == 0.5 and other.loss_sums() == [0, 0]
         for name, tensor in learner.bare.state_dict().items():
             assert torch.equal(tensor, other.bare.state_dict()[name])
         args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)

@@ -106,11 +106,11 @@ class Learner:
             sums = self.accelerator.reduce(sums.clone(), reduction="sum")
         return sums.tolist()
 
-    def take_loss_sums(self) -> list[float]:
-        """The sums, which begin anew."""
+    def take_row(self, images: int) -> dict[str, float]:
+        """The numbers of a row, of which `images` is for how many; the sums begin anew."""
         sums = self.loss_sums()
         self.sums.zero_()
-        return sums
+        return {"train/loss": math.fsum(sums) / images}
 
     def agree_on_buffers(self) -> None:
         """Every process, and the average, get the main process's buffers."""
