@@ -186,6 +186,7 @@ class Logbook(contextlib.AbstractContextManager):
             **numbers,
             "lr": schedule.lr(progress.step - 1),
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
+            **self.world.peak_memory(),
         }
         self._record(row, progress)
         left = self.clock.left(schedule.last_step - progress.step)

@@ -202,6 +202,8 @@ def curves(files: Files) -> Markup:
     drawn += [
         chart("learning rate", {"lr": files.points("lr")}),
         chart("images per second", {SPEED: files.points(SPEED)}),
+        chart("gradient norm, before clipping", {"train": files.points("train/grad_norm")}),
+        chart("peak memory so far, GB", {"memory": files.points("system/peak_memory_gb")}),
     ]
     if not any(drawn):
         raise ValueError("no row holds a number")

@@ -1,5 +1,6 @@
 """The owners of a run, each alone: schedule, world, plan, logbook, checkpoints, learner."""
 
+import gc
 import json
 import signal
 from types import SimpleNamespace
@@ -162,6 +163,35 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
         assert {"best": 0.5} in [{"best": w.get("best")} for w in written]
 
 
+def test_a_row_has_the_norm_of_the_gradients_before_clipping_in_the_same_read(
+    settings, monkeypatch
+):
+    with World(settings("--grad-clip", "0.5")) as world:
+        learner, reads, read = learner_of(world, grad_clip=0.5), [], torch.Tensor.tolist
+        for p in learner.parameters:
+            p.grad = torch.full_like(p, 2.0)
+        learner.sums += torch.tensor([3.0, 5.0])
+        count = sum(p.numel() for p in learner.parameters)
+        learner.check_gradients(0)
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or read(t))
+        row = learner.take_row(16)
+        assert len(reads) == 1
+    assert row == {"train/loss": 0.5, "train/grad_norm": pytest.approx(2 * count**0.5)}
+    assert learner.parameters[0].grad.max() < 0.5
+
+
+def test_what_there_is_after_the_first_step_is_walked_by_no_collection(settings):
+    frozen = gc.get_freeze_count()
+    try:
+        with World(settings()) as world:
+            counts = [gc.get_freeze_count() for _ in world.watched(range(3), Progress())]
+            assert counts[0] == frozen < 1000 + frozen < counts[1] == counts[2]
+            again = [gc.get_freeze_count() for _ in world.watched(range(3), Progress())]
+            assert again == [counts[2]] * 3  # once in a life
+    finally:
+        gc.unfreeze()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_stop_between_rows_saves_nothing_after_a_bad_number(device):
     """On a GPU numbers are read with a row alone; a save must not outrun them."""
@@ -189,10 +219,10 @@ def test_a_stop_between_rows_saves_nothing_after_a_bad_number(device):
     assert progress.step == 2 and not saved
 
 
-def learner_of(world: World, seed: int = 0) -> Learner:
+def learner_of(world: World, seed: int = 0, **values) -> Learner:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3))
-    config = TrainConfig(model="my_cnn", optimizer="sgd")
+    config = TrainConfig(model="my_cnn", optimizer="sgd", **values)
     prepared = world.accelerator.prepare(model, build_optimizer(model, config))
     return Learner(*prepared, None, Classification(3), config, BatchPlan(8, 2, 1), world)
 

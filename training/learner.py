@@ -33,7 +33,8 @@ class Learner:
     """Holds what an update changes; knows neither disk nor screen.
 
     `model` and `optimizer` are what Accelerate prepared, `bare` the module itself; `average` is
-    None without --ema. `sums` are loss sums, one per shard of the global batch, on the device.
+    None without --ema. `sums` are loss sums, one per shard of the global batch, and `grad_norm` is
+    that of the last step before it was clipped, both on the device.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Learner:
         self.guard = Guard(self.device, optimizer.optimizer, skip, most)
         self.shards.undoes = skip
         self.sums = torch.zeros(batch.shards, device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
 
     @property
     def averaged_model(self) -> nn.Module | None:
@@ -82,7 +84,7 @@ class Learner:
         if self.scaler is not None:
             self.accelerator.unscale_gradients()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = norm = torch.nn.utils.get_total_norm(gradients)
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         found = self.guard.check(norm, self.sums.sum(), step)
@@ -101,16 +103,19 @@ class Learner:
 
     def loss_sums(self) -> list[float]:
         """Each shard's loss sum since they were last taken: the same list on every process."""
-        sums = self.sums
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.clone(), reduction="sum")
-        return sums.tolist()
+        return self._summed().tolist()
+
+    def _summed(self) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return self.sums
+        return self.accelerator.reduce(self.sums.clone(), reduction="sum")
 
     def take_row(self, images: int) -> dict[str, float]:
-        """The numbers of a row, of which `images` is for how many; the sums begin anew."""
-        sums = self.loss_sums()
+        """The numbers of a row about so many images; the sums begin anew. One host wait."""
+        numbers = [self._summed(), self.grad_norm.to(self.sums).view(1)]
+        *sums, norm = torch.cat(numbers).tolist()
         self.sums.zero_()
-        return {"train/loss": math.fsum(sums) / images}
+        return {"train/loss": math.fsum(sums) / images, "train/grad_norm": norm}
 
     def agree_on_buffers(self) -> None:
         """Every process, and the average, get the main process's buffers."""
