@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.metric import Metric
+from models.hooks import WeighsAuxiliaryHeads
 
 # Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
 # order of addition, hence on every number of processes.
@@ -64,7 +65,7 @@ class Task:
         raise NotImplementedError
 
     def new_examples(self, device) -> Tensor:
-        """What an evaluation keeps to be shown: no larger for more images."""
+        """What an evaluation keeps to be shown, int64, all zero: no larger for more images."""
         raise NotImplementedError
 
     def keep(self, kept: Tensor, outputs, answers: Tensor, labels: Tensor, indices: Tensor) -> None:
@@ -254,25 +255,27 @@ class Regression(Task):
         }
 
     def new_examples(self, device) -> Tensor:
-        """Answers by the sample's index, (MOST_POINTS + 1, 2): the first one, and 1 where it is."""
-        return torch.zeros(MOST_POINTS + 1, 2, device=device)
+        """By the sample's index, int64 (MOST_POINTS + 1, 2): its answer's bits, 1 where it is."""
+        return torch.zeros(MOST_POINTS + 1, 2, dtype=torch.int64, device=device)
 
     def keep(
         self, kept: Tensor, outputs, answers: Tensor, targets: Tensor, indices: Tensor
     ) -> None:
         shown = (indices >= 0) & (indices < MOST_POINTS)
         places = torch.where(shown, indices, MOST_POINTS)  # the last is for all others
-        kept.index_copy_(0, places, torch.stack([answers, torch.ones_like(answers)], 1))
+        bits = answers.view(torch.int32).long()
+        kept.index_copy_(0, places, torch.stack([bits, torch.ones_like(bits)], 1))
 
     def examples(self, kept: Tensor) -> list[dict]:
         """The answers to the first samples."""
-        pairs = enumerate(kept.sum(0)[:MOST_POINTS].tolist())  # each is one process's
-        return [{"index": i, "answer": answer} for i, (answer, there) in pairs if there]
+        bits, there = kept.sum(0)[:MOST_POINTS].T  # each is one process's
+        answers = bits.int().view(torch.float32)
+        return [{"index": int(i), "answer": float(answers[i])} for i in there.nonzero().flatten()]
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression)}
 
 
 def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module) -> Task:
-    auxiliary = getattr(model, "auxiliary_weight", 0.3)
+    auxiliary = model.auxiliary_weight if isinstance(model, WeighsAuxiliaryHeads) else 0.3
     return TASKS[name](num_classes, label_smoothing, auxiliary)

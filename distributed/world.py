@@ -121,9 +121,18 @@ class World(contextlib.AbstractContextManager):
         return machine.everyones(self.accelerator, mine)
 
     def together(self, counts: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The sum of every process's counts, and (processes, ...) what each kept, on the CPU."""
+        """The sum of every process's counts, and (processes, ...) what each kept, on the CPU.
+
+        Both int64, so that the host waits once.
+        """
         counts = self.accelerator.reduce(counts, reduction="sum")
-        return counts.cpu(), self.accelerator.gather(kept[None]).cpu()
+        kept = self.accelerator.gather(kept[None])
+        host = (
+            torch.cat([counts.flatten(), kept.flatten()])
+            .cpu()
+            .split([counts.numel(), kept.numel()])
+        )
+        return host[0].view(counts.shape), host[1].view(kept.shape)
 
     def all_or_none(self, work: Callable[[], T]) -> T:
         """What work() returns here; a UserError of any process is raised on all, naming it."""
@@ -164,8 +173,9 @@ class World(contextlib.AbstractContextManager):
             self.watch.at("data", progress.step)
             if not self._frozen:  # what there is after a step stays: no collection need walk it
                 self._frozen = True
-                gc.collect()
-                gc.freeze()
+                if not (self.guest and gc.get_freeze_count()):  # which could not be put back
+                    gc.collect()
+                    gc.freeze()
 
     def peak_memory(self) -> dict[str, float]:
         """Of this process so far, for a row; nothing where the system does not tell. No host wait.

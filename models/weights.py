@@ -13,6 +13,7 @@ from torch import nn
 
 from errors import UserError
 from models import lookup, told_by_weights
+from models.hooks import NamesAuxiliaryHeads
 
 REACH_SECONDS = 4.0  # name resolution can block for a minute where nothing answers
 
@@ -112,7 +113,7 @@ def head_prefixes(model: nn.Module, name: str) -> tuple[str, ...]:
 
     The same rule finds the last layer of each auxiliary head. "" means the model itself.
     """
-    tops = ("", *getattr(model, "auxiliary_heads", ()))
+    tops = ("", *(model.auxiliary_heads if isinstance(model, NamesAuxiliaryHeads) else ()))
     heads = []
     for top in tops:
         prefix = f"{top}." if top else ""

@@ -14,7 +14,7 @@ from torch import nn
 
 from bench import launches
 from bench.launches import Launches, count, fake_gpu
-from config import TrainConfig
+from config import HINTS, TrainConfig
 from data.augment import CROP_TRIES, KINDS, Augment
 from data.keyed_random import permutation, uniforms
 from data.loaders import EVALUATION_BATCH, evaluation_batch
@@ -24,7 +24,7 @@ from distributed.stop import StopVote
 from optim import WeightAverage, build_optimizer
 from tasks import Regression
 
-OPTIMIZERS = ("sgd", "adamw", "muon")
+OPTIMIZERS = HINTS["optimizer"].metadata["choices"]
 
 
 @pytest.fixture

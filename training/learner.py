@@ -14,7 +14,7 @@ from distributed.checkpoint import copy_state
 from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
-from optim import WeightAverage
+from optim import WeightAverage, start_state
 from tasks import Task
 
 DROPOUT = 101  # a stream of `mix`, beside those of data/keyed_random.py
@@ -61,6 +61,7 @@ class Learner:
         skip, most = config.on_nonfinite == "skip", SKIPS_IN_A_ROW
         if self.scaler is not None:  # fp16 overflows now and then, above all at its start
             skip, most = True, 3 * SKIPS_IN_A_ROW
+        start_state(optimizer.optimizer)
         self.guard = Guard(self.device, optimizer.optimizer, skip, most)
         self.shards.undoes = skip
         self.sums = torch.zeros(batch.shards, device=self.device)

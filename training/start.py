@@ -15,6 +15,7 @@ from distributed.shards import packed, seed_dropout, unpack
 from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
+from models.hooks import StartsFromData
 from models.weights import freeze_backbone, load_weights
 from tasks import Task, build_task
 from training.data import Data
@@ -52,7 +53,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         weights = _load_weights(model, config.model, config.weights, num_classes, world)
     if config.freeze == "backbone":
         freeze_backbone(model, config.model)
-    if hasattr(model, "start_from_data") and not weights:
+    if isinstance(model, StartsFromData) and not weights:
         _start_from_data(model, data, world)
     task = build_task(data.source.task, num_classes, config.label_smoothing, model)
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
