@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.sgd import sgd
 
 from config import TrainConfig
+from models.hooks import HasMuonGroups
 
 
 def lr_at(
@@ -39,19 +40,30 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of the config, fused where torch has it; lr is set by us at each step."""
+    """The optimizer of the config, fused where torch has it; lr is set by us at each step.
+
+    Each one that --optimizer names keeps a law: in a step whose `found_inf` (0-dim, on the device)
+    is 1 it leaves weights and state alone, the first step too, once `start_state` was called; a
+    step that was left out leaves no trace in later ones.
+    """
     groups = [g for g in parameter_groups(model, config.weight_decay) if g["params"]]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=True)
     if config.optimizer == "muon":
         groups = muon_groups(model, config.weight_decay)
         return Muon(groups, lr=config.lr, momentum=config.momentum)
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-    if config.momentum:  # zeros from the start: a first update that is skipped leaves no garbage
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+
+
+def start_state(optimizer: torch.optim.Optimizer) -> None:
+    """The momentum of a beginning: zeros like the weights, where nothing was kept before.
+
+    To be called once all have wrapped the model and its weights lie where they will. Without it
+    torch's fused SGD would make its momentum of whatever a first step that is left out had.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("momentum") else ():
+            optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -65,8 +77,8 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Where a group's rate is scaled, its weight decay shrinks the weights as much as in the others.
     """
-    if hasattr(model, "muon_groups"):
-        groups = model.muon_groups()  # pyright: ignore[reportCallIssue] - a hook of the model
+    if isinstance(model, HasMuonGroups):
+        groups = model.muon_groups()
     else:
         weights, others = parameter_groups(model, weight_decay)
         filters = [p for p in weights["params"] if p.ndim > 2]
@@ -96,9 +108,6 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], lr: float, momentum: float):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0}
         super().__init__(groups, defaults | {"orthogonal": False, "hold_length": False})
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -110,9 +119,15 @@ class Muon(torch.optim.Optimizer):
             for p in parameters:
                 self._update(p, group)
 
+    def _momentum(self, p: torch.Tensor) -> torch.Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
     def _update(self, p: torch.Tensor, group: dict) -> None:
         lr, decay, keep = group["lr"], group["weight_decay"], group["momentum"]
-        old = self.state[p]["momentum_buffer"]
+        old = self._momentum(p)
         assert p.grad is not None
         gradient = p.grad if group["orthogonal"] else p.grad.add(p, alpha=decay)
         momentum = gradient.add(old, alpha=keep)
@@ -131,10 +146,10 @@ class Muon(torch.optim.Optimizer):
 
     def _update_together(self, parameters: list[torch.Tensor], group: dict) -> None:
         lr, decay, keep = group["lr"], group["weight_decay"], group["momentum"]
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        buffers = [self._momentum(p) for p in parameters]
         if not group["orthogonal"]:
             sgd(
-                parameters, [p.grad for p in parameters if p.grad is not None], buffers, fused=True,
+                parameters, [p.grad for p in parameters if p.grad is not None], [*buffers], fused=True,
                 found_inf=self.found_inf, weight_decay=decay, momentum=keep, lr=lr,
                 dampening=0.0, nesterov=True, maximize=False,
             )  # fmt: skip

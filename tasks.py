@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.metric import Metric
+from models.hooks import WeighsAuxiliaryHeads
 
 # Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
 # order of addition, hence on every number of processes.
@@ -14,6 +15,8 @@ LOSS_UNIT = 2**-20
 LARGEST_LOSS = 2.0**20
 
 Outputs = Tensor | tuple | list | dict  # what a model answers, with its auxiliary heads if any
+MOST_EXAMPLES = 32  # mistakes in all; of a class not so many, where there are several
+MOST_POINTS = 200  # answers of a regression that are kept
 
 
 def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -59,12 +62,32 @@ class Task:
         """Integer counters, all zero, which processes may add up in any order."""
         raise NotImplementedError
 
-    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> None:
-        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
+    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Tensor:
+        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding.
+
+        Returns what the model answers, (n,): classes or numbers.
+        """
         raise NotImplementedError
 
     def results(self, counts: Tensor) -> dict:
         """Counters of all processes together -> a float for each metric, "images", and more."""
+        raise NotImplementedError
+
+    def new_examples(self, device: torch.device) -> Tensor:
+        """What an evaluation keeps to be shown, int64, all zero: no larger for more images."""
+        raise NotImplementedError
+
+    def keep(
+        self, kept: Tensor, outputs: Outputs, answers: Tensor, labels: Tensor, indices: Tensor
+    ) -> None:
+        """Keep what is worth showing of a batch, without a wait of the host.
+
+        `answers` are those of `count`, indices (n,) int64 the samples' numbers, -1 for padding.
+        """
+        raise NotImplementedError
+
+    def examples(self, kept: Tensor) -> list[dict]:
+        """What to show of what all processes kept (processes, ...): the same however many."""
         raise NotImplementedError
 
     def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
@@ -102,7 +125,7 @@ class Classification(Task):
         """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`."""
         return torch.zeros(4 + self.num_classes**2, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Tensor:
         logits = split_outputs(outputs)[0].float()
         loss = F.cross_entropy(logits, labels, reduction="none").clamp(max=LARGEST_LOSS)
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
@@ -118,6 +141,7 @@ class Classification(Task):
         counts[:4].add_(found.sum(1))
         cells = torch.add(predicted, labels, alpha=self.num_classes)
         counts[4:].scatter_add_(0, cells, weights)
+        return predicted
 
     def _classes(self, logits: Tensor) -> Tensor:
         return torch.arange(logits.shape[1], device=logits.device)[None]
@@ -133,6 +157,46 @@ class Classification(Task):
             "images": images,
             "confusion": matrix.tolist(),
         }
+
+    def new_examples(self, device: torch.device) -> Tensor:
+        """The surest mistakes of each class, int64 (2, classes, places): see `keep`; 0: none."""
+        places = max(MOST_EXAMPLES // 4, MOST_EXAMPLES // self.num_classes)
+        return torch.zeros(2, self.num_classes, places, dtype=torch.int64, device=device)
+
+    def keep(
+        self, kept: Tensor, outputs: Outputs, answers: Tensor, labels: Tensor, indices: Tensor
+    ) -> None:
+        """Of a mistake its key and the answer; neither batches nor processes decide what is kept.
+
+        The key is how sure it is in units of 2**-20, times 2**32, less its index: no two are equal.
+        """
+        sure = split_outputs(outputs)[0].float().softmax(1).amax(1).nan_to_num(0.0)
+        keys = (sure * 2**20).long() * 2**32 - indices
+        keys = keys * ((answers != labels) & (indices >= 0))
+        classes = torch.arange(self.num_classes, device=labels.device)[:, None]
+        keys = torch.cat([kept[0], keys * (labels == classes)], 1)
+        answers = torch.cat([kept[1], answers.expand(self.num_classes, -1)], 1)
+        best, places = keys.topk(kept.shape[2])
+        torch.stack([best, answers.gather(1, places)], out=kept)
+
+    def examples(self, kept: Tensor) -> list[dict]:
+        """The surest mistakes: the first of every class, surest first, before the second of any."""
+        keys, answers = kept.permute(1, 2, 0, 3).flatten(2)
+        keys, places = keys.topk(kept.shape[3])
+        answers = answers.gather(1, places)
+        found = [
+            (turn, -key, label, answer)
+            for label, row in enumerate(zip(keys.tolist(), answers.tolist(), strict=True))
+            for turn, (key, answer) in enumerate(zip(*row, strict=True))
+            if key > 0
+        ]
+        return [
+            {
+                "index": less % 2**32, "label": label, "answer": answer,
+                "confidence": -(less >> 32) / 2**20,
+            }
+            for _, less, label, answer in sorted(found)[:MOST_EXAMPLES]
+        ]  # fmt: skip
 
     def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
         matrix = torch.tensor(results["confusion"], dtype=torch.float64)
@@ -183,7 +247,7 @@ class Regression(Task):
     def new_counts(self, device: torch.device) -> Tensor:
         return torch.zeros(4, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs: Outputs, targets: Tensor, weights: Tensor) -> None:
+    def count(self, counts: Tensor, outputs: Outputs, targets: Tensor, weights: Tensor) -> Tensor:
         predictions = split_outputs(outputs)[0].float()
         if predictions.shape != targets.shape:
             self.loss(outputs, targets)
@@ -192,6 +256,7 @@ class Regression(Task):
         units = (torch.stack(values) / LOSS_UNIT).round().long() * weights
         counts[:3].add_(units.sum(1))
         counts[3].add_(weights.sum())
+        return predictions[:, 0]
 
     def results(self, counts: Tensor) -> dict:
         squares, total, total_squares = (x * LOSS_UNIT for x in counts[:3].tolist())
@@ -203,11 +268,29 @@ class Regression(Task):
             "images": images,
         }
 
+    def new_examples(self, device: torch.device) -> Tensor:
+        """By the sample's index, int64 (MOST_POINTS + 1, 2): its answer's bits, 1 where it is."""
+        return torch.zeros(MOST_POINTS + 1, 2, dtype=torch.int64, device=device)
+
+    def keep(
+        self, kept: Tensor, outputs: Outputs, answers: Tensor, targets: Tensor, indices: Tensor
+    ) -> None:
+        shown = (indices >= 0) & (indices < MOST_POINTS)
+        places = torch.where(shown, indices, MOST_POINTS)  # the last is for all others
+        bits = answers.view(torch.int32).long()
+        kept.index_copy_(0, places, torch.stack([bits, torch.ones_like(bits)], 1))
+
+    def examples(self, kept: Tensor) -> list[dict]:
+        """The answers to the first samples."""
+        bits, there = kept.sum(0)[:MOST_POINTS].T  # each is one process's
+        answers = bits.int().view(torch.float32)
+        return [{"index": int(i), "answer": float(answers[i])} for i in there.nonzero().flatten()]
+
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression)}
 
 
 def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module) -> Task:
     """The task of this name; the model may weigh its auxiliary heads itself."""
-    auxiliary = getattr(model, "auxiliary_weight", 0.3)
+    auxiliary = model.auxiliary_weight if isinstance(model, WeighsAuxiliaryHeads) else 0.3
     return TASKS[name](num_classes, label_smoothing, auxiliary)

@@ -9,8 +9,6 @@ if __name__ == "__main__":  # before torch is imported: --help and a typo cost n
     SETTINGS = parse_or_exit(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
-import math
-
 import torch
 
 from distributed import faults
@@ -100,7 +98,7 @@ def train_one_epoch(
             with observer.phase("row"):
                 refuse_not_finite(learner, data, schedule, log.run_folder)
                 images = progress.take_summed() * data.batch.batch_size
-                log.row(math.fsum(learner.take_loss_sums()) / images, data, schedule, progress)
+                log.row(learner.take_row(images), data, schedule, progress)
         elif world.device.type == "cpu":  # where it costs no wait
             refuse_not_finite(learner, data, schedule, log.run_folder)
         world.beat(progress.step)
@@ -140,18 +138,19 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
     model, augment, task = learner.evaluated_model().eval(), data.augment, learner.task
     results = {}
     for split, loader in data.test_loaders.items():
-        counts = task.new_counts(world.device)
+        counts, kept = task.new_counts(world.device), task.new_examples(world.device)
         for batch in learner.seeded(loader):
             faults.hit("evaluate", progress.step)
             images = augment.evaluate(batch["images"])
             with world.accelerator.autocast():
                 logits = augment.vote(lambda view: learner.logits(model, view), images)
             labels, weights = (batch[name].to(logits.device) for name in ("labels", "weights"))
-            task.count(counts, logits, labels, weights)
+            answers = task.count(counts, logits, labels, weights)
+            task.keep(kept, logits, answers, labels, batch["indices"].to(logits.device))
             if world.beat(progress.step):
                 return None
-        counts = world.sum(counts).cpu()
-        results[split] = task.results(counts)
+        counts, kept = world.together(counts, kept)
+        results[split] = task.results(counts) | {"examples": task.examples(kept)}
         assert results[split]["images"] == len(resident(loader)), "an image lost or counted twice"
     return results
 

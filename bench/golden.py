@@ -52,7 +52,7 @@ RUNS = {
         f"--model my_cnn --bitwise {DIGITS} --batch-size 6 --image-size 16 --shards 6", (1, 2, 3),
     ),
 }  # fmt: skip
-CLOCKS = ("speed/", "time")  # keys of a row that a clock decides
+CLOCKS = ("speed/", "system/", "time")  # keys of a row that clock or machine decide
 # What the caller's launcher or shell may have set and would make it another run.
 LAUNCHERS = ("ACCELERATE_", "LOCKSTEP_", "SLURM_", "TORCHELASTIC_", "MASTER_")
 RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}

@@ -202,10 +202,11 @@ class Windows(Watch):
 
 
 def rows(folder: Path) -> list[dict]:
-    """metrics.jsonl, without what a clock decides."""
+    """metrics.jsonl, without what clock and machine decide."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in lines
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("speed/", "system/"))}
+        for line in lines
     ]
 
 

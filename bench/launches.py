@@ -124,10 +124,8 @@ def evaluating(device: torch.device, image_size: int, tta: int = 0) -> tuple[lis
     size = evaluation_batch(10_000, image_size, device)
     augment = Augment("none", image_size, (0.5,) * 3, (0.25,) * 3, 0, tta=tta)
     task, data = Classification(CLASSES), resident(device)
-    counts, indices = (
-        task.new_counts(device),
-        next(iter(EvaluationBatchSampler(10_000, size, device))),
-    )
+    counts, kept = task.new_counts(device), task.new_examples(device)
+    indices = next(iter(EvaluationBatchSampler(10_000, size, device)))
     logits = torch.empty(size, CLASSES, device=device, dtype=torch.bfloat16)
 
     def model(view: Tensor) -> Tensor:
@@ -137,7 +135,8 @@ def evaluating(device: torch.device, image_size: int, tta: int = 0) -> tuple[lis
     def piece() -> None:
         batch = data.__getitems__(indices)
         answer = augment.vote(model, augment.evaluate(batch["images"]))
-        task.count(counts, answer, batch["labels"], batch["weights"])
+        classes = task.count(counts, answer, batch["labels"], batch["weights"])
+        task.keep(kept, answer, classes, batch["labels"], batch["indices"])
 
     return count(piece), -(-10_000 // size)
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import overload
 
-Json = str | float | None | dict | list  # what json.dumps takes; int and bool are float here
+Json = (
+    str | float | None | dict | list | tuple
+)  # what json.dumps takes; int and bool are float here
 
 
 @contextlib.contextmanager

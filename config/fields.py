@@ -110,9 +110,6 @@ class TrainConfig:
     limit: int = setting(
         0, "use only so many training and test images; 0: all", group="images", low=0
     )
-    num_workers: int = setting(
-        0, "ignored: images lie in memory, no worker loads them", group="images", low=0
-    )
     skip_bad_images: bool = setting(
         False, "leave out images that cannot be read, and list them", group="images"
     )
@@ -158,10 +155,10 @@ class TrainConfig:
 # What a resumed run may change without being asked twice: length, placement and reporting.
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
-    | {"track", "plots", "data_dir", "num_workers", "accumulate", "run_dir", "tta"}
+    | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta"}
 )
 DEBUG_PRESET = {
-    "epochs": 1, "max_steps": 8, "limit": 512, "compile": False, "num_workers": 0,
+    "epochs": 1, "max_steps": 8, "limit": 512, "compile": False,
     "track": "none", "log_every": 1,
 }  # fmt: skip
 GROUPS = {

@@ -142,7 +142,7 @@ def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
                 convert(name, value, name, saved, problems)
         if problems:
             raise ValueError(problems)
-        return saved, dict(content.get("asked", {}))
+        return saved, {n: v for n, v in content.get("asked", {}).items() if n in HINTS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{folder / 'config.json'} cannot be read; mend it, or start over with --fresh",

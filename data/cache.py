@@ -1,5 +1,6 @@
 """Decoded tensors on disk: one checksummed file per data set, built by one process of a node."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,10 +8,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from common.disk import Json, digest, whole
 
@@ -109,27 +110,28 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-@contextmanager
+@contextlib.contextmanager
 def _node_lock(path: Path, seen: tuple[int, int, int] | None) -> Iterator[bool]:
     """Yield True to the one process of this node that shall build, False when the file has changed.
 
     The operating system frees the lock when its holder dies. The lock carries the node's name:
-    nodes that share a cache folder build side by side, and the last rename wins.
+    nodes that share a cache folder build side by side, and the last rename wins. Where nothing can
+    be locked, or after PATIENCE, a process builds for itself.
     """
-    node = digest(_node_name(), 4)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_suffix(f".{node}.lock").open("ab")
-    except OSError:
-        yield True
-        return
-    with file:
-        deadline = time.monotonic() + PATIENCE
-        while not _try_lock(file.fileno()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            if _signature(path) != seen:
-                yield False
-                return
+    lock = FileLock(path.with_suffix(f".{digest(_node_name(), 4)}.lock"))
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.ExitStack() as held:
+        while time.monotonic() < deadline:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock.acquire(timeout=0.1))
+                break
+            except Timeout:
+                if _signature(path) != seen:
+                    yield False
+                    return
+            except (OSError, NotImplementedError):  # nothing to write to, or no locks there
+                break
         yield True
 
 
@@ -137,20 +139,3 @@ def _node_name() -> str:
     import platform
 
     return platform.node()
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a file system without locks: build without one
-        return True
-    return True

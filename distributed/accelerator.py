@@ -439,11 +439,17 @@ def what_must_agree(settings: Settings) -> dict[str, str]:
     return facts | {f"code in {name}": digest for name, digest in code_digests(own).items()}
 
 
+# What decides the numbers of a run: folders, or files of that name.
+ROOMS = (
+    "train", "tasks", "optim", "common", "config", "data", "distributed", "models", "training",
+)  # fmt: skip
+
+
 def code_digests(*extra: Path) -> dict[str, str]:
-    """File -> hash of the sources that decide the numbers, and of a learner's own model file."""
+    """File -> hash of the sources of ROOMS, and of a learner's own model file."""
     here = Path(__file__).resolve().parent.parent
-    files = [here / name for name in ("train.py", "tasks.py", "optim.py")]
-    for room in ("common", "config", "data", "distributed", "models", "training"):
+    files = [path for room in ROOMS for path in (here / f"{room}.py",) if path.is_file()]
+    for room in ROOMS:
         files += sorted((here / room).rglob("*.py"))
     named = {path.relative_to(here).as_posix(): path for path in files}
     named |= {str(path): path for path in (p.expanduser() for p in extra) if path.is_file()}

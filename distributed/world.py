@@ -1,7 +1,9 @@
 """The processes of a run: the accelerator, what they agree on, and how they leave together."""
 
 import contextlib
+import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -19,6 +21,11 @@ from distributed.checkpoint import Progress
 from distributed.stop import SECONDS_PER_ROW, StopVote
 from distributed.watch import Watch
 from errors import NumbersGoneBad, UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 T = TypeVar("T")
 
@@ -60,6 +67,7 @@ class World(contextlib.AbstractContextManager):
             self.watch.limit = math.inf
         self._contexts = contextlib.ExitStack()
         self._contexts.enter_context(machine.not_installed("lomo_optim"))
+        self._frozen = False
         self._failure: tuple[BaseException, str] | None = None
         self.left_behind = False  # something hangs that the interpreter's end would wait for
         self.own_words = ""  # of a mistake that this process met alone
@@ -113,6 +121,20 @@ class World(contextlib.AbstractContextManager):
         """This value of every process, by rank."""
         return machine.everyones(self.accelerator, mine)
 
+    def together(self, counts: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+        """The sum of every process's counts, and (processes, ...) what each kept, on the CPU.
+
+        Both int64, so that the host waits once.
+        """
+        counts = self.sum(counts)
+        kept = cast(Tensor, self.accelerator.gather(kept[None]))
+        host = (
+            torch.cat([counts.flatten(), kept.flatten()])
+            .cpu()
+            .split([counts.numel(), kept.numel()])
+        )
+        return host[0].view(counts.shape), host[1].view(kept.shape)
+
     def all_or_none(self, work: Callable[[], T]) -> T:
         """What work() returns here; a UserError of any process is raised on all, naming it."""
         return machine.all_or_none(self.accelerator, work)
@@ -156,6 +178,26 @@ class World(contextlib.AbstractContextManager):
             self.watch.at("step", progress.step)
             yield batch
             self.watch.at("data", progress.step)
+            if not self._frozen:  # what there is after a step stays: no collection need walk it
+                self._frozen = True
+                if not (self.guest and gc.get_freeze_count()):  # which could not be put back
+                    gc.collect()
+                    gc.freeze()
+
+    def peak_memory(self) -> dict[str, float]:
+        """Of this process so far, for a row; nothing where the system does not tell. No host wait.
+
+        On a GPU of what torch allocated there, else of resident memory. The counter is not reset:
+        who measures beside a run, or calls it from a notebook, reads it too.
+        """
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        elif resource is None:
+            return {}
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"system/peak_memory_gb": peak / 1e9}
 
     def beat(self, step: int) -> bool:
         """One vote beat, in training and in evaluation; whether to leave."""

@@ -16,6 +16,7 @@ from torch import nn
 from common.text import both_sides, places, some
 from errors import UserError
 from models import lookup, told_by_weights
+from models.hooks import NamesAuxiliaryHeads
 from models.own_file import is_own_file
 from models.state import twin
 
@@ -156,7 +157,7 @@ def head_prefixes(model: nn.Module, name: str, image_size: int = 0) -> tuple[str
     have another order; else the last one registered, as in each auxiliary head. "" means the model
     itself.
     """
-    tops = ("", *getattr(model, "auxiliary_heads", ()))
+    tops = ("", *(model.auxiliary_heads if isinstance(model, NamesAuxiliaryHeads) else ()))
     heads = []
     for top in tops:
         prefix = f"{top}." if top else ""

@@ -64,7 +64,7 @@ def _write(
     world.left_behind = not log.finish_trackers(code)
     try:
         if plan.config.plots and code == FINISHED:
-            draw_pictures(log.folder.read_metrics(), learner, data, progress, folder)
+            draw_pictures(log.folder.read_metrics(), learner.task, data, progress, folder)
     except Exception as error:  # pictures are worth no failed run
         screen.warn(f"not all pictures could be drawn: {type(error).__name__}: {error}")
     written: Path | None = None

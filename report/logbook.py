@@ -181,14 +181,17 @@ class Logbook(contextlib.AbstractContextManager):
             self.world.watch.patient -= {"data", "step"}
         self.screen.advance((progress.step - 1) % schedule.steps_per_epoch + 1)
 
-    def row(self, train_loss: float, data: Data, schedule: Schedule, progress: Progress) -> None:
-        """A row of training: the mean loss of an image since the last one."""
+    def row(
+        self, numbers: dict[str, float], data: Data, schedule: Schedule, progress: Progress
+    ) -> None:
+        """A row of training: the learner's numbers since the last one."""
         row = {
             "step": progress.step,
             "epoch": schedule.place(progress.step - 1)[0] + 1,
-            "train/loss": train_loss,
+            **numbers,
             "lr": schedule.lr(progress.step - 1),
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
+            **self.world.peak_memory(),
         }
         self._record(row, progress)
         left = self.clock.left(schedule.last_step - progress.step)

@@ -207,6 +207,8 @@ def curves(files: Files) -> Markup:
     drawn += [
         chart("learning rate", {"lr": files.points("lr")}),
         chart("images per second", {SPEED: files.points(SPEED)}),
+        chart("gradient norm, before clipping", {"train": files.points("train/grad_norm")}),
+        chart("peak memory so far, GB", {"memory": files.points("system/peak_memory_gb")}),
     ]
     if not any(drawn):
         raise ValueError("no row holds a number")
@@ -263,9 +265,7 @@ def per_class(files: Files) -> Markup | str:
 
 def mistakes(files: Files) -> Markup | str:
     """The sheet of the surest mistakes."""
-    message = (
-        "What it is, what it was taken for: the surest mistakes in the first 1,000 test images"
-    )
+    message = "What it is, what it was taken for: the surest mistakes among the test images"
     return picture(files.folder / "mistakes.png", message, "sheet")
 
 
@@ -319,7 +319,7 @@ def samples(files: Files) -> Markup | str:
     """The sheet of training images."""
     message = "Training images as the model sees them"
     inside = picture(files.folder / "samples.png", message, "sheet")
-    return PARTS.folded("the first training images", inside) if inside else ""
+    return PARTS.folded("a few training images", inside) if inside else ""
 
 
 SECTIONS = [

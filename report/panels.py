@@ -143,10 +143,6 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
             "this run began in bf16, which its first device had and this one emulates slowly; "
             "--mixed-precision no --allow-change mixed_precision goes on in float32"
         )
-    if config.num_workers:
-        notes.append(
-            "--num-workers is ignored: the images are in memory and augmented on the device"
-        )
     if data.source.skipped:
         where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
         notes.append(f"{len(data.source.skipped)} images cannot be read and are left out{where}")

@@ -3,62 +3,66 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from common.text import percent, printable
-from data.loaders import EVALUATION_BATCH
 from distributed.checkpoint import Progress
 from report import pictures
+from tasks import Task
 from training.data import Data
-from training.learner import Learner
+
+MOST_SAMPLES = 32
 
 
-@torch.no_grad()
 def draw_pictures(
-    rows: list[dict], learner: Learner, data: Data, progress: Progress, folder: Path
+    rows: list[dict], task: Task, data: Data, progress: Progress, folder: Path
 ) -> None:
     """curves.png, confusion.png, mistakes.png and samples.png, or line.png for a regression.
 
-    The main process alone is here: no call in which it would wait for the others.
+    The main process alone is here, and asks no model: what the best weights answered is in the
+    results of their evaluation. A run whose best is of an older program has no such examples.
     """
     if not rows:
         return
-    pictures.curves(rows, learner.task.metrics, folder / "curves.png")
-    model = learner.kept_model.eval()
+    pictures.curves(rows, task.metrics, folder / "curves.png")
+    best = progress.best_metrics
+    examples = best.get("examples", [])
+    places = torch.tensor([example["index"] for example in examples], dtype=torch.int64)
     if data.source.task == "regression":
-        inputs = data.test.images.to(learner.device)
-        labels, answers = data.test.labels.flatten().cpu(), model(inputs).flatten().cpu()
-        pictures.line_fit(inputs.flatten().cpu(), labels, answers, folder / "line.png")
+        if examples:
+            inputs, targets = (
+                x.cpu()[places].flatten() for x in (data.test.images, data.test.labels)
+            )
+            answers = torch.tensor([example["answer"] for example in examples])
+            pictures.line_fit(inputs, targets, answers, folder / "line.png")
         return
     classes = [printable(name) for name in data.classes]
-    if "confusion" in progress.best_metrics:
-        matrix = progress.best_metrics["confusion"]
-        pictures.confusion(matrix, classes, folder / "confusion.png")
-    first = torch.arange(min(32, len(data.train)))
-    images = data.augment.train(data.train.images[first], first, 0).float().cpu()
+    if "confusion" in best:
+        pictures.confusion(best["confusion"], classes, folder / "confusion.png")
+    draw_samples(data, classes, folder / "samples.png")
+    if examples:
+        images = data.test.images[places.to(data.test.images.device)].cpu()
+        words = [
+            f"{classes[e['label']]}\nas {classes[e['answer']]} {percent(e['confidence'])}"
+            for e in examples
+        ]
+        pictures.sheet(images, words, folder / "mistakes.png")
+
+
+def draw_samples(data: Data, classes: list[str], path: Path) -> None:
+    """Training images of each class as the model sees them."""
+    chosen = of_each_class(data.train.labels.cpu(), MOST_SAMPLES)
+    images = data.train.images[chosen.to(data.train.images.device)]
+    images = data.augment.train(images, chosen.to(images.device), 0).float().cpu()
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.source.mean, data.source.std))
     shown = ((images * std + mean) * 255).clamp(0, 255).byte()
-    names = [classes[label] for label in data.train.labels[first].tolist()]
-    pictures.sheet(shown, names, folder / "samples.png")
-    draw_mistakes(learner, model, data, classes, folder / "mistakes.png")
+    names = [classes[label] for label in data.train.labels.cpu()[chosen].tolist()]
+    pictures.sheet(shown, names, path)
 
 
-def draw_mistakes(
-    learner: Learner, model: nn.Module, data: Data, classes: list[str], path: Path
-) -> None:
-    """The test images (of the first thousand) that the model is most wrongly sure of."""
-    test, wrong = data.test, []
-    for indices in torch.arange(min(1000, len(test))).split(EVALUATION_BATCH):
-        batch = test.__getitems__(indices)
-        images = learner.inputs(data.augment.evaluate(batch["images"]))
-        with learner.accelerator.autocast():
-            logits = model(images)
-        sure, guess = logits.float().softmax(1).cpu().max(1)
-        labels = batch["labels"].cpu()
-        for place in (guess != labels).nonzero().flatten().tolist():
-            words = f"{classes[labels[place]]}\nas {classes[guess[place]]} {percent(sure[place])}"
-            wrong.append((float(sure[place]), int(indices[place]), words))
-    worst = sorted(wrong, reverse=True)[:32]
-    if worst:
-        images = test.images[torch.tensor([index for _, index, _ in worst])].cpu()
-        pictures.sheet(images, [words for _, _, words in worst], path)
+def of_each_class(labels: Tensor, most: int) -> Tensor:
+    """Indices of so many samples: the first of every class before the second of any."""
+    order = labels.argsort(stable=True)
+    counts = labels.bincount()
+    turns = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    return order[turns.argsort(stable=True)[:most]]

@@ -180,10 +180,11 @@ def wait_for(
 
 
 def rows(folder: Path, timeless: bool = True) -> list[dict]:
-    """metrics.jsonl, without what a clock decides."""
+    """metrics.jsonl, without what clock and machine decide."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in r.items() if not (timeless and k.startswith("speed/"))} for r in found
+        {k: v for k, v in r.items() if not (timeless and k.startswith(("speed/", "system/")))}
+        for r in found
     ]
 
 

@@ -47,7 +47,6 @@ FIXED_FLAGS = [
     "--weights",
     "--freeze",
     "--mixed-precision",
-    "--num-workers",
     "--seed",
     "--log-every",
     "--val-fraction",
@@ -343,6 +342,16 @@ def test_the_same_command_goes_on_where_the_first_life_decided_a_value(tmp_path,
     folder = saved_run(tmp_path, *words, **decided)
     again = parse([*words, "--run-dir", folder])
     assert {name: getattr(again.config, name) for name in decided} == decided
+
+
+def test_a_run_of_an_older_program_goes_on_without_a_setting_that_is_no_more(tmp_path):
+    folder = saved_run(tmp_path, "--model", "vgg11")
+    before = parse(["--resume", folder])
+    path = tmp_path / "old" / "config.json"
+    content = json.loads(path.read_text())
+    content["config"]["num_workers"] = content["asked"]["num_workers"] = 4
+    path.write_text(json.dumps(content))
+    assert parse(["--resume", folder]) == before
 
 
 def test_resuming_what_is_not_there_names_what_is(tmp_path):

@@ -1,5 +1,6 @@
 """fit(): a run in a process that lives on leaves it as it was, and gives the command's numbers."""
 
+import gc
 import json
 import logging
 import os
@@ -137,6 +138,7 @@ def snapshot() -> dict:
         "generator": torch.get_rng_state().tolist(),
         "folder": Path.cwd(),
         "path": list(sys.path),
+        "frozen": gc.get_freeze_count(),
     }
 
 
@@ -372,8 +374,6 @@ class Large(nn.Module):
 
 def held_bytes() -> int:
     """Of all tensors that Python still knows, each storage once."""
-    import gc
-
     gc.collect()
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distributed.accelerator import ROOMS, code_digests
+
 HOUSE = Path(__file__).resolve().parent.parent
 
 # Each floor may import the floors below it. Rooms of one floor never import each other; the
@@ -103,6 +105,13 @@ def test_imports_flow_one_way():
             if not down:
                 wrong.append(f"{place} imports {other}")
     assert wrong == []
+
+
+def test_all_that_decides_numbers_is_in_the_fingerprint_of_the_code():
+    rooms = {name for floor in FLOORS for name in floor}
+    assert set(ROOMS) == rooms - {"errors", "report", "predict", "bench"}
+    named = {place for place in code_digests() if place.endswith(".py")}
+    assert named == {place for place in sources() if room_of(place) in ROOMS}
 
 
 def test_launchers_speak_to_the_rest_through_the_command_line_only():

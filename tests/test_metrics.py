@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from launches import REPOSITORY, SMALL, Command, finish, rows, start
+from launches import REPOSITORY, SMALL, Command, finish, rows, start, train
 
 from report import page
 from report import pictures as plots
@@ -64,6 +64,28 @@ def test_an_invented_metric_is_shown_written_drawn_and_decides(nets, monkeypatch
     plots.curves(rows(run), page.Files(run).metrics, run / "curves.png")
     titles = [axes.get_title() for axes in drawn[0].axes]
     assert titles == ["loss", "accuracy", "mean distance", "learning rate"]
+
+
+def test_pictures_are_the_same_on_any_number_of_processes_and_of_the_best_weights(nets):
+    """On three, evaluation batches are dealt out; no process asks the model once more."""
+    flags = [
+        "--model",
+        "full.py:Net",
+        "--dataset",
+        "digits",
+        "--image-size",
+        "16",
+        "--limit",
+        "400",
+    ]
+    flags += ["--batch-size", "60", "--shards", "6", "--epochs", "2", "--threads", "1", "--bitwise"]
+    names = ("mistakes.png", "samples.png", "confusion.png", "confusion.json")
+    made = []
+    for processes in (1, 2, 3):
+        done = train([*flags, "--run-dir", f"pictures-{processes}"], nets, processes)
+        assert done.status == 0 and "warning" not in done.out, done.out
+        made.append([(nets / f"pictures-{processes}" / name).read_bytes() for name in names])
+    assert made[0] == made[1] == made[2]
 
 
 def test_each_task_declares_a_loss_and_what_decides():

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from config import TrainConfig
+from config import HINTS, TrainConfig
 from distributed.shards import Guard
-from optim import WeightAverage, build_optimizer, lr_at, parameter_groups, set_lr
+from optim import WeightAverage, build_optimizer, lr_at, parameter_groups, set_lr, start_state
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
-OPTIMIZERS = ("sgd", "adamw", "muon")
+OPTIMIZERS = HINTS["optimizer"].metadata["choices"]  # all that can be named
 
 
 def net() -> nn.Module:
@@ -144,6 +144,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_at_the_first_or_a_later_s
     model = net()
     config = TrainConfig(optimizer=name, momentum=momentum)
     optimizer = build_optimizer(model, config)
+    assert not optimizer.state  # of weights that Accelerate may still put elsewhere
+    start_state(optimizer)
     twin = copy.deepcopy(model)
     twin_optimizer = build_optimizer(twin, config)
     guard = Guard(torch.device("cpu"), optimizer, skip=True)
@@ -159,7 +161,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_at_the_first_or_a_later_s
         after = [p.detach() for p in model.parameters()]
         if bad:
             assert found == 1.0 and equal(after, before[:6])
-            assert all(torch.isfinite(t).all() for t in state(model, optimizer))
+            left = state(model, optimizer)
+            new = [t for t in left if len(before) < len(left)][6:]  # AdamW's, made in its first
+            assert equal(left, before) or (step == 0 and not any(t.any() for t in new))
         else:
             assert found == 0.0 and not equal(after, before[:6])
             gradients(twin)

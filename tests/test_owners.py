@@ -1,5 +1,6 @@
 """The owners of a run, each alone: schedule, world, plan, logbook, checkpoints, learner."""
 
+import gc
 import json
 import signal
 from types import SimpleNamespace
@@ -167,12 +168,37 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
         task, progress = Classification(3), Progress(step=7)
         data = SimpleNamespace(batch=BatchPlan(8, 1, 1), classes=["a", "b", "c"], chosen_on="test")
         plan = schedule(epochs=2)
-        log.row(1.5, data, plan, progress)
+        log.row({"train/loss": 1.5}, data, plan, progress)
         assert written == [{"step": 7}]
         result = {"loss": 1.0, "accuracy": 0.5, "top5": 1.0, "images": 6}
         result["confusion"] = [[2, 0, 0]] * 3
         assert log.evaluated({"test": result}, task, data, plan, progress)
         assert {"best": 0.5} in [{"best": w.get("best")} for w in written]
+
+
+def test_a_row_has_the_norm_of_the_gradients_before_clipping_in_the_same_read(
+    settings, monkeypatch
+):
+    with World(settings("--grad-clip", "0.5")) as world:
+        learner, reads, read = learner_of(world, grad_clip=0.5), [], torch.Tensor.tolist
+        for p in learner.parameters:
+            p.grad = torch.full_like(p, 2.0)
+        learner.sums += torch.tensor([3.0, 5.0])
+        count = sum(p.numel() for p in learner.parameters)
+        learner.check_gradients(0)
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or read(t))
+        row = learner.take_row(16)
+        assert len(reads) == 1
+    assert row == {"train/loss": 0.5, "train/grad_norm": pytest.approx(2 * count**0.5)}
+    assert learner.parameters[0].grad.max() < 0.5
+
+
+def test_what_there_is_after_the_first_step_is_walked_by_no_collection(settings, monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(1))
+    with World(settings()) as world:
+        assert [len(frozen) for _ in world.watched(range(3), Progress())] == [0, 1, 1]
+        assert [len(frozen) for _ in world.watched(range(3), Progress())] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -202,10 +228,10 @@ def test_a_stop_between_rows_saves_nothing_after_a_bad_number(device):
     assert progress.step == 2 and not saved
 
 
-def learner_of(world: World, seed: int = 0) -> Learner:
+def learner_of(world: World, seed: int = 0, **values) -> Learner:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3))
-    config = TrainConfig(model="my_cnn", optimizer="sgd")
+    config = TrainConfig(model="my_cnn", optimizer="sgd", **values)
     prepared = world.accelerator.prepare(model, build_optimizer(model, config))
     started = SimpleNamespace(task=Classification(3), trial=Trial(0.0))
     return Learner(*prepared, None, started, config, BatchPlan(8, 2, 1), world)
@@ -223,7 +249,8 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
         with Checkpoints(*args) as checkpoints:
             found = checkpoints.resume(other, lambda text: None)
         assert found.step == 4 and found.summed == 2
-        assert other.take_loss_sums() == [1.5, 2.5] and other.take_loss_sums() == [0, 0]
+        assert other.loss_sums() == [1.5, 2.5]
+        assert other.take_row(8)["train/loss"] == 0.5 and other.loss_sums() == [0, 0]
         for name, tensor in learner.bare.state_dict().items():
             assert torch.equal(tensor, other.bare.state_dict()[name])
         args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)

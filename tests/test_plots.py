@@ -10,6 +10,7 @@ from PIL import Image
 
 from common.metric import Metric
 from report import pictures as plots
+from report.samples import of_each_class
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,13 @@ def test_a_picture_that_fails_half_way_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="no space"):
         plots.save(Failing(), tmp_path / "c.png")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("c.png", b"whole")]
+
+
+def test_samples_are_of_every_class_before_any_has_two():
+    labels = torch.tensor([2] * 50 + [0] * 3 + [5] * 2)
+    assert of_each_class(labels, 7).tolist() == [50, 0, 53, 51, 1, 54, 52]
+    assert len(of_each_class(labels, 99)) == 55
+    assert of_each_class(labels[:0], 4).tolist() == []
 
 
 def test_few_and_odd_rows_make_curves(tmp_path):

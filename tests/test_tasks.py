@@ -134,6 +134,66 @@ def test_millions_of_images_do_not_overflow():
     assert task.results(counts)["loss"] == LARGEST_LOSS
 
 
+# --- examples -------------------------------------------------------------------------------------
+
+
+def shown(task, logits, labels, parts, processes=1):
+    """The examples of an evaluation in such parts, dealt out to so many processes."""
+    everyones = [task.new_examples("cpu") for _ in range(processes)]
+    counts, weights = task.new_counts("cpu"), torch.ones(len(labels), dtype=torch.int64)
+    for number, part in enumerate(parts):
+        part = torch.cat([part, torch.tensor([0])])  # padding: the first sample once more
+        indices = torch.cat([part[:-1], torch.tensor([-1])])
+        answers = task.count(counts, logits[part], labels[part], weights[part])
+        task.keep(everyones[number % processes], logits[part], answers, labels[part], indices)
+    return task.examples(torch.stack(everyones))
+
+
+def test_the_surest_mistakes_are_those_of_a_plain_search_spread_over_the_classes():
+    logits, labels = sample()
+    task = Classification(7)
+    sure, answers = logits.softmax(1).max(1)
+    wrong = [i for i in range(203) if answers[i] != labels[i]]
+    wrong.sort(key=lambda i: -float(sure[i]))
+    turns = {i: sum(labels[j] == labels[i] for j in wrong[: wrong.index(i)]) for i in wrong}
+    wanted = sorted(wrong, key=lambda i: (turns[i], -float(sure[i])))[:32]
+    found = shown(task, logits, labels, whole(labels))
+    assert [e["index"] for e in found] == wanted
+    for e in found:
+        assert e["label"] == labels[e["index"]] and e["answer"] == answers[e["index"]]
+        assert e["confidence"] == pytest.approx(float(sure[e["index"]]), abs=2**-19)
+    first = [e["label"] for e in found[:7]]
+    assert sorted(first) == list(range(7))
+
+
+@pytest.mark.parametrize("name", ["classification", "regression"])
+def test_every_order_batching_and_split_over_processes_shows_the_same_examples(name):
+    logits, labels = sample()
+    task = Classification(7) if name == "classification" else Regression()
+    if name == "regression":
+        logits, labels = logits[:, :1], labels.float()[:, None]
+    else:
+        logits[40:60] = logits[40]  # alike: the earlier one comes first
+        logits[100:140] = torch.nan
+    wanted = shown(task, logits, labels, whole(labels))
+    assert wanted and len(wanted) == (32 if name == "classification" else 200)
+    if name == "regression":
+        assert [e["answer"] for e in wanted] == logits[:200, 0].tolist()
+    for size in (1, 7, 64, 203):
+        for processes in (1, 2, 3):
+            order = torch.randperm(203, generator=torch.Generator().manual_seed(size))
+            assert shown(task, logits, labels, order.split(size), processes) == wanted
+
+
+def test_a_class_with_all_the_mistakes_does_not_fill_the_picture_and_none_are_none():
+    labels = torch.zeros(100, dtype=torch.int64)
+    logits = torch.zeros(100, 7)
+    assert shown(Classification(7), logits, labels, whole(labels)) == []
+    logits[:, 3] = 1 + torch.arange(100) / 1000
+    found = shown(Classification(7), logits, labels, whole(labels))
+    assert [e["index"] for e in found] == list(range(99, 91, -1))
+
+
 # --- regression ----------------------------------------------------------------------------------
 
 

@@ -3,14 +3,16 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from common.disk import Json
 from common.text import both_sides, seconds
 from distributed.checkpoint import (
     Progress,

@@ -19,7 +19,7 @@ from distributed.generators import Generators
 from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
-from optim import WeightAverage
+from optim import WeightAverage, start_state
 from tasks import split_outputs
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class Learner:
     """Holds what an update changes; knows neither disk nor screen.
 
     `model` and `optimizer` are what Accelerate prepared, `bare` the module itself; `average` is
-    None without --ema. `sums` are loss sums, one per shard of the global batch, on the device.
+    None without --ema. `sums` are loss sums, one per shard of the global batch, and `grad_norm` is
+    that of the last step before it was clipped, both on the device.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class Learner:
         skip, most = config.on_nonfinite == "skip", SKIPS_IN_A_ROW
         if self.scaler is not None:  # fp16 overflows now and then, above all at its start
             skip, most = True, 3 * SKIPS_IN_A_ROW
+        start_state(optimizer.optimizer)
         self.guard = Guard(self.device, optimizer.optimizer, skip, most)
         self.shards.undoes = skip
         self.sums = torch.zeros(batch.shards, device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
 
     @property
     def averaged_model(self) -> nn.Module | None:
@@ -90,8 +93,9 @@ class Learner:
         return split_outputs(model(self.inputs(images)))[0]
 
     def seeded(self, loader: Iterable[T]) -> Iterator[T]:
-        """Batches to evaluate, where a model that draws even then draws the same on any number of
-        processes: a batch has the same size on each, and its place among all is what seeds it.
+        """Batches to evaluate; a model that draws even then draws alike on any number of processes.
+
+        A batch has the same size on each of them, and its place among all is what seeds it.
         """
         first, among = self.accelerator.process_index, self.accelerator.num_processes
         generators = Generators(self.device, filter(None, (self.bare, self.averaged_model)))
@@ -109,7 +113,7 @@ class Learner:
         if self.scaler is not None:
             self.accelerator.unscale_gradients()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = norm = torch.nn.utils.get_total_norm(gradients)
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         found = self.guard.check(norm, self.sums.sum(), step)
@@ -128,16 +132,19 @@ class Learner:
 
     def loss_sums(self) -> list[float]:
         """Each shard's loss sum since they were last taken: the same list on every process."""
-        sums = self.sums
-        if self.accelerator.num_processes > 1:
-            sums = cast(Tensor, self.accelerator.reduce(sums.clone(), reduction="sum"))
-        return sums.tolist()
+        return self._summed().tolist()
 
-    def take_loss_sums(self) -> list[float]:
-        """The sums, which begin anew."""
-        sums = self.loss_sums()
+    def _summed(self) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return self.sums
+        return cast(Tensor, self.accelerator.reduce(self.sums.clone(), reduction="sum"))
+
+    def take_row(self, images: int) -> dict[str, float]:
+        """The numbers of a row about so many images; the sums begin anew. One host wait."""
+        numbers = [self._summed(), self.grad_norm.to(self.sums).view(1)]
+        *sums, norm = torch.cat(numbers).tolist()
         self.sums.zero_()
-        return sums
+        return {"train/loss": math.fsum(sums) / images, "train/grad_norm": norm}
 
     def agree_on_buffers(self) -> None:
         """Every process, and the average, get the main process's buffers."""

@@ -58,7 +58,7 @@ def find_lr(learner: Learner, data: Data, world: World, train_step: Step) -> Rat
         rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
         set_lr(learner.optimizer, rate)
         train_step(learner, data, batch, step, step // data.sampler.steps_per_epoch)
-        loss = math.fsum(learner.take_loss_sums()) / data.batch.batch_size
+        loss = learner.take_row(data.batch.batch_size)["train/loss"]
         best = min(smooth(raw), default=loss)
         if not math.isfinite(loss) or (step > 10 and loss > 4 * best):
             break

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.disk import digest
+from common.disk import Json, digest
 from config import Settings, to_json
 from data.keyed_random import mix
 from distributed.accelerator import code_fingerprint, model_fingerprint
@@ -16,6 +16,7 @@ from distributed.shards import packed, unpack
 from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
+from models.hooks import StartsFromData
 from models.state import load_whole_state, separate_views, whole_state
 from models.weights import freeze_backbone, load_weights
 from tasks import Task, build_task
@@ -58,7 +59,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         weights = _load_weights(model, plan, data, world)
     if config.freeze == "backbone":
         freeze_backbone(model, config.model, config.image_size)
-    if hasattr(model, "start_from_data") and not weights:
+    if isinstance(model, StartsFromData) and not weights:
         _start_from_data(model, data, world)
     task = build_task(data.source.task, num_classes, config.label_smoothing, model)
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
@@ -157,7 +158,7 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
     return facts
 
 
-def weights_card(plan: Plan, data: Data) -> dict[str, object]:
+def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
     """What a file of weights says of itself, so that predict.py needs nothing else."""
     source = data.source
     return {
