@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.sgd import sgd
 
 from config import TrainConfig
+from models.state import twin
 
 
 def lr_at(
@@ -41,17 +42,39 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of the config, fused where torch has it; lr is set by us at each step."""
     groups = [g for g in parameter_groups(model, config.weight_decay) if g["params"]]
+    fused = not any(p.is_complex() for p in model.parameters())
+    adamw, plain = (torch.optim.AdamW, torch.optim.SGD) if fused else (WaitingAdamW, WaitingSGD)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        return adamw(groups, lr=config.lr, fused=fused)
     if config.optimizer == "muon":
         groups = muon_groups(model, config.weight_decay)
         return Muon(groups, lr=config.lr, momentum=config.momentum)
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    optimizer = plain(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     if config.momentum:  # zeros from the start: a first update that is skipped leaves no garbage
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
+
+
+class Waiting(torch.optim.Optimizer):
+    """Asks on the host whether the update must be left out: torch fuses no complex parameters, and
+    an optimizer that is not fused knows no `found_inf`."""
+
+    found_inf: torch.Tensor | None = None
+    _step_supports_amp_scaling = True
+
+    def step(self, closure: None = None) -> None:
+        if self.found_inf is None or self.found_inf == 0:
+            super().step(closure)
+
+
+class WaitingSGD(Waiting, torch.optim.SGD):
+    pass
+
+
+class WaitingAdamW(Waiting, torch.optim.AdamW):
+    pass
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -251,10 +274,8 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        import copy
-
         self.decay = decay
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = twin(model).requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module, skipped: torch.Tensor | None = None) -> None:
@@ -267,6 +288,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:
-        mine, theirs = list(self.model.buffers()), list(model.buffers())
-        if mine:
-            torch._foreach_copy_(mine, theirs)
+        """Also what modules answer to get_extra_state, and buffers that forward made anew."""
+        mine, theirs = dict(self.model.named_buffers()), dict(model.named_buffers())
+        if [b.shape for b in mine.values()] == [b.shape for b in theirs.values()]:
+            if mine:
+                torch._foreach_copy_(list(mine.values()), list(theirs.values()))
+        else:
+            for path, module in model.named_modules():
+                self.model.get_submodule(path)._buffers |= {
+                    k: b if b is None else b.clone() for k, b in module._buffers.items()
+                }
+        for path, module in model.named_modules():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                self.model.get_submodule(path).set_extra_state(module.get_extra_state())

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from common.disk import digest
 from distributed import faults
 from errors import UserError
+from models.state import load_whole_state, whole_state
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -67,7 +68,7 @@ def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str,
     def host(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True).contiguous()
 
-    files = {"model": {k: host(v) for k, v in model.state_dict().items()}}
+    files = {"model": {k: host(v) for k, v in whole_state(model).items()}}
     files["optimizer"] = {
         f"{name}|{key}": host(value if torch.is_tensor(value) else torch.tensor(value))
         for name, p in model.named_parameters()
@@ -76,7 +77,7 @@ def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str,
     }
     files["optimizer"][f"|{type(optimizer).__name__}"] = torch.zeros(1)  # whose state this is
     if average is not None:
-        files["ema"] = {k: host(v) for k, v in average.state_dict().items()}
+        files["ema"] = {k: host(v) for k, v in whole_state(average).items()}
     if scaler is not None:
         numbers = {k: float(v) for k, v in scaler.state_dict().items()}
         files["scaler"] = {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
@@ -114,16 +115,12 @@ def restore(files: dict[str, dict[str, Tensor]], model, optimizer, average=None,
 
 
 def copy_state(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    mine = model.state_dict()
-    wrong = [k for k in mine if k not in tensors or tensors[k].shape != mine[k].shape]
-    wrong += [k for k in tensors if k not in mine]
-    if wrong:
+    """Put a model's saved state into it; UserError, and nothing done, where it does not fit."""
+    if wrong := load_whole_state(model, tensors):
         raise UserError(
             f"this checkpoint belongs to another {what}: {', '.join(wrong[:3])} "
             f"{'and others ' if len(wrong) > 3 else ''}do not fit"
         )
-    for name, tensor in mine.items():
-        tensor.copy_(tensors[name])
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
     if trial.hidden:
         notes.append(
             f"{config.model} answers a shard otherwise after another one: it keeps state of its "
-            f"own ({', '.join(trial.hidden[:3])}), which is in no checkpoint. The run is the same run "
-            "on this number of processes only, and not after a stop; register_buffer keeps it"
+            f"own ({', '.join(trial.hidden[:3])}), which is in no checkpoint. The run is the same "
+            "run on this number of processes only, and not after a stop; register_buffer keeps it"
         )
     if trial.random:
         notes.append(

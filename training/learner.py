@@ -15,10 +15,12 @@ from config import BatchPlan, TrainConfig
 from data.keyed_random import mix
 from distributed import faults
 from distributed.checkpoint import copy_state
+from distributed.checksums import refuse_difference
 from distributed.generators import Generators
 from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
+from models.state import beside_state_dict, whole_state
 from optim import WeightAverage
 from tasks import split_outputs
 
@@ -57,6 +59,7 @@ class Learner:
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.task = started.task
+        self.changing = started.trial.nature.changing
         self.draws = started.trial.random  # also where it is evaluated
         self.accelerator, self.device = world.accelerator, world.device
         self.bare: nn.Module = self.accelerator.unwrap_model(model)
@@ -139,10 +142,28 @@ class Learner:
         return sums
 
     def agree_on_buffers(self) -> None:
-        """Every process, and the average, get the main process's buffers."""
+        """Every process, and the average, get the main process's buffers.
+
+        All else must be the same on all of them already.
+        """
+        if self.accelerator.num_processes > 1:
+            refuse_difference(self.shared())
         self.shards.broadcast_buffers()
         if self.average is not None:
             self.average.copy_buffers(self.bare)
+
+    def shared(self) -> dict[str, Tensor]:
+        """What each process computes for itself, and all alike: name -> tensor on the device."""
+        found: dict[str, Tensor] = {}
+        for name, p in self.bare.named_parameters():
+            found[name] = p
+            for key, value in self.optimizer.optimizer.state.get(p, {}).items():
+                if torch.is_tensor(value) and value.device == p.device:
+                    found[f"{key} of {name} in the optimizer"] = value
+        if self.average is not None:
+            average = self.average.model.named_parameters()
+            found |= {f"the average of {name}": p for name, p in average}
+        return found
 
     @property
     def kept_model(self) -> nn.Module:
@@ -161,7 +182,9 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """Host copies of the evaluated weights by name."""
-        state = self.kept_model.state_dict()
+        state, kept = whole_state(self.kept_model), self.kept_model
+        beside = beside_state_dict(kept) - set(self.changing)
+        state = {k: v for k, v in state.items() if k not in beside}  # constants of __init__
         return {  # copies: safetensors refuses a layer that the model holds under two names
             k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()
         }

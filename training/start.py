@@ -109,8 +109,7 @@ def _start_from_data(model: nn.Module, data: Data, world: World) -> None:
     if world.is_main:
         images = data.train.images[:2000].cpu()
         model.start_from_data(data.augment.evaluate(images))
-    state = world.broadcast(model.state_dict() if world.is_main else None)
-    model.load_state_dict(state)
+    load_whole_state(model, world.broadcast(whole_state(model) if world.is_main else None))
 
 
 def settle_buckets(learner: Learner, data: Data) -> None:
