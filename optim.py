@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.sgd import sgd
 
 from config import TrainConfig
-from models.state import twin
+from models.state import has_extra_state, twin
 
 
 def lr_at(
@@ -65,7 +65,8 @@ class Waiting(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def step(self, closure: None = None) -> None:
-        if self.found_inf is None or self.found_inf == 0:
+        found, self.found_inf, self.grad_scale = self.found_inf, None, None  # torch's own names
+        if found is None or found == 0:
             super().step(closure)
 
 
@@ -299,5 +300,5 @@ class WeightAverage:
                     k: b if b is None else b.clone() for k, b in module._buffers.items()
                 }
         for path, module in model.named_modules():
-            if type(module).get_extra_state is not nn.Module.get_extra_state:
+            if has_extra_state(module):
                 self.model.get_submodule(path).set_extra_state(module.get_extra_state())

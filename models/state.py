@@ -96,6 +96,10 @@ def _overlaps(tensor: Tensor) -> bool:
     )
 
 
+def has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
 def is_extra(name: str) -> bool:
     return name.rpartition(".")[2] == EXTRA
 

@@ -271,6 +271,16 @@ class Remembering(nn.Module):
         return x if self.training else x - self.mean
 
 
+class Saving(Counting):
+    """Keeps its count where a checkpoint finds it."""
+
+    def get_extra_state(self):
+        return self.calls
+
+    def set_extra_state(self, state):
+        self.calls = state
+
+
 def trial_of(model: nn.Module, size: int = 16) -> trial.Trial:
     torch.manual_seed(0)
     images = Resident(torch.randn(100, 3, 8, 8), torch.arange(100) % 10)
@@ -282,9 +292,9 @@ def trial_of(model: nn.Module, size: int = 16) -> trial.Trial:
     there = SimpleNamespace(autocast=contextlib.nullcontext)
     world = SimpleNamespace(device=torch.device("cpu"), accelerator=there)
     config = SimpleNamespace(model="my_cnn", image_size=8, mixed_precision="no")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = {k: v.clone() for k, v in whole_state(model).items()}
     found = trial.try_model(model, Classification(10), data, config, world, debug=False)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in whole_state(model).items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     return found
 
@@ -306,6 +316,7 @@ def untracked() -> nn.Module:
         (None, nn.Softmax(1), {"probabilities": True}),
         (None, nn.LogSoftmax(1), {}),
         (Counting(), None, {"hidden": ("before.calls",)}),
+        (Saving(), None, {}),
         (FirstBatch(), None, {"hidden": ("before.ready",)}),
         (Remembering(), None, {"hidden": ("before.mean",)}),
         (ReadingNorm(3), None, {"reads": True}),

@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +23,7 @@ from distributed.world import World
 from errors import UserError
 from models import lookup
 from models.pooling import without_deterministic_backward
-from models.state import beside_state_dict, twin
+from models.state import Plain, beside_state_dict, has_extra_state, twin
 from tasks import Classification, Regression, split_outputs
 from training.data import Data
 from training.learner import inputs
@@ -154,7 +155,7 @@ def measured(tried: Tried, size: int, trial: Trial, debug: bool) -> Trial:
     model, world = tried.model, tried.world
     shard_b, shard_a = tried.batch(0, size), tried.batch(size, size)
     pictures = tried.batch(0, PICTURES)["images"]
-    before, held = {k: b.clone() for k, b in model.named_buffers()}, attributes(model)
+    before, held = kept_by(model), attributes(model)
     fresh = None if debug else tried.evaluates(pictures)
     answers = []
     for shard in (shard_b,) if debug else (shard_b, shard_a):  # the first one also warms up
@@ -167,7 +168,8 @@ def measured(tried: Tried, size: int, trial: Trial, debug: bool) -> Trial:
         if took > LONG:
             break
     now = dict(model.named_buffers())
-    changed = {k for k, b in now.items() if k not in before or not torch.equal(b, before[k])}
+    old = before.buffers
+    changed = {k for k, b in now.items() if k not in old or not torch.equal(b, old[k])}
     beside = beside_state_dict(model)
     nature = Nature(tried.reentrant, changing=tuple(sorted(changed & beside)))
     if fresh is None or len(answers) < 2:
@@ -199,7 +201,7 @@ def measured(tried: Tried, size: int, trial: Trial, debug: bool) -> Trial:
     return replace(
         trial, hidden=hidden, random=draws, probabilities=sums_to_one,
         neighbours=neighbours,
-        nature=replace(nature, reads_buffers=bool(tables or (reads and before))),
+        nature=replace(nature, reads_buffers=bool(tables or (reads and now))),
     )  # fmt: skip
 
 
@@ -213,11 +215,30 @@ def alone(tried: Tried, pictures: Tensor, together: Tensor) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint has of a model beside its parameters."""
+
+    buffers: dict[str, Tensor]
+    extra: dict[str, Plain]  # by module, what get_extra_state answers
+
+
+def kept_by(model: nn.Module) -> Kept:
+    extra = {
+        path: deepcopy(module.get_extra_state())
+        for path, module in model.named_modules()
+        if has_extra_state(module)
+    }
+    return Kept({k: b.clone() for k, b in model.named_buffers()}, extra)
+
+
 @torch.no_grad()
-def put_back(model: nn.Module, before: dict[str, Tensor], shifted: bool = False) -> None:
-    """The buffers of before; shifted: with other numbers, where none can be a place in a table."""
+def put_back(model: nn.Module, before: Kept, shifted: bool = False) -> None:
+    """All of before; shifted: buffers with other numbers, where none can be a place in a table."""
+    for path, state in before.extra.items():
+        model.get_submodule(path).set_extra_state(deepcopy(state))
     now = dict(model.named_buffers())
-    for name, old in before.items():
+    for name, old in before.buffers.items():
         value = old * 2 + 1 if shifted and _can_be_shifted(name, old) else old
         try:
             now[name].copy_(value)
