@@ -317,7 +317,7 @@ def untracked() -> nn.Module:
         (None, nn.LogSoftmax(1), {}),
         (Counting(), None, {"hidden": ("before.calls",)}),
         (Saving(), None, {}),
-        (FirstBatch(), None, {"hidden": ("before.ready",)}),
+        (FirstBatch(), None, {"hidden": ("before.ready", "before.scale")}),
         (Remembering(), None, {"hidden": ("before.mean",)}),
         (ReadingNorm(3), None, {"reads": True}),
         (Counting(as_buffer=True), None, {"reads": True}),
