@@ -147,19 +147,20 @@ class Learner:
         All else must be the same on all of them already.
         """
         if self.accelerator.num_processes > 1:
-            refuse_difference(self.shared())
+            refuse_difference(dict(self.bare.named_parameters()), self._made_of_them())
         self.shards.broadcast_buffers()
         if self.average is not None:
             self.average.copy_buffers(self.bare)
 
-    def shared(self) -> dict[str, Tensor]:
-        """What each process computes for itself, and all alike: name -> tensor on the device."""
-        found: dict[str, Tensor] = {}
-        for name, p in self.bare.named_parameters():
-            found[name] = p
-            for key, value in self.optimizer.optimizer.state.get(p, {}).items():
-                if torch.is_tensor(value) and value.device == p.device:
-                    found[f"{key} of {name} in the optimizer"] = value
+    def _made_of_them(self) -> dict[str, Tensor]:
+        """What belongs to parameters: the optimizer's state and averages, by name."""
+        state = self.optimizer.optimizer.state
+        found = {
+            f"{key} of {name} in the optimizer": value
+            for name, p in self.bare.named_parameters()
+            for key, value in state.get(p, {}).items()
+            if torch.is_tensor(value) and value.device == p.device
+        }
         if self.average is not None:
             average = self.average.model.named_parameters()
             found |= {f"the average of {name}": p for name, p in average}
