@@ -8,6 +8,7 @@ from torch.optim.sgd import sgd
 
 from config import TrainConfig
 from models.hooks import HasMuonGroups
+from models.state import has_extra_state, twin
 
 
 def lr_at(
@@ -47,12 +48,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     step that was left out leaves no trace in later ones.
     """
     groups = [g for g in parameter_groups(model, config.weight_decay) if g["params"]]
+    fused = not any(p.is_complex() for p in model.parameters())
+    adamw, plain = (torch.optim.AdamW, torch.optim.SGD) if fused else (WaitingAdamW, WaitingSGD)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        return adamw(groups, lr=config.lr, fused=fused)
     if config.optimizer == "muon":
         groups = muon_groups(model, config.weight_decay)
         return Muon(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    return plain(groups, lr=config.lr, momentum=config.momentum, fused=fused)
 
 
 def start_state(optimizer: torch.optim.Optimizer) -> None:
@@ -64,6 +67,29 @@ def start_state(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"] if group.get("momentum") else ():
             optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
+
+class Waiting(torch.optim.Optimizer):
+    """Asks on the host whether the update must be left out.
+
+    Torch fuses no complex parameters, and an optimizer that is not fused knows no `found_inf`.
+    """
+
+    found_inf: torch.Tensor | None = None
+    _step_supports_amp_scaling = True
+
+    def step(self, closure: None = None) -> None:
+        found, self.found_inf, self.grad_scale = self.found_inf, None, None  # torch's own names
+        if found is None or found == 0:
+            super().step(closure)
+
+
+class WaitingSGD(Waiting, torch.optim.SGD):
+    """SGD for complex parameters."""
+
+
+class WaitingAdamW(Waiting, torch.optim.AdamW):
+    """AdamW for complex parameters."""
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -149,8 +175,8 @@ class Muon(torch.optim.Optimizer):
         buffers = [self._momentum(p) for p in parameters]
         if not group["orthogonal"]:
             sgd(
-                parameters, [p.grad for p in parameters if p.grad is not None], [*buffers], fused=True,
-                found_inf=self.found_inf, weight_decay=decay, momentum=keep, lr=lr,
+                parameters, [p.grad for p in parameters if p.grad is not None], [*buffers],
+                fused=True, found_inf=self.found_inf, weight_decay=decay, momentum=keep, lr=lr,
                 dampening=0.0, nesterov=True, maximize=False,
             )  # fmt: skip
             return
@@ -269,10 +295,8 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        import copy
-
         self.decay = decay
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = twin(model).requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module, skipped: torch.Tensor | None = None) -> None:
@@ -285,6 +309,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:
-        mine, theirs = list(self.model.buffers()), list(model.buffers())
-        if mine:
-            torch._foreach_copy_(mine, theirs)
+        """Also what modules answer to get_extra_state, and buffers that forward made anew."""
+        mine, theirs = dict(self.model.named_buffers()), dict(model.named_buffers())
+        if [b.shape for b in mine.values()] == [b.shape for b in theirs.values()]:
+            if mine:
+                torch._foreach_copy_(list(mine.values()), list(theirs.values()))
+        else:
+            for path, module in model.named_modules():
+                self.model.get_submodule(path)._buffers |= {
+                    k: b if b is None else b.clone() for k, b in module._buffers.items()
+                }
+        for path, module in model.named_modules():
+            if has_extra_state(module):
+                self.model.get_submodule(path).set_extra_state(module.get_extra_state())

@@ -52,6 +52,7 @@ def load_run(folder: Path) -> tuple["nn.Module", dict]:
     from safetensors import SafetensorError, safe_open
 
     from models import build_model
+    from models.state import load_whole_state
 
     path = folder if folder.is_file() else folder / "model.safetensors"
     try:
@@ -76,14 +77,12 @@ def load_run(folder: Path) -> tuple["nn.Module", dict]:
         )
     size = told["image_size"]
     model = build_model(told["model"], num_classes=len(told["classes"]), image_size=size)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
+    if wrong := load_whole_state(model, tensors):
         raise UserError(
-            f"--run {folder}: its weights no longer fit {told['model']} "
-            f"({str(error).splitlines()[-1].strip()}); did its file change?",
+            f"--run {folder}: its weights no longer fit {told['model']} ({', '.join(wrong[:3])}); "
+            "did its file change?",
             code="weights-do-not-fit",
-        ) from None
+        )
     return model.eval(), told
 
 

@@ -189,6 +189,9 @@ def undoing(device: torch.device, model: nn.Module) -> list[str]:
     shards.undoes = True
     batch, found = training_batch(device), torch.zeros((), device=device)
 
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)  # a backward's
+
     def piece() -> None:
         for _ in shards(batch, 0):
             pass

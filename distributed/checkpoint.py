@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from common.disk import digest
 from distributed import faults
 from errors import UserError
+from models.state import load_whole_state, whole_state
 
 Files = dict[str, dict[str, Tensor]]  # name of a file without its suffix -> tensors by name
 
@@ -76,7 +77,7 @@ def capture(
     def host(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True).contiguous()
 
-    files = {"model": {k: host(v) for k, v in model.state_dict().items()}}
+    files = {"model": {k: host(v) for k, v in whole_state(model).items()}}
     files["optimizer"] = {
         f"{name}|{key}": host(value if torch.is_tensor(value) else torch.tensor(value))
         for name, p in model.named_parameters()
@@ -85,7 +86,7 @@ def capture(
     }
     files["optimizer"][f"|{type(optimizer).__name__}"] = torch.zeros(1)  # whose state this is
     if average is not None:
-        files["ema"] = {k: host(v) for k, v in average.state_dict().items()}
+        files["ema"] = {k: host(v) for k, v in whole_state(average).items()}
     if scaler is not None:
         numbers = {k: float(v) for k, v in scaler.state_dict().items()}
         files["scaler"] = {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
@@ -133,18 +134,13 @@ def restore(
 
 
 def copy_state(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Fill a model with saved tensors; UserError, and nothing changed, where they do not fit."""
-    mine = model.state_dict()
-    wrong = [k for k in mine if k not in tensors or tensors[k].shape != mine[k].shape]
-    wrong += [k for k in tensors if k not in mine]
-    if wrong:
+    """Put a model's saved state into it; UserError, and nothing done, where it does not fit."""
+    if wrong := load_whole_state(model, tensors):
         raise UserError(
             f"this checkpoint belongs to another {what}: {', '.join(wrong[:3])} "
             f"{'and others ' if len(wrong) > 3 else ''}do not fit",
             code="checkpoint-of-other-model",
         )
-    for name, tensor in mine.items():
-        tensor.copy_(tensors[name])
 
 
 # --- writing -------------------------------------------------------------------------------------

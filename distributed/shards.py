@@ -37,7 +37,12 @@ def unpack(copy: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> None:
     for kind, flat in copy.items():
         same = [t for t in tensors if t.dtype == kind]
         parts = flat.split([t.numel() for t in same])
-        torch._foreach_copy_(same, [p.view(t.shape) for p, t in zip(parts, same, strict=True)])
+        parts = [p.view(t.shape) for p, t in zip(parts, same, strict=True)]
+        try:
+            torch._foreach_copy_(same, parts)
+        except RuntimeError:  # an expanded view, made by a forward, has no room for its numbers
+            for tensor, part in zip(same, parts, strict=True):
+                tensor.set_(part.clone())  # pyright: ignore[reportArgumentType] - a tensor will do
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ class Arrivals:
         return max(self.counts, default=0) > 1
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs, in the same memory; any other tensor as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 class ExactSum:
     """The sum of all shards' gradients in whole multiples of 2**-44, as int64.
 
@@ -108,11 +118,12 @@ class ExactSum:
 
     def __init__(self, parameters: list[nn.Parameter], shards: int):
         self.parameters = parameters
+        views = [as_real(p) for p in parameters]
         self.most = self.MOST / shards
         # What gradients have: the weights' strides, where these leave no gaps.
-        self.strides = [torch.empty_like(p, device="meta").stride() for p in parameters]
-        self.sizes = [p.numel() for p in parameters]
-        kinds = (p.dtype for p in parameters)
+        self.strides = [torch.empty_like(v, device="meta").stride() for v in views]
+        self.sizes = [v.numel() for v in views]
+        kinds = (v.dtype for v in views)
         self.dtype = functools.reduce(torch.promote_types, kinds, torch.float32)
         device = parameters[0].device if parameters else None
         self.total = torch.zeros(sum(self.sizes) + 1, dtype=torch.int64, device=device)
@@ -136,10 +147,11 @@ class ExactSum:
     def _as_they_lie(p: nn.Parameter, stride: tuple[int, ...]) -> Tensor:
         """The gradient's numbers in the order of the memory, flat."""
         if p.grad is None:
-            return p.new_zeros(p.numel())
-        lies = p.grad
+            return as_real(p).new_zeros(as_real(p).numel())
+        lies = as_real(p.grad)
         if lies.stride() != stride:
-            lies = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(lies)
+            kind = {"dtype": lies.dtype, "device": lies.device}
+            lies = torch.empty_strided(lies.shape, stride, **kind).copy_(lies)
         return lies.as_strided((lies.numel(),), (1,))
 
     @torch.no_grad()
@@ -155,7 +167,9 @@ class ExactSum:
             torch.mul(total, unit, out=part)
         parts = numbers.split(self.sizes)
         for p, stride, part in zip(self.parameters, self.strides, parts, strict=True):
-            p.grad = part.as_strided(p.shape, stride).to(p.dtype)
+            real = as_real(p)
+            gradient = part.as_strided(real.shape, stride).to(real.dtype)
+            p.grad = torch.view_as_complex(gradient) if p.is_complex() else gradient
         self.total.zero_()
 
 
@@ -245,7 +259,7 @@ class Shards:
             gradients = [p.grad for p in self.parameters]
             copy = packed(gradients)
             for flat in copy.values():
-                dist.all_reduce(flat)
+                dist.all_reduce(as_real(flat))
             unpack(copy, gradients)
 
     def _loss_scale(self) -> Tensor | float:
@@ -270,7 +284,7 @@ class Shards:
             return
         copy = packed(self.buffers)
         for flat in copy.values():
-            dist.broadcast(flat, src=0)
+            dist.broadcast(as_real(flat), src=0)
         unpack(copy, self.buffers)
 
 

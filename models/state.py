@@ -16,7 +16,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """state_dict with extra state as JSON in bytes, and the buffers that are not persistent."""
     found = {}
     for name, value in model.state_dict().items():
-        found[name] = _as_bytes(name, value) if _is_extra(name) else value
+        found[name] = _as_bytes(name, value) if is_extra(name) else value
     return found | {k: b for k, b in model.named_buffers() if k not in found}
 
 
@@ -45,12 +45,12 @@ def load_whole_state(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     wrong = [k for k in mine if k not in tensors and k not in beside]
     wrong += [
         k for k, v in tensors.items()
-        if not (_is_extra(k) or k in empty) and (k not in mine or v.shape != mine[k].shape)
+        if not (is_extra(k) or k in empty) and (k not in mine or v.shape != mine[k].shape)
     ]  # fmt: skip
     if wrong:
         return wrong
     for name, value in tensors.items():
-        if _is_extra(name):
+        if is_extra(name):
             module = model.get_submodule(name.removesuffix(EXTRA).removesuffix("."))
             module.set_extra_state(_from_bytes(value))
         elif name in empty:  # a buffer that training made
@@ -96,7 +96,13 @@ def _overlaps(tensor: Tensor) -> bool:
     )
 
 
-def _is_extra(name: str) -> bool:
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether its class defines get_extra_state."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def is_extra(name: str) -> bool:
+    """Whether a state_dict gives this name to what get_extra_state answers."""
     return name.rpartition(".")[2] == EXTRA
 
 

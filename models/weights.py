@@ -18,7 +18,7 @@ from errors import UserError
 from models import lookup, told_by_weights
 from models.hooks import NamesAuxiliaryHeads
 from models.own_file import is_own_file
-from models.state import twin
+from models.state import beside_state_dict, is_extra, load_whole_state, twin, whole_state
 
 REACH_SECONDS = 4.0  # name resolution can block for a minute where nothing answers
 
@@ -70,7 +70,8 @@ def load_weights(
     else:
         file = Path(weights).expanduser()
         origin = f"weights from {weights}"
-    own = model.state_dict()
+    beside = beside_state_dict(model)  # a run's file may have them
+    own = {k: v for k, v in whole_state(model).items() if k not in beside}
     loaded = {_key(key, own): value for key, value in _read(file).items()}
     if lookup(name).pretrained.startswith("densenet"):  # published under their names of 2017
         loaded = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in loaded.items()}
@@ -97,12 +98,13 @@ def load_weights(
             code="other-classes",
         )
     given = {k: v for k, v in loaded.items() if not k.startswith(tuple(fresh))}
+    extra = {k: given.pop(k) for k in beside & given.keys()}
     missing = [k for k in own if k not in given and not k.startswith(tuple(fresh))]
     unexpected = [k for k in given if k not in own]
     shapes = [
         f"{k} ({_shape(v)} in the file, {_shape(own[k])} in the model)"
         for k, v in given.items()
-        if k in own and v.shape != own[k].shape
+        if k in own and v.shape != own[k].shape and not is_extra(k)
     ]
     problems = [
         f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
@@ -123,7 +125,7 @@ def load_weights(
             ),
             code="weights-do-not-fit",
         )
-    model.load_state_dict(given, strict=False)
+    load_whole_state(model, whole_state(model) | given | extra)
     if by_name and same_names:
         return f"{origin}, all {len(given)} tensors, the head's rows in the order of the data"
     if by_name:

@@ -25,6 +25,7 @@ from errors import FAILED, FINISHED, STOPPED, UserError
 from models import build_model
 from models.class_source import standalone_source
 from models.own_file import standing_for
+from models.state import load_whole_state
 from report.screen import Report, quieted
 from training.data import Data
 from training.learner import Learner
@@ -43,6 +44,7 @@ TRIAL_SECONDS = 120.0
 TRIAL = """
 import sys, torch
 from models import build_model
+from models.state import load_whole_state
 name, classes, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 model = build_model(name, num_classes=classes, image_size=size)
 model.eval()(torch.zeros(2, 3, size, size))
@@ -178,7 +180,7 @@ def _result(
         settings.config.model,
         num_classes=data.num_outputs, image_size=data.augment.image_size,
     )  # fmt: skip
-    model.load_state_dict(weights)
+    load_whole_state(model, weights)
     rows = RunDir(folder).read_metrics()
     return Result(status, folder, history(rows), dict(seen.progress.best_metrics), model.eval())
 

@@ -1,6 +1,7 @@
 """Whatever a model is made of, its run is the same on any number of processes."""
 
 import contextlib
+import json
 import random
 import threading
 from types import SimpleNamespace
@@ -14,11 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import predict
 from data.loaders import Resident
+from distributed.checksums import checksum
 from distributed.generators import Generators
 from distributed.shards import Arrivals, EveryParameter
 from errors import UserError
 from models import build_model
+from models.state import whole_state
 from models.weights import freeze_backbone, head_prefixes
 from tasks import Classification
 from training import trial
@@ -267,6 +271,16 @@ class Remembering(nn.Module):
         return x if self.training else x - self.mean
 
 
+class Saving(Counting):
+    """Keeps its count where a checkpoint finds it."""
+
+    def get_extra_state(self):
+        return self.calls
+
+    def set_extra_state(self, state):
+        self.calls = state
+
+
 def trial_of(model: nn.Module, size: int = 16) -> trial.Trial:
     torch.manual_seed(0)
     images = Resident(torch.randn(100, 3, 8, 8), torch.arange(100) % 10)
@@ -278,9 +292,9 @@ def trial_of(model: nn.Module, size: int = 16) -> trial.Trial:
     there = SimpleNamespace(autocast=contextlib.nullcontext)
     world = SimpleNamespace(device=torch.device("cpu"), accelerator=there)
     config = SimpleNamespace(model="my_cnn", image_size=8, mixed_precision="no")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = {k: v.clone() for k, v in whole_state(model).items()}
     found = trial.try_model(model, Classification(10), data, config, world, debug=False)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in whole_state(model).items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     return found
 
@@ -302,7 +316,8 @@ def untracked() -> nn.Module:
         (None, nn.Softmax(1), {"probabilities": True}),
         (None, nn.LogSoftmax(1), {}),
         (Counting(), None, {"hidden": ("before.calls",)}),
-        (FirstBatch(), None, {"hidden": ("before.ready",)}),
+        (Saving(), None, {}),
+        (FirstBatch(), None, {"hidden": ("before.ready", "before.scale")}),
         (Remembering(), None, {"hidden": ("before.mean",)}),
         (ReadingNorm(3), None, {"reads": True}),
         (Counting(as_buffer=True), None, {"reads": True}),
@@ -387,3 +402,112 @@ def test_state_that_a_model_hides_is_told_kept_with_the_run_and_compared(folder)
     assert same("counts-2") == (1, "processes: 1 and 2, and the model hides calls\n")
     status, told = same("counts-1b")
     assert status == 0 and "on this number of processes only: the model hides calls" in told
+
+
+# --- what a model holds is saved, and is the same on all processes --------------------------------
+
+EVERYTHING = """
+import os, torch
+from torch import nn
+
+class Everything(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body = nn.utils.weight_norm(nn.Linear(192, 24))
+        self.turn = nn.Parameter(torch.randn(24, dtype=torch.complex64))
+        self.head = nn.Linear(24, num_classes)
+        self.register_buffer("mean", torch.zeros(192), persistent=False)
+        self.register_buffer("table", torch.arange(24), persistent=False)
+        self.register_buffer("scale", torch.full((1,), 0.5).expand(24))
+        self.told = "new"
+
+    def get_extra_state(self):
+        return {"told": self.told, "numbers": torch.tensor([[1.5, 2.5]])}
+
+    def set_extra_state(self, state):
+        self.told = state["told"]
+        assert state["numbers"].shape == (1, 2)
+
+    def forward(self, images):
+        x = images.flatten(1)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.told = "trained"
+        x = self.body(x - self.mean).tanh()[:, self.table] * self.scale
+        answer = self.head((x * self.turn).abs() + (x * self.turn).real)
+        return answer if self.told == "trained" else answer * 0
+
+class Drifting(nn.Linear):
+    def __init__(self, num_classes=10):
+        super().__init__(192, num_classes)
+
+    def forward(self, images):
+        if self.training and os.environ.get("RANK") == "1":
+            self.bias.data[3] += 1e-6
+        return super().forward(images.flatten(1))
+"""
+
+
+def test_all_that_a_model_holds_is_saved_evaluated_predicted_with_and_shared(folder):
+    (folder / "all.py").write_text(EVERYTHING)
+    words = ["--model", f"{folder}/all.py:Everything", *SHORT, "--ema", "0.5", "--log-every", "1"]
+    words += ["--max-steps", "20", "--lr", "0.02"]
+    for name, count, way in (
+        ("all-1", 1, ["--bitwise"]), ("all-2", 2, ["--bitwise"]), ("all-sum", 2, []),
+        ("all-sgd", 1, ["--optimizer", "sgd", "--momentum", "0.9"]),
+    ):  # fmt: skip
+        done = train([*words, *way, "--run-dir", name], folder, count)
+        assert done.status == 0, done.out
+    stopped = [*words, "--bitwise", "--run-dir", "all-3"]
+    assert train(stopped, folder, LOCKSTEP_FAULT="term@step=7").status == 75
+    assert train(["--resume", "all-3"], folder, 2).status == 0
+    for name in ("all-2", "all-3"):
+        assert rows(folder / name) == rows(folder / "all-1"), name
+        assert same_weights(folder / name, folder / "all-1") == [], name
+    kept = weights(folder, "all-1")
+    assert "mean" in kept and "table" not in kept and kept["turn"].is_complex()
+    for key, value in weights(folder, "all-sum").items():
+        assert torch.allclose(value, kept[key], rtol=1e-3, atol=1e-4), key
+    best = json.loads((folder / "all-1/summary.json").read_text())["best/test/accuracy"]
+    assert best > 0.3
+    done = train(["--resume", "all-1", "--eval-only"], folder)
+    assert f"accuracy {best:.6g}" in done.out, done.out
+    model, _ = predict.load_run(folder / "all-1")
+    assert model.told == "trained" and model.mean.any()
+
+
+def test_processes_that_drift_apart_are_stopped_with_the_name_of_the_tensor(folder):
+    (folder / "all.py").write_text(EVERYTHING)
+    words = ["--model", f"{folder}/all.py:Drifting", *SHORT, "--run-dir", "drift"]
+    done = train(words, folder, 2)
+    assert done.status != 0
+    assert "drifted apart: bias is not the same" in done.out and "Traceback" not in done.out
+    assert json.loads((folder / "drift/status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("size", [1, 7, 2**15, 2**15 + 1, 100_000])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int64, torch.complex64])
+def test_a_checksum_sees_each_number_and_its_place(size, kind):
+    torch.manual_seed(0)
+    numbers = (torch.randn(size) * 100).to(kind)
+    found = checksum(numbers)
+    assert found == checksum(numbers.clone()) and found.shape == ()
+    for place in {0, size // 2, size - 1}:
+        other = numbers.clone()
+        other[place] += 1
+        assert checksum(other) != found
+    if size > 1:
+        for a, b in ((0, 1), (0, size - 1), (size // 3, size // 2)):
+            if a != b and numbers[a] != numbers[b]:
+                other = numbers.clone()
+                other[[a, b]] = numbers[[b, a]]
+                assert checksum(other) != found
+
+
+def test_what_cannot_be_saved_without_pickle_is_refused_by_name():
+    class Odd(nn.Module):
+        def get_extra_state(self):
+            return {1, 2}
+
+    with pytest.raises(UserError, match=r"0\.get_extra_state answers what cannot be saved.*set"):
+        whole_state(nn.Sequential(Odd()))

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import BatchPlan
 from data.keyed_random import mix
 from distributed.generators import seed_dropout
-from distributed.shards import ExactSum, Guard, Shards
+from distributed.shards import ExactSum, Guard, Nature, Shards
 from models import build_model
 
 SIZE, CLASSES = 24, 5
+ALONE = Nature(reads_buffers=False)  # nobody is there to whom buffers could be broadcast
 
 
 class FakeAccelerator:
@@ -63,7 +64,8 @@ def step(model, shards, processes=1, index=0, accelerator=None, bitwise=False, n
     """One process's share of a step: (gradients, [loss of each shard], its Shards)."""
     accelerator = accelerator or FakeAccelerator(index, processes)
     plan = BatchPlan(SIZE, shards, processes)
-    made = Shards(accelerator, model, plan, lambda step, shard: mix(7, step, shard), bitwise)
+    seed_of = lambda step, shard: mix(7, step, shard)  # noqa: E731
+    made = Shards(accelerator, model, plan, seed_of, bitwise, ALONE)
     share = SIZE // processes
     mine = {k: v[index * share : (index + 1) * share] for k, v in batch().items()}
     losses = []
@@ -424,6 +426,8 @@ def test_guarding_a_step_and_undoing_its_buffers_are_few_launches_and_wait_for_n
         made.undoes = skip
         guard = Guard(device, torch.optim.SGD(model.parameters(), lr=0.1), skip)
         norm, losses = torch.empty(2, device=device).unbind()
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
         with Launches() as launches:
             for _ in made({}, 0):
                 pass

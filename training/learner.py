@@ -15,10 +15,12 @@ from config import BatchPlan, TrainConfig
 from data.keyed_random import mix
 from distributed import faults
 from distributed.checkpoint import copy_state
+from distributed.checksums import refuse_difference
 from distributed.generators import Generators
 from distributed.shards import Guard, Shards
 from distributed.world import World
 from models import lookup
+from models.state import beside_state_dict, whole_state
 from optim import WeightAverage, start_state
 from tasks import split_outputs
 
@@ -58,6 +60,7 @@ class Learner:
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.task = started.task
+        self.changing = started.trial.nature.changing
         self.draws = started.trial.random  # also where it is evaluated
         self.accelerator, self.device = world.accelerator, world.device
         self.bare: nn.Module = self.accelerator.unwrap_model(model)
@@ -147,10 +150,29 @@ class Learner:
         return {"train/loss": math.fsum(sums) / images, "train/grad_norm": norm}
 
     def agree_on_buffers(self) -> None:
-        """Every process, and the average, get the main process's buffers."""
+        """Every process, and the average, get the main process's buffers.
+
+        All else must be the same on all of them already.
+        """
+        if self.accelerator.num_processes > 1:
+            refuse_difference(dict(self.bare.named_parameters()), self._made_of_them())
         self.shards.broadcast_buffers()
         if self.average is not None:
             self.average.copy_buffers(self.bare)
+
+    def _made_of_them(self) -> dict[str, Tensor]:
+        """What belongs to parameters: the optimizer's state and averages, by name."""
+        state = self.optimizer.optimizer.state
+        found = {
+            f"{key} of {name} in the optimizer": value
+            for name, p in self.bare.named_parameters()
+            for key, value in state.get(p, {}).items()
+            if torch.is_tensor(value) and value.device == p.device
+        }
+        if self.average is not None:
+            average = self.average.model.named_parameters()
+            found |= {f"the average of {name}": p for name, p in average}
+        return found
 
     @property
     def kept_model(self) -> nn.Module:
@@ -169,7 +191,9 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """Host copies of the evaluated weights by name."""
-        state = self.kept_model.state_dict()
+        state, kept = whole_state(self.kept_model), self.kept_model
+        beside = beside_state_dict(kept) - set(self.changing)
+        state = {k: v for k, v in state.items() if k not in beside}  # constants of __init__
         return {  # copies: safetensors refuses a layer that the model holds under two names
             k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()
         }

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -111,11 +112,8 @@ def _start_from_data(model: nn.Module, data: Data, world: World) -> None:
     """
     if world.is_main:
         images = data.train.images[:2000].cpu()
-        model.start_from_data(  # pyright: ignore[reportCallIssue] - a hook of the model
-            data.augment.evaluate(images)
-        )
-    state = world.broadcast(model.state_dict() if world.is_main else {})
-    model.load_state_dict(state)
+        cast(StartsFromData, model).start_from_data(data.augment.evaluate(images))
+    load_whole_state(model, world.broadcast(whole_state(model) if world.is_main else {}))
 
 
 def settle_buckets(learner: Learner, data: Data) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +23,7 @@ from distributed.world import World
 from errors import UserError
 from models import lookup
 from models.pooling import without_deterministic_backward
-from models.state import beside_state_dict, twin
+from models.state import Plain, beside_state_dict, has_extra_state, twin
 from tasks import Outputs, Task, split_outputs
 from training.data import Data
 from training.learner import inputs
@@ -96,7 +97,8 @@ class Tried:
     def same(self, one: Tensor, other: Tensor) -> bool:
         """Up to what the size of a batch and the place in memory change."""
         scale = one.abs().max().nan_to_num().clamp(min=1e-6)
-        near = 2e-2 if self.config.mixed_precision in ("bf16", "fp16") else 1e-4
+        exact = self.config.mixed_precision == "no" and not one.is_cuda  # a GPU's floats have TF32
+        near = 1e-4 if exact else 2e-2
         return torch.allclose(one / scale, other / scale, rtol=0, atol=near, equal_nan=True)
 
 
@@ -156,9 +158,8 @@ def measured(tried: Tried, size: int, trial: Trial, debug: bool) -> Trial:
     model, world = tried.model, tried.world
     shard_b, shard_a = tried.batch(0, size), tried.batch(size, size)
     pictures = tried.batch(0, PICTURES)["images"]
-    before, held = {k: b.clone() for k, b in model.named_buffers()}, attributes(model)
-    fresh = None if debug else tried.evaluates(pictures)
-    answers = []
+    before, held, weights = kept_by(model), attributes(model), samples(model)
+    answers, evaluated, changed = [], [], set()
     for shard in (shard_b,) if debug else (shard_b, shard_a):  # the first one also warms up
         began = time.monotonic()
         answers.append(tried.trains(shard))
@@ -166,19 +167,19 @@ def measured(tried: Tried, size: int, trial: Trial, debug: bool) -> Trial:
             torch.cuda.synchronize()
         took = time.monotonic() - began
         trial = replace(trial, seconds_per_image=min(took / size, trial.seconds_per_image))
-        if took > LONG:
+        old, now = before.buffers, dict(model.named_buffers())
+        changed |= {k for k, b in now.items() if k not in old or not torch.equal(b, old[k])}
+        put_back(model, before)
+        if took > LONG or debug:
             break
-    now = dict(model.named_buffers())
-    changed = {k for k, b in now.items() if k not in before or not torch.equal(b, before[k])}
+        evaluated.append(tried.evaluates(pictures))
     beside = beside_state_dict(model)
     nature = Nature(tried.reentrant, changing=tuple(sorted(changed & beside)))
-    if fresh is None or len(answers) < 2:
+    if len(evaluated) < 2:
         return replace(trial, nature=nature)
-    held_now = attributes(model)
-
-    put_back(model, before)
-    answer = tried.evaluates(pictures)
-    remembers = not tried.same(fresh, answer)
+    held_now, answer, written = attributes(model), evaluated[1], samples(model)
+    written = {k: text for k, text in written.items() if text != weights[k]}
+    remembers = bool(written) or not tried.same(*evaluated)
     draws = not tried.same(answer, tried.evaluates(pictures, 1))
     neighbours = not draws and not alone(tried, pictures, answer)
     put_back(model, before, shifted=True)
@@ -193,15 +194,15 @@ def measured(tried: Tried, size: int, trial: Trial, debug: bool) -> Trial:
         remembers = not tried.same(first, tried.trains(shard_b)) or remembers
     hidden = ()
     if remembers:
-        moved = (k for k in held_now if held.get(k, "") != held_now[k])
-        hidden = tuple(sorted(moved)) or ("something that forward keeps elsewhere",)
+        moved = [k for k in held_now if held.get(k, "") != held_now[k]]
+        hidden = tuple(sorted([*moved, *written])) or ("something that forward keeps elsewhere",)
     tables = [n for n, b in model.named_buffers() if not _can_be_shifted(n, b)]
     rows = answer if answer.ndim == 2 and answer.shape[1] > 1 else answer.new_zeros(1, 1)
     sums_to_one = bool((rows >= 0).all() and ((rows.sum(1) - 1).abs() < 1e-3).all())
     return replace(
         trial, hidden=hidden, random=draws, probabilities=sums_to_one,
         neighbours=neighbours,
-        nature=replace(nature, reads_buffers=bool(tables or (reads and before))),
+        nature=replace(nature, reads_buffers=bool(tables or (reads and now))),
     )  # fmt: skip
 
 
@@ -215,11 +216,31 @@ def alone(tried: Tried, pictures: Tensor, together: Tensor) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint has of a model beside its parameters."""
+
+    buffers: dict[str, Tensor]
+    extra: dict[str, Plain]  # by module, what get_extra_state answers
+
+
+def kept_by(model: nn.Module) -> Kept:
+    """Copies of all buffers, and of what get_extra_state answers."""
+    extra = {
+        path: deepcopy(module.get_extra_state())
+        for path, module in model.named_modules()
+        if has_extra_state(module)
+    }
+    return Kept({k: b.clone() for k, b in model.named_buffers()}, extra)
+
+
 @torch.no_grad()
-def put_back(model: nn.Module, before: dict[str, Tensor], shifted: bool = False) -> None:
-    """The buffers of before; shifted: with other numbers, where none can be a place in a table."""
+def put_back(model: nn.Module, before: Kept, shifted: bool = False) -> None:
+    """All of before; shifted: buffers with other numbers, where none can be a place in a table."""
+    for path, state in before.extra.items():
+        model.get_submodule(path).set_extra_state(deepcopy(state))
     now = dict(model.named_buffers())
-    for name, old in before.items():
+    for name, old in before.buffers.items():
         value = old * 2 + 1 if shifted and _can_be_shifted(name, old) else old
         try:
             now[name].copy_(value)
@@ -242,6 +263,15 @@ def attributes(model: nn.Module) -> dict[str, str]:
         for name, value in vars(module).items()
         if name not in torchs
     }
+
+
+def samples(model: nn.Module) -> dict[str, str]:
+    """A few numbers of each parameter: a forward that writes into one changes most of them."""
+    found = {}
+    for name, p in model.named_parameters():
+        numbers = p.detach().contiguous().view(-1)
+        found[name] = repr(numbers[:: max(1, len(numbers) // 16)].tolist())
+    return found
 
 
 def _text(value: Tensor | float | str | list | dict | tuple | None) -> str:
