@@ -349,8 +349,8 @@ def submit(argv: list[str]) -> int:
     warning = warn_of_time(settings, options, HERE / "runs")
     if warning:
         print(warning, file=sys.stderr)
-    told = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
-    print(f"{told} {shlex.join(command)}".strip(), flush=True)
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
+    print(f"{variables} {shlex.join(command)}".strip(), flush=True)
     if options.dry_run:
         return 0
     (HERE / "runs").mkdir(exist_ok=True)

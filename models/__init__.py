@@ -220,8 +220,8 @@ def told_by_weights(weights: str) -> dict:
     try:
         with Path(weights).expanduser().open("rb") as file:  # safetensors: a length, a JSON header
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**7)))
-        told = json.loads(header["__metadata__"]["lockstep"])
-        return {"model": str(told["model"]), "image_size": int(told["image_size"])}
+        card = json.loads(header["__metadata__"]["lockstep"])
+        return {"model": str(card["model"]), "image_size": int(card["image_size"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -9,7 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from config import BatchPlan, TrainConfig
-from data.keyed_random import mix
+from data.keyed_random import hash_integers
 from distributed import faults
 from distributed.checkpoint import copy_state
 from distributed.shards import Guard, Shards
@@ -18,7 +18,7 @@ from models import lookup
 from optim import WeightAverage
 from tasks import Classification, Regression
 
-DROPOUT = 101  # a stream of `mix`, beside those of data/keyed_random.py
+DROPOUT = 101  # a stream of `hash_integers`, beside those of data/keyed_random.py
 SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
 
 
@@ -55,7 +55,7 @@ class Learner:
         self.scaler = self.accelerator.scaler if config.mixed_precision == "fp16" else None
         self.shards = Shards(
             self.accelerator, model, batch,
-            lambda step, shard: mix(config.seed, DROPOUT, step, shard), config.bitwise,
+            lambda step, shard: hash_integers(config.seed, DROPOUT, step, shard), config.bitwise,
         )  # fmt: skip
         self.parameters = self.shards.parameters
         skip, most = config.on_nonfinite == "skip", SKIPS_IN_A_ROW

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.disk import digest
 from config import Settings, to_json
-from data.keyed_random import mix
+from data.keyed_random import hash_integers
 from distributed.accelerator import code_fingerprint, model_fingerprint
 from distributed.shards import packed, seed_dropout, unpack
 from distributed.world import World
@@ -22,7 +22,7 @@ from training.learner import Learner
 from training.plan import Plan
 from training.trial import Trial, try_model
 
-WEIGHTS = 102  # a stream of `mix`, beside those of data/keyed_random.py
+WEIGHTS = 102  # a stream of `hash_integers`, beside those of data/keyed_random.py
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
             code="nothing-to-evaluate",
         )
     entry = lookup(config.model)
-    seed_dropout(mix(config.seed, WEIGHTS), torch.device("cpu"))
+    seed_dropout(hash_integers(config.seed, WEIGHTS), torch.device("cpu"))
     num_classes = data.num_outputs
     model = build_model(config.model, num_classes=num_classes, image_size=config.image_size)
     weights = ""
