@@ -152,12 +152,12 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
     def _update(self, p: torch.Tensor, group: dict) -> None:
-        lr, decay, keep = group["lr"], group["weight_decay"], group["momentum"]
+        lr, decay, beta = group["lr"], group["weight_decay"], group["momentum"]
         old = self._momentum(p)
         assert p.grad is not None
         gradient = p.grad if group["orthogonal"] else p.grad.add(p, alpha=decay)
-        momentum = gradient.add(old, alpha=keep)
-        change = gradient.add(momentum, alpha=keep)
+        momentum = gradient.add(old, alpha=beta)
+        change = gradient.add(momentum, alpha=beta)
         weight = p
         if group["orthogonal"]:
             change = orthogonal(change.flatten(1)).view(p.shape)
@@ -171,12 +171,12 @@ class Muon(torch.optim.Optimizer):
         p.copy_(weight)
 
     def _update_together(self, parameters: list[torch.Tensor], group: dict) -> None:
-        lr, decay, keep = group["lr"], group["weight_decay"], group["momentum"]
+        lr, decay, beta = group["lr"], group["weight_decay"], group["momentum"]
         buffers = [self._momentum(p) for p in parameters]
         if not group["orthogonal"]:
             sgd(
                 parameters, [p.grad for p in parameters if p.grad is not None], [*buffers],
-                fused=True, found_inf=self.found_inf, weight_decay=decay, momentum=keep, lr=lr,
+                fused=True, found_inf=self.found_inf, weight_decay=decay, momentum=beta, lr=lr,
                 dampening=0.0, nesterov=True, maximize=False,
             )  # fmt: skip
             return
@@ -190,8 +190,8 @@ class Muon(torch.optim.Optimizer):
         gradient = torch.cat([g.flatten() for g in gradients])
         weight = torch.cat([w.flatten() for w in weights])
         old = torch.cat([b.flatten() for b in olds])
-        momentum = gradient.add(old, alpha=keep)
-        change = gradient.add(momentum, alpha=keep)
+        momentum = gradient.add(old, alpha=beta)
+        change = gradient.add(momentum, alpha=beta)
         change = torch.cat([x.flatten() for x in orthogonal_stacks(_stacks(change, weights))])
         if group["hold_length"]:
             lengths = torch._foreach_norm(weights)

@@ -133,13 +133,13 @@ class Augment:
         targets = (labels[:, None] == _pixels(num_classes, labels.device)).float()
         first = indices[:1].to(images.device, non_blocking=True)
         mixture = self._rows(self.mixtures, first, epoch, images)  # (1, 7)
-        share = keep = mixture[:, 6:]  # (1, 1) or (H, W): the part of its own image in each pixel
+        share = part = mixture[:, 6:]  # (1, 1) or (H, W): the part of its own image in each pixel
         if self.cutmix:
             height, width = images.shape[2:]
             rows, columns = _inside(mixture[0, :2], mixture[0, 2:4], max(height, width))
             box = rows[:height, None] & columns[:width]
-            keep = torch.where(box, mixture[:, 4], mixture[:, 5])
-        images = images.flip(0).lerp(images, keep)
+            part = torch.where(box, mixture[:, 4], mixture[:, 5])
+        images = images.flip(0).lerp(images, part)
         return images, targets.flip(0).lerp(targets, share)
 
     def _rows(

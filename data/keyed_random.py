@@ -71,7 +71,7 @@ def permutation(
     return torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
 
 
-def mix(*integers: int) -> int:
+def hash_integers(*integers: int) -> int:
     """A 63-bit integer that looks unrelated for each tuple, e.g. to seed dropout from (seed, step).
 
     The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), chained over the integers.

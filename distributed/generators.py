@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import nn
 
-from data.keyed_random import mix
+from data.keyed_random import hash_integers
 
 # random.SystemRandom is none: it has no state and cannot repeat anything.
 Owned = torch.Generator | random.Random | numpy.random.Generator | numpy.random.RandomState
@@ -45,7 +45,7 @@ class Generators:
         numpy.random.seed(seed & 0xFFFFFFFF)
         for owned in self.owned:
             for place, generator in enumerate(owned):
-                _seed(generator, mix(seed, place))
+                _seed(generator, hash_integers(seed, place))
 
 
 def _seed(generator: Owned, seed: int) -> None:

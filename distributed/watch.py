@@ -116,9 +116,9 @@ class Watch:
 
     def _leave_after(self, dead: str) -> None:
         """The main thread waits for a process that will never come, and may not hear of it."""
-        told = f"rank {self.rank} ends too, because {dead}"
-        self._dump(told)
-        self._end(told)
+        message = f"rank {self.rank} ends too, because {dead}"
+        self._dump(message)
+        self._end(message)
 
     def _dump(self, why: str) -> None:
         with contextlib.suppress(OSError), self._file(f"rank-{self.rank}.txt").open("w") as f:
@@ -126,10 +126,10 @@ class Watch:
             f.flush()
             faulthandler.dump_traceback(f, all_threads=True)
 
-    def _end(self, told: str) -> None:
+    def _end(self, message: str) -> None:
         self.before_the_end()
-        self.on_stall(told)
-        print(f"\n{told}\nstacks of all processes: {self.folder}", file=sys.stderr, flush=True)
+        self.on_stall(message)
+        print(f"\n{message}\nstacks of all processes: {self.folder}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _places(self) -> dict[int, dict]:

@@ -82,9 +82,10 @@ def main(argv: list[str]) -> int:
             try:
                 mine = source_address(head)
             except OSError as error:
-                told = f"{head}: this host knows no way to the head node ({error})"
+                message = f"{head}: this host knows no way to the head node ({error})"
                 print(
-                    f"{told}; give its address, as `hostname -I` prints it there", file=sys.stderr
+                    f"{message}; give its address, as `hostname -I` prints it there",
+                    file=sys.stderr,
                 )
                 return 2
             print(mine, "yes" if is_local(head) else "no", interface_of(mine))

@@ -68,10 +68,10 @@ def own_facts(gpus_asked: int) -> dict:
         import torch
 
         facts["builds"]["torch"] = build_of(torch.__version__, torch.version.cuda)
-        with warnings.catch_warnings(record=True) as told:  # a driver that is too old, say
+        with warnings.catch_warnings(record=True) as caught:  # a driver that is too old, say
             warnings.simplefilter("always")
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        facts["cuda"] = str(told[0].message).splitlines()[0] if told and not count else ""
+        facts["cuda"] = str(caught[0].message).splitlines()[0] if caught and not count else ""
         cards = [torch.cuda.get_device_properties(i) for i in range(count)]
         facts["gpus"] = [str(card.uuid) for card in cards]
         facts["cards"] = [(card.name, card.major, card.minor) for card in cards]
@@ -106,9 +106,9 @@ def try_trainer(arguments: list[str]) -> tuple[bool, str, int]:
         return False, str(error), 0
     found = re.search(r"([\d,]+) parameters", done.stdout)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    told = lines[-1] if lines else f"exit status {done.returncode}"
+    message = lines[-1] if lines else f"exit status {done.returncode}"
     parameters = int(found[1].replace(",", "")) if found else 0
-    return done.returncode == 0, told, parameters
+    return done.returncode == 0, message, parameters
 
 
 def existing(folder: Path) -> Path:
@@ -159,7 +159,7 @@ class Peers:
                     "one when it is submitted again",
                 )
             return
-        began = told = time.monotonic()
+        began = spoke = time.monotonic()
         while True:
             try:
                 socket.create_connection((head, port), timeout=5).close()
@@ -174,8 +174,8 @@ class Peers:
                         "check that it is the head node's address, that rank 0 runs there, and "
                         "that no firewall stands between",
                     ) from None
-                if now - told > 60:
-                    told = now
+                if now - spoke > 60:
+                    spoke = now
                     say(f"{self.host} waits for the head node at {head}:{port} ({error})")
                 time.sleep(0.5)
 
@@ -201,12 +201,12 @@ class Peers:
     def missing(self, event: str, limit: float) -> str:
         """Which ranks this has not happened on within the limit, or ''."""
         waiting = [f"{event}/{rank}" for rank in range(self.size)]
-        began = told = time.monotonic()
+        began = spoke = time.monotonic()
         while not self.store.check(waiting):
             now = time.monotonic()
             over = now - began > limit
-            if over or now - told > 60:
-                told = now
+            if over or now - spoke > 60:
+                spoke = now
                 ranks = [r for r, key in enumerate(waiting) if not self.store.check([key])]
                 lost = f"{len(ranks)} of {self.size} ranks have not {event}: {ranks[:8]}"
                 if over:
@@ -267,8 +267,8 @@ def shared_folder(peers: Peers, folder: Path) -> str:
             f"rank {peers.rank} on {peers.host} does not see in {place} what ranks {lost} wrote"
         )
     # Who cannot write knows more than who does not see it.
-    told = sorted(filter(None, peers.gather(problem)), key=lambda text: "cannot" not in text)
-    return told[0] if told else ""
+    problems = sorted(filter(None, peers.gather(problem)), key=lambda text: "cannot" not in text)
+    return problems[0] if problems else ""
 
 
 def try_gpu(backend: str = "nccl", kind: str = "cuda") -> None:
@@ -360,8 +360,8 @@ def judge(everyone: list[dict]) -> list[tuple[str, str, str]]:
     mixed = [f for f in everyone if len(set(f["builds"].values())) > 1 or f["broken"]]
     problem = ""
     if mixed:
-        told = " beside ".join(f"{k} for {v}" for k, v in mixed[0]["builds"].items())
-        problem = f"{mixed[0]['host']}: {mixed[0]['broken'] or told}"
+        message = " beside ".join(f"{k} for {v}" for k, v in mixed[0]["builds"].items())
+        problem = f"{mixed[0]['host']}: {mixed[0]['broken'] or message}"
     remedy = "install torch and torchvision together, from one index"
     row("torch's build", first["builds"].get("torch", "?"), problem, remedy)
     row(*gpu_row(everyone))
@@ -381,8 +381,8 @@ def judge(everyone: list[dict]) -> list[tuple[str, str, str]]:
         ("room", "free some space, or choose another --run-dir"),
         ("model and data", "on the login node: python -m data prepare --dataset NAME fetches it"),
     ):
-        told = next((f[check] for f in everyone if f.get(check)), "")
-        row(check, first.get(f"{check} fine", "fine"), told, remedy)
+        message = next((f[check] for f in everyone if f.get(check)), "")
+        row(check, first.get(f"{check} fine", "fine"), message, remedy)
     return rows
 
 
@@ -449,8 +449,8 @@ def product_row(everyone: list[dict]) -> tuple[str, str, str, str]:
     bad = [f for f in everyone if f.get("gpu") and not f["gpu"].get("product")]
     problem = ""
     if bad:
-        told = bad[0]["gpu"].get("error") or "a product of known numbers is wrong"
-        problem = f"{place_of(bad[0])}: {told}"
+        message = bad[0]["gpu"].get("error") or "a product of known numbers is wrong"
+        problem = f"{place_of(bad[0])}: {message}"
     fine = "each computes" if everyone[0].get("gpu") else "not tried"
     remedy = (
         "nvidia-smi on that node; a GPU that fails there too: name it to the administrator, "
@@ -467,8 +467,8 @@ def nccl_row(everyone: list[dict]) -> tuple[str, str, str, str]:
     bad.sort(key=lambda f: f["gpu"].get("error", "").startswith("no answer"))  # a victim, mostly
     problem = ""
     if bad:
-        told = bad[0]["gpu"].get("error") or "the sum of known numbers is wrong"
-        problem = f"{place_of(bad[0])}: {told}"
+        message = bad[0]["gpu"].get("error") or "the sum of known numbers is wrong"
+        problem = f"{place_of(bad[0])}: {message}"
     speed = min(f["gpu"].get("speed", 0.0) for f in tried)
     remedy = (
         "in LOCKSTEP_ENV: export NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME=eth0, the interface "
@@ -486,8 +486,8 @@ def say(text: str) -> None:
 def table(rows: list[tuple[str, str, str]]) -> str:
     width = max(len(row[0]) for row in rows)
     lines = []
-    for check, told, remedy in rows:
-        lines.append(f"{'NO' if remedy else 'ok':3} {check:{width}}  {told}")
+    for check, message, remedy in rows:
+        lines.append(f"{'NO' if remedy else 'ok':3} {check:{width}}  {message}")
         if remedy:
             lines.append(f"{'':{width + 6}}-> {remedy}")
     return "\n".join(lines)
@@ -495,9 +495,9 @@ def table(rows: list[tuple[str, str, str]]) -> str:
 
 def trial_facts(arguments: list[str], folder: Path, host: str) -> dict[str, str]:
     """One step of the command on this node, and whether its checkpoints will find room."""
-    fine, told, parameters = try_trainer(arguments)
+    fine, message, parameters = try_trainer(arguments)
     facts = {
-        "model and data": "" if fine else f"{host}: {told}",
+        "model and data": "" if fine else f"{host}: {message}",
         "model and data fine": "one step without network went well",
     }
     place = existing(folder)
@@ -510,9 +510,9 @@ def trial_facts(arguments: list[str], folder: Path, host: str) -> dict[str, str]
     return facts | {"room fine": room, "room": room if free < need else ""}
 
 
-def alone(facts: dict, told: str, remedy: str) -> int:
+def alone(facts: dict, message: str, remedy: str) -> int:
     """What one node finds, where the others cannot be asked."""
-    rows = [*judge([{**facts, "time": time.time()}]), ("network", told, remedy)]
+    rows = [*judge([{**facts, "time": time.time()}]), ("network", message, remedy)]
     findings = sum(bool(row[2]) for row in rows)
     print(
         f"preflight of {facts['host']} alone\n{table(rows)}\nNO GO: {findings} findings", flush=True
@@ -568,14 +568,14 @@ def main(argv: list[str]) -> int:
             f"and GLOO_SOCKET_IFNAME ({os.environ.get('GLOO_SOCKET_IFNAME', 'not set')})",
         )  # fmt: skip
     rows = judge(everyone)
-    told = (
+    message = (
         f"{peers.size} processes, {speed:.0f} MB/s over gloo" if peers.size > 1 else "one process"
     )
     wrong = [f["host"] for f in everyone if not f["sum is right"]]
     if wrong:
-        told = f"the sum of known numbers is wrong on {', '.join(wrong)}"
+        message = f"the sum of known numbers is wrong on {', '.join(wrong)}"
     broken = "the network or its driver damages data: name it to the administrator" if wrong else ""
-    rows.append(("all-reduce", told, broken))
+    rows.append(("all-reduce", message, broken))
     findings = sum(bool(row[2]) for row in rows)
     if peers.rank == 0:
         hosts = list(dict.fromkeys(f["host"] for f in everyone))

@@ -46,8 +46,8 @@ def main(argv: list[str]) -> int:
         print(f"lockstep: {error}", file=sys.stderr)
         return 2
     if number >= len(rows):
-        told = f"rows 0 to {len(rows) - 1}" if rows else "no rows"
-        print(f"lockstep: {path} has {told}, none for array task {number}", file=sys.stderr)
+        known = f"rows 0 to {len(rows) - 1}" if rows else "no rows"
+        print(f"lockstep: {path} has {known}, none for array task {number}", file=sys.stderr)
         return 2
     print("\n".join([*rows[number], "."]))
     return 0

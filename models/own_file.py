@@ -133,9 +133,9 @@ def size_lazy_layers(model: nn.Module, image_size: int, name: str) -> None:
         with torch.no_grad():
             model.eval()(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:
-        told = str(error).splitlines()[0]
+        message = str(error).splitlines()[0]
         raise UserError(
-            f"--model {name}: fails on two images of {image_size}: {told}", code="model-fails"
+            f"--model {name}: fails on two images of {image_size}: {message}", code="model-fails"
         ) from error
     model.train()
 

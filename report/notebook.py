@@ -255,8 +255,8 @@ class KeptClass:
         name, why = self.made.__name__, self._problem
         if self._trial is not None:
             try:
-                _, told = self._trial.communicate(timeout=TRIAL_SECONDS)
-                last = (told.strip().splitlines() or ["it ends without a word"])[-1]
+                _, output = self._trial.communicate(timeout=TRIAL_SECONDS)
+                last = (output.strip().splitlines() or ["it ends without a word"])[-1]
                 why = last if self._trial.returncode else ""
             except subprocess.TimeoutExpired:
                 why = f"trying it takes more than {TRIAL_SECONDS:.0f} s"

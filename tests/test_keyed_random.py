@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from data.keyed_random import AUGMENT, FLIP, MIX, ORDER, SPLIT, mix, permutation, philox, uniforms
+from data.keyed_random import (
+    AUGMENT,
+    FLIP,
+    MIX,
+    ORDER,
+    SPLIT,
+    hash_integers,
+    permutation,
+    philox,
+    uniforms,
+)
 
 # The known-answer vectors of the Random123 library: counter, key, result.
 KNOWN_ANSWERS = [
@@ -40,7 +50,7 @@ def test_philox_gives_the_published_answers(counter, key, answer):
 
 
 def test_philox_equals_its_definition_in_plain_integers_on_arbitrary_counters():
-    counters = [[mix(row, column) % 2**32 for column in range(4)] for row in range(200)]
+    counters = [[hash_integers(row, column) % 2**32 for column in range(4)] for row in range(200)]
     key = [0xDEADBEEF, 0x80000001]
     words = torch.stack(philox(*torch.tensor(counters).T, *key), dim=1)
     assert words.tolist() == [plain_philox(counter, key) for counter in counters]
@@ -127,9 +137,9 @@ def test_every_place_of_a_permutation_is_equally_likely():
 
 def test_mix_is_63_bits_that_differ_by_value_order_and_length():
     tuples = [(a, b) for a in range(-20, 20) for b in range(40)] + [(a,) for a in range(40)]
-    mixed = {mix(*integers) for integers in tuples}
+    mixed = {hash_integers(*integers) for integers in tuples}
     assert len(mixed) == len(tuples)
     assert all(0 <= value < 2**63 for value in mixed)
-    assert mix(1, 2) != mix(2, 1) and mix(0) != mix(0, 0)
+    assert hash_integers(1, 2) != hash_integers(2, 1) and hash_integers(0) != hash_integers(0, 0)
     bits = [sum(value >> bit & 1 for value in mixed) / len(mixed) for bit in range(63)]
     assert min(bits) > 0.4 and max(bits) < 0.6

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import BatchPlan
-from data.keyed_random import mix
+from data.keyed_random import hash_integers
 from distributed.generators import seed_dropout
 from distributed.shards import ExactSum, Guard, Nature, Shards
 from models import build_model
@@ -64,7 +64,7 @@ def step(model, shards, processes=1, index=0, accelerator=None, bitwise=False, n
     """One process's share of a step: (gradients, [loss of each shard], its Shards)."""
     accelerator = accelerator or FakeAccelerator(index, processes)
     plan = BatchPlan(SIZE, shards, processes)
-    seed_of = lambda step, shard: mix(7, step, shard)  # noqa: E731
+    seed_of = lambda step, shard: hash_integers(7, step, shard)  # noqa: E731
     made = Shards(accelerator, model, plan, seed_of, bitwise, ALONE)
     share = SIZE // processes
     mine = {k: v[index * share : (index + 1) * share] for k, v in batch().items()}
@@ -123,7 +123,9 @@ def test_the_shards_are_consecutive_slices_in_the_order_of_the_processes():
     for index in range(2):
         model = plain()
         plan = BatchPlan(SIZE, 4, 2)
-        made = Shards(FakeAccelerator(index, 2), model, plan, lambda s, n: mix(s, n), False)
+        made = Shards(
+            FakeAccelerator(index, 2), model, plan, lambda s, n: hash_integers(s, n), False
+        )
         assert made.first == 2 * index
         mine = {"indices": torch.arange(SIZE)[12 * index : 12 * index + 12]}
         seen += [part["indices"].tolist() for part in made(mine, 0)]
@@ -135,7 +137,9 @@ def test_a_shards_dropout_depends_on_step_and_shard_and_not_on_what_was_drawn_be
         torch.rand(index + 3)  # another past
         drop = nn.Dropout(0.5)
         plan = BatchPlan(SIZE, 4, processes)
-        made = Shards(FakeAccelerator(index, processes), drop, plan, lambda s, n: mix(s, n), False)
+        made = Shards(
+            FakeAccelerator(index, processes), drop, plan, lambda s, n: hash_integers(s, n), False
+        )
         return [drop(torch.ones(64)) for _ in made({"indices": torch.arange(24)}, step)]
 
     first = masks(0, 0, 1)
@@ -146,7 +150,7 @@ def test_a_shards_dropout_depends_on_step_and_shard_and_not_on_what_was_drawn_be
 @pytest.mark.parametrize("bitwise", [False, True])
 def test_running_statistics_are_those_after_shard_0(bitwise):
     data, alone = batch(), full()
-    seed_dropout(mix(7, 3, 0), torch.device("cpu"))
+    seed_dropout(hash_integers(7, 3, 0), torch.device("cpu"))
     alone.train()(data["images"][:6])
     for processes in (1, 2):
         model = full()
@@ -287,7 +291,9 @@ def test_an_exact_sum_holds_all_it_takes_and_what_it_cannot_take_is_nan_for_all(
 
 def test_bitwise_shards_hand_out_their_exact_sum_and_begin_anew_in_each_step():
     model = full()
-    made = Shards(FakeAccelerator(), model, BatchPlan(SIZE, 8, 1), lambda s, n: mix(s, n), True)
+    made = Shards(
+        FakeAccelerator(), model, BatchPlan(SIZE, 8, 1), lambda s, n: hash_integers(s, n), True
+    )
     steps = []
     for number in (3, 4, 3):
         for part in made(batch(), number):
@@ -304,7 +310,9 @@ def test_fp16s_scaler_unscales_an_exact_sum_as_any_gradient_and_hears_of_what_do
         accelerator, model = FakeAccelerator(), plain().float()
         accelerator.scaler = scaler
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        made = Shards(accelerator, model, BatchPlan(SIZE, 4, 1), lambda s, n: mix(s, n), True)
+        made = Shards(
+            accelerator, model, BatchPlan(SIZE, 4, 1), lambda s, n: hash_integers(s, n), True
+        )
         for part in made({**batch(), "images": batch()["images"].float()}, 0):
             loss = F.cross_entropy(model(part["images"]), part["labels"]) * made.scale
             (loss if scaler is None else scaler.scale(loss)).backward()

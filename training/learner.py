@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from config import BatchPlan, TrainConfig
-from data.keyed_random import mix
+from data.keyed_random import hash_integers
 from distributed import faults
 from distributed.checkpoint import copy_state
 from distributed.checksums import refuse_difference
@@ -27,7 +27,7 @@ from tasks import split_outputs
 if TYPE_CHECKING:
     from training.start import Started
 
-DROPOUT, EVALUATION = 101, 103  # streams of `mix`, beside those of data/keyed_random.py
+DROPOUT, EVALUATION = 101, 103  # streams of `hash_integers`, beside those of data/keyed_random.py
 T = TypeVar("T")
 SKIPS_IN_A_ROW = 10  # updates left out for numbers that are not finite
 
@@ -70,7 +70,7 @@ class Learner:
         self.scaler = self.accelerator.scaler if config.mixed_precision == "fp16" else None
         self.shards = Shards(
             self.accelerator, model, batch,
-            lambda step, shard: mix(config.seed, DROPOUT, step, shard), config.bitwise,
+            lambda step, shard: hash_integers(config.seed, DROPOUT, step, shard), config.bitwise,
             started.trial.nature,
         )  # fmt: skip
         self.parameters = self.shards.parameters
@@ -103,7 +103,7 @@ class Learner:
         first, among = self.accelerator.process_index, self.accelerator.num_processes
         generators = Generators(self.device, filter(None, (self.bare, self.averaged_model)))
         for number, batch in enumerate(loader):
-            generators.seed(mix(self.seed, EVALUATION, number * among + first))
+            generators.seed(hash_integers(self.seed, EVALUATION, number * among + first))
             yield batch
 
     def check_gradients(self, step: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from common.disk import Json, digest
 from config import Settings, to_json
-from data.keyed_random import mix
+from data.keyed_random import hash_integers
 from distributed.accelerator import code_fingerprint, model_fingerprint
 from distributed.generators import Generators
 from distributed.shards import packed, unpack
@@ -26,7 +26,7 @@ from training.learner import Learner
 from training.plan import Plan
 from training.trial import Trial, try_model
 
-WEIGHTS = 102  # a stream of `mix`, beside those of data/keyed_random.py
+WEIGHTS = 102  # a stream of `hash_integers`, beside those of data/keyed_random.py
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
 
 def _seed_weights(seed: int) -> None:
     """Everything that __init__ may draw from."""
-    Generators(torch.device("cpu"), ()).seed(mix(seed, WEIGHTS))
+    Generators(torch.device("cpu"), ()).seed(hash_integers(seed, WEIGHTS))
 
 
 def _load_weights(model: nn.Module, plan: Plan, data: Data, world: World) -> str:

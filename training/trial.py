@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainConfig
-from data.keyed_random import mix
+from data.keyed_random import hash_integers
 from distributed.generators import Generators
 from distributed.shards import Arrivals, EveryParameter, Nature
 from distributed.watch import device_failed, out_of_memory
@@ -72,7 +72,7 @@ class Tried:
 
     def trains(self, batch: dict[str, Tensor]) -> Tensor:
         """A forward and backward: the numbers that it answered."""
-        self.generators.seed(mix(TRIAL))
+        self.generators.seed(hash_integers(TRIAL))
         images = self.data.augment.train(batch["images"], batch["indices"], 0)
         images = inputs(images, self.world.device, self.channels_last)
         labels = batch["labels"].to(images.device)
@@ -87,7 +87,7 @@ class Tried:
 
     @torch.no_grad()
     def evaluates(self, images: Tensor, draw: int = 0) -> Tensor:
-        self.generators.seed(mix(TRIAL, draw))
+        self.generators.seed(hash_integers(TRIAL, draw))
         images = inputs(self.data.augment.evaluate(images), self.world.device, self.channels_last)
         with self.world.accelerator.autocast():
             answer = self.model.eval()(images)
