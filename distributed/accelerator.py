@@ -45,8 +45,6 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
         if os.environ.get("RANK", "0") != "0":  # the main process cannot tell what it does not see
             tell(error)
         raise
-    if "threads" not in decided:
-        torch.set_num_threads(settings.config.threads)
     if cpu and tune_malloc:
         keep_freed_memory()
     limit = timedelta(seconds=wait_limit())
@@ -70,7 +68,8 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
     refuse_shared_gpu(accelerator)
     if "threads" in decided:  # nodes may have different numbers of CPUs; a run has one
         decided["threads"] = min(everyones(accelerator, decided["threads"]))
-        torch.set_num_threads(decided["threads"])
+    # After the Accelerator, which sets a number of its own on several CPU processes.
+    torch.set_num_threads(decided.get("threads", settings.config.threads))
     settings = settings.with_layer(origin, decided)
     refuse_disagreement(accelerator, what_must_agree(settings))
     return accelerator, settings

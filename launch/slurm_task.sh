@@ -24,6 +24,7 @@ export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$tasks
 export GROUP_RANK=$SLURM_NODEID GROUP_WORLD_SIZE=$SLURM_STEP_NUM_NODES
 export MASTER_ADDR=${address:-$head}
 export MASTER_PORT=${LOCKSTEP_PORT:?slurm.sbatch tests a port on the head node and sets it}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # until train.py knows --threads; as torchrun does
 
 if [ "$GROUP_WORLD_SIZE" -gt 1 ]; then
     # Gloo would ask for the host's own name, which may not resolve, or only to 127.0.0.1; NCCL

@@ -252,6 +252,13 @@ def test_a_rank_gets_its_place_from_srun_and_the_head_nodes_address(desk):
     assert "--kill-on-bad-exit=1" in (desk / "srun.txt").read_text()
 
 
+@pytest.mark.parametrize(("given", "threads"), [("", "1"), ("3", "3")])
+def test_a_rank_does_not_take_all_the_nodes_threads(desk, given, threads):
+    batch(desk, *TINY, OMP_NUM_THREADS=given, NOTED="OMP_NUM_THREADS",
+          STATUS=status(status="finished"))  # fmt: skip
+    assert json.loads((desk / "got.json").read_text())[1] == {"OMP_NUM_THREADS": threads}
+
+
 def test_tasks_follow_the_gpus_and_a_mismatch_is_named(desk):
     batch(desk, *TINY, SLURM_GPUS_ON_NODE="4", STATUS=status(status="finished"))
     assert "--ntasks-per-node=4" in (desk / "srun.txt").read_text()
@@ -1116,6 +1123,23 @@ def test_processes_that_each_believe_to_be_alone_are_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="started 2 processes but each of them believes"):
         accelerator.build_accelerator(parse(TINY))
+
+
+def test_threads_are_those_that_were_asked_for_whatever_accelerate_sets(monkeypatch):
+    import torch
+
+    from config import parse
+    from distributed import accelerator
+
+    class Meddler(accelerator.Accelerator):
+        def __init__(self, **words):
+            super().__init__(**words)
+            torch.set_num_threads(1)  # as it does on several CPU processes
+
+    monkeypatch.setattr(accelerator, "Accelerator", Meddler)
+    accelerator.build_accelerator(parse([*TINY, "--threads", "3"]), tune_malloc=False)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
 
 
 def test_what_differs_between_processes_is_named_with_rank_host_and_remedy(monkeypatch):
