@@ -13,6 +13,7 @@ class UserError(ValueError):
     def __init__(self, message: str, *, code: str = "user-error"):
         super().__init__(message)
         self.code = code
+        self.told = False  # already printed by this process
 
 
 def all_of(problems: Sequence[UserError]) -> UserError:

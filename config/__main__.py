@@ -10,6 +10,8 @@ def main(arguments: list[str]) -> int:
     """The exit status; what was asked for is on the screen."""
     as_json = arguments[:1] == ["--json"]  # before the flags, so none can be mistaken
     shown = parse_or_exit(arguments[1:] if as_json else arguments)
+    if shown.refused:
+        return 2
     if as_json:
         print(to_json(shown))
         return 0

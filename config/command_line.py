@@ -203,30 +203,58 @@ def read_yaml(path: Path) -> dict[str, object]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
+def several_nodes() -> bool:
+    """Whether a launcher started processes on more than one node, this one among them."""
+    return "RANK" in os.environ and int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
+
+
+def has_own_terminal() -> bool:
+    """Whether this is the first process of a node whose screen the main process does not write on.
+
+    A SLURM job has one log for all nodes.
+    """
+    env = os.environ
+    first_of_another = env.get("LOCAL_RANK") == "0" and env.get("GROUP_RANK", "0") != "0"
+    return several_nodes() and first_of_another and "SLURM_PROCID" not in env
+
+
 def tell(error: UserError) -> None:
     """Print what one process finds wrong before it can ask the others: once, if all find the same.
 
-    The main process speaks at once. The first process of each other node waits: where all meet the
-    same, the launcher ends it meanwhile; where only its node is wrong, nobody else can say so.
+    The main process speaks at once, and on several nodes the first of each that has a terminal of
+    its own. Else the first process of another node waits: where all meet the same, the launcher
+    ends it meanwhile; where only its node is wrong, nobody else can say so.
     """
     env = os.environ
     rank = env.get("RANK") or env.get("SLURM_PROCID") or "0"
+    host = env.get("SLURMD_NODENAME") or socket.gethostname()
     if rank == "0":
         print(error, file=sys.stderr, flush=True)
+    elif several_nodes():  # all agree on it soon, and it is told then
+        if not has_own_terminal():
+            return
+        print(f"rank {rank} on {host}: {error}", file=sys.stderr, flush=True)
     elif (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID")) == "0":
         time.sleep(2)
-        host = env.get("SLURMD_NODENAME") or socket.gethostname()
         print(f"rank {rank} on {host}: {error}", file=sys.stderr, flush=True)
+    error.told = True
 
 
 def parse_or_exit(argv: list[str]) -> Settings:
-    """Settings, or a sentence per problem on stderr (once, on many processes) and status 2."""
+    """Settings, or a sentence per problem on stderr (once, on many processes) and status 2.
+
+    On several nodes the settings carry the problem to where all meet: else the others would wait
+    for a process that has left.
+    """
     try:
         return parse(argv)
     except (OSError, ValueError) as error:  # a name that no file can have, a number without end
-        tell(
+        problem = (
             error
             if isinstance(error, UserError)
             else UserError(f"cannot be understood: {error}", code="bad-settings")
         )
+        tell(problem)
+        if several_nodes():
+            return Settings({}, argv=tuple(argv), refused=problem)
         raise SystemExit(2) from None

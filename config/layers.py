@@ -39,6 +39,7 @@ class Settings:
     actions: Actions = Actions()
     argv: tuple[str, ...] = ()
     typed: Mapping[str, object] = field(default_factory=dict)  # in this life or an earlier one
+    refused: UserError | None = None  # of a command that cannot be understood; see parse_or_exit
 
     @property
     def config(self) -> TrainConfig:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -24,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch.cuda import nccl
 
 from common.disk import digest
-from config import Settings, tell
+from config import Settings, several_nodes, tell
 from errors import UserError
 from models import lookup
 
@@ -45,14 +46,13 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
 
     `tune_malloc` changes the process for good, and is for one that has nothing else to do.
     """
+    problem = settings.refused
     try:
-        decided, origin, cpu = look_at_the_machine(settings)
+        decided, origin, cpu = look_at_the_machine(settings) if problem is None else ({}, "", True)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":  # the main process cannot tell what it does not see
-            tell(error)
-        raise
-    if "threads" not in decided:
-        torch.set_num_threads(settings.config.threads)
+        problem = error
+        tell_what_others_do_not_see(error)
+    met = refuse_together(problem)
     if cpu and tune_malloc:
         keep_freed_memory()
     limit = timedelta(seconds=wait_limit())
@@ -67,6 +67,7 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
+    del met  # the Accelerator's own store listens on its port from here on
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise UserError(
@@ -76,12 +77,52 @@ def build_accelerator(settings: Settings, tune_malloc: bool = True) -> tuple[Acc
         )
     refuse_shared_gpu(accelerator)
     if "threads" in decided:  # nodes may have different numbers of CPUs; a run has one
-        threads = min(everyones(accelerator, decided["threads"]))
-        decided["threads"] = threads
-        torch.set_num_threads(threads)
+        decided["threads"] = min(everyones(accelerator, decided["threads"]))
+    # After the Accelerator, which sets a number of its own on several CPU processes.
+    torch.set_num_threads(decided.get("threads", settings.config.threads))
     settings = settings.with_layer(origin, decided)
     refuse_disagreement(accelerator, what_must_agree(settings))
     return accelerator, settings
+
+
+def tell_what_others_do_not_see(error: UserError) -> None:
+    """The main process tells its mistakes at the end, as all do; the others' it does not see."""
+    if os.environ.get("RANK", "0") != "0" or several_nodes():
+        tell(error)
+
+
+def refuse_together(problem: UserError | None) -> dist.Store | None:
+    """What a process finds wrong before the group is there ends all nodes' processes alike.
+
+    They meet at the store that the group will be made from, since groups need a device. On one
+    node the launcher ends the others.
+    """
+    if not several_nodes():
+        if problem is not None:
+            raise problem
+        return None
+    limit = timedelta(seconds=wait_limit())
+    met: dist.Store
+    met, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    met.set(f"start/{rank}", json.dumps([host, str(problem or "")]))
+    everyone = [json.loads(text) for text in met.multi_get([f"start/{r}" for r in range(size)])]
+    found = [(r, host, text) for r, (host, text) in enumerate(everyone) if text]
+    if not found:
+        return met
+    met.set(f"read/{rank}", "")
+    if rank == 0:  # the store ends with this process
+        with contextlib.suppress(RuntimeError):
+            met.wait([f"read/{r}" for r in range(size)], timedelta(seconds=30))
+    if problem is not None and problem.told:
+        raise problem
+    first, host, text = found[0]
+    raise UserError(
+        f"rank {first} on {host}: {text}\n(the head node finds nothing wrong: do all nodes see the "
+        "same disk, and the same GPUs?)"
+        if first
+        else text
+    )
 
 
 @contextlib.contextmanager

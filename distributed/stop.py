@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 SECONDS_PER_ROW = 0.5  # at least, where rows are due by time: on a GPU
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+REQUEUE = "requeue"  # in the STOP file of a job that its script puts back into the queue
 STOP_FILE, TIME_LIMIT, SIGNAL, ORPHAN, SAVE_FAILED = 1, 2, 3, 4, 5
 REASONS = {
     STOP_FILE: "the STOP file",
@@ -193,8 +194,17 @@ class StopVote:
         self._agree_on_row(bool(row) and not old_phase)
         return code
 
+    def goes_on_by_itself(self) -> bool:
+        """Whether the job's script asked for this stop, and will start the job again."""
+        with contextlib.suppress(OSError):
+            if self.stop_file is not None:
+                return self.stop_file.read_text(encoding="utf-8").strip() == REQUEUE
+        return False
+
     def why(self, code: int) -> str:
         """The agreed reason in words."""
+        if self.goes_on_by_itself():
+            return "the job's time limit or a preemption"
         name = f" ({self.signal_name})" if code == SIGNAL and self.signal_name else ""
         return REASONS.get(code, "a stop request") + name
 

@@ -83,7 +83,8 @@ class World(contextlib.AbstractContextManager):
                 self._leave(error)
             elif isinstance(error, Exception):
                 self.failure(error)  # while signals are still ours: a launcher sends TERM to all
-            self.stop.uninstall()
+            if self.guest or not self.stop.reason:  # a second signal kills nothing that has saved
+                self.stop.uninstall()
 
     def _leave(self, error: BaseException | None) -> None:
         """All processes are here, or will be: where they raise, they raise alike."""

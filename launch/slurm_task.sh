@@ -8,6 +8,13 @@ die() {
     exit 2
 }
 
+own() { # what only this node finds wrong: its first process says so
+    if [ "${SLURM_LOCALID:-0}" = 0 ]; then
+        echo "lockstep: rank ${SLURM_PROCID:-0} on $SLURMD_NODENAME: $*" >&2
+    fi
+    exit 2
+}
+
 [ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ] && [ -n "${SLURM_STEP_NODELIST:-}" ] ||
     die "slurm_task.sh was started without srun, so it has no rank; use sbatch launch/slurm.sbatch"
 
@@ -24,7 +31,11 @@ export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$tasks
 export GROUP_RANK=$SLURM_NODEID GROUP_WORLD_SIZE=$SLURM_STEP_NUM_NODES
 export MASTER_ADDR=${address:-$head}
 export MASTER_PORT=${LOCKSTEP_PORT:?slurm.sbatch tests a port on the head node and sets it}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # until train.py knows --threads; as torchrun does
 
+command -v "${LOCKSTEP_PYTHON:-python}" >/dev/null ||
+    own "${LOCKSTEP_PYTHON:-python} is not there; put the environment on a disk that all nodes share" \
+        "(LOCKSTEP_ENV, LOCKSTEP_PYTHON), or avoid this node: --exclude=$SLURMD_NODENAME"
 if [ "$GROUP_WORLD_SIZE" -gt 1 ]; then
     # Gloo would ask for the host's own name, which may not resolve, or only to 127.0.0.1; NCCL
     # skips lo and docker*, but not other bridges and tunnels that lead nowhere.
@@ -39,14 +50,19 @@ if [ "$GROUP_WORLD_SIZE" -gt 1 ]; then
 fi
 
 trap : TERM INT USR1 USR2 # SLURM sends signals to every process: the command acts, this one waits
-"$@"
+exec 3>&2 2>/dev/null # bash's own words, of a child that was killed: ours follow
+"$@" 2>&3 3>&-
 code=$?
+exec 2>&3
 if [ "$code" -ge 128 ]; then
     echo "lockstep: rank $RANK on $SLURMD_NODENAME was killed by signal $((code - 128))" \
-        "$([ "$code" = 137 ] && echo '(kill -9, or out of memory)')" >&2
+        "$([ "$code" = 137 ] && echo '(out of memory, most often: more --mem; else kill -9)')" >&2
 elif [ "$code" != 0 ] && [ "$code" != 75 ]; then
     echo "lockstep: rank $RANK on $SLURMD_NODENAME ended with exit status $code" >&2
 fi
+# A stop is no failure; what it led to stands in status.json. srun would print an error for each.
+[ "$code" != 75 ] || code=${LOCKSTEP_STOPPED:-75}
 # srun kills the others as soon as this status arrives: first let them tell what they saw and end.
+exec 2>/dev/null
 [ "$code" = 0 ] || sleep "${LOCKSTEP_GRACE:-8}"
 exit "$code"

@@ -277,15 +277,10 @@ def warn_of_time(settings: dict, options: argparse.Namespace, runs: Path) -> str
     summaries = sorted(runs.glob("*/summary.json"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in summaries:
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
             config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))["config"]
             if any(str(config[name]) != value for name, value in like.items()):
                 continue
-            need = summary["seconds"] / summary["epoch"] * float(settings["epochs"][0])
-            if settings["max_steps"][0] != "None":
-                need = min(
-                    need, summary["seconds"] / summary["step"] * int(settings["max_steps"][0])
-                )
+            need = seconds_needed(path.parent, int(config["batch_size"]), settings)
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
             continue
         if need > limit:
@@ -297,6 +292,26 @@ def warn_of_time(settings: dict, options: argparse.Namespace, runs: Path) -> str
             )
         return ""
     return ""
+
+
+def seconds_needed(run: Path, batch: int, settings: dict) -> float:
+    """What these settings would take at that run's speed.
+
+    Its start-up and what else was no step count once, as it did there: a run of two steps is
+    nearly all start-up. The evaluations of further epochs are left out.
+    """
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    speeds = [json.loads(row).get("speed/images_per_second") for row in rows]
+    speeds = sorted(speed for speed in speeds if speed)
+    step = batch / speeds[len(speeds) // 2] if speeds else 0.0
+    if not step:
+        raise ValueError("no row tells a speed")
+    trained = min(step * summary["step"], summary["seconds"])
+    steps = summary["step"] / summary["epoch"] * float(settings["epochs"][0])
+    if settings["max_steps"][0] != "None":
+        steps = min(steps, int(settings["max_steps"][0]))
+    return step * steps + (summary["seconds"] - trained)
 
 
 def sbatch_command(options: argparse.Namespace, arguments: list[str]) -> list[str]:

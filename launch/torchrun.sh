@@ -57,7 +57,7 @@ if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ -z "${SLURM_STEP_ID:-}" ]; then
         "use sbatch launch/slurm.sbatch"
 fi
 
-rdzv=(--rdzv-backend=c10d)
+rdzv=(--rdzv-backend=c10d) meet=()
 if [ "$nnodes" = 1 ] && [ -z "$head" ]; then
     rdzv+=(--rdzv-endpoint=localhost:0) # a free port
     id=${id:-${SLURM_JOB_ID:-$(date +%s)-$$}}
@@ -68,11 +68,7 @@ else
     id=${id:-$SLURM_JOB_ID}
     way=$("$python" "$here/network.py" way "${head%:*}") || exit 2
     read -r mine is_head interface <<<"$way"
-    if [ "$is_head" = yes ]; then
-        "$python" -c 'import sys; sys.path.insert(0, sys.argv[1]); import network
-sys.exit(not network.is_free(int(sys.argv[2])))' "$here" "${head##*:}" ||
-            die "port ${head##*:} is taken on this node; choose another for --head, on all nodes"
-    fi
+    meet=("$python" "$here/network.py" meet "$head" "$nnodes" "$is_head" --)
     rdzv+=(--rdzv-endpoint="$head" --rdzv-conf="is_host=$([ "$is_head" = yes ] && echo 1 || echo 0)")
     rdzv+=(--local-addr="${local_addr:-$mine}")
     # Gloo would ask for the host's own name, which may not resolve, or only to 127.0.0.1.
@@ -88,7 +84,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # s
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else torchrun says so, in a banner; see --threads
 echo "lockstep: $nnodes nodes x $nproc processes, id $id, ${rdzv[*]}" >&2
 # USR1 would kill an agent that does not expect it, and orphan its processes.
-exec "$python" -m torch.distributed.run \
+exec ${meet[@]+"${meet[@]}"} "$python" -m torch.distributed.run \
     --nnodes="$nnodes" --nproc-per-node="$nproc" "${rdzv[@]}" --rdzv-id="$id" \
     --max-restarts="$restarts" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \

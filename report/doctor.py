@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -30,14 +31,34 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     rows += [("checkpoint", line) for line in found]
     rows.append(("disk", f"{free_bytes(folder) / 1e9:.1f} GB free"))
     rows += [("crash", line) for line in crashes(folder / "crash")]
+    queued = ""
+    if job := str(status.get("job") or ""):
+        queued = state_in_queue(job)
+        rows.append(("job", f"{job}: {queued or 'no longer in the queue'}"))
+    if status.get("log"):
+        rows.append(("log", str(status["log"])))
     state = rows[0][1].split(",")[0]
+    if queued.startswith("PENDING"):
+        return rows, f"nothing: the job goes on by itself (scancel {job} ends it)", True
     if state == "running":
         return rows, f"to stop it: touch {folder / 'STOP'}", True
     if state == "finished":
         return rows, f"python predict.py PICTURE.png --run {folder}", True
     if not whole and visible(folder / "checkpoints"):
         return rows, f"python train.py --run-dir {folder} --fresh  (the old files stay)", False
-    return rows, f"python train.py --resume {folder}", state == "stopped"
+    typed = str(status.get("go_on") or "")
+    typed = typed if typed.startswith("sbatch ") else f"python train.py --resume {folder}"
+    return rows, typed, state == "stopped"
+
+
+def state_in_queue(job: str) -> str:
+    """What SLURM says of a job, `PENDING (Resources)`; '' where it knows nothing or is missing."""
+    asked = ["squeue", "--noheader", "--jobs", job, "--format=%T (%r)"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().replace(" (None)", "") if done.returncode == 0 else ""
 
 
 def is_alive(written: dict) -> bool:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from config import Settings
+from config import Settings, has_own_terminal
 from distributed.accelerator import leave
 from distributed.checkpoint import Progress
 from distributed.stop import SAVE_FAILED, restarts_left
@@ -73,9 +73,24 @@ def _write(
     except Exception as error:  # nor is its page
         screen.warn(f"report.html cannot be written: {type(error).__name__}: {error}")
     panels.show_ending(
-        screen, folder, written, learner.task, data, progress, learner.bare, code, reason
+        screen,
+        folder,
+        written,
+        learner.task,
+        data,
+        progress,
+        learner.bare,
+        code,
+        reason,
+        world,
     )
     log.status(status=status, reason=reason, step=progress.step)
+
+
+def speaks(world: World | None) -> bool:
+    """Whether this process says why all end: the main one, and one for each other terminal."""
+    main = world.is_main if world is not None else os.environ.get("RANK", "0") == "0"
+    return main or has_own_terminal()
 
 
 def run_to_exit(
@@ -90,9 +105,9 @@ def run_to_exit(
             status = main(world, observer or observer_asked_for())
     except UserError as error:
         status, words = USER_ERROR, str(error)
-        if world is not None and not world.is_main:
-            words = world.own_words
-        elif world is None and os.environ.get("RANK", "0") != "0":
+        if not speaks(world):
+            words = world.own_words if world is not None else ""
+        if error.told:
             words = ""
         if words:
             print(words, file=sys.stderr, flush=True)

@@ -21,7 +21,13 @@ from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_tracker
 from tasks import Task
 from training.data import Data
 from training.plan import Plan, starts_over
-from training.run_dir import RunDir, describe_environment, launch_command, set_aside
+from training.run_dir import (
+    RunDir,
+    describe_environment,
+    launch_command,
+    refuse_unshared,
+    set_aside,
+)
 from training.schedule import Schedule
 
 LIVES_WITHOUT_PROGRESS = 3
@@ -50,7 +56,8 @@ class Logbook(contextlib.AbstractContextManager):
         self.trackers: list[Tracker] = []
         self._row_problem = ""
         if plan.folder is not None:
-            self.life = world.main_decides(partial(self._enter_folder, plan.folder))
+            self.life, owner = world.main_decides(partial(self._enter_folder, plan.folder))
+            self._refuse_unshared(plan.folder, owner)
             world.stop.stop_file = plan.folder / "STOP"
             world.watch.start(plan.folder, limited=not plan.actions.debug)
             if self.folder is not None:
@@ -65,8 +72,8 @@ class Logbook(contextlib.AbstractContextManager):
         """Where the main process writes; None on the others and where nothing is left."""
         return self.folder.folder if self.folder is not None else None
 
-    def _enter_folder(self, folder: Path) -> int:
-        """Lock the folder; the number of this life."""
+    def _enter_folder(self, folder: Path) -> tuple[int, str]:
+        """Lock the folder; the number of this life, and what the lock says."""
         actions = self.plan.actions
         if starts_over(actions):
             aside = set_aside(folder)
@@ -83,7 +90,20 @@ class Logbook(contextlib.AbstractContextManager):
         self.folder = run_dir
         (folder / "STOP").unlink(missing_ok=True)
         sweep(run_dir.checkpoints)
-        return int(run_dir.read_status().get("life", -1)) + 1
+        return int(run_dir.read_status().get("life", -1)) + 1, run_dir.owner()
+
+    def _refuse_unshared(self, folder: Path, owner: str) -> None:
+        """All processes must see the folder that the main one has entered."""
+        world = self.world
+        if world.num_processes == 1:
+            return
+        try:
+            world.all_or_none(lambda: world.is_main or refuse_unshared(folder, owner))
+        except UserError:
+            if self.folder is not None:
+                self.folder.abandon()
+                self.folder.close()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
@@ -122,10 +142,10 @@ class Logbook(contextlib.AbstractContextManager):
     def _begin(self, data: Data, task: Task, facts: dict[str, str], progress: Progress) -> None:
         folder, settings = self.folder, self.plan.settings
         assert folder is not None  # the main process's
+        gpus = self.world.device.type == "cuda"
         self._refuse_crash_loop(folder, progress.step)
         folder.keep_metrics(progress.metrics_rows)
         if self.life == 0 or not (folder.folder / "config.json").exists():
-            gpus = self.world.device.type == "cuda"
             command = launch_command(list(settings.argv), self.world.num_processes, gpus)
             machine = {"devices": self.world.describe(), **self.world.describe_gpu()}
             about = describe_environment({**machine, **facts})
@@ -141,7 +161,7 @@ class Logbook(contextlib.AbstractContextManager):
             self.plan.config.track, folder.folder, folder.folder.name,
             asdict(self.plan.config), self.screen.warn,
         )  # fmt: skip
-        folder.begin_life(self.life, progress.step)
+        folder.begin_life(self.life, progress.step, self.world.num_processes, gpus)
 
     def _refuse_crash_loop(self, folder: RunDir, step: int) -> None:
         """Automatic restarts end where lives die without getting further."""

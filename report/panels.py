@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from common.text import duration
 from config import TrainConfig, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress
+from distributed.stop import SIGNAL
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
@@ -23,7 +25,7 @@ from training.data import Data
 from training.learner import Learner
 from training.lr_finder import Rates
 from training.plan import Plan
-from training.run_dir import SKIPPED
+from training.run_dir import SKIPPED, go_on, job
 from training.schedule import Schedule
 from training.start import Started
 from training.trial import PICTURES
@@ -79,6 +81,10 @@ def show_start(
         for f in fields(TrainConfig)
         if f.name not in hidden and getattr(config, f.name) != f.default
     ]
+    if number := job():
+        start = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
+        log = os.environ.get("LOCKSTEP_LOG", "")
+        rows.append(("job", f"{number}, start {start}" + (f", log {log}" if log else "")))
     if plan.actions.debug:
         screen.show(table_of_layers(config.model, config.image_size, data.num_outputs))
     screen.start_panel("lockstep", rows, changed)
@@ -237,7 +243,7 @@ def write_summary(
 
 def show_ending(
     screen: Report, folder: Path, page: Path | None, task: Task, data: Data, progress: Progress,
-    model: nn.Module, code: int, reason: str,
+    model: nn.Module, code: int, reason: str, world: World,
 ) -> None:  # fmt: skip
     """The table and the panel of the end."""
     best, last, metric = progress.best_metrics, progress.last, task.best
@@ -262,14 +268,22 @@ def show_ending(
     title = "finished"
     if code == STOPPED:
         title = f"stopped at step {progress.step}: {reason}"
-        rows.append(("go on", f"python train.py --resume {folder}"))
+        gpus = world.device.type == "cuda"
+        typed = go_on(folder, world.num_processes, gpus)
+        if world.stop.goes_on_by_itself():
+            title = f"saved at step {progress.step}, before the time limit or a preemption"
+            typed = f"by itself: job {job()} asks SLURM to requeue it"
+        elif job() and world.stop.reason == SIGNAL:
+            typed += f"     unless SLURM requeues job {job()} itself (squeue shows it)"
+        rows.append(("go on", typed))
     elif code == FAILED:
         title = f"ended without its last checkpoint: {reason}"
     else:
         if data.source.task == "classification":
             rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
         rows.append(("repeat", f"sh {folder / 'command.sh'}"))
-    screen.end_panel(title, rows, good=code == FINISHED)
+    good = code == FINISHED or (code == STOPPED and world.stop.goes_on_by_itself())
+    screen.end_panel(title, rows, good=good)
 
 
 def show_rates(screen: Report, found: Rates | None, plan: Plan, world: World) -> int:

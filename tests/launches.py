@@ -45,6 +45,7 @@ class Done:
 
 # Variables that a fork may be given; any other one that differs is read by an import, maybe.
 LATE = ("LOCKSTEP_", "SLURM_", "TORCHELASTIC_RESTART_COUNT", "WANDB_", "PYTEST_")
+LATE += ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_")
 LATE += (
     "CUBLAS_",
     "CUDA_LAUNCH_BLOCKING",

@@ -1,12 +1,39 @@
 """`python -m report doctor`: what happened to a run, and what to type."""
 
-from launches import SMALL, newest, python, train
+import json
+import os
+import subprocess
+import sys
+
+from launches import REPOSITORY, SMALL, newest, python, train
 
 
 def doctor(folder) -> tuple[int, str]:
     done = python("-m", "report", "doctor", folder)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr
+
+
+def test_of_a_job_the_doctor_shows_number_log_and_state_and_what_sbatch_wants(tmp_path):
+    """Where the job is in the queue again, nothing is to be typed: a second would be refused."""
+    run, stub = tmp_path / "slurm-77_3", tmp_path / "squeue"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    typed = f"sbatch --nodes=2 --ntasks-per-node=1 launch/slurm.sbatch --resume {run}"
+    told = {"status": "stopped", "step": 5, "job": "77_3", "log": "/logs/77.log", "go_on": typed}
+    (run / "status.json").write_text(json.dumps(told))
+    for state, advice, code in (("", typed.split()[0], 0), ("PENDING (BeginTime)", "nothing:", 0)):
+        stub.write_text(f"#!/bin/bash\necho '{state}'\n")
+        stub.chmod(0o755)
+        done = subprocess.run(
+            [sys.executable, "-m", "report", "doctor", str(run)], cwd=REPOSITORY, text=True,
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "COLUMNS": "300"},
+            capture_output=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert "77_3: " in done.stdout and "/logs/77.log" in done.stdout
+        assert f" {advice} " in done.stdout, done.stdout
+        assert ("sbatch" in done.stdout) == (not state), done.stdout
 
 
 def test_the_doctor_tells_finished_died_damaged_and_foreign_folders_apart(nets):

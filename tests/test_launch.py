@@ -207,6 +207,7 @@ def test_every_flag_that_documents_name_is_known():
     known |= {"--gpus-per-node", "--ntasks-per-node", "--cpus-per-task", "--signal", "--requeue"}
     known |= {"--gpus-per-task", "--kill-on-bad-exit", "--open-mode", "--jobs", "--config_file"}
     known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--num_processes"}
+    known |= {"--batch", "--full"}  # of scancel
     known.add("--out")  # of python -m data
     known |= {
         "--multi_gpu",
@@ -253,6 +254,13 @@ def test_a_rank_gets_its_place_from_srun_and_the_head_nodes_address(desk):
     assert "--kill-on-bad-exit=1" in (desk / "srun.txt").read_text()
 
 
+@pytest.mark.parametrize(("given", "threads"), [("", "1"), ("3", "3")])
+def test_a_rank_does_not_take_all_the_nodes_threads(desk, given, threads):
+    batch(desk, *TINY, OMP_NUM_THREADS=given, NOTED="OMP_NUM_THREADS",
+          STATUS=status(status="finished"))  # fmt: skip
+    assert json.loads((desk / "got.json").read_text())[1] == {"OMP_NUM_THREADS": threads}
+
+
 def test_tasks_follow_the_gpus_and_a_mismatch_is_named(desk):
     batch(desk, *TINY, SLURM_GPUS_ON_NODE="4", STATUS=status(status="finished"))
     assert "--ntasks-per-node=4" in (desk / "srun.txt").read_text()
@@ -294,9 +302,9 @@ def test_an_array_task_trains_its_own_seed_or_its_line_of_the_sweep(desk):
 def test_the_time_limit_saves_and_requeues(desk):
     (desk / "runs" / "slurm-77").mkdir(parents=True)
     done = batch(desk, *TINY, STATUS=status(status="stopped"), SIGNAL="SIGUSR1", CODE="75")
-    assert "scancel --signal=TERM 77" in calls(desk), done.stderr
+    assert "scancel --signal=USR1 77" in calls(desk), done.stderr
     assert "scontrol requeue 77" in calls(desk)
-    assert (desk / "runs" / "slurm-77" / "STOP").exists()
+    assert (desk / "runs" / "slurm-77" / "STOP").read_text() == "requeue\n"
 
 
 def test_an_array_task_requeues_itself_alone(desk):
@@ -362,6 +370,42 @@ def test_a_row_whose_quotes_do_not_close_trains_nothing(desk):
     assert not (desk / "srun.txt").exists()
 
 
+def test_a_process_that_memory_killed_names_mem(desk):
+    done = batch(desk, *TINY, STATUS=status(status="failed"), CODE="137")
+    assert "rank 0 on far1 was killed by signal 9 (out of memory" in done.stderr, done.stderr
+    assert "give the job more --mem" in done.stderr
+    state = {"STATE": "OUT_OF_MEMORY", "REASON": "OutOfMemory"}
+    done = batch(desk, *TINY, STATUS=status(status="failed"), CODE="1", **state)
+    assert "give the job more --mem" in done.stderr, done.stderr
+    done = batch(desk, *TINY, STATUS=status(status="failed"), CODE="1")
+    assert "--mem" not in done.stderr
+
+
+def test_a_stop_is_no_failure_to_srun_but_where_only_its_status_tells(desk):
+    """srun would print an error for each process that ends with 75."""
+    for words, code in (([], 0), (["--eval-only"], 75)):
+        noted = desk / "stubs" / "srun"
+        noted.write_text(SRUN.replace('exec "$@"', '"$@"; echo $? >code.txt; exit $(cat code.txt)'))
+        done = batch(desk, *TINY, *words, STATUS=status(status="stopped"), CODE="75")
+        assert (desk / "code.txt").read_text() == f"{code}\n", done.stderr
+        assert done.returncode == 75 and "ended with exit status" not in done.stderr
+
+
+def test_a_python_that_only_this_node_lacks_is_named(tmp_path):
+    path = stubs(tmp_path, scontrol='[ "$2" = node ] && echo " NodeAddr=127.0.0.1" || echo n1')
+    place = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]",
+             "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1",
+             "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "LOCKSTEP_PORT": "1",
+             "SLURMD_NODENAME": "n2", "LOCKSTEP_PYTHON": "/opt/of/n1/python"}  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm_task.sh"), "/opt/of/n1/python", "train.py"], cwd=ROOT,
+        env={**os.environ, **place, "PATH": path}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "rank 1 on n2: /opt/of/n1/python is not there" in done.stderr
+    assert "--exclude=n2" in done.stderr
+
+
 def test_scancel_does_not_requeue(desk):
     done = batch(desk, *TINY, STATUS=status(status="stopped"), SIGNAL="SIGTERM", CODE="75")
     assert done.returncode == 75 and "requeue" not in calls(desk)
@@ -387,6 +431,13 @@ def test_a_job_that_slurm_put_back_itself_is_not_called_refused(desk):
     done = batch(desk, *TINY, **failed, STATE="PENDING", REFUSED="1")
     assert "SLURM itself has put job 77 into the queue" in done.stderr, done.stderr
     assert "refused" not in done.stderr
+
+
+def test_what_slurm_requeued_itself_after_a_stop_advises_no_second_job(desk):
+    stopped = {"STATUS": status(status="stopped"), "SIGNAL": "SIGTERM", "CODE": "75"}
+    done = batch(desk, *TINY, **stopped, STATE="PENDING", REASON="BeginTime")
+    assert "SLURM itself has put job 77 into the queue" in done.stderr, done.stderr
+    assert "--resume" not in done.stderr and "scontrol requeue" not in calls(desk)
 
 
 def test_a_stop_file_or_own_time_limit_does_not_requeue(desk):
@@ -651,9 +702,19 @@ def test_submit_warns_where_an_earlier_run_says_the_limit_is_short(tmp_path):
     run = tmp_path / "resnet18-digits-1"
     run.mkdir()
     (run / "config.json").write_text(
-        json.dumps({"config": {"model": "resnet18", "dataset": "digits", "image_size": 32}})
+        json.dumps(
+            {
+                "config": {
+                    "model": "resnet18",
+                    "dataset": "digits",
+                    "image_size": 32,
+                    "batch_size": 72,
+                }
+            }
+        )
     )
     (run / "summary.json").write_text(json.dumps({"seconds": 7200, "epoch": 2.0, "step": 200}))
+    (run / "metrics.jsonl").write_text('{"speed/images_per_second": 2}\n' * 3)
     options = module.build_parser().parse_args(["--time", "4h"])
     told = {"model": "resnet18", "dataset": "digits", "image_size": "32", "max_steps": "None"}
     settings = {name: (value, "flag") for name, value in told.items()}
@@ -664,6 +725,13 @@ def test_submit_warns_where_an_earlier_run_says_the_limit_is_short(tmp_path):
     few = {**settings, "epochs": ("10", "flag"), "max_steps": ("40", "flag")}
     assert module.warn_of_time(few, options, tmp_path) == ""
     assert module.warn_of_time({**settings, "epochs": ("10", "flag")}, options, ROOT / "no") == ""
+    # Two steps of 0.1 s and a minute to start: a thousand epochs are not a thousand starts.
+    (run / "summary.json").write_text(json.dumps({"seconds": 60, "epoch": 0.02, "step": 2}))
+    (run / "metrics.jsonl").write_text('{"speed/images_per_second": 720}\n{"test/loss": 1}\n')
+    long = {**settings, "epochs": ("1000", "flag")}
+    assert module.warn_of_time(long, options, tmp_path) == ""
+    longer = module.warn_of_time({**settings, "epochs": ("2000", "flag")}, options, tmp_path)
+    assert "about 5.6 h" in longer, longer
 
 
 # --- torchrun.sh, network.py, configs, preflight -------------------------------------------------
@@ -761,7 +829,7 @@ echo "ways $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME"
 """)
     (tmp_path / "python").chmod(0o755)
     env = {"LOCKSTEP_PYTHON": str(tmp_path / "python"), **given}
-    done = torchrun("--nproc", "1", "--nnodes", "2", "--head", f"127.0.0.1:{free_port()}", "--",
+    done = torchrun("--nproc", "1", "--nnodes", "1", "--head", f"127.0.0.1:{free_port()}", "--",
                     *TINY, **env)  # fmt: skip
     assert f"ways {gloo} {nccl}" in done.stdout, done.stderr
     (tmp_path / "scontrol").write_text(
@@ -777,6 +845,52 @@ echo "ways $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME"
         capture_output=True, timeout=60,
     )  # fmt: skip
     assert f"ways {gloo} {nccl}" in done.stdout, done.stderr
+
+
+def at_the_roll_call(port: int, nodes: int, is_head: str, **env: str) -> subprocess.Popen:
+    words = ["meet", f"127.0.0.1:{port}", str(nodes), is_head, "--", "echo", "launched"]
+    return subprocess.Popen(
+        [sys.executable, str(LAUNCH / "network.py"), *words], env={**os.environ, **env}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_nodes_that_came_are_named_and_those_that_never_come_end_the_launch_in_words():
+    port = free_port()
+    node = at_the_roll_call(port, 3, "no", LOCKSTEP_TIMEOUT="30")
+    other = at_the_roll_call(port, 2, "no", LOCKSTEP_TIMEOUT="30")
+    head = at_the_roll_call(port, 3, "yes", LOCKSTEP_TIMEOUT="5")
+    told = {name: process.communicate(timeout=60)[0]
+            for name, process in (("head", head), ("node", node), ("other", other))}  # fmt: skip
+    assert (head.returncode, node.returncode, other.returncode) == (2, 2, 2), told
+    host = socket.gethostname()
+    assert f"1 of 3 nodes came: {host} (the head); waiting for the others" in told["head"]
+    for name in ("head", "node"):
+        assert f"2 of 3 nodes came: {host} (the head), {host} (127.0.0.1)" in told[name], told
+        assert "the others did not in" in told[name] and "launched" not in told[name]
+    assert "started with --nnodes 2, the head with 3" in told["other"]
+    assert "Traceback" not in "".join(told.values())
+
+
+def test_a_head_that_does_not_answer_is_named():
+    port = free_port()
+    node = at_the_roll_call(port, 2, "no", LOCKSTEP_TIMEOUT="1")
+    told, _ = node.communicate(timeout=30)
+    assert node.returncode == 2 and f"does not answer at 127.0.0.1:{port} after" in told, told
+    assert "refused" in told and len(told.splitlines()) == 1
+
+
+def test_all_nodes_go_on_together_and_a_late_one_joins_the_store():
+    """The second node's last knock is answered by what listens there then: torch's store."""
+    port = free_port()
+    node, head = at_the_roll_call(port, 2, "no"), at_the_roll_call(port, 2, "yes")
+    assert "launched" in head.communicate(timeout=30)[0]
+    with socket.socket() as store:
+        store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        store.bind(("127.0.0.1", port))
+        store.listen()
+        assert "launched" in node.communicate(timeout=30)[0]
+        assert at_the_roll_call(port, 2, "no").communicate(timeout=30)[0] == "launched\n"
 
 
 def test_a_jobs_port_is_a_function_of_its_number_unless_it_is_taken():
@@ -1117,6 +1231,34 @@ def test_processes_that_each_believe_to_be_alone_are_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("launch-incomplete", match="started 2 processes but each of them believes"):
         accelerator.build_accelerator(parse(TINY))
+
+
+def test_threads_are_those_that_were_asked_for_whatever_accelerate_sets(monkeypatch):
+    import torch
+
+    from config import parse
+    from distributed import accelerator
+
+    class Meddler(accelerator.Accelerator):
+        def __init__(self, **words):
+            super().__init__(**words)
+            torch.set_num_threads(1)  # as it does on several CPU processes
+
+    monkeypatch.setattr(accelerator, "Accelerator", Meddler)
+    accelerator.build_accelerator(parse([*TINY, "--threads", "3"]), tune_malloc=False)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+
+
+def test_gloo_that_finds_no_way_names_its_interface(monkeypatch):
+    from distributed.watch import failed_at_start
+
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    error = RuntimeError("Gloo connectFullMesh failed with [pair.cc] no error")
+    assert "GLOO_SOCKET_IFNAME=eth0" in failed_at_start(error)
+    assert "`ip route get 10.0.0.1`" in failed_at_start(error)
+    assert "GLOO" not in failed_at_start(RuntimeError("no such thing"))
+    assert "GLOO_SOCKET_IFNAME=" in (LAUNCH / "configs" / "multi_node.yaml").read_text()
 
 
 def test_what_differs_between_processes_is_named_with_rank_host_and_remedy(monkeypatch):

@@ -383,6 +383,16 @@ def test_no_secret_of_the_environment_is_written(tmp_path, monkeypatch):
     assert len(facts["commit"]) in (0, 40)
 
 
+def test_a_run_of_a_job_goes_on_as_a_job(monkeypatch):
+    folder = Path("runs/slurm-70_1")
+    assert run_dir.go_on(folder, 4, True) == "python train.py --resume runs/slurm-70_1"
+    for name, value in {"SLURM_STEP_ID": "0", "LOCKSTEP_PORT": "1", "SLURM_ARRAY_JOB_ID": "70",
+                        "SLURM_ARRAY_TASK_ID": "1", "LOCAL_WORLD_SIZE": "2"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    wanted = "sbatch --nodes=2 --gpus-per-node=2 launch/slurm.sbatch --resume runs/slurm-70_1"
+    assert run_dir.go_on(folder, 4, True) == wanted and run_dir.job() == "70_1"
+
+
 def test_what_was_not_committed_is_kept_with_the_run(tmp_path, monkeypatch):
     code = tmp_path / "code"
     (code / "training").mkdir(parents=True)

@@ -102,6 +102,17 @@ def assert_same_history(run: Path, other: Path, relative: float = 1e-6) -> None:
         assert a.get("test/accuracy") == b.get("test/accuracy")
 
 
+# Of bash, of srun: of ends that are none.
+NOISE = (" line ", "Terminated", "Exited with exit code", "ended with exit status")
+
+
+def doctor(slurm: Cluster, job: str) -> str:
+    command = [sys.executable, "-m", "report", "doctor", f"runs/slurm-{job}"]
+    told = subprocess.run(command, cwd=slurm.home, env={**slurm.env, "COLUMNS": "200"}, text=True,
+                          capture_output=True, timeout=60)  # fmt: skip
+    return " ".join(told.stdout.split())
+
+
 def slow_until(step: int, seconds: int = 2) -> str:
     """A fault that makes each step of the first life last so much longer, from the third on."""
     return ";".join(f"hang@step={n},life=0,seconds={seconds}" for n in range(3, step))
@@ -166,7 +177,11 @@ def test_slurms_own_time_limit_saves_requeues_and_wandb_stays_one_run(slurm, alo
     slurm.wait(job, "PENDING", seconds=120)
     saved = status(slurm, job)
     assert saved["status"] == "stopped" and saved["step"] < STEPS, (saved, log(slurm, job))
-    assert "the time limit (or a preemption) is near" in log(slurm, job)
+    told = log(slurm, job)
+    assert "the time limit (or a preemption) is near" in told
+    assert "asks SLURM to requeue it" in told and "--resume" not in told, told
+    assert not any(word in told for word in NOISE), told
+    assert f"job {job}: PENDING" in doctor(slurm, job) and "nothing:" in doctor(slurm, job)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     slurm.start_now(job)
     assert slurm.wait(job) == "COMPLETED", log(slurm, job)
@@ -211,6 +226,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm, alone):
     slurm.wait(job, "PENDING", seconds=60)
     slurm.start_now(job)
     assert slurm.wait(job) == "COMPLETED", log(slurm, job)
+    assert not any(word in log(slurm, job) for word in (" line ", "refused")), log(slurm, job)
     assert status(slurm, job)["life"] == 1 and status(slurm, job)["resumed_at"] >= 2
     run = slurm.home / "runs" / f"slurm-{job}"
     assert_same_history(run, alone)
@@ -277,7 +293,10 @@ def test_an_array_trains_its_seeds(slurm):
 
 
 def test_submit_trains_a_sweeps_rows_where_and_how_it_was_told(slurm, tmp_path):
-    """Account, partition, constraint, environment, further flags; the site exports nothing."""
+    """Account, partition, constraint, environment, further flags; the site exports nothing.
+
+    Rows, environment file and code are changed while it waits: what was checked is what runs.
+    """
     env, place = tmp_path / "activate.sh", tmp_path / "bin"
     place.mkdir()
     (place / "python").write_text(
@@ -291,8 +310,8 @@ def test_submit_trains_a_sweeps_rows_where_and_how_it_was_told(slurm, tmp_path):
     )
     own = ["--sweep", str(sweep), "--env", str(env), "--account", "science", "--qos", "normal",
            "--partition", "low", "--constraint", "number2&cpu", "--mem", "1500M", "--cpus", "1",
-           "--time", "10m", "--name", "sweep", "--sbatch=--nice=7",
-           "--sbatch=--signal=B:USR1@240"]  # fmt: skip
+           "--time", "10m", "--name", "sweep", "--sbatch=--nice=7", "--sbatch=--hold",
+           "--sbatch=--signal=B:USR1@240", "--snapshot"]  # fmt: skip
     command = [sys.executable, "launch/submit.py", *own, "--", *TRAIN, "--max-steps", "1"]
     given = {**slurm.env, "OMP_NUM_THREADS": "1", "SBATCH_EXPORT": "NONE"}
     done = subprocess.run(
@@ -300,18 +319,31 @@ def test_submit_trains_a_sweeps_rows_where_and_how_it_was_told(slurm, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     job = done.stdout.partition("job     ")[2].split()[0]
+    sweep.write_text("--lr 9\n")
+    env.write_text("exit 1\n")
+    task = slurm.home / "launch" / "slurm_task.sh"
+    code = task.read_text()
+    task.write_text("exit 1\n")
+    ask = [sys.executable, "launch/submit.py", "--status", job]
+    told = subprocess.run(ask, cwd=slurm.home, env=slurm.env, capture_output=True, text=True)
+    assert told.returncode == 0 and "2 waits" in told.stdout and "--lr 0.02" in told.stdout, told
+    slurm.run("scontrol", "release", job)
     shown = slurm.run("scontrol", "show", "job", f"{job}_0")
     for told in ("Account=science", "Partition=low", "Features=number2&cpu", "JobName=sweep",
                  "MinMemoryNode=1500M", "TimeLimit=00:10:00", "Nice=7"):  # fmt: skip
         assert told in shown, shown
-    for task, lr, seed in ((0, 0.02, 0), (1, 0.03, 7)):
-        ended = slurm.wait(f"{job}_{task}")
-        text = (slurm.home / "runs" / f"slurm-{job}_{task}.log").read_text()
+    for number, lr, seed in ((0, 0.02, 0), (1, 0.03, 7)):
+        ended = slurm.wait(f"{job}_{number}")
+        text = (slurm.home / "runs" / f"slurm-{job}_{number}.log").read_text()
         assert ended == "COMPLETED", text
         assert "(n2)" in text
-        saved = (slurm.home / "runs" / f"slurm-{job}_{task}" / "config.json").read_text()
+        assert "env" in text and "was changed after the job was submitted" in text
+        saved = (slurm.home / "runs" / f"slurm-{job}_{number}" / "config.json").read_text()
         config = json.loads(saved)["config"]
         assert (config["lr"], config["seed"]) == (lr, seed)
+    task.write_text(code)
+    told = subprocess.run(ask, cwd=slurm.home, env=slurm.env, capture_output=True, text=True)
+    assert told.returncode == 0 and "2 finished" in told.stdout, told
     assert config["data_dir"] == "a b$(touch owned)" and not list(slurm.home.glob("owned"))
     assert (place / "used").exists(), "the environment was not activated"
 

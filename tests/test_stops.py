@@ -149,3 +149,21 @@ def test_ctrl_c_twice_at_a_terminal_ends_a_slow_save_and_the_one_before_stays_wh
     assert visible(nets / "impatient" / "checkpoints")[0].name == "step-000000010"
     done = train([*arguments, "--max-steps", "30"], nets)
     assert done.status == 0 and "at step 10" in done.out, done.out
+
+
+@pytest.mark.slow
+def test_a_job_that_is_requeued_advises_no_second_one_and_tells_of_no_failure(nets):
+    """Its script says so in the STOP file; else the advice is the line for sbatch."""
+    place = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "LOCKSTEP_PORT": "1",
+             "LOCKSTEP_LOG": "/logs/77.log", "COLUMNS": "200"}  # fmt: skip
+    for text, told, not_told in (
+        ("requeue\n", "job 77 asks SLURM to requeue it", "sbatch"),
+        ("", "launch/slurm.sbatch --resume job-", "requeue"),
+    ):
+        name = f"job-{len(text)}"
+        process, log = begin(nets, name, **place)
+        (nets / name / "STOP").write_text(text)
+        done = finish(process, log, 60)
+        assert done.status == 75 and told in done.out and not_told not in done.out, done.out
+        assert "77, start 1, log /logs/77.log" in done.out
+        stopped(nets, name, "time limit or a preemption" if text else "STOP file")

@@ -70,6 +70,27 @@ def set_aside(folder: Path) -> Path | None:
     raise UserError(f"{folder}: too many old runs beside it; remove some", code="run-dir-full")
 
 
+def refuse_unshared(folder: Path, owner: str, seconds: float = 10.0) -> None:
+    """Any process but the main one: it must see the lock that the main process has just written.
+
+    A disk over the network may show a new file some seconds later; reading the folder asks it.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError):
+            for place in (folder.absolute().parent, folder):
+                next(place.iterdir(), None)
+            if (folder / "lock").read_text(encoding="utf-8") == owner:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder.absolute()} is not the folder that the main process writes: all nodes "
+                "need one disk for the run; name a folder on it with --run-dir",
+                code="run-dir-not-shared",
+            )
+        time.sleep(0.5)
+
+
 class RunDir:
     """The folder of one run, owned by the main process.
 
@@ -145,6 +166,10 @@ class RunDir:
         }
         self._write_lock()
 
+    def owner(self) -> str:
+        """What stands in the lock."""
+        return json.dumps(self._owner)
+
     def _write_lock(self, **extra: bool) -> None:
         lock = self._lock
         assert lock is not None
@@ -177,8 +202,8 @@ class RunDir:
             # The step of each row need not outlive a power cut: no wait for the disk in the loop.
             write_text(self.folder / "status.json", text, sync=values.keys() != {"step"})
 
-    def begin_life(self, life: int, step: int) -> None:
-        """status.json: it runs, from which step, and how the life before this one ended."""
+    def begin_life(self, life: int, step: int, processes: int = 1, gpus: bool = False) -> None:
+        """status.json: it runs, from which step, where, and how the life before this one ended."""
         old = self.read_status()
         lives = old.get("lives")
         after = {key: old.get(key) for key in ("status", "step", "reason")} if life else None
@@ -186,6 +211,8 @@ class RunDir:
         this = {"life": life, "began": began, "step": step, "after": after}
         self.status(
             status="running", life=life, step=step, reason="", resumed_at=step, pid=os.getpid(),
+            job=job(), log=os.environ.get("LOCKSTEP_LOG", ""),
+            go_on=go_on(self.folder, processes, gpus),
             lives=[*(lives if isinstance(lives, list) else []), this],
         )  # fmt: skip
 
@@ -280,9 +307,32 @@ def launch_command(argv: list[str], num_processes: int, gpus: bool = False) -> l
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes)))
     if per_node == num_processes:
         return ["torchrun", "--nproc-per-node", str(num_processes), "train.py", *argv]
+    return [*sbatch(num_processes, gpus), *argv]
+
+
+def sbatch(num_processes: int, gpus: bool) -> list[str]:
+    """The start of a job like this one."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes)))
     kind = "gpus" if gpus else "ntasks"
     nodes = [f"--nodes={num_processes // per_node}", f"--{kind}-per-node={per_node}"]
-    return ["sbatch", *nodes, "launch/slurm.sbatch", *argv]
+    return ["sbatch", *nodes, "launch/slurm.sbatch"]
+
+
+def job() -> str:
+    """The number by which SLURM's commands know the job or array task of this process; '' else."""
+    env = os.environ
+    if "SLURM_STEP_ID" not in env or "LOCKSTEP_PORT" not in env:  # no job of ours: a person's shell
+        return ""
+    if env.get("SLURM_ARRAY_JOB_ID"):
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '')}"
+    return env.get("SLURM_JOB_ID", "")
+
+
+def go_on(folder: Path, num_processes: int, gpus: bool) -> str:
+    """What to type to continue this run: where it was a job, as a job."""
+    if job():
+        return shlex.join([*sbatch(num_processes, gpus), "--resume", str(folder)])
+    return shlex.join(["python", "train.py", "--resume", str(folder)])
 
 
 def without(argv: list[str], folder: str, fresh: str) -> list[str]:
