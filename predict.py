@@ -5,14 +5,19 @@ evaluation mode, without random crops: the same answer every time, whatever else
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import signal
 import sys
+import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from common.parser import Parser
+from common.streams import lost_words, steady_streams
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
 
@@ -189,43 +194,98 @@ def main(argv: list[str]) -> int:
     from common.text import printable
 
     torch.backends.cudnn.allow_tf32 = False  # a GPU's answer is a CPU's, to float32's rounding
-    results, status, model = {}, FINISHED, on_gpu(model)
-    for path in pictures(arguments.paths):
-        try:
+    status, model, paths = FINISHED, on_gpu(model), pictures(arguments.paths)
+    answers = Answers(arguments)
+    with stop_signals() as came:
+        for path in paths:
+            if came or lost_words():
+                break
             try:
-                results[str(path)] = predict(model, told, path, arguments.top)
-            except RuntimeError as error:
-                if not gpu_refuses(model, error):
-                    raise
-                model = back_on_cpu(model, error)
-                results[str(path)] = predict(model, told, path, arguments.top)
-        except Exception as error:  # Pillow raises many kinds on damaged files
-            why = error.strerror if isinstance(error, OSError) and error.strerror else error
-            print(f"{printable(path)}: {printable(why)}", file=sys.stderr)
-            status = FAILED
-    show(results, arguments)
+                try:
+                    found = predict(model, told, path, arguments.top)
+                except RuntimeError as error:
+                    if not gpu_refuses(model, error):
+                        raise
+                    model = back_on_cpu(model, error)
+                    found = predict(model, told, path, arguments.top)
+                answers.add(str(path), found)
+            except Exception as error:  # Pillow raises many kinds on damaged files
+                why = error.strerror if isinstance(error, OSError) and error.strerror else error
+                print(f"{printable(path)}: {printable(why)}", file=sys.stderr)
+                status = FAILED
+        answers.close()
+        done = f"{answers.count} of {len(paths)} pictures were predicted"
+        if lost := lost_words():
+            print(f"stdout cannot be written ({lost}): {done}", file=sys.stderr)
+            return FAILED
+        if came and answers.count < len(paths):
+            print(f"stopped by {came[0].name}: {done}", file=sys.stderr)
+            return 128 + came[0]
     return status
 
 
-def show(results: dict[str, list], arguments: argparse.Namespace) -> None:
-    if arguments.json:
-        rows = [
-            {"path": p, "predictions": [{"class": c, "confidence": v} for c, v in found]}
-            for p, found in results.items()
-        ]
-        print(json.dumps(rows, indent=2))
-    elif arguments.csv:
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["path", "rank", "class", "confidence"])
-        for path, found in results.items():
-            writer.writerows([path, rank, *pair] for rank, pair in enumerate(found, 1))
-    else:
-        from report.screen import Report
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """The stop signals that came so far; a second one of its kind ends the process at once."""
+    came: list[signal.Signals] = []
 
-        Report().predictions(results)
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup goes on
+            before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Answers:
+    """Writes each answer to stdout as it comes; a table, whose columns need all, at the end."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.json, self.count = arguments.json, 0
+        self.table: dict[str, list[tuple[str, float]]] = {}
+        self.rows = None
+        if self.json:
+            print("[", end="", flush=True)
+        elif arguments.csv:
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+            self.rows = csv.writer(sys.stdout, lineterminator="\n")
+            self.rows.writerow(["path", "rank", "class", "confidence"])
+            sys.stdout.flush()
+
+    def add(self, path: str, found: list[tuple[str, float]]) -> None:
+        """What was found for one picture, the likeliest class first."""
+        self.count += 1
+        if self.json:
+            row = {
+                "path": path, "predictions": [{"class": c, "confidence": v} for c, v in found]
+            }  # fmt: skip
+            text = textwrap.indent(json.dumps(row, indent=2), "  ")
+            print(",\n" if self.count > 1 else "\n", text, sep="", end="", flush=True)
+        elif self.rows is not None:
+            self.rows.writerows([path, rank, *pair] for rank, pair in enumerate(found, 1))
+            sys.stdout.flush()
+        else:
+            self.table[path] = found
+
+    def close(self) -> None:
+        """The answers are complete, or all that there will be."""
+        if self.json:
+            print("\n]" if self.count else "]", flush=True)
+        elif self.rows is None:
+            from report.screen import Report
+
+            Report().predictions(self.table)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
+    steady_streams()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
     sys.exit(main(sys.argv[1:]))

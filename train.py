@@ -51,7 +51,7 @@ def main(world: World, observer: Observer) -> int:
 
     facts = agreed_facts(plan.settings, data, learner.bare, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
-    progress = checkpoints.resume(learner, log.screen.warn)
+    progress = checkpoints.resume(learner, schedule, log.screen.warn)
     log.begin(plan, data, facts, progress)
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     if actions.eval_only:

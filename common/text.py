@@ -1,7 +1,9 @@
 """Words for a screen, a page or a file name: cleaned, shortened, read and written."""
 
 import difflib
+import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +22,20 @@ def file_name(text: str) -> str:
     """The last part of a path, a hub name or FILE.py:Class as a plain file name."""
     stem = Path(text.replace(":", "/")).name or "data"
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
+
+
+def found_from_here(script: str) -> str:
+    """A file of this program as it is typed in the present folder."""
+    path = str(Path(__file__).resolve().parent.parent / script)
+    try:
+        return min(os.path.relpath(path), path, key=len)
+    except (ValueError, OSError):  # another drive; the present folder was deleted
+        return path
+
+
+def pasted(script: str, *words: object) -> str:
+    """`python SCRIPT WORDS` as it works where this program was started, every word quoted."""
+    return shlex.join(["python", found_from_here(script), *map(str, words)])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

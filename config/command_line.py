@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from common.parser import Parser
+from common.streams import steady_streams
 from common.text import did_you_mean
 from config.fields import DEBUG_PRESET, GROUPS, HINTS, MAY_CHANGE, TYPES, TrainConfig, convert
 from config.layers import (
@@ -218,6 +219,7 @@ def tell(error: UserError) -> None:
 
 def parse_or_exit(argv: list[str]) -> Settings:
     """Settings, or a sentence per problem on stderr (once, on many processes) and status 2."""
+    steady_streams()
     try:
         return parse(argv)
     except (OSError, ValueError) as error:  # a name that no file can have, a number without end

@@ -11,6 +11,7 @@ import numpy
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from common.streams import steady_streams
 from distributed.accelerator import cpu_asked
 
 
@@ -97,11 +98,15 @@ def _environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
-    """How stdout writes characters that its encoding lacks."""
-    stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
+    """How stdout writes characters that its encoding lacks, and what stands for it in a script."""
+    stream, errors, other = sys.stdout, getattr(sys.stdout, "errors", None), sys.stderr
+    steady_streams()
     try:
         yield
     finally:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            sys.stdout.flush()
+        sys.stdout, sys.stderr = stream, other
         with contextlib.suppress(AttributeError, ValueError):  # a stream that has no such switch
             stream.reconfigure(errors=errors)
 

@@ -2,16 +2,17 @@
 
 import json
 import math
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 from torch import nn
 
 from common.disk import write_json, write_text
-from common.text import duration, percent
+from common.text import duration, pasted, percent
 from config import TrainConfig, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
-from distributed.checkpoint import Progress
+from distributed.checkpoint import Progress, card_of
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
@@ -83,9 +84,10 @@ def show_start(
     for note in filter(None, (batch.note, *_notes(plan, data, started, world))):
         screen.warn(note)
     if expected > 1800 and world.device.type == "cpu":
+        smaller = ("--model", config.model, "--dataset", config.dataset)
         screen.show(
-            f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
-            f"--dataset {config.dataset} --limit 2000 --epochs 2"
+            "this takes long on a CPU; a smaller run: "
+            + pasted("train.py", *smaller, "--limit", 2000, "--epochs", 2)
         )
         chosen = settings.origin("mixed_precision") != "machine"
         if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
@@ -228,21 +230,25 @@ def show_ending(
         rows.append(("test", f"loss {last['loss']:.4f}, R2 {last['r2']:.4f}"))
         learned = {k: v.flatten().tolist() for k, v in model.state_dict().items()}
         rows += [(k, f"{v[0]:.4f}") for k, v in learned.items() if len(v) == 1]
+    if best and (kept := card_of(folder / "model.safetensors").get("step")) != progress.best_step:
+        what = f"those of step {kept}" if kept else "none"
+        told = f"model.safetensors holds {what}: the best, of step {progress.best_step}, are not on"
+        rows.append(("WEIGHTS", f"{told} the disk"))
     rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
     rows.append(("folder", str(folder)))
     if page is not None:
         rows.append(("page", str(page)))
-    title = "finished"
+    title, commands = "finished", []
     if code == STOPPED:
         title = f"stopped at step {progress.step}: {reason}"
-        rows.append(("go on", f"python train.py --resume {folder}"))
+        commands.append(("go on", pasted("train.py", "--resume", folder)))
     elif code == FAILED:
         title = f"ended without its last checkpoint: {reason}"
     else:
         if data.source.task == "classification":
-            rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
-        rows.append(("repeat", f"sh {folder / 'command.sh'}"))
-    screen.end_panel(title, rows, good=code == FINISHED)
+            commands.append(("predict", pasted("predict.py", "PICTURE.png", "--run", folder)))
+        commands.append(("repeat", shlex.join(["sh", str(folder / "command.sh")])))
+    screen.end_panel(title, rows, code == FINISHED, commands)
 
 
 def show_rates(screen: Report, found: Rates | None, plan: Plan, world: World) -> int:
