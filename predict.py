@@ -18,8 +18,10 @@ from types import FrameType
 
 from common.parser import Parser
 from common.streams import lost_words, steady_streams
+from common.text import printable
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
+from models.own_file import code_of_weights, is_own_file
 
 LATEST = Path("runs/latest")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -35,6 +37,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=5, help="classes shown for each picture")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--csv", action="store_true", help="print CSV")
+    parser.add_argument(
+        "--trust-code", action="store_true",
+        help="execute the model's own file also for weights that are not of a run of yours",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     if bool(arguments.model) != bool(arguments.weights):
         parser.error("--model and --weights go together; without them a --run is used")
@@ -43,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def load_run(folder: Path):
+def load_run(folder: Path, trust_code: bool = False):
     """(model in evaluation mode, what its weights say of themselves) of a run."""
     from safetensors import SafetensorError, safe_open
 
@@ -63,15 +69,19 @@ def load_run(folder: Path):
             f"--run {folder}: there are no weights in it that can be read ({path.name}); a run "
             "writes them after its first evaluation, other weights need --model and --weights"
         ) from None
-    if lookup(told["model"]).task != "classification":
-        raise UserError(f"--run {folder}: {told['model']} predicts a number, not a class")
+    name = told["model"]
+    if is_own_file(name):
+        name = code_of_weights(name, told.get("code", {}), path.parent, trust_code)
+        print(f"the model is executed from {printable(name)}", file=sys.stderr)
+    if lookup(name).task != "classification":
+        raise UserError(f"--run {folder}: {name} predicts a number, not a class")
     size = told["image_size"]
-    model = build_model(told["model"], num_classes=len(told["classes"]), image_size=size)
+    model = build_model(name, num_classes=len(told["classes"]), image_size=size)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
-            f"--run {folder}: its weights no longer fit {told['model']} "
+            f"--run {folder}: its weights no longer fit {name} "
             f"({str(error).splitlines()[-1].strip()}); did its file change?"
         ) from None
     return model.eval(), told
@@ -185,13 +195,11 @@ def main(argv: list[str]) -> int:
         if arguments.model:
             model, told = load_imagenet(arguments.model, arguments.weights)
         else:
-            model, told = load_run(arguments.run)
+            model, told = load_run(arguments.run, arguments.trust_code)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
     import torch
-
-    from common.text import printable
 
     torch.backends.cudnn.allow_tf32 = False  # a GPU's answer is a CPU's, to float32's rounding
     status, model, paths = FINISHED, on_gpu(model), pictures(arguments.paths)

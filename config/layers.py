@@ -6,6 +6,7 @@ Later layers win: default < recipe of the model < data set < saved run < --debug
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
 from errors import UserError, all_of
 from models import lookup, told_by_weights
+from models.own_file import CODE, code_of_weights
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ class Actions:
     fresh: bool = False
     resume: str | None = None
     allow_change: tuple[str, ...] = ()
+    trust_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,22 @@ def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
             f"{folder / 'config.json'} cannot be read; mend it, or start over with --fresh",
             code="bad-config-json",
         ) from None
+
+
+def own_code(model: str, folder: Path, actions: Actions) -> str:
+    """The file of a saved run's own model: to evaluate what was trained, to train on as it is."""
+    if actions.eval_only:
+        told = told_by_weights(str(folder / "model.safetensors"))
+        return code_of_weights(model, told.get("code", {}), folder, actions.trust_code)
+    file, _, name = model.rpartition(":")
+    copy = folder / CODE / Path(file).name
+    if not Path(file).expanduser().is_file() and copy.is_file():
+        raise UserError(
+            f"{file}, the model of {folder}, is not here ({Path.cwd()}); the run keeps a copy "
+            f"of it: add --model {shlex.quote(f'{copy}:{name}')} --allow-change model",
+            code="no-model-file",
+        )
+    return model
 
 
 def refuse_conflicts(typed: dict, saved: dict, folder: Path, allowed: tuple[str, ...]) -> None:

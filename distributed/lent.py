@@ -87,10 +87,11 @@ def _generators() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    before = dict(os.environ)
+    before, places = dict(os.environ), list(sys.path)
     try:
         yield
     finally:
+        sys.path[:] = places
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)

@@ -215,12 +215,14 @@ def lookup(name: str) -> ModelEntry:
 
 
 def told_by_weights(weights: str) -> dict:
-    """What a run wrote into its weights file (model, image_size, ...); {} for any other file."""
+    """What a run wrote into its weights file (model, image_size, code); {} for any other file."""
     try:
         with Path(weights).expanduser().open("rb") as file:  # safetensors: a length, a JSON header
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**7)))
         told = json.loads(header["__metadata__"]["lockstep"])
-        return {"model": str(told["model"]), "image_size": int(told["image_size"])}
+        code = {str(k): str(v) for k, v in dict(told.get("code", {})).items()}
+        size = int(told["image_size"])
+        return {"model": str(told["model"]), "image_size": size, "code": code}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -14,6 +14,7 @@ from distributed.checkpoint import Progress, sweep
 from distributed.stop import MOVED
 from distributed.world import World
 from errors import FINISHED, UserError
+from models.own_file import keep_code
 from report import panels
 from report.screen import Report, SpeedMeter
 from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_trackers
@@ -128,6 +129,11 @@ class Logbook(contextlib.AbstractContextManager):
             self._write_birth(data, facts)
         else:
             folder.write_config(to_json(settings))
+        try:
+            if problem := keep_code(self.plan.config.model, folder.folder):
+                self.screen.warn(problem)
+        except OSError as error:
+            self.screen.warn(f"the model's code cannot be kept in the run folder ({error})")
         folder.link_latest()
         self.trackers = build_trackers(
             self.plan.config.track, folder.folder, folder.folder.name,
@@ -280,6 +286,7 @@ class Logbook(contextlib.AbstractContextManager):
         if not (new / "config.json").exists():
             told = f"{old} was deleted while it trained: a new save is in {new}"
             self._write_birth(data, facts)
+            keep_code(self.plan.config.model, new)
             self.status(**lost)
             self.folder.write_rows()
             progress.metrics_rows = len(self.folder.metrics_lines())

@@ -30,6 +30,7 @@ from distributed.checkpoint import (
 )
 from distributed.world import World
 from errors import UserError
+from models.own_file import CODE, digests_of, holds
 from training.learner import Learner
 from training.plan import Plan
 from training.schedule import Schedule
@@ -156,6 +157,17 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"now {self.facts['data']}); bring the old data back, start a new run, or add "
                 "--allow-change dataset",
                 code="other-data",
+            )
+        own = self.facts.get("own code")
+        if facts.get("own code", own) != own and "code" not in allowed:
+            files = digests_of(self.plan.config.model)
+            kept = self.folder / CODE
+            other = [n for n, value in files.items() if not holds(kept, {n: value})]
+            raise UserError(
+                f"the code changed since this checkpoint: {', '.join(other) or 'other files'} of "
+                f"{self.plan.config.model}; bring the old files back (they are in {kept}), start a "
+                "new run, or add --allow-change code",
+                code="other-code",
             )
         if facts.get("order", self.facts["order"]) != self.facts["order"]:
             warn("the order of the samples is no longer that of this checkpoint")

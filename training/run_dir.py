@@ -19,6 +19,7 @@ from pathlib import Path
 from common.disk import parse_object, read_json, whole, write_json, write_text
 from common.text import file_name, found_from_here
 from errors import UserError
+from models.own_file import CODE
 
 try:
     import fcntl
@@ -27,7 +28,6 @@ except ImportError:  # Windows
 
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
-CODE = "code"  # the source of a model that came as a class
 WRITTEN_ON = ("lock", "train.log", "metrics.jsonl", "checkpoints", "crash", CODE)
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
 

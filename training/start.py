@@ -1,5 +1,6 @@
 """From a plan to what the loop needs: the data set, a model with its starting weights, facts."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from distributed.shards import packed, seed_dropout, unpack
 from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
+from models.own_file import digests_of
 from models.weights import freeze_backbone, load_weights
 from tasks import Classification, Regression, build_task
 from training.data import Data
@@ -119,6 +121,7 @@ def agreed_facts(settings: Settings, data: Data, model: nn.Module, world: World)
         "model": model_fingerprint(model),
         "order": data.sampler.fingerprint(),
         "code": code_fingerprint(own_file),
+        "own code": digest(json.dumps(digests_of(settings.config.model))),
     }
     world.refuse_disagreement({**facts, "settings": digest(to_json(settings))})
     return facts
@@ -130,5 +133,5 @@ def weights_card(plan: Plan, data: Data) -> dict[str, object]:
     return {
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
-        "dataset": plan.config.dataset,
+        "dataset": plan.config.dataset, "code": digests_of(plan.config.model),
     }  # fmt: skip
