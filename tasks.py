@@ -17,6 +17,21 @@ def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     return outputs, ()
 
 
+def balanced_accuracy(confusion: list[list[int]]) -> float:
+    """The mean over the classes of the share that is found; classes without images do not count."""
+    shares = [row[label] / sum(row) for label, row in enumerate(confusion) if sum(row)]
+    return sum(shares) / len(shares)
+
+
+def never_found(confusion: list[list[int]], classes: list[str]) -> list[str]:
+    """The classes of which no image is recognised."""
+    return [
+        f"{classes[label]} ({sum(row)} images)"
+        for label, row in enumerate(confusion)
+        if sum(row) and not row[label]
+    ]
+
+
 class Classification:
     """Cross entropy; top-1, top-5 and a confusion matrix as integer counts."""
 
@@ -78,7 +93,14 @@ class Classification:
         }
 
     def better(self, new: float, old: float | None) -> bool:
-        return old is None or new > old
+        """By the metric that chooses: the less the better of a loss, else the more."""
+        return old is None or (new < old if self.best_is == "loss" else new > old)
+
+    def chosen(self, metrics: dict) -> float:
+        """The value that decides which weights are the best."""
+        if self.best_is == "balanced_accuracy":
+            return balanced_accuracy(metrics["confusion"])
+        return metrics[self.best_is]
 
     def doubts(self, metrics: dict, classes: list[str]) -> dict[str, str]:
         """What looks wrong in an evaluation: a word for each doubt -> a sentence with a way out."""
@@ -148,7 +170,12 @@ class Regression:
         }
 
     def better(self, new: float, old: float | None) -> bool:
-        return old is None or new < old
+        """By the metric that chooses: the less the better of a loss, else the more."""
+        return old is None or (new < old if self.best_is == "loss" else new > old)
+
+    def chosen(self, metrics: dict) -> float:
+        """The value that decides which weights are the best."""
+        return metrics[self.best_is]
 
     def doubts(self, metrics: dict, classes: list[str]) -> dict[str, str]:
         return {}

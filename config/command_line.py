@@ -135,14 +135,14 @@ def build_parser() -> argparse.ArgumentParser:
     act.add_argument("--fresh", action="store_true", help="start over in --run-dir")
     act.add_argument(
         "--trust-code", action="store_true",
-        help="with --eval-only: execute the model's file of a run that is not yours",
+        help="execute the model's file that the run folder of somebody else holds",
     )  # fmt: skip
     act.add_argument(
         "--allow-change",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="settings a resumed run may change",
+        help="settings a resumed run may change; also: code, of your own model",
     )
     act.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file")
     act.add_argument("--version", action="version", version=f"lockstep {__version__}")

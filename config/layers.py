@@ -15,8 +15,9 @@ from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
 from errors import UserError, all_of
 from models import lookup, told_by_weights
-from models.own_file import CODE, code_of_weights
+from models.own_file import CODE, code_of_weights, refuse_foreign_code
 
+SHARES = ("accuracy", "balanced_accuracy", "top5")  # of images: more is better
 __version__ = "0.1.0"
 
 
@@ -159,6 +160,8 @@ def own_code(model: str, folder: Path, actions: Actions) -> str:
         told = told_by_weights(str(folder / "model.safetensors"))
         return code_of_weights(model, told.get("code", {}), folder, actions.trust_code)
     file, _, name = model.rpartition(":")
+    if Path(file).resolve().is_relative_to(folder.resolve()) and not actions.trust_code:
+        refuse_foreign_code(model, folder)
     copy = folder / CODE / Path(file).name
     if not Path(file).expanduser().is_file() and copy.is_file():
         raise UserError(
@@ -216,6 +219,9 @@ def check(settings: Settings) -> None:
         wrong(f"--mixup and --cutmix blend classes; {c.model} is for regression", "contradiction")
     if c.mixup and c.cutmix:
         wrong("--mixup and --cutmix: choose one of them", "contradiction")
+    known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *SHARES)
+    if c.select not in known:
+        wrong(f"--select {c.select}: {c.model} is for {entry.task}: {', '.join(known)}")
     if settings.actions.fresh and settings.actions.resume:
         wrong("--fresh and --resume contradict each other: drop one", "contradiction")
     if problems:

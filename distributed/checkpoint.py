@@ -40,6 +40,7 @@ class Progress:
     best: float | None = None  # of the split that chooses
     best_epoch: float = 0
     best_step: int = 0
+    best_of: dict = field(default_factory=dict)  # what it was measured on: training/best.py
     best_metrics: dict = field(default_factory=dict)  # on the test split, at the best epoch
     metrics_rows: int = 0
     seconds: float = 0.0  # of training and evaluation, over all lives
@@ -113,6 +114,7 @@ def restore(files: dict[str, dict[str, Tensor]], model, optimizer, average=None,
         })  # fmt: skip
 
 
+@torch.no_grad()
 def copy_state(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     mine = model.state_dict()
     wrong = [k for k in mine if k not in tensors or tensors[k].shape != mine[k].shape]

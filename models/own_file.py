@@ -172,18 +172,7 @@ def code_of_weights(name: str, told: dict[str, str], folder: Path, trust: bool =
     """
     path, made = _split(name)
     if not trust:
-        if not (folder / "config.json").is_file():
-            why = f"{folder} is no run folder, and weights alone bring no code"
-        elif not _is_mine(folder):
-            why = f"{folder} belongs to somebody else"
-        else:
-            why = ""
-        if why:
-            raise UserError(
-                f"these weights want to execute {path}: {why}; read that file, and if you trust it "
-                "add --trust-code",
-                code="untrusted-code",
-            )
+        refuse_foreign_code(name, folder)
     places = [path.parent, folder / CODE, *sorted(folder.glob(f"{CODE}.old-*"))]
     for place in places:
         if holds(place, told) if told else (place / path.name).is_file():
@@ -194,6 +183,21 @@ def code_of_weights(name: str, told: dict[str, str], folder: Path, trust: bool =
         "was; bring that file back, with the files beside it that it imports",
         code="no-model-file",
     )
+
+
+def refuse_foreign_code(name: str, folder: Path) -> None:
+    """UserError unless this is a run folder of one's own."""
+    why = ""
+    if not (folder / "config.json").is_file():
+        why = f"{folder} is no run folder, and weights alone bring no code"
+    elif not _is_mine(folder):
+        why = f"{folder} belongs to somebody else"
+    if why:
+        raise UserError(
+            f"these weights want to execute {_split(name)[0]}: {why}; read that file, and if you "
+            "trust it add --trust-code",
+            code="untrusted-code",
+        )
 
 
 def holds(folder: Path, told: dict[str, str]) -> bool:

@@ -97,7 +97,7 @@ class Logbook(contextlib.AbstractContextManager):
             self.screen.close()  # Windows removes no open file
             if self.folder is not None:
                 self.world.watch.stop()
-                self.folder.abandon()
+                self.folder.abandon(str(error))
         elif isinstance(error, KeyboardInterrupt):
             self.status(status="failed", reason=TWICE)
         elif isinstance(error, UserError):
@@ -221,7 +221,7 @@ class Logbook(contextlib.AbstractContextManager):
         row = {"step": progress.step, "epoch": epoch}
         for split, metrics in results.items():
             row |= {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, float)}
-        chosen = results[data.chosen_on][task.best_is]
+        chosen = task.chosen(results[data.chosen_on])
         better = task.better(chosen, progress.best)
         if better:
             progress.best, progress.best_epoch = chosen, epoch

@@ -18,7 +18,7 @@ from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
 from report import pictures
 from report.screen import Report
-from tasks import Classification, Regression
+from tasks import Classification, Regression, never_found
 from training.data import Data
 from training.learner import Learner
 from training.lr_finder import Rates
@@ -69,7 +69,8 @@ def show_start(
         rows.insert(0, ("finished", f"this run is finished at step {progress.step}; {longer}"))
     elif resumed:
         best = progress.best
-        shown = f", best {percent(best)}" if best and learner.task.best_is == "accuracy" else ""
+        told = best is not None and learner.task.name == "classification"
+        shown = f", best {best_shown(learner.task, best)}" if told else ""
         epoch = schedule.place(progress.step)[0]
         rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{shown}"))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
@@ -99,6 +100,13 @@ def weights_shown(plan: Plan, started: Started) -> str:
     if plan.actions.eval_only and plan.config.run_dir is not None:
         return str(Path(plan.config.run_dir) / "model.safetensors")
     return started.weights
+
+
+def best_shown(task: Classification | Regression, value: float) -> str:
+    """The best value, with the name of what chose it where that is not accuracy."""
+    if task.best_is == "accuracy":
+        return percent(value)
+    return f"{task.best_is} " + (f"{value:.4f}" if task.best_is == "loss" else percent(value))
 
 
 def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
@@ -150,7 +158,7 @@ def show_epoch(
             words.append(f"accuracy {percent(row[f'{split}/accuracy'])}")
         if f"{split}/r2" in row:
             words.append(f"R2 {row[f'{split}/r2']:.4f}")
-    words.append(f"best {percent(progress.best)}" if task.best_is == "accuracy" else "")
+    words.append(f"best {best_shown(task, progress.best)}" if task.name == "classification" else "")
     words.append(f"ETA {duration(left)}" if left else "")
     quiet = epochs > 40 and epoch % max(1, epochs // 20)
     if not quiet or stopping or schedule.over(progress):
@@ -224,6 +232,13 @@ def show_ending(
         screen.class_table(data.classes, best["confusion"])
         split = "validation part" if data.chosen_on == "val" else "test split"
         rows.append(("last", f"{percent(last['accuracy'])} of {last['images']} test images"))
+        missed = never_found(best["confusion"], data.classes)
+        if missed:
+            more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+            screen.warn(
+                f"the best weights find none of class {', '.join(missed[:5])}{more}; --select "
+                "balanced_accuracy chooses weights by the mean over the classes"
+            )
         words = f"{percent(best['accuracy'])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
     elif best:

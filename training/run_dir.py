@@ -276,9 +276,11 @@ class RunDir:
     def write_config(self, config_json: str) -> None:
         write_text(self.folder / "config.json", config_json + "\n")
 
-    def abandon(self) -> None:
-        """Remove the folder again if no run was born in it."""
+    def abandon(self, reason: str = "") -> None:
+        """Remove the folder again if no run was born in it; none is running from here on."""
         if (self.folder / "config.json").exists():
+            if self.read_status().get("status") == "running":  # of a life that was killed
+                self.status(status="failed", reason=f"killed, then not started: {reason}")
             return
         self.close()
         for path in (self.checkpoints, self.folder / "crash", self.folder / CODE):

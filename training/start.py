@@ -57,6 +57,8 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     if hasattr(model, "start_from_data") and not weights:
         _start_from_data(model, data, world)
     task = build_task(data.source.task, num_classes, config.label_smoothing, model)
+    if config.select != "auto":
+        task.best_is = config.select
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
     model = model.to(world.device, memory_format=layout)
     trial = world.all_or_none(
