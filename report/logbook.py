@@ -291,7 +291,7 @@ class Logbook(contextlib.AbstractContextManager):
             self.folder.write_rows()
             progress.metrics_rows = len(self.folder.metrics_lines())
         self.world.stop.stop_file = new / "STOP"
-        self.screen.shout("the run folder is gone", told)
+        self.screen.warn(told)
         return new
 
     def finish_trackers(self, code: int) -> bool:

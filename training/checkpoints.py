@@ -268,6 +268,7 @@ def _take_sums(learner: Learner, progress: Progress) -> None:
 def _without_tables(progress: Progress) -> dict:
     """Progress small enough for the head of a file: no confusion matrix."""
     found = asdict(progress)
+    del found["seconds"]  # the same run has the same bytes
     for name in ("best_metrics", "last"):
         found[name] = {k: v for k, v in found[name].items() if isinstance(v, int | float)}
     return found
