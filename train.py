@@ -19,6 +19,7 @@ from report import panels
 from report.ending import finish, run_to_exit
 from report.logbook import Logbook
 from report.notebook import Flag, Model, Result, run_as_guest
+from training.best import keep_best_comparable
 from training.checkpoints import Checkpoints
 from training.data import Batch, Data, load_data, resident
 from training.features import cache_features
@@ -37,7 +38,6 @@ def main(world: World, observer: Observer) -> int:
     log = world.enter(Logbook(plan, world))
     plan, data = load_data(plan, world)
     config, actions = plan.config, plan.actions
-
     started = start_model(plan, data, world)
     average = build_average(started.model, config)
     optimizer = build_optimizer(started.model, config)
@@ -49,12 +49,13 @@ def main(world: World, observer: Observer) -> int:
 
     facts = agreed_facts(plan.settings, data, started, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
-    progress = checkpoints.resume(learner, log.screen.warn)
+    progress = checkpoints.resume(learner, schedule, log.screen.warn)
     log.begin(plan, data, started.task, facts, progress)
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     if actions.eval_only:
         results = evaluate(learner, data, world, progress)
         return panels.show_evaluation(log.screen, results, plan, started, data)
+    keep_best_comparable(checkpoints, learner, data, world, progress, evaluate, log.screen.warn)
     log.screen.note(cache_features(learner, data, plan, world))
     settle_buckets(learner, data)
     world.stop.ask_all()  # a stop may have been asked for while we started

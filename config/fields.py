@@ -107,6 +107,11 @@ class TrainConfig:
         0.0, "part of the training images that chooses the best epoch", group="images",
         low=0.0, high=0.9,
     )  # fmt: skip
+    select: str = setting(
+        "auto", "the metric that chooses the best epoch (auto: accuracy; of a regression, loss)",
+        group="images",
+        choices=("auto", "accuracy", "balanced_accuracy", "top5", "loss", "r2"),
+    )  # fmt: skip
     limit: int = setting(
         0, "use only so many training and test images; 0: all", group="images", low=0
     )
@@ -155,7 +160,7 @@ class TrainConfig:
 # What a resumed run may change without being asked twice: length, placement and reporting.
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
-    | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta"}
+    | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select"}
 )
 DEBUG_PRESET = {
     "epochs": 1, "max_steps": 8, "limit": 512, "compile": False,

@@ -16,7 +16,7 @@ from report import page, panels
 from report.logbook import Logbook
 from report.samples import draw_pictures
 from report.screen import quiet_libraries, show_tracebacks
-from training.checkpoints import Checkpoints
+from training.checkpoints import LAST, Checkpoints
 from training.data import Data
 from training.learner import Learner
 from training.observer import Observer
@@ -31,6 +31,8 @@ def finish(
     """The last save, the final report, status and summary; returns the exit status."""
     world.phase("end", progress.step)
     log.screen.close_bar()
+    if folder := world.main_decides(lambda: log.follow_folder(data, checkpoints.facts, progress)):
+        checkpoints.go_on_in(folder)
     failed = checkpoints.save_last(learner, progress)
     code = STOPPED if world.stop.reason else FINISHED
     if failed:
@@ -52,7 +54,9 @@ def _write(
     assert log.folder is not None
     folder, plan, screen = log.folder.folder, log.plan, log.screen
     status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
-    if problem := checkpoints.save_weights("last.safetensors", learner, progress):
+    if problem := checkpoints.save_weights(LAST, learner, progress):
+        screen.warn(problem)
+    if problem := checkpoints.write_waiting() or log.folder.write_rows():
         screen.warn(problem)
     skipped = learner.guard.report()["skipped"]
     try:
@@ -111,7 +115,7 @@ def run_to_exit(
             words = ""
         if words:
             print(words, file=sys.stderr, flush=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a model that calls sys.exit() ends no run unseen
         if settings.actions.debug:
             show_tracebacks()
             raise

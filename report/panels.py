@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,17 +11,17 @@ from torch import nn
 
 from common.disk import write_json, write_text
 from common.metric import Metric
-from common.text import duration
+from common.text import duration, pasted
 from config import TrainConfig, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
-from distributed.checkpoint import Progress
+from distributed.checkpoint import Progress, card_of
 from distributed.stop import SIGNAL
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
 from report import pictures
 from report.screen import Report
-from tasks import Task
+from tasks import Task, never_found
 from training.data import Data
 from training.learner import Learner
 from training.lr_finder import Rates
@@ -91,9 +92,10 @@ def show_start(
     for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world))):
         screen.warn(note)
     if expected > 1800 and world.device.type == "cpu":
+        smaller = ("--model", config.model, "--dataset", config.dataset)
         screen.show(
-            f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
-            f"--dataset {config.dataset} --limit 2000 --epochs 2"
+            "this takes long on a CPU; a smaller run: "
+            + pasted("train.py", *smaller, "--limit", 2000, "--epochs", 2)
         )
         chosen = settings.origin("mixed_precision") != "machine"
         if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
@@ -254,6 +256,13 @@ def show_ending(
         split = "validation part" if data.chosen_on == "val" else "test split"
         images = metric.about(f"{last['images']} test images")
         rows.append(("last", f"{metric.show(last[metric.key])} {images}"))
+        missed = never_found(best["confusion"], data.classes) if "confusion" in best else []
+        if missed:
+            more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+            screen.warn(
+                f"the best weights find none of class {', '.join(missed[:5])}{more}; --select "
+                "balanced_accuracy chooses weights by the mean over the classes"
+            )
         words = f"{metric.show(best[metric.key])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
     elif best:
@@ -261,11 +270,15 @@ def show_ending(
     learned = {k: v.flatten().tolist() for k, v in model.state_dict().items() if v.numel() == 1}
     if len(learned) == len(model.state_dict()):  # the line of the first lesson
         rows += [(k, f"{v[0]:.4f}") for k, v in learned.items()]
+    if best and (kept := card_of(folder / "model.safetensors").get("step")) != progress.best_step:
+        what = f"those of step {kept}" if kept else "none"
+        lack = f"model.safetensors holds {what}: the best, of step {progress.best_step}, are not on"
+        rows.append(("WEIGHTS", f"{lack} the disk"))
     rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
     rows.append(("folder", str(folder)))
     if page is not None:
         rows.append(("page", str(page)))
-    title = "finished"
+    title, commands = "finished", []
     if code == STOPPED:
         title = f"stopped at step {progress.step}: {reason}"
         gpus = world.device.type == "cuda"
@@ -275,15 +288,15 @@ def show_ending(
             typed = f"by itself: job {job()} asks SLURM to requeue it"
         elif job() and world.stop.reason == SIGNAL:
             typed += f"     unless SLURM requeues job {job()} itself (squeue shows it)"
-        rows.append(("go on", typed))
+        commands.append(("go on", typed))
     elif code == FAILED:
         title = f"ended without its last checkpoint: {reason}"
     else:
         if data.source.task == "classification":
-            rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
-        rows.append(("repeat", f"sh {folder / 'command.sh'}"))
+            commands.append(("predict", pasted("predict.py", "PICTURE.png", "--run", folder)))
+        commands.append(("repeat", shlex.join(["sh", str(folder / "command.sh")])))
     good = code == FINISHED or (code == STOPPED and world.stop.goes_on_by_itself())
-    screen.end_panel(title, rows, good=good)
+    screen.end_panel(title, rows, good, commands)
 
 
 def show_rates(screen: Report, found: Rates | None, plan: Plan, world: World) -> int:

@@ -3,14 +3,30 @@
 import csv
 import io
 import json
+import os
 import re
 import signal
 import subprocess
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launches import REPOSITORY, SMALL, command, finish, python, rows, start, train, wait_for
+from launches import (
+    REPOSITORY,
+    SMALL,
+    Command,
+    command,
+    environment,
+    finish,
+    interpreter,
+    python,
+    rows,
+    start,
+    train,
+    wait_for,
+)
 from PIL import Image
 
 from config import TrainConfig
@@ -101,6 +117,39 @@ def weights(tmp_path_factory):
     torch.save(state, folder / "ten.pth")
     torch.save({"fc.bias": torch.zeros(5)}, folder / "five.pth")
     return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe that has a name")
+@pytest.mark.parametrize("form", ["--csv", "--json", "--top=1"])
+def test_what_was_predicted_before_an_interrupt_is_kept(run, digits, tmp_path, form):
+    first, second, third = sorted(digits.glob("*.png"))[:3]
+    os.mkfifo(tmp_path / "slow.png")  # the second picture takes until its bytes come
+    words = [REPOSITORY / "predict.py", first, tmp_path / "slow.png", third, "--run", run, form]
+    process, log = start(Command(words), tmp_path)
+    with (tmp_path / "slow.png").open("wb") as file:  # opens when it is that picture's turn
+        if form == "--csv":  # written as they come
+            assert log.read_text().count(str(first)) == 5
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        file.write(second.read_bytes())
+    done = finish(process, log, 60)
+    assert done.status == 130 and "stopped by SIGINT: 2 of 3 pictures" in done.out, done.out
+    out, _, _ = done.out.partition("stopped by")
+    assert str(third) not in out
+    if form == "--json":
+        found = [row["path"] for row in json.loads(out)]
+        assert found == [str(first), str(tmp_path / "slow.png")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
+def test_answers_that_cannot_be_written_are_a_sentence(run, digits, tmp_path):
+    words = [str(REPOSITORY / "predict.py"), str(digits), "--run", str(run), "--csv"]
+    process = interpreter().start(
+        words, tmp_path, Path("/dev/full"), environment=environment(), errors=tmp_path / "errors"
+    )
+    done = finish(process, tmp_path / "errors")
+    assert done.status == 1 and "stdout cannot be written (No space left on device)" in done.out
+    assert done.out.count("\n") == 1 and "of 40 pictures" in done.out, done.out
 
 
 @pytest.mark.parametrize(

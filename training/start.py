@@ -1,5 +1,6 @@
 """From a plan to what the loop needs: the data set, a model with its starting weights, facts."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
 from models.hooks import StartsFromData
+from models.own_file import digests_of
 from models.state import load_whole_state, separate_views, whole_state
 from models.weights import freeze_backbone, load_weights
 from tasks import Task, build_task
@@ -63,6 +65,8 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     if isinstance(model, StartsFromData) and not weights:
         _start_from_data(model, data, world)
     task = build_task(data.source.task, num_classes, config.label_smoothing, model)
+    if config.select != "auto":
+        task.best_is = config.select
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
     model = model.to(world.device).to(memory_format=layout)
 
@@ -151,6 +155,7 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
         "code": code_fingerprint(own_file),
         "hidden_state": ", ".join(started.trial.hidden),
         "processes": str(world.num_processes),
+        "own code": digest(json.dumps(digests_of(settings.config.model))),
     }
     world.refuse_disagreement({**facts, "settings": digest(to_json(settings))})
     return facts
@@ -162,5 +167,5 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
     return {
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
-        "dataset": plan.config.dataset,
+        "dataset": plan.config.dataset, "code": digests_of(plan.config.model),
     }  # fmt: skip
