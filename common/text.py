@@ -26,7 +26,7 @@ def file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in stem)
 
 
-def class_name(text: object) -> str:
+def class_name(text: str | int | float) -> str:
     """The name of a class in one Unicode form (NFC): macOS stores é as e and an accent."""
     return unicodedata.normalize("NFC", str(text))
 

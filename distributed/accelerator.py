@@ -121,7 +121,8 @@ def refuse_together(problem: UserError | None) -> dist.Store | None:
         f"rank {first} on {host}: {text}\n(the head node finds nothing wrong: do all nodes see the "
         "same disk, and the same GPUs?)"
         if first
-        else text
+        else text,
+        code="refused-elsewhere",
     )
 
 

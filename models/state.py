@@ -35,6 +35,7 @@ def load_whole_state(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
 
     A buffer that is not persistent may be missing, as in the files of other programs.
     """
+    separate_views(model)
     mine, beside = whole_state(model), beside_state_dict(model)
     empty = {
         f"{path}.{name}" if path else name: module

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from common.disk import write_json, write_text
 from common.metric import Metric
@@ -131,7 +131,7 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
     if trial.neighbours:
         notes.append(
             f"{config.model} answers a picture alone otherwise than in a batch of {PICTURES}, in "
-            "evaluation: test accuracy depends on the batches, and predict.py answers otherwise "
+            "evaluation: test numbers depend on the batches, and predict.py answers otherwise "
             "(batch norm without running statistics?)"
         )
     if trial.probabilities:
@@ -267,8 +267,10 @@ def show_ending(
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
     elif best:
         rows.append(("test", ", ".join(m.named(last[m.key]) for m in on_line(task))))
-    learned = {k: v.flatten().tolist() for k, v in model.state_dict().items() if v.numel() == 1}
-    if len(learned) == len(model.state_dict()):  # the line of the first lesson
+    state = model.state_dict()  # what get_extra_state answers may be anything
+    single = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() == 1}
+    learned = {k: v.flatten().tolist() for k, v in single.items()}
+    if len(learned) == len(state):  # the line of the first lesson
         rows += [(k, f"{v[0]:.4f}") for k, v in learned.items()]
     if best and (kept := card_of(folder / "model.safetensors").get("step")) != progress.best_step:
         what = f"those of step {kept}" if kept else "none"
