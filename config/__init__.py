@@ -5,6 +5,7 @@ from config.batch import BatchPlan, plan_batch
 from config.command_line import (
     build_parser,
     has_own_terminal,
+    host_name,
     parse,
     parse_or_exit,
     several_nodes,
@@ -15,6 +16,6 @@ from config.layers import Actions, Settings, recipe_of, restarted, to_json
 
 __all__ = [
     "HINTS", "MAY_CHANGE", "TYPES", "Actions", "BatchPlan", "Parser", "Settings", "TrainConfig",
-    "build_parser", "has_own_terminal", "parse", "parse_or_exit", "plan_batch", "recipe_of",
-    "restarted", "several_nodes", "tell", "to_json",
+    "build_parser", "has_own_terminal", "host_name", "parse", "parse_or_exit", "plan_batch",
+    "recipe_of", "restarted", "several_nodes", "tell", "to_json",
 ]  # fmt: skip

@@ -213,6 +213,11 @@ def read_yaml(path: Path) -> dict[str, object]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
+def host_name() -> str:
+    """What the cluster, or else the machine itself, calls this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def several_nodes() -> bool:
     """Whether a launcher started processes on more than one node, this one among them."""
     return "RANK" in os.environ and int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
@@ -237,7 +242,7 @@ def tell(error: UserError) -> None:
     """
     env = os.environ
     rank = env.get("RANK") or env.get("SLURM_PROCID") or "0"
-    host = env.get("SLURMD_NODENAME") or socket.gethostname()
+    host = host_name()
     if rank == "0":
         print(error, file=sys.stderr, flush=True)
     elif several_nodes():  # all agree on it soon, and it is told then

@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch.cuda import nccl
 
 from common.disk import digest
-from config import Settings, several_nodes, tell
+from config import Settings, host_name, several_nodes, tell
 from errors import UserError
 from models import lookup
 
@@ -104,7 +104,7 @@ def refuse_together(problem: UserError | None) -> dist.Store | None:
     limit = timedelta(seconds=wait_limit())
     met: dist.Store
     met, rank, size = next(dist.rendezvous("env://", timeout=limit))
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host = host_name()
     met.set(f"start/{rank}", json.dumps([host, str(problem or "")]))
     everyone = [json.loads(text) for text in met.multi_get([f"start/{r}" for r in range(size)])]
     found = [(r, host, text) for r, (host, text) in enumerate(everyone) if text]
@@ -453,7 +453,7 @@ REMEDIES = {
 
 def refuse_disagreement(accelerator: Accelerator, facts: dict[str, str]) -> None:
     """All processes must hold the same settings, code and data; the odd ones are named."""
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host = host_name()
     everyone = everyones(accelerator, (host, facts))
     names = dict.fromkeys(name for _, held in everyone for name in held)
     for name in names:

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.shards import as_real
 from errors import NumbersGoneBad
 
 ODD = 0x9E3779B1  # modulo 2**32, as all sums here
@@ -15,9 +16,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
     A polynomial in an odd number with the rows as coefficients, then its places weighed: one pass.
     """
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    numbers = tensor.detach().contiguous().view(-1)
+    numbers = as_real(tensor.detach()).contiguous().view(-1)
     size = numbers.element_size()
     bits = numbers.view(torch.int8 if size == 1 else torch.int16 if size == 2 else torch.int32)
     width = WIDTH.get(bits.device.type, WIDTH["cpu"])
@@ -34,9 +33,8 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def sample(tensor: Tensor) -> Tensor:
     """The bits of a few of its numbers."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    numbers = tensor.detach().reshape(-1) if tensor.ndim < 2 else tensor.detach().flatten(1)[0]
+    tensor = as_real(tensor.detach())
+    numbers = tensor.reshape(-1) if tensor.ndim < 2 else tensor.flatten(1)[0]
     return numbers[:: max(1, len(numbers) // 16)].double().view(torch.int64)
 
 

@@ -83,8 +83,9 @@ class World(contextlib.AbstractContextManager):
                 self._leave(error)
             elif not isinstance(error, KeyboardInterrupt):
                 self.failure(error)  # while signals are still ours: a launcher sends TERM to all
-            if self.guest or not self.stop.reason:  # a second signal kills nothing that has saved
-                self.stop.uninstall()
+            failed = isinstance(error, Exception) and not isinstance(error, UserError)
+            if self.guest or not (self.stop.reason or failed):
+                self.stop.uninstall()  # else a signal would kill what has saved, or is yet to speak
 
     def _leave(self, error: BaseException | None) -> None:
         """All processes are here, or will be: where they raise, they raise alike."""

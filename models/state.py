@@ -23,10 +23,15 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 def beside_state_dict(model: nn.Module) -> set[str]:
     """The names of buffers that are not persistent, also of those that are None for now."""
     return {
-        f"{path}.{name}" if path else name
+        full_name(path, name)
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }
+
+
+def full_name(path: str, name: str) -> str:
+    """As torch names what the submodule at `path` holds; "" is the model itself."""
+    return f"{path}.{name}" if path else name
 
 
 @torch.no_grad()
@@ -38,7 +43,7 @@ def load_whole_state(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     separate_views(model)
     mine, beside = whole_state(model), beside_state_dict(model)
     empty = {
-        f"{path}.{name}" if path else name: module
+        full_name(path, name): module
         for path, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is None

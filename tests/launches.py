@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,17 @@ def train(
     return finish(
         *start(command(list(map(str, arguments)), processes, launcher), cwd, **environment)
     )
+
+
+def linked_repository(folder: Path) -> Path:
+    """The repository as a cluster's user has it, with a runs/ of its own, in a new folder."""
+    folder.mkdir()
+    for path in REPOSITORY.iterdir():
+        if path.name == "launch":
+            shutil.copytree(path, folder / "launch")
+        elif path.name not in ("runs", ".git"):
+            (folder / path.name).symlink_to(path)
+    return folder
 
 
 def python(*words, cwd: Path = REPOSITORY, **more: str) -> subprocess.CompletedProcess:

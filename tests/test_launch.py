@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launches import linked_repository
 from refusals import refused
 
 from config import build_parser
@@ -128,15 +129,10 @@ def status(**values) -> str:
 
 @functools.cache
 def home() -> Path:
-    """The repository as one who submits has it: with a runs/ of its own."""
+    """The repository as one who submits has it."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for path in ROOT.iterdir():
-        if path.name == "launch":
-            shutil.copytree(path, folder / "launch")
-        elif path.name not in ("runs", ".git"):
-            (folder / path.name).symlink_to(path)
-    return folder
+    return linked_repository(folder / "repository")
 
 
 def submit(*words: str, **env: str) -> subprocess.CompletedProcess:

@@ -68,16 +68,8 @@ def test_an_invented_metric_is_shown_written_drawn_and_decides(nets, monkeypatch
 
 def test_pictures_are_the_same_on_any_number_of_processes_and_of_the_best_weights(nets):
     """On three, evaluation batches are dealt out; no process asks the model once more."""
-    flags = [
-        "--model",
-        "full.py:Net",
-        "--dataset",
-        "digits",
-        "--image-size",
-        "16",
-        "--limit",
-        "400",
-    ]
+    flags = ["--model", "full.py:Net", "--dataset", "digits", "--image-size", "16"]
+    flags += ["--limit", "400"]
     flags += ["--batch-size", "60", "--shards", "6", "--epochs", "2", "--threads", "1", "--bitwise"]
     names = ("mistakes.png", "samples.png", "confusion.png", "confusion.json")
     made = []

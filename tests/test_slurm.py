@@ -5,7 +5,6 @@ Run with: pytest -m slurm tests/test_slurm.py    (Debian: apt-get install slurm-
 
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launches import linked_repository
 from slurm_cluster import Cluster, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -32,22 +32,11 @@ def require_slurm(apart: bool = False) -> None:
         pytest.skip(reason)
 
 
-def desk(folder: Path) -> Path:
-    """The repository as a cluster's user has it, with a runs/ of its own."""
-    folder.mkdir()
-    for path in ROOT.iterdir():
-        if path.name == "launch":
-            shutil.copytree(path, folder / "launch")
-        elif path.name not in ("runs", ".git"):
-            (folder / path.name).symlink_to(path)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     require_slurm()
     with Cluster(tmp_path_factory.mktemp("slurm"), gpus=2) as cluster:
-        cluster.home = desk(tmp_path_factory.mktemp("home") / "lockstep")
+        cluster.home = linked_repository(tmp_path_factory.mktemp("home") / "lockstep")
         yield cluster
 
 
@@ -425,7 +414,7 @@ def test_nodes_that_are_separate_hosts_give_the_same_run(alone, tmp_path):
     """Each node in a network namespace of its own, so only the head node's address leads there."""
     require_slurm(apart=True)
     with Cluster(tmp_path / "slurm", apart=True) as cluster:
-        cluster.home = desk(tmp_path / "lockstep")
+        cluster.home = linked_repository(tmp_path / "lockstep")
         job = sbatch(cluster, "--nodes=2")
         assert cluster.wait(job) == "COMPLETED", log(cluster, job)
         assert_same_history(cluster.home / "runs" / f"slurm-{job}", alone)

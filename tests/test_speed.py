@@ -318,16 +318,8 @@ sys.exit(status)
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: no g++")
 def test_a_compiled_run_compiles_once_for_training_and_once_for_evaluation(nets):
-    flags = [
-        "--model",
-        "full.py:Net",
-        "--dataset",
-        "digits",
-        "--image-size",
-        "16",
-        "--limit",
-        "200",
-    ]
+    flags = ["--model", "full.py:Net", "--dataset", "digits", "--image-size", "16"]
+    flags += ["--limit", "200"]
     flags += ["--epochs", "3", "--threads", "1", "--no-plots", "--log-every", "5"]
     plain = train([*flags, "--run-dir", "eager"], nets)
     assert plain.status == 0, plain.out

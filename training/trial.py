@@ -23,14 +23,14 @@ from distributed.world import World
 from errors import UserError
 from models import lookup
 from models.pooling import without_deterministic_backward
-from models.state import Plain, beside_state_dict, has_extra_state, twin
+from models.state import Plain, beside_state_dict, full_name, has_extra_state, twin
 from tasks import Outputs, Task, split_outputs
 from training.data import Data
 from training.learner import inputs
 
 MOST_IMAGES = 16  # enough to see a mistake and, on a CPU, to guess a step's time
 PICTURES = 4  # that are evaluated
-TRIAL = 104  # a stream of `mix`, beside those of data/keyed_random.py
+TRIAL = 104  # a stream of `hash_integers`, beside those of data/keyed_random.py
 LONG = 5.0  # seconds of a forward and backward, after which nothing more is tried
 
 
@@ -258,7 +258,7 @@ def attributes(model: nn.Module) -> dict[str, str]:
     """What modules keep beside parameters and buffers, as text that can be compared."""
     torchs = vars(nn.Module())
     return {
-        f"{path}.{name}" if path else name: _text(value)
+        full_name(path, name): _text(value)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if name not in torchs
