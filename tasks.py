@@ -36,16 +36,23 @@ def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
 def balanced_accuracy(confusion: list[list[int]]) -> float:
     """The mean over the classes of the share that is found; classes without images do not count."""
     shares = [row[label] / sum(row) for label, row in enumerate(confusion) if sum(row)]
-    return sum(shares) / len(shares)
+    return sum(shares) / max(1, len(shares))
 
 
-def never_found(confusion: list[list[int]], classes: Sequence[str]) -> list[str]:
-    """The classes of which no image is recognised."""
-    return [
+def never_found(confusion: list[list[int]], classes: Sequence[str]) -> str:
+    """The classes of which no image is recognised, in a sentence; "" where there are none."""
+    missed = [
         f"{classes[label]} ({sum(row)} images)"
         for label, row in enumerate(confusion)
         if sum(row) and not row[label]
     ]
+    if not missed:
+        return ""
+    more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+    return (
+        f"the best weights find none of class {', '.join(missed[:5])}{more}; --select "
+        "balanced_accuracy chooses weights by the mean over the classes"
+    )
 
 
 class Task:

@@ -256,13 +256,8 @@ def show_ending(
         split = "validation part" if data.chosen_on == "val" else "test split"
         images = metric.about(f"{last['images']} test images")
         rows.append(("last", f"{metric.show(last[metric.key])} {images}"))
-        missed = never_found(best["confusion"], data.classes) if "confusion" in best else []
-        if missed:
-            more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
-            screen.warn(
-                f"the best weights find none of class {', '.join(missed[:5])}{more}; --select "
-                "balanced_accuracy chooses weights by the mean over the classes"
-            )
+        if missed := never_found(best.get("confusion", []), data.classes):
+            screen.warn(missed)
         words = f"{metric.show(best[metric.key])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
     elif best:
