@@ -42,6 +42,9 @@ class Augment:
     mirrors each image in every second epoch instead of by chance (Jordan, 2024, arXiv:2404.00498).
     no_flip leaves all flips out: mirrored digits are other things. tta is the level of `vote`.
 
+    cut: the images are photographs, cut and scaled already (cuts.py): they are only mirrored,
+    normalised, and blanked by cutout.
+
     samples, where it is not 0, is the number of training images: the choices of an epoch are made
     for all of them when its first batch comes, and are the same bits as those made batch by batch.
 
@@ -62,13 +65,14 @@ class Augment:
         no_flip: bool = False,
         tta: int = 0,
         samples: int = 0,
+        cut: bool = False,
     ) -> None:
         if kind not in KINDS:
             raise UserError(
                 f"{kind!r} is not a kind of augmentation; known: {', '.join(KINDS)}",
                 code="unknown-augmentation",
             )
-        self.kind, self.image_size, self.seed = kind, image_size, seed
+        self.kind, self.image_size, self.seed, self.cut = kind, image_size, seed, cut
         self.mean, self.std = tuple(mean), tuple(std)
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix
         self.alternating_flip, self.no_flip = alternating_flip, no_flip
@@ -84,7 +88,10 @@ class Augment:
             return self.evaluate(images)
         chosen = self._rows(self.choices, indices, epoch, images)
         mirrored, corner, place = chosen[:, :1] > 0, chosen[:, 1:3], chosen[:, 3:]
-        if self.kind == "resized_crop":
+        if self.cut:
+            images = self._normalise(images)
+            images = torch.where(mirrored[:, :, None, None], images.flip(3), images)
+        elif self.kind == "resized_crop":
             images = resized_crop(self._normalise(images), place, mirrored, self.image_size)
         else:
             images = self.evaluate(self._move(images, place, mirrored))
@@ -94,7 +101,8 @@ class Augment:
         """Normalised float32 images of image_size from uint8 (n, C, H, W); no randomness."""
         if images.ndim == 2:
             return images
-        return resize(self._normalise(images), self.image_size)
+        images = self._normalise(images)
+        return images if self.cut else resize(images, self.image_size)
 
     def vote(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """The model's logits (n, classes), averaged over views of each image at test time (tta).
@@ -164,7 +172,7 @@ class Augment:
         Columns: 1 if mirrored; top and left of the square cut out; then top, left, height, width
         of the box (float32), or for moves (int64) the row and the column that come first.
         """
-        boxes = self.kind == "resized_crop"
+        boxes = self.kind == "resized_crop" and not self.cut
         draws = uniforms(self.seed, epoch, indices, 5 + 2 * CROP_TRIES * boxes, AUGMENT)
         mirrored = self._flip(draws[:, 0], indices, epoch).float()
         corner = _start(draws[:, 3:5], self.cutout, self.image_size)
@@ -262,12 +270,13 @@ def resized_crop(images: Tensor, boxes: Tensor, mirrored: Tensor, size: int) -> 
 
 
 def random_boxes(
-    height: int, width: int, place: Tensor, shape: Tensor
+    height: int | Tensor, width: int | Tensor, place: Tensor, shape: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height, width, float (n,) each, distributed as torchvision's RandomResizedCrop.
 
-    `place` (n, 2) and `shape` (n, 2 * tries) are uniforms. The first of the tries that fits into
-    the image counts; where none does, the largest box of an allowed ratio, for a square all of it.
+    height and width are those of all images, or float (n, 1). `place` (n, 2) and `shape`
+    (n, 2 * tries) are uniforms. The first of the tries that fits into the image counts; where none
+    does, the largest box of an allowed ratio, for a square all of it.
     """
     area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * shape[:, ::2])
     low, high = (math.log(ratio) for ratio in CROP_RATIO)
@@ -276,8 +285,13 @@ def random_boxes(
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
     first = fits.int().argmax(1, keepdim=True)
     found = fits.any(1)
-    widest = min(width, round(height * CROP_RATIO[1]))
-    highest = min(height, round(width / CROP_RATIO[0]))
+    if isinstance(height, Tensor) and isinstance(width, Tensor):
+        widest = torch.minimum(width, (height * CROP_RATIO[1]).round())[:, 0]
+        highest = torch.minimum(height, (width / CROP_RATIO[0]).round())[:, 0]
+        height, width = height[:, 0], width[:, 0]
+    else:
+        widest = min(int(width), round(int(height) * CROP_RATIO[1]))
+        highest = min(int(height), round(int(width) / CROP_RATIO[0]))
     box_width = torch.where(found, widths.gather(1, first)[:, 0], widest)
     box_height = torch.where(found, heights.gather(1, first)[:, 0], highest)
     top = (place[:, 0] * (height - box_height + 1)).floor()

@@ -54,7 +54,7 @@ def show_start(
     expected = left * per_step + evaluations * per_test
     amount = f"{config.dataset}: {len(data.train):,} training, {len(data.test):,} test images"
     if world.device.type == "cuda":
-        there = data.train.images.device.type == "cuda"
+        there = data.train.labels.device.type == "cuda"
         amount += f", in {'GPU' if there else 'host'} memory"
     rows = [
         ("model", f"{config.model}, {total:,} parameters{held}"),

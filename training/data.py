@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from config import BatchPlan, Settings, plan_batch
+from config import BatchPlan, Settings, TrainConfig, plan_batch
 from data.augment import Augment
+from data.cuts import Cuts, default_resize
 from data.image_set import numbered_as
-from data.loaders import Resident, build_test_loader, build_train_loader, evaluation_batch
+from data.loaders import (
+    Decoding,
+    Photographs,
+    Resident,
+    build_test_loader,
+    build_train_loader,
+    decoding_of,
+    evaluation_batch,
+)  # fmt: skip
 from data.order import GlobalBatchSampler, split_validation
-from data.sources import ImageSet, Source, limited, load_source
+from data.photographs import PhotoSet
+from data.sources import Source, limited, load_source
 from distributed import faults
 from distributed.world import World
 from errors import UserError
@@ -24,9 +34,9 @@ from training.plan import Plan, classes_of_run
 Batch = dict[str, Tensor]
 
 
-def resident(loader: DataLoader) -> Resident:
-    """The images that a loader hands out, also after Accelerate prepared it."""
-    return cast(Resident, loader.dataset)
+def pictures_of(loader: DataLoader) -> Resident | Photographs:
+    """What a loader hands out, also after Accelerate prepared it."""
+    return cast(Resident | Photographs, loader.dataset)
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,12 @@ class Data:
     note: str = ""
 
     @property
-    def train(self) -> Resident:
-        return resident(self.train_loader)
+    def train(self) -> Resident | Photographs:
+        return pictures_of(self.train_loader)
 
     @property
-    def test(self) -> Resident:
-        return resident(self.test_loaders["test"])
+    def test(self) -> Resident | Photographs:
+        return pictures_of(self.test_loaders["test"])
 
     @property
     def classes(self) -> list[str]:
@@ -79,7 +89,19 @@ class Data:
     def rest_of_epoch(self, epoch: int, first_step: int) -> Iterator[Batch]:
         """This process's slice of each global batch of an epoch, from one of its steps on."""
         self.sampler.start(epoch, first_step)
-        yield from self.train_loader
+        yield from self.train.in_flight(self.train_loader, epoch)
+
+    def evaluation(self, split: str) -> Iterator[Batch]:
+        """This process's slice of each batch of a split."""
+        loader = self.test_loaders[split]
+        yield from pictures_of(loader).in_flight(loader, None)
+
+    def counted(self, split: str, world: World) -> int:
+        """How many images of a split count: all but those that could not be decoded just now."""
+        pictures = pictures_of(self.test_loaders[split])
+        if isinstance(pictures, Resident):
+            return len(pictures)
+        return len(pictures) - sum(world.everyones(pictures.left_out))
 
     def endless(self) -> Iterator[Batch]:
         """Epoch after epoch, for trials that are no run."""
@@ -124,6 +146,7 @@ def build_data(
     Raises UserError where the batch, the shards and the processes do not fit together.
     """
     config = settings.config
+    decoding = cutting(config, source, device)
     entry = lookup(config.model)
     if entry.task != source.task:
         fits = "--dataset line" if entry.task == "regression" else "an image data set"
@@ -139,18 +162,34 @@ def build_data(
     tests = {"test": test}
     if config.val_fraction:
         kept, held_out = split_validation(len(train), config.val_fraction, config.seed)
-        validation = ImageSet(train.images[held_out], train.labels[held_out])
-        train = ImageSet(train.images[kept], train.labels[kept])
+        validation, train = train.part(held_out), train.part(kept)
         tests = {"val": validation, "test": test}
     batch = plan_batch(settings, num_processes, len(train))
-    train_loader, sampler = build_train_loader(train, batch.batch_size, config.seed, device)
+    train_loader, sampler = build_train_loader(
+        train, batch.batch_size, config.seed, device, decoding
+    )
     augment = Augment(
         config.augment, config.image_size, source.mean, source.std, config.seed,
         cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
         alternating_flip=config.alternating_flip, no_flip=source.no_flip,
         tta=config.tta, samples=0 if device.type == "cpu" else len(train),
+        cut=decoding is not None,
     )  # fmt: skip
     test_loaders = {
-        split: build_test_loader(images, test_batch, device) for split, images in tests.items()
+        split: build_test_loader(images, test_batch, device, decoding)
+        for split, images in tests.items()
     }
     return Data(source, batch, augment, sampler, train_loader, test_loaders)
+
+
+def cutting(config: TrainConfig, source: Source, device: torch.device) -> Decoding | None:
+    """How the photographs of a source become batches; None for pictures in memory."""
+    if not isinstance(source.train, PhotoSet):
+        return None
+    eval_size = config.eval_size or config.image_size
+    cuts = Cuts(
+        config.augment, config.image_size, eval_size,
+        config.eval_resize or default_resize(eval_size), config.resize, config.seed,
+    )  # fmt: skip
+    threads = config.decode_threads or torch.get_num_threads()
+    return decoding_of(cuts, source.mean, threads, device)

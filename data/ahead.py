@@ -1,0 +1,114 @@
+"""Work for the batches to come, by threads, in the order of the batches."""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Piece = Callable[[], None]
+
+
+class Threads:
+    """Daemon threads that do pieces of work: a read that hangs keeps no process from ending."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pieces: queue.SimpleQueue[tuple[Work, Piece] | None] = queue.SimpleQueue()
+        self._started = False
+
+    def do(self, pieces: list[Piece]) -> "Work":
+        """Begin with these pieces, after all that were given before."""
+        if not self._started:  # with the first batch: a fork may come before it
+            self._started = True
+            for number in range(self.count):
+                name = f"decode-{number}"
+                threading.Thread(target=self._run, name=name, daemon=True).start()
+        work = Work(len(pieces))
+        for piece in pieces:
+            self._pieces.put((work, piece))
+        return work
+
+    def end(self) -> None:
+        """No more work comes: the threads leave when they have done what there is."""
+        if self._started:
+            for _ in range(self.count):
+                self._pieces.put(None)
+        self._started = False
+
+    def _run(self) -> None:
+        while (one := self._pieces.get()) is not None:
+            work, piece = one
+            try:
+                if not work.dropped:
+                    piece()
+            except BaseException as error:
+                work.error = work.error or error
+            work.count_one()
+
+
+class Work:
+    """Pieces of work that somebody waits for; the first error among them is raised there."""
+
+    def __init__(self, pieces: int) -> None:
+        self.dropped = False
+        self.error: BaseException | None = None
+        self._left = pieces
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        if not pieces:
+            self._done.set()
+
+    def count_one(self) -> None:
+        """One piece is done."""
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._done.set()
+
+    def wait(self) -> None:
+        """Until all pieces are done; in short turns, so that a signal is heard."""
+        while not self._done.wait(0.2):
+            pass
+        if self.error is not None:
+            raise self.error
+
+
+class Ahead(Generic[T, R]):
+    """Begins what later items need while earlier ones are used; counts the seconds waited."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth, self.waited = depth, 0.0
+
+    def take_waited(self) -> float:
+        """Seconds that a step waited for pictures since this was last asked."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def over(
+        self, items: Iterable[T], begin: Callable[[T], tuple[Work, Callable[[], R]]]
+    ) -> Iterator[R]:
+        """What begin(item) gives once its work is done, item by item, `depth` of them in flight."""
+        flying: deque[tuple[Work, Callable[[], R]]] = deque()
+        source = iter(items)
+        try:
+            for item in source:
+                flying.append(begin(item))
+                if len(flying) > self.depth:
+                    yield self._landed(flying.popleft())
+            while flying:
+                yield self._landed(flying.popleft())
+        finally:
+            for work, _ in flying:  # left in mid-epoch: nobody will ask for them
+                work.dropped = True
+
+    def _landed(self, one: tuple[Work, Callable[[], R]]) -> R:
+        work, result = one
+        began = time.perf_counter()
+        work.wait()
+        self.waited += time.perf_counter() - began
+        return result()
