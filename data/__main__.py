@@ -12,6 +12,9 @@ from common.parser import Parser
 from common.text import printable
 from data.augment import KINDS, Augment
 from data.cache import cache_dir
+from data.cuts import Cuts, default_resize
+from data.loaders import decoding_of, place
+from data.photographs import PHOTOGRAPH, PhotoSet, sizes_in_words
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
 from errors import UserError
 
@@ -104,19 +107,27 @@ def _show(source: Source, options: argparse.Namespace) -> None:
         )
     total = len(source.train)
     indices = torch.arange(min(ROWS, total)) * total // min(ROWS, total)  # folders lie by class
-    images = source.train.images[indices]
+    photographs = isinstance(source.train, PhotoSet)
+    size = options.image_size or (
+        PHOTOGRAPH if isinstance(source.train, PhotoSet) else source.train.images.shape[-1]
+    )
+    cuts = Cuts(options.augment, size, size, default_resize(size), "crop", options.seed)
+    cpu = torch.device("cpu")
+    pictures, _ = place(source.train, cpu, decoding_of(cuts, source.mean, 2, cpu))
     augment = Augment(
         kind=options.augment,
-        image_size=options.image_size or images.shape[-1],
+        image_size=size,
         mean=source.mean,
         std=source.std,
         seed=options.seed,
         no_flip=source.no_flip,
+        cut=photographs,
     )
     mean, std = (torch.tensor(values)[:, None, None] for values in (source.mean, source.std))
     columns = []
     for epoch in range(options.epoch, options.epoch + COLUMNS):
-        normalised = augment.train(images, indices, epoch)
+        (batch,) = pictures.in_flight([pictures.__getitems__(indices)], epoch)
+        normalised = augment.train(batch["images"], indices, epoch)
         columns.append(torch.cat(list(normalised * std + mean), dim=1))
     pixels = (torch.cat(columns, dim=2) * 255).round().clamp(0, 255).to(torch.uint8)
     sheet = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -154,7 +165,10 @@ def half_blocks(image: "Image.Image") -> str:
 
 def _stats(source: Source, options: argparse.Namespace) -> None:
     print(f"train {len(source.train)}, test {len(source.test)}, ", end="")
-    print(f"each {tuple(source.train.images.shape[1:])} {source.train.images.dtype}")
+    if isinstance(source.train, PhotoSet):
+        print(sizes_in_words(source.train.sizes))
+    else:
+        print(f"each {tuple(source.train.images.shape[1:])} {source.train.images.dtype}")
     if source.classes:
         train, test = (
             torch.bincount(split.labels, minlength=len(source.classes)).tolist()

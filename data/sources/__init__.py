@@ -224,7 +224,7 @@ def build(copy: Copy, image_size: int | None, skip_bad: bool) -> Entry:
         found = hub.read(copy.where, image_size, skip_bad)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
-    return entry_of(found, printable(copy.where))
+    return entry_of(found, printable(copy.where), image_size)
 
 
 def save_source(source: Source, path: Path, image_size: int | None) -> None:

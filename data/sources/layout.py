@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.image_set import Decoded
+from data.scan import Scanned
 
 
 @dataclass(frozen=True)
@@ -15,4 +16,4 @@ class Layout:
     holds: Callable[[Path], bool]
     files: Callable[[Path], list[Path]]  # sorted: their sizes and times tell whether it changed
     # Of a path, an image size and whether to skip what is damaged; None: see carried.py.
-    read: Callable[[Path, int | None, bool], Decoded] | None
+    read: Callable[[Path, int | None, bool], Decoded | Scanned] | None
