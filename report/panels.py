@@ -299,7 +299,7 @@ def show_ending(
     elif code == FAILED and world.stop.reason == DAMAGED:
         title = f"saved at step {progress.step}: {reason}"
         typed = go_on(folder, world.num_processes, world.device.type == "cuda")
-        commands.append(("go on", f"{typed} --exclude {pasted(folder / DAMAGED_LIST)}"))
+        commands.append(("go on", f"{typed} --exclude {shlex.quote(str(folder / DAMAGED_LIST))}"))
         rows.append(("or", "--skip-bad-images leaves out all that cannot be read"))
     elif code == FAILED:
         title = f"ended without its last checkpoint: {reason}"
