@@ -2,8 +2,8 @@
 
 The usual way is torchvision's ImageFolder with RandomResizedCrop(224), a flip, ToTensor, in a
 DataLoader with a worker for each core. Ours ends with the same mirrored crops as uint8: they are
-normalised on the device. Made-up photographs have ImageNet's sizes (in the mean about 470 x 390, 110 KB). Epochs of all
-arms take turns; what they read lies in the page cache.
+normalised on the device. Made-up photographs have ImageNet's sizes (in the mean about 470 x 390,
+110 KB). Epochs of all arms take turns; what they read lies in the page cache.
 """
 
 import io
