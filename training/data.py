@@ -127,6 +127,7 @@ def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
     source = world.all_or_none(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed,
+        keep_decoded=True,
     ))  # fmt: skip
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
