@@ -151,9 +151,7 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
                 return None
         counts, kept = world.together(counts, kept)
         results[split] = task.results(counts) | {"examples": task.examples(kept)}
-        assert results[split]["images"] == data.counted(split, world), (
-            "an image lost or counted twice"
-        )
+        assert results[split]["images"] == data.counted(split, world), "an image lost or doubled"
     return results
 
 

@@ -124,6 +124,9 @@ class TrainConfig:
     skip_bad_images: bool = setting(
         False, "leave out images that cannot be read, and list them", group="images"
     )
+    exclude: str | None = setting(
+        None, "a photograph to leave out, or a .txt with one name on each line", group="images"
+    )
 
     mixed_precision: str = setting(
         "auto", "auto is bf16 to classify where the GPU has it", group="machine",
@@ -170,7 +173,17 @@ class TrainConfig:
 # What a resumed run may change without being asked twice: length, placement and reporting.
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
-    | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "decode_threads"}
+    | {
+        "track",
+        "plots",
+        "data_dir",
+        "accumulate",
+        "run_dir",
+        "tta",
+        "decode_threads",
+        "exclude",
+        "skip_bad_images",
+    }
 )
 DEBUG_PRESET = {
     "epochs": 1, "max_steps": 8, "limit": 512, "compile": False,

@@ -82,12 +82,15 @@ class Ahead(Generic[T, R]):
     """Begins what later items need while earlier ones are used; counts the seconds waited."""
 
     def __init__(self, depth: int) -> None:
-        self.depth, self.waited = depth, 0.0
+        self.depth = depth
+        self._waited = self._used = 0.0
 
-    def take_waited(self) -> float:
-        """Seconds that a step waited for pictures since this was last asked."""
-        waited, self.waited = self.waited, 0.0
-        return waited
+    def take_wait(self) -> float:
+        """The share of the time that was spent waiting, since this was last asked."""
+        total = self._waited + self._used
+        share = self._waited / total if total else 0.0
+        self._waited = self._used = 0.0
+        return share
 
     def over(
         self, items: Iterable[T], begin: Callable[[T], tuple[Work, Callable[[], R]]]
@@ -99,16 +102,18 @@ class Ahead(Generic[T, R]):
             for item in source:
                 flying.append(begin(item))
                 if len(flying) > self.depth:
-                    yield self._landed(flying.popleft())
+                    yield from self._landed(flying.popleft())
             while flying:
-                yield self._landed(flying.popleft())
+                yield from self._landed(flying.popleft())
         finally:
             for work, _ in flying:  # left in mid-epoch: nobody will ask for them
                 work.dropped = True
 
-    def _landed(self, one: tuple[Work, Callable[[], R]]) -> R:
+    def _landed(self, one: tuple[Work, Callable[[], R]]) -> Iterator[R]:
         work, result = one
         began = time.perf_counter()
         work.wait()
-        self.waited += time.perf_counter() - began
-        return result()
+        ready = time.perf_counter()
+        self._waited += ready - began
+        yield result()
+        self._used += time.perf_counter() - ready

@@ -14,6 +14,7 @@ from data.order import EvaluationBatchSampler, GlobalBatchSampler
 from data.photographs import PhotoSet
 from data.sources import ImageSet
 
+BATCHES_AHEAD = 3  # decoded while one is used: pictures come in uneven sizes
 NOT_COUNTED = -100  # the label that torch's losses leave out
 EVALUATION_BATCH = 128  # images per forward and process: the same shape on any number of them
 LARGEST_EVALUATION_BATCH = 1024  # on a GPU, where a small batch costs the host more than the device
@@ -72,6 +73,7 @@ class Photographs(Dataset):
         self.pictures, self.decoding = pictures, decoding
         self.labels = pictures.labels
         self.sizes = pictures.sizes
+        self.ahead = Ahead(BATCHES_AHEAD)
         self.left_out = 0  # rows of the latest pass that could not be decoded, on this process
 
     def __len__(self) -> int:
@@ -101,7 +103,7 @@ class Photographs(Dataset):
         They are cut as in training in this epoch, or, where it is None, as in evaluation.
         """
         self.left_out = 0
-        yield from self.decoding.ahead.over(batches, partial(self._begin, epoch=epoch))
+        yield from self.ahead.over(batches, partial(self._begin, epoch=epoch))
 
     def _begin(self, batch: dict, epoch: int | None) -> tuple[Work, Callable[[], dict]]:
         decoding, rows = self.decoding, torch.tensor(batch.pop("rows"))
@@ -135,11 +137,7 @@ class Decoding:
     cuts: Cuts
     fill: tuple[int, int, int]
     threads: Threads
-    ahead: Ahead
     device: torch.device
-
-
-BATCHES_AHEAD = 3  # decoded while one is used: pictures come in uneven sizes
 
 
 def decoding_of(
@@ -147,7 +145,7 @@ def decoding_of(
 ) -> Decoding:
     """Photographs cut in this way by so many threads; what is empty has the mean colour."""
     red, green, blue = (round(255 * value) for value in mean)
-    return Decoding(cuts, (red, green, blue), Threads(threads), Ahead(BATCHES_AHEAD), device)
+    return Decoding(cuts, (red, green, blue), Threads(threads), device)
 
 
 def place(

@@ -7,28 +7,26 @@ scaled, by one of the threads that work ahead of the step; never more than a few
 import functools
 import io
 import math
-import threading
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from common.text import printable
 from data.ahead import Piece, Threads, Work
-from data.cuts import Boxes
+from data.cuts import Boxes, Cuts, default_resize
 from data.files import MAX_PIXELS, decode
 
 PLAIN = 16  # in a picture's kind: a JPEG whose colours need no thought; below it: its orientation
 RETRIES = (1.0, 3.0, 6.0)  # seconds before a picture that cannot be read is tried once more
 PIECE = 4  # pictures that a thread takes at a time
 PHOTOGRAPH = 224  # pixels a side, where nobody says how large photographs are seen
-RESAMPLING = Image.Resampling.BILINEAR
 
 
 class Store(Protocol):
@@ -45,6 +43,10 @@ class Store(Protocol):
 
     def raw(self, place: int) -> np.ndarray | None:
         """The upright pixels (H, W, 3) uint8, where they lie decoded."""
+        ...
+
+    def name_of(self, path: Path) -> str:
+        """The name that a file of the data set has in it."""
         ...
 
 
@@ -64,6 +66,9 @@ class Names:
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[place] for place in range(len(self)))
 
     def __getitem__(self, place: int) -> str:
         start = int(self.ends[place - 1]) if place else 0
@@ -87,19 +92,24 @@ class FileStore:
         """See Store."""
         return None
 
+    def name_of(self, path: Path) -> str:
+        """See Store."""
+        return Path(os.path.relpath(path, self.root)).as_posix()
+
 
 @dataclass
 class Damage:
     """Pictures that could not be decoded; each weighs nothing, whoever meets it."""
 
     excluded: frozenset[int] = frozenset()  # places that the user wants left out
-    found: dict[int, str] = field(default_factory=dict)  # place: why
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    found: dict[int, str] = field(default_factory=dict)  # place: why; what was met stays left out
+    notice: Callable[[], None] | None = None  # called, from any thread, when one was met
 
     def add(self, place: int, why: str) -> None:
-        """This picture, for good: what was met once stays left out."""
-        with self.lock:
-            self.found[place] = why
+        """A picture that was met for the first time."""
+        self.found[place] = why
+        if self.notice is not None:
+            self.notice()
 
 
 @dataclass(frozen=True)
@@ -260,6 +270,8 @@ def cut(
     pixels: np.ndarray, boxes: Boxes, row: int, out: np.ndarray, fill: tuple[int, int, int]
 ) -> None:
     """Put one row's box of a picture (H, W, 3), antialiased, into `out`, (size, size, 3)."""
+    from PIL import Image
+
     left, top, right, bottom = boxes.source[row]
     x0, y0, x1, y1 = boxes.output[row].tolist()
     high, wide = y1 - y0, x1 - x0
@@ -270,10 +282,41 @@ def cut(
     part = pixels[first_y : math.ceil(bottom) + reach_y, first_x : math.ceil(right) + reach_x]
     box = (left - first_x, top - first_y, right - first_x, bottom - first_y)
     box = (*box[:2], min(box[2], part.shape[1]), min(box[3], part.shape[0]))  # a rounding beyond
-    image = Image.fromarray(np.ascontiguousarray(part)).resize((wide, high), RESAMPLING, box=box)
+    image = Image.fromarray(np.ascontiguousarray(part))
+    image = image.resize((wide, high), Image.Resampling.BILINEAR, box=box)
     if (high, wide) != out.shape[:2]:
         out[:] = fill
     out[y0:y1, x0:x1] = np.asarray(image)
+
+
+def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
+    """A picture (H, W, 3) as the evaluation of a run saw its own, (S, S, 3) uint8.
+
+    `told` is what the run's weights say of themselves: image_size, and how photographs were cut or
+    the size of small pictures that were kept as they were; older ones kept small squares so.
+    """
+    from PIL import Image
+
+    from data.files import SMALL, square
+
+    size = told["image_size"]
+    height, width, _ = pixels.shape
+    older = "dataset" in told and not told.keys() & {"picture_size", "photographs"}
+    if [height, width] == told.get("picture_size") or (older and height == width <= SMALL):
+        return pixels.copy()
+    if not told.get("photographs") and max(pixels.shape[:2]) <= SMALL:
+        return np.asarray(square(Image.fromarray(pixels), size)).copy()
+    # Small pictures that a run was trained on were not cut; nor were those of older runs.
+    margin = default_resize(size) if told.get("photographs") else size
+    cuts = Cuts(
+        "none", size, told.get("eval_size", size), told.get("eval_resize", margin),
+        told.get("resize", "crop"), 0,
+    )  # fmt: skip
+    boxes = cuts.evaluation(torch.tensor([pixels.shape[:2]]))
+    out = np.empty((boxes.size, boxes.size, 3), np.uint8)
+    red, green, blue = (round(255 * value) for value in told["mean"])
+    cut(pixels, boxes, 0, out, (red, green, blue))
+    return out
 
 
 def header(encoded: bytes | Path) -> tuple[int, int, int]:
@@ -281,6 +324,8 @@ def header(encoded: bytes | Path) -> tuple[int, int, int]:
 
     Raises whatever Pillow raises where it is none; ValueError where it has too many pixels.
     """
+    from PIL import Image
+
     from data.files import FORMATS
 
     opened = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded

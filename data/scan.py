@@ -137,6 +137,10 @@ class RowStore:
         """See Store."""
         return None
 
+    def name_of(self, path: Path) -> str:
+        """See Store."""
+        return str(path)
+
 
 def mean_and_std_of(train: PhotoSet, image_size: int) -> tuple[list[float], list[float]]:
     """Per channel, in 0..1, of up to 2,048 training pictures as evaluation sees them.

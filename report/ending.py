@@ -8,7 +8,7 @@ from pathlib import Path
 from config import Settings, has_own_terminal
 from distributed.accelerator import leave
 from distributed.checkpoint import Progress
-from distributed.stop import SAVE_FAILED, restarts_left
+from distributed.stop import DAMAGED, SAVE_FAILED, restarts_left
 from distributed.watch import failed_at_start, tell_agent
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
@@ -36,7 +36,12 @@ def finish(
     if failed:
         world.stop.reason, code = SAVE_FAILED, FAILED
     world.phase("end", progress.step)  # the save had a phase of its own
+    damaged = data.damaged(world)
+    if damaged and not log.plan.config.skip_bad_images:
+        world.stop.reason = world.stop.reason or DAMAGED
+        code, failed = FAILED, failed or panels.cannot_decode(damaged)
     if log.folder is not None:
+        log.folder.write_damaged(damaged)
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason)
     if code == STOPPED and restarts_left():

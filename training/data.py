@@ -3,15 +3,17 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common.disk import Json
 from config import BatchPlan, Settings, TrainConfig, plan_batch
 from data.augment import Augment
-from data.cuts import Cuts, default_resize
+from data.cuts import Cuts, default_resize, lost
 from data.image_set import numbered_as
 from data.loaders import (
     Decoding,
@@ -23,15 +25,17 @@ from data.loaders import (
     evaluation_batch,
 )  # fmt: skip
 from data.order import GlobalBatchSampler, split_validation
-from data.photographs import PhotoSet
+from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.sources import Source, limited, load_source
 from distributed import faults
+from distributed.stop import DAMAGED
 from distributed.world import World
 from errors import UserError
 from models import lookup
 from training.plan import Plan, classes_of_run
 
 Batch = dict[str, Tensor]
+MOST_CUT_OFF = 0.7  # of a side, in the mean: a photograph of 3 x 2 loses 0.4
 
 
 def pictures_of(loader: DataLoader) -> Resident | Photographs:
@@ -96,6 +100,56 @@ class Data:
         loader = self.test_loaders[split]
         yield from pictures_of(loader).in_flight(loader, None)
 
+    def photographs(self) -> list[str]:
+        """How large photographs are, what is seen of them and who decodes them, if these are."""
+        if isinstance(self.train, Resident):
+            return []
+        pictures, decoding = self.train.pictures, self.train.decoding
+        cuts, store, count = decoding.cuts, pictures.photos.store, decoding.threads.count
+        seen = f"{cuts.eval_size} pixels of {cuts.eval_resize}"
+        if cuts.resize != "crop":
+            seen = f"{cuts.eval_size} pixels ({cuts.resize})"
+        return [
+            f"{sizes_in_words(pictures.sizes)}; evaluated at {seen}; {store.words} by {count} "
+            f"thread{'s' * (count > 1)} ({decoder()})"
+        ]
+
+    def cut_as(self) -> dict[str, Json]:
+        """How predict.py comes from a picture to what evaluation saw (photographs.as_evaluated)."""
+        if isinstance(self.test, Resident):
+            images = self.test.images
+            return {"picture_size": list(images.shape[2:])} if images.ndim == 4 else {}
+        cuts = self.test.decoding.cuts
+        return {
+            "photographs": True, "eval_size": cuts.eval_size, "eval_resize": cuts.eval_resize,
+            "resize": cuts.resize,
+        }  # fmt: skip
+
+    def cut_off(self) -> list[str]:
+        """What to tell where most of each photograph is never seen."""
+        if isinstance(self.test, Resident):
+            return []
+        gone = lost(self.test.sizes, self.test.decoding.cuts)
+        if gone < MOST_CUT_OFF:
+            return []
+        return [
+            f"{100 * gone:.0f} % of the longer side of these wide or high images is cut off when "
+            "they are evaluated; --resize squash or --resize pad keeps all of it"
+        ]
+
+    def waits(self) -> dict[str, float]:
+        """The share of the training time that waited for photographs, for a row."""
+        train = self.train
+        return {} if isinstance(train, Resident) else {"data/wait": train.ahead.take_wait()}
+
+    def damaged(self, world: World) -> dict[str, str]:
+        """Names and reasons of photographs that could not be decoded so far, on any process."""
+        if isinstance(self.train, Resident):
+            return {}
+        photos = self.train.pictures.photos
+        found = {photos.names[place]: why for place, why in sorted(photos.damage.found.items())}
+        return {name: why for part in world.everyones(found) for name, why in part.items()}
+
     def counted(self, split: str, world: World) -> int:
         """How many images of a split count: all but those that could not be decoded just now."""
         pictures = pictures_of(self.test_loaders[split])
@@ -133,10 +187,45 @@ def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
     world.refuse_disagreement({"data": source.fingerprint})
     known = world.main_decides(lambda: classes_of_run(plan))
     numbered = numbered_as(source, known)
+    if isinstance(source.train, PhotoSet):
+        watch_damage(source.train.photos, config, world)
     data = build_data(plan.settings, numbered, world.num_processes, world.device)
     if numbered is not source:
         data = replace(data, note="the data name the run's classes in another order: by name")
     return plan.with_batch(data.batch), data
+
+
+def watch_damage(photos: Photos, config: TrainConfig, world: World) -> None:
+    """Leave out what the user excludes; a picture that turns out damaged stops the run, or not."""
+    photos.damage.excluded = excluded(photos, config.exclude)
+    if not config.skip_bad_images:
+        photos.damage.notice = lambda: world.stop.request(DAMAGED)
+
+
+def excluded(photos: Photos, names: str | None) -> frozenset[int]:
+    """Places of the pictures that --exclude names, itself or line by line in a text file."""
+    if not names:
+        return frozenset()
+    path = Path(names).expanduser()
+    if names.endswith(".txt"):
+        try:
+            wanted = set(filter(None, path.read_text("utf-8", "surrogateescape").splitlines()))
+        except OSError as error:
+            raise UserError(
+                f"--exclude {names}: {error.strerror}; give a picture's name in the data set, or "
+                "a text file with a name on each line",
+                code="exclude-unreadable",
+            ) from None
+    else:
+        wanted = {names, photos.store.name_of(path)}
+    found = {place for place, name in enumerate(photos.names) if name in wanted}
+    if not found:
+        raise UserError(
+            f"--exclude {names}: the data have no picture of that name; python -m data list shows "
+            "their names",
+            code="exclude-unknown",
+        )
+    return frozenset(found)
 
 
 def build_data(

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,7 @@ except ImportError:  # Windows
 
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
+DAMAGED = "damaged.txt"  # names of photographs, as --exclude reads them
 CODE = "code"  # the source of a model that came as a class
 MOST_DIFF = 1_000_000  # characters of uncommitted changes that a run keeps
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
@@ -267,6 +268,17 @@ class RunDir:
         write_json(self.folder / "classes.json", content)
         if source.skipped:
             write_text(self.folder / SKIPPED, "\n".join(source.skipped) + "\n")
+
+    def write_damaged(self, names: Iterable[str]) -> None:
+        """damaged.txt: these photographs too, which could not be decoded while the run went on."""
+        path = self.folder / DAMAGED
+        try:
+            known = path.read_text("utf-8", "surrogateescape").splitlines()
+        except OSError:
+            known = []
+        if new := [name for name in names if name not in known]:
+            text = "".join(f"{name}\n" for name in [*known, *new])
+            path.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     def write_metrics(self, metrics: Sequence[Metric], best_is: str) -> None:
         """metrics.json: what the numbers in metrics.jsonl are, for those who have this folder."""

@@ -162,5 +162,5 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
     return {
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
-        "dataset": plan.config.dataset,
+        "dataset": plan.config.dataset, **data.cut_as(),
     }  # fmt: skip
