@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from torch import Tensor
 
 from common.disk import digest, read_json, whole, write_json
@@ -92,8 +91,9 @@ class PackStore:
     def __init__(
         self, root: Path, files: tuple[str, ...], places: tuple[Tensor, Tensor, Tensor],
         words: str, checksums: Tensor | None = None, sizes: Tensor | None = None,
-        damaged: Mapping[int, str] | None = None,
+        damaged: Mapping[int, str] | None = None, base: Path | None = None,
     ) -> None:  # fmt: skip
+        self.base = base or root  # the names of the pictures are below it
         self.root, self.files, self.words = root, files, words
         self.which, self.offsets, self.lengths = places
         self.checksums, self.sizes, self.damaged = checksums, sizes, damaged or {}
@@ -120,6 +120,10 @@ class PackStore:
         self._compare(place, pixels.data)
         height, width = self.sizes[place].tolist()
         return pixels.reshape(height, width, 3)
+
+    def name_of(self, path: Path) -> str:
+        """See Store."""
+        return Path(os.path.relpath(path, self.base)).as_posix()
 
     def _where(self, place: int) -> tuple[int, mmap.mmap, int, int]:
         if why := self.damaged.get(place):
@@ -193,6 +197,7 @@ def store_of(tensors: dict[str, Tensor], meta: dict) -> PackStore:
     return PackStore(
         Path(meta["pack"]), tuple(meta["files"]), places, f"a pack: {form.words}",
         tensors["checksums"], tensors["sizes"] if form.store == "raw" else None, damaged,
+        Path(meta["came_from"]) if "came_from" in meta else None,
     )  # fmt: skip
 
 
@@ -284,6 +289,61 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
+def staged(path: Path, folder: Path, say: Say = silent) -> Path:
+    """Where a copy of a pack lies in a folder of this node: made by one process, checked by hash.
+
+    Files that are there already stay. Raises UserError where it cannot be copied.
+    """
+    _, meta = _index(path)
+    out = folder.absolute() / f"{path.name}-{digest(json.dumps(meta['hashes']))}"
+    files = list(zip(meta["files"], meta["bytes"], meta["hashes"], strict=True))
+    with _told(out, "--stage"), _alone(out, True, "--stage"):
+        to_do = [file for file in files if not _is_staged(out / file[0], file[1])]
+        if not to_do and (out / INDEX).is_file():
+            return out
+        total, free = sum(file[1] for file in to_do), shutil.disk_usage(out).free
+        if total > free:
+            raise UserError(
+                f"the disk of {printable(out)} has {_size(free)} free, and the pack takes "
+                f"{_size(total)}: leave --stage out, or give a folder on another disk",
+                code="disk-full",
+            )
+        say(f"copying {_size(total)} of {printable(path)} to {printable(out)}")
+        shutil.copyfile(path / BEGUN, out / BEGUN)
+
+        def copy(file: tuple[str, int, str]) -> None:
+            name, _, wanted = file
+            _note_of(out / name).unlink(missing_ok=True)
+            with whole(out / name) as partial:
+                if _copied(path / name, partial) != wanted:
+                    raise _damaged(path, f"{name} is not what was written", meta)
+            shutil.copyfile(_note_of(path / name), _note_of(out / name))  # it is whole
+
+        with ThreadPoolExecutor(cpus()) as pool:
+            try:
+                list(pool.map(copy, to_do))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        with whole(out / INDEX) as partial:
+            shutil.copyfile(path / INDEX, partial)
+    return out
+
+
+def _is_staged(path: Path, length: int) -> bool:
+    return _note_of(path).is_file() and path.is_file() and path.stat().st_size == length
+
+
+def _copied(source: Path, out: Path) -> str:
+    """Copy a file; its hash on the way."""
+    state = hashlib.blake2b(digest_size=16)
+    with source.open("rb", buffering=0) as read, out.open("wb") as write:
+        while part := read.read(READ):
+            state.update(part)
+            write.write(part)
+    return state.hexdigest()
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 
@@ -297,12 +357,12 @@ def pack(
     made again, without its folder. wait: for another process that writes there, else an error.
     Raises UserError where something cannot be read or written, or lies there already.
     """
-    with _told(out), _alone(out, wait):
+    with _told(out, "--out"), _alone(out, wait, "--out"):
         _Packing(source, form, out, image_size, command, skip_bad, say, count).write()
 
 
 @contextlib.contextmanager
-def _told(out: Path) -> Iterator[None]:
+def _told(out: Path, flag: str) -> Iterator[None]:
     """Errors of the disk that is written to, as sentences."""
     try:
         yield
@@ -315,19 +375,19 @@ def _told(out: Path) -> Iterator[None]:
                 code="disk-full",
             ) from None
         raise UserError(
-            f"{where} cannot be written: {why}; give a folder that can with --out",
+            f"{where} cannot be written: {why}; give a folder that can with {flag}",
             code="output-unwritable",
         ) from None
 
 
 @contextlib.contextmanager
-def _alone(out: Path, wait: bool) -> Iterator[None]:
+def _alone(out: Path, wait: bool, flag: str) -> Iterator[None]:
     """One process at a time writes a pack; what a killed one left half is removed."""
     others = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else out.exists()
     if others and not is_pack(out):
         raise UserError(
             f"{printable(out)} holds something else than a pack: give a new or empty folder with "
-            "--out",
+            f"{flag}",
             code="output-not-empty",
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -425,7 +485,7 @@ class _Packing:
         return done
 
     def _note(self, number: int) -> dict:
-        return read_json(_beside(self.out, number), {})
+        return read_json(_note_of(self.out / _name(number)), {})
 
     def _is_done(self, number: int) -> bool:
         note, file = self._note(number), self.out / _name(number)
@@ -487,7 +547,7 @@ class _Packing:
                 note: dict = {"signature": self._signature(number), "lengths": [], "checksums": []}
                 damaged: dict[str, str] = {}
                 state = hashlib.blake2b(digest_size=16)
-                _beside(self.out, number).unlink(missing_ok=True)
+                _note_of(self.out / _name(number)).unlink(missing_ok=True)
                 with whole(self.out / _name(number)) as partial:
                     with partial.open("wb") as file:
                         while made < len(rows):
@@ -503,7 +563,7 @@ class _Packing:
                             self.count(done, total)
                     self._refuse_changed(rows)
                 note |= {"bytes": sum(note["lengths"]), "hash": state.hexdigest()}
-                write_json(_beside(self.out, number), note | {"damaged": damaged})
+                write_json(_note_of(self.out / _name(number)), note | {"damaged": damaged})
         finally:
             threads.end()
 
@@ -550,6 +610,8 @@ class _Packing:
             return photos.store.encoded(row)
         pixels = photos.pixels(row)
         if not fits:
+            from PIL import Image
+
             image = Image.fromarray(np.ascontiguousarray(pixels))
             pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         pixels = np.ascontiguousarray(pixels)
@@ -644,8 +706,9 @@ def _name(number: int) -> str:
     return f"shard-{number:05}.bin"
 
 
-def _beside(out: Path, number: int) -> Path:
-    return out / f"shard-{number:05}.json"
+def _note_of(file: Path) -> Path:
+    """What is known of a file of a pack; written once the file is whole."""
+    return file.with_suffix(".json")
 
 
 def _size(count: int) -> str:
@@ -662,6 +725,8 @@ def encoder() -> str:
 
         import simplejpeg  # noqa: F401 - whether it can be had
     except ImportError:
+        from PIL import Image
+
         return f"Pillow {Image.__version__}, quality {QUALITY}, 4:2:0"
     return f"simplejpeg {version('simplejpeg')}, quality {QUALITY}, 4:2:0"
 
@@ -672,6 +737,8 @@ def encode(pixels: np.ndarray) -> bytes:
         from simplejpeg import encode_jpeg
     except ImportError:
         import io
+
+        from PIL import Image
 
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")

@@ -141,7 +141,6 @@ def test_a_scaled_pack_has_whole_pictures_and_a_fingerprint_of_its_own(photograp
 
 @pytest.mark.slow
 def test_a_run_has_the_same_numbers_from_files_and_from_packs(photographs, tmp_path, nets):
-    (tmp_path / "no folder").write_text("")  # nothing can be cached there
     homes = {"files": photographs, "cached": photographs}
     for store in ("jpeg", "raw"):
         homes[store] = prepared(photographs, tmp_path / store, "--store", store, *KEEP)
@@ -150,13 +149,17 @@ def test_a_run_has_the_same_numbers_from_files_and_from_packs(photographs, tmp_p
         "--augment", "resized_crop", "--epochs", "2", "--threads", "1", "--log-every", "1",
         "--no-plots",
     ]  # fmt: skip
+    numbers = {}
     for name, dataset in homes.items():
-        cache = str(tmp_path / ("no folder" if name == "files" else "cache"))
-        words = [*flags, "--dataset", dataset, "--run-dir", name]
-        done = train(words, tmp_path, LOCKSTEP_CACHE=cache)
+        words = [*flags, "--dataset", dataset, "--run-dir", f"run {name}"]
+        no_room = {"LOCKSTEP_CACHE_SIZE": "0"} if name == "files" else {}
+        done = train(words, tmp_path, **no_room)
         assert done.status == 0, done.out
-        assert rows(tmp_path / name) == rows(tmp_path / "files"), name
-        assert same_weights(tmp_path / name, tmp_path / "files") == [], name
+        numbers[name] = [
+            {k: v for k, v in r.items() if k != "data/wait"} for r in rows(tmp_path / f"run {name}")
+        ]
+        assert numbers[name] == numbers["files"], name
+        assert same_weights(tmp_path / f"run {name}", tmp_path / "run files") == [], name
     assert len(list((tmp_path / "cache").glob("*.pack"))) == 1  # the small folder was decoded once
 
 
@@ -238,7 +241,7 @@ def test_what_goes_wrong_is_a_sentence(photographs, tmp_path, monkeypatch):
     assert code(tmp_path / "full" / "thesis.txt" / "below") == "output-unwritable"
     out = prepared(photographs, tmp_path / "out", *KEEP)
     assert code(out, "--store", "raw", *KEEP) == "other-pack"
-    with pack._alone(out, wait=False):
+    with pack._alone(out, False, "--out"):
         assert code(out, *KEEP) == "pack-in-use"
     assert code_of("check", photographs) == "no-pack"
     with pytest.raises(UserError) as caught:
@@ -290,3 +293,72 @@ def test_a_damaged_picture_is_named_or_left_out_as_from_its_file(photographs, tm
     out = prepared(photographs, tmp_path / "kept", *KEEP)  # as it is, and told when it is read
     with pytest.raises(ValueError, match=r"\w"):
         load_source(str(out)).train.photos.pixels(place)
+
+
+# Rows of tables
+
+
+def test_rows_of_a_table_are_packed_once_and_are_what_their_files_are(photographs, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    files = load_source(str(photographs))
+    folder = tmp_path / "table"
+    folder.mkdir()
+    for split in ("train", "test"):
+        part = getattr(files, split)
+        names = [part.photos.names[place] for place in part.places.tolist()]
+        rows = [{"bytes": (photographs / name).read_bytes(), "path": None} for name in names]
+        labels = [name.partition("/")[0] for name in names]
+        table = pyarrow.table({"image": rows, "label": labels})
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    said = []
+    first = load_source(str(folder), say=said.append)
+    assert any("packing 60 pictures as the bytes" in line for line in said)
+    assert torch.equal(seen(first), seen(files)) and first.classes == files.classes
+    said.clear()
+    second = load_source(str(folder), image_size=48, say=said.append)
+    third = load_source(str(folder), say=said.append)
+    assert not any("packing" in line for line in said)
+    assert first.fingerprint == second.fingerprint == third.fingerprint
+    (cached,) = (tmp_path / "cache").glob("*.pack")
+    shutil.rmtree(cached)  # as somebody who needs room does
+    assert torch.equal(seen(load_source(str(folder))), seen(files))
+    out = prepared(folder, tmp_path / "pack", "--store", "raw", *KEEP)
+    assert load_source(str(out)).fingerprint == first.fingerprint
+
+
+# Staging
+
+
+def test_a_pack_is_staged_once_and_checked(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "SHARD_BYTES", 20_000)
+    out = prepared(photographs, tmp_path / "pack", *KEEP)
+    local = tmp_path / "local"
+    source = load_source(str(out), stage=str(local))
+    (copy,) = local.iterdir()
+    assert content_of(copy) == content_of(out) and str(copy) in source.origin
+    assert source.fingerprint == load_source(str(out)).fingerprint
+    times = {path: path.stat().st_mtime_ns for path in copy.glob("*.bin")}
+    assert torch.equal(seen(load_source(str(out), stage=str(local))), seen(source))
+    (copy / "shard-00001.bin").write_bytes(b"half")
+    load_source(str(out), stage=str(local))
+    assert content_of(copy) == content_of(out)
+    later = {path: path.stat().st_mtime_ns for path in times}
+    assert {path.name for path in times if later[path] != times[path]} == {"shard-00001.bin"}
+
+    def code(**words) -> str:
+        with pytest.raises(UserError) as caught:
+            load_source(words.pop("dataset", str(out)), **words)
+        return caught.value.code
+
+    assert code(dataset=str(photographs), stage=str(local)) == "nothing-to-stage"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
+        assert code(stage=str(tmp_path / "small")) == "disk-full"
+    (tmp_path / "file").write_text("")
+    assert code(stage=str(tmp_path / "file")) == "output-unwritable"
+    content = bytearray((out / "shard-00002.bin").read_bytes())
+    content[5] ^= 1
+    (out / "shard-00002.bin").write_bytes(content)
+    assert code(stage=str(tmp_path / "new")) == "pack-damaged"

@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,6 +186,7 @@ def load_source(
     skip_bad_images: bool = False,
     seed: int = 0,
     keep_decoded: bool = False,
+    stage: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
@@ -193,14 +194,19 @@ def load_source(
     Safe to call from all processes of a node at once: one decodes, the others wait for its file.
     `image_size` applies to folders and tables (see `files.decode_all`), `seed` to `line` alone.
     `keep_decoded`: photographs that many epochs will read are decoded once, where they are few.
+    `stage`: a folder of this node that a pack is copied to, once, and read from.
     `say` hears of work that takes long, before it begins.
     """
     if name in SOURCES and SOURCES[name].made:
+        if stage:
+            raise _nothing_to_stage(name)
         return find(SOURCES[name].target)(f"Data: {SOURCES[name].summary}.", seed)
     from data.cache import cached
     from data.sources.describe import at_hand, in_pack, source_of
 
     copy = locate(name, data_dir)
+    if stage:
+        copy = _staged(copy, Path(stage).expanduser(), say)
     if copy.published:
         image_size = None  # its pictures share one small size
     if copy.layout and copy.layout.entry:
@@ -212,6 +218,22 @@ def load_source(
         if keep_decoded:
             entry = at_hand(copy.key(None, skip_bad_images), entry, say)
     return source_of(name, entry, copy.origin)
+
+
+def _staged(copy: Copy, folder: Path, say: Callable[[str], None]) -> Copy:
+    from data.pack import staged
+
+    if copy.kind != "pack":
+        raise _nothing_to_stage(copy.where)
+    return replace(copy, where=str(staged(Path(copy.where), folder, say)))
+
+
+def _nothing_to_stage(name: str) -> UserError:
+    return UserError(
+        f"--stage copies a pack, and {printable(name)} is none: make one with python -m data "
+        "prepare --out FOLDER, or leave --stage out",
+        code="nothing-to-stage",
+    )
 
 
 def build(copy: Copy, image_size: int | None, skip_bad: bool, say: Callable[[str], None]) -> Entry:
