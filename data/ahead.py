@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -25,13 +27,20 @@ class Threads:
         """Begin with these pieces, after all that were given before."""
         if not self._started:  # with the first batch: a fork may come before it
             self._started = True
-            for number in range(self.count):
-                name = f"decode-{number}"
-                threading.Thread(target=self._run, name=name, daemon=True).start()
+            self._start()
         work = Work(len(pieces))
         for piece in pieces:
             self._pieces.put((work, piece))
         return work
+
+    def _start(self) -> None:
+        ready = threading.Barrier(self.count + 1)
+        for number in range(self.count):
+            name = f"decode-{number}"
+            threading.Thread(target=self._run, args=(ready,), name=name, daemon=True).start()
+        mine = torch.get_num_threads()
+        ready.wait()  # each has told torch that it works alone: a team of its own would be slower,
+        torch.set_num_threads(mine)  # and what it told would hold for later threads too
 
     def end(self) -> None:
         """No more work comes: the threads leave when they have done what there is."""
@@ -40,7 +49,10 @@ class Threads:
                 self._pieces.put(None)
         self._started = False
 
-    def _run(self) -> None:
+    def _run(self, ready: threading.Barrier) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # only a reading in this thread makes it hold
+        ready.wait()
         while (one := self._pieces.get()) is not None:
             work, piece = one
             try:

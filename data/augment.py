@@ -12,6 +12,7 @@ than the device, an epoch's rows are made at once and a step only looks them up.
 import functools
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Augment:
     mirrors each image in every second epoch instead of by chance (Jordan, 2024, arXiv:2404.00498).
     no_flip leaves all flips out: mirrored digits are other things. tta is the level of `vote`.
 
-    cut: the images are photographs, cut and scaled already (cuts.py): they are only mirrored,
+    cut: the images are photographs, cut, scaled and mirrored already (cuts.py): they are only
     normalised, and blanked by cutout.
 
     samples, where it is not 0, is the number of training images: the choices of an epoch are made
@@ -84,17 +85,16 @@ class Augment:
         if images.ndim == 2:
             return images
         indices = indices.to(images.device, non_blocking=True)
-        if self.kind == "none" and not self.cutout:
+        if (self.kind == "none" or self.cut) and not self.cutout:
             return self.evaluate(images)
         chosen = self._rows(self.choices, indices, epoch, images)
-        mirrored, corner, place = chosen[:, :1] > 0, chosen[:, 1:3], chosen[:, 3:]
+        flips, corner, place = chosen[:, :1] > 0, chosen[:, 1:3], chosen[:, 3:]
         if self.cut:
-            images = self._normalise(images)
-            images = torch.where(mirrored[:, :, None, None], images.flip(3), images)
+            images = self.evaluate(images)
         elif self.kind == "resized_crop":
-            images = resized_crop(self._normalise(images), place, mirrored, self.image_size)
+            images = resized_crop(self._normalise(images), place, flips, self.image_size)
         else:
-            images = self.evaluate(self._move(images, place, mirrored))
+            images = self.evaluate(self._move(images, place, flips))
         return cut_out(images, corner, self.cutout) if self.cutout else images
 
     def evaluate(self, images: Tensor) -> Tensor:  # (n, C, S, S)
@@ -174,17 +174,17 @@ class Augment:
         """
         boxes = self.kind == "resized_crop" and not self.cut
         draws = uniforms(self.seed, epoch, indices, 5 + 2 * CROP_TRIES * boxes, AUGMENT)
-        mirrored = self._flip(draws[:, 0], indices, epoch).float()
+        flips = mirrored(self, draws[:, 0], indices, epoch).float()
         corner = _start(draws[:, 3:5], self.cutout, self.image_size)
         if boxes:
             place = random_boxes(height, width, draws[:, 1:3], draws[:, 5:])
-            return torch.column_stack([mirrored, corner, *place])
+            return torch.column_stack([flips, corner, *place])
         reach = {"crop": (height // 8, width // 8), "translate": (TRANSLATE_PIXELS,) * 2}
         reach = reach.get(self.kind, (0, 0))
         place = [(draws[:, i + 1] * (2 * reach[i] + 1)).long() for i in (0, 1)]
         if self.kind == "translate":  # a crop begins in the border that it pads with
             place = [first - TRANSLATE_PIXELS for first in place]
-        return torch.column_stack([mirrored.long(), corner.long(), *place])
+        return torch.column_stack([flips.long(), corner.long(), *place])
 
     def mixtures(self, indices: Tensor, epoch: int, height: int, width: int) -> Tensor:
         """How a shard of images (height, width) that begins with each of these indices is mixed.
@@ -219,14 +219,8 @@ class Augment:
         scale = tuple(1 / (255 * std) for std in self.std)
         shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
         scale, shift = _constant(scale, images.device), _constant(shift, images.device)
-        return torch.addcmul(shift[:, None, None], images.float(), scale[:, None, None])
-
-    def _flip(self, draw: Tensor, indices: Tensor, epoch: int) -> Tensor:  # bool (n,)
-        if self.no_flip or self.kind == "none":
-            return torch.zeros_like(draw, dtype=torch.bool)
-        if self.alternating_flip:  # the coin is that of epoch 0 and turns over each epoch
-            return (uniforms(self.seed, 0, indices, 1, FLIP)[:, 0] < 0.5) ^ bool(epoch % 2)
-        return draw < 0.5
+        images = images.to(torch.float32, copy=True)  # fresh memory costs more than the numbers
+        return torch.addcmul(shift[:, None, None], images, scale[:, None, None], out=images)
 
     def _move(self, images: Tensor, first: Tensor, mirrored: Tensor) -> Tensor:
         """The same uint8 images, shifted by whole pixels and mirrored as the kind says.
@@ -247,6 +241,28 @@ class Augment:
         places = torch.add(columns[:, None], rows[:, :, None], alpha=images.shape[3])
         moved = images.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, channels, -1))
         return moved.unflatten(2, (height, width))
+
+
+class Mirrors(Protocol):
+    """What decides whether an image is mirrored."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def no_flip(self) -> bool: ...
+    @property
+    def alternating_flip(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def mirrored(rule: Mirrors, draw: Tensor, indices: Tensor, epoch: int) -> Tensor:  # bool (n,)
+    """Which images are mirrored in an epoch; `draw` (n,) is a uniform of each."""
+    if rule.no_flip or rule.kind == "none":
+        return torch.zeros_like(draw, dtype=torch.bool)
+    if rule.alternating_flip:  # the coin is that of epoch 0 and turns over each epoch
+        return (uniforms(rule.seed, 0, indices, 1, FLIP)[:, 0] < 0.5) ^ bool(epoch % 2)
+    return draw < 0.5
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -6,7 +6,6 @@ scaled, by one of the threads that work ahead of the step; never more than a few
 
 import functools
 import io
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,7 +178,7 @@ class Photos:
         if place in self.damage.excluded or place in self.damage.found:
             return False
         try:
-            cut(self.pixels(place), boxes, row, out, fill)
+            cut(self.pixels(place), boxes.rows[row], out, fill)
         except MemoryError:
             raise  # says nothing of the picture
         except Exception as error:  # Pillow raises many kinds on damaged files
@@ -266,27 +265,24 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def cut(
-    pixels: np.ndarray, boxes: Boxes, row: int, out: np.ndarray, fill: tuple[int, int, int]
-) -> None:
-    """Put one row's box of a picture (H, W, 3), antialiased, into `out`, (size, size, 3)."""
-    from PIL import Image
+def cut(pixels: np.ndarray, row: list[int], out: np.ndarray, fill: tuple[int, int, int]) -> None:
+    """Put what a row of Boxes takes of a picture (H, W, 3) into `out`, (size, size, 3).
 
-    left, top, right, bottom = boxes.source[row]
-    x0, y0, x1, y1 = boxes.output[row].tolist()
-    high, wide = y1 - y0, x1 - x0
-    # What the triangle filter reaches beyond the box: two output pixels, or two of its own.
-    reach_x = 0 if boxes.closed else 2 * math.ceil(max(1.0, (right - left) / wide))
-    reach_y = 0 if boxes.closed else 2 * math.ceil(max(1.0, (bottom - top) / high))
-    first_x, first_y = max(0, math.floor(left) - reach_x), max(0, math.floor(top) - reach_y)
-    part = pixels[first_y : math.ceil(bottom) + reach_y, first_x : math.ceil(right) + reach_x]
-    box = (left - first_x, top - first_y, right - first_x, bottom - first_y)
-    box = (*box[:2], min(box[2], part.shape[1]), min(box[3], part.shape[0]))  # a rounding beyond
-    image = Image.fromarray(np.ascontiguousarray(part))
-    image = image.resize((wide, high), Image.Resampling.BILINEAR, box=box)
-    if (high, wide) != out.shape[:2]:
+    Scaled by torch's antialiased bilinear filter in whole numbers, as torchvision's transforms are.
+    """
+    left, top, right, bottom, height, width, y, x, flips = row
+    part = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right]))
+    if part.shape[:2] != (height, width):
+        part = torch.nn.functional.interpolate(
+            part.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True
+        )[0].permute(1, 2, 0)
+    size = len(out)
+    seen = part[max(0, -y) : size - y, max(0, -x) : size - x].numpy()
+    if seen.shape != out.shape:
         out[:] = fill
-    out[y0:y1, x0:x1] = np.asarray(image)
+    y, x = max(0, y), max(0, x)
+    inside = out[:, ::-1] if flips else out
+    inside[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
 
 
 def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
@@ -315,7 +311,7 @@ def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
     boxes = cuts.evaluation(torch.tensor([pixels.shape[:2]]))
     out = np.empty((boxes.size, boxes.size, 3), np.uint8)
     red, green, blue = (round(255 * value) for value in told["mean"])
-    cut(pixels, boxes, 0, out, (red, green, blue))
+    cut(pixels, boxes.rows[0], out, (red, green, blue))
     return out
 
 

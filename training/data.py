@@ -280,6 +280,7 @@ def cutting(config: TrainConfig, source: Source, device: torch.device) -> Decodi
     cuts = Cuts(
         config.augment, config.image_size, eval_size,
         config.eval_resize or default_resize(eval_size), config.resize, config.seed,
+        source.no_flip, config.alternating_flip,
     )  # fmt: skip
     threads = config.decode_threads or torch.get_num_threads()
     return decoding_of(cuts, source.mean, threads, device)
