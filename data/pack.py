@@ -26,6 +26,7 @@ from common.disk import digest, read_json, whole, write_json
 from common.text import duration, printable
 from data.ahead import Ahead, Threads, Work
 from data.cache import Entry, cached, read_entry, write_entry
+from data.files import Part
 from data.image_set import Source
 from data.photographs import PLAIN, FileStore, Names, Photos, PhotoSet, Store, decoder, reason
 from errors import UserError
@@ -38,6 +39,7 @@ QUALITY = 90  # of pictures that are encoded anew
 PIXEL_BYTES = 0.5  # of such a picture, before one was made
 CHUNK, CHUNK_BYTES = 16, 8_000_000  # pictures that a thread takes at a time, at most
 TRIED = 32  # pictures that are tried, to say how long all of them take
+MOST_OPEN = 512  # files that stay open; a pack of a hundred gigabytes has fewer
 READ = 2**23  # bytes that are hashed at a time
 UPRIGHT = 1 | PLAIN  # the kind of a JPEG that was made here
 
@@ -103,6 +105,9 @@ class PackStore:
 
     def encoded(self, place: int) -> bytes:
         """See Store."""
+        if len(self.files) > MOST_OPEN:
+            path = self.root / self.files[int(self.which[place])]
+            return Part(path, int(self.offsets[place]), int(self.lengths[place])).read()
         descriptor, pages, start, length = self._where(place)
         if hasattr(os, "pread"):  # an error of the disk is an error; in a page it is a signal
             found = os.pread(descriptor, length, start)

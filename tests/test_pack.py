@@ -1,15 +1,17 @@
 """Laws of packs: the same pictures as their files, whole or told, finished work is never redone."""
 
 import errno
+import io
 import os
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launches import rows, same_weights, train
+from launches import python, rows, same_weights, train
 from PIL import Image
 
 from data import pack
@@ -362,3 +364,136 @@ def test_a_pack_is_staged_once_and_checked(photographs, tmp_path, monkeypatch):
     content[5] ^= 1
     (out / "shard-00002.bin").write_bytes(content)
     assert code(stage=str(tmp_path / "new")) == "pack-damaged"
+
+
+# Archives
+
+
+def tar_of(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["cls", "json"])
+def test_webdataset_is_read_where_it_lies(photographs, tmp_path, kind):
+    files = load_source(str(photographs))
+    for split in ("train", "test"):
+        part, content = getattr(files, split), {}
+        for place, label in zip(part.places.tolist(), part.labels.tolist(), strict=True):
+            name = part.photos.names[place]
+            key = f"./{place:05}"
+            content[key + Path(name).suffix] = (photographs / name).read_bytes()
+            words = f"{label}\n" if kind == "cls" else f'{{"label": "{files.classes[label]}"}}'
+            content[f"{key}.{kind}"] = words.encode()
+        tar_of(tmp_path / "wds" / f"{split}-0000.tar", content)
+    said = []
+    source = load_source(str(tmp_path / "wds"), say=said.append)
+    assert torch.equal(seen(source), seen(files)) and not said
+    assert source.train.labels.equal(files.train.labels)
+    assert source.classes == (files.classes if kind == "json" else ("0", "1", "2"))
+    out = prepared(tmp_path / "wds", tmp_path / "pack", *KEEP)
+    assert load_source(str(out)).fingerprint == source.fingerprint
+    assert torch.equal(seen(load_source(str(out))), seen(files))
+    last = content.pop(f"{key}.{kind}")
+    tar_of(tmp_path / "wds" / "test-0000.tar", content)
+    assert code_of("stats", "--dataset", tmp_path / "wds") == "no-label"
+    tar_of(tmp_path / "wds" / "test-0000.tar", {**content, f"{key}.{kind}": last})
+    tar = tmp_path / "wds" / "train-0000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    assert code_of("stats", "--dataset", tmp_path / "wds") == "bad-archive"
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_imagenet_is_read_as_it_is_published(photographs, tmp_path, unpacked):
+    from scipy.io import savemat
+
+    root = tmp_path / "imagenet"
+    pictures = [path.read_bytes() for path in sorted(photographs.rglob("*.jpg"))]
+    synsets = {"n02012849": "crane, bird", "n03126707": "crane", "n01440764": "tench, Tinca"}
+    inner = {}
+    for number, synset in enumerate(synsets):
+        part = {f"{synset}_{n}.JPEG": pictures[12 * number + n] for n in range(12)}
+        inner[f"{synset}.tar"] = tar_of(tmp_path / "one.tar", part).read_bytes()
+    tar_of(root / "ILSVRC2012_img_train.tar", inner)
+    row = [("ILSVRC2012_ID", "i4"), ("WNID", object), ("words", object)]
+    table = [(n, *pair) for n, pair in enumerate([*synsets.items(), ("n00001740", "entity")], 1)]
+    savemat(tmp_path / "meta.mat", {"synsets": np.array(table, dtype=row)})
+    answers, val = [3, 1, 2, 3], {}
+    for number in range(1, 5):
+        val[f"ILSVRC2012_val_{number:08}.JPEG"] = pictures[36 + number]
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "meta.mat", "ILSVRC2012_devkit_t12/data/meta.mat")
+        (tmp_path / "truth").write_text("".join(f"{answer}\n" for answer in answers))
+        tar.add(tmp_path / "truth", "x/data/ILSVRC2012_validation_ground_truth.txt")
+    if unpacked:
+        (root / "val").mkdir()
+        for name, content in val.items():
+            (root / "val" / name).write_bytes(content)
+    else:
+        tar_of(root / "ILSVRC2012_img_val.tar", dict(reversed(val.items())))
+    source = load_source(str(root))
+    assert source.classes == ("tench", "crane (n02012849)", "crane (n03126707)")
+    assert source.test.labels.tolist() == [0, 1, 2, 0]
+    assert source.train.labels.bincount().tolist() == [12, 12, 12]
+    store, names = source.train.photos.store, source.train.photos.names
+    for place in source.train.places.tolist():
+        number = list(synsets).index(names[place][:9])
+        nth = int(names[place].rpartition("_")[2][:-5])
+        assert store.encoded(place) == pictures[12 * number + nth]
+    assert [store.encoded(p) for p in source.test.places.tolist()] == list(val.values())
+    out = prepared(root, tmp_path / "pack", "--short-side", "40")
+    packed = load_source(str(out))
+    assert packed.classes == source.classes and packed.test.labels.tolist() == [0, 1, 2, 0]
+    (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    assert code_of("stats", "--dataset", root) == "imagenet-incomplete"
+
+
+# Memory
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from data.sources import load_source
+
+def anonymous():
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
+    return int(line.split()[1]) // 1024
+
+photos = load_source(sys.argv[1]).train.photos
+for place in range(0, len(photos), len(photos) // 2000):
+    photos.pixels(place)
+before = anonymous()
+for place in range(len(photos)):
+    photos.pixels(place)
+print(before, anonymous())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no RssAnon here")
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    found = {}
+    (tmp_path / "measured.py").write_text(MEASURED)
+    small = make(tmp_path / "small", 2000, 70, 24)
+    for count in (2000, 20_000):
+        large = small
+        if count > 2000:
+            large = tmp_path / "large"
+            for number in range(10):
+                shutil.copytree(small, large, dirs_exist_ok=True, copy_function=shutil.copy)
+                for path in large.rglob("0????.*"):
+                    path.rename(path.with_name(f"{number}-{path.name}"))
+        for store in ("jpeg", "raw"):
+            out = prepared(large, tmp_path / f"{store} {count}", "--store", store, *KEEP)
+            done = python(tmp_path / "measured.py", out)
+            assert done.returncode == 0, done.stderr
+            found[store, count] = int(done.stdout.split()[-1])
+            shutil.rmtree(out)
+    for store in ("jpeg", "raw"):
+        assert found[store, 20_000] - found[store, 2000] < 64, found

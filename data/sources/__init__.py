@@ -72,6 +72,8 @@ LAYOUTS = {
     "archive": "cifar_batches:ARCHIVE",
     "tables": "tables:TABLES",
     "tensors": "carried:TENSORS",
+    "imagenet": "archives:IMAGENET",
+    "webdataset": "archives:WEBDATASET",
     "folder": "folder:FOLDER",
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -336,6 +338,7 @@ def kind_of(path: Path) -> str:
     raise UserError(
         f"{printable(path)} holds no pictures this program can read: give a folder with one "
         "subfolder of images per class, a parquet file or a folder of them, a save_to_disk "
-        "folder, or the cifar-10-batches-py folder.",
+        "folder, WebDataset's tar files, ImageNet's archives, a pack, or the "
+        "cifar-10-batches-py folder.",
         code="unknown-layout",
     )
