@@ -36,7 +36,7 @@ def main(world: World, observer: Observer) -> int:
     """One life of a run, from the plan to the exit status."""
     plan = decide(world)
     log = world.enter(Logbook(plan, world))
-    plan, data = load_data(plan, world)
+    plan, data = load_data(plan, world, log.screen.note)
     config, actions = plan.config, plan.actions
     started = start_model(plan, data, world)
     average = build_average(started.model, config)

@@ -151,6 +151,10 @@ class TrainConfig:
         0, "threads that decode photographs, per process; 0: as many as threads", group="machine",
         low=0,
     )  # fmt: skip
+    stage: str | None = setting(
+        None, "local folder of each node that a pack is copied to, once, and read from",
+        group="machine",
+    )  # fmt: skip
     seed: int = setting(
         0, "decides order, augmentation, dropout and weights", group="machine", low=0,
         high=2**63 - 1,

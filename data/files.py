@@ -30,11 +30,29 @@ SMALL = 64  # pixels: pictures that share a size up to this one are kept as they
 TEST_NAMES = ("test", "validation", "valid", "val", "dev")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A picture that is a part of a file, as of an archive."""
+
+    file: Path
+    start: int
+    length: int
+
+    def read(self, most: int | None = None) -> bytes:
+        """Its bytes, or the first of them."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.length if most is None else min(most, self.length))
+
+
+Item = bytes | Path | Part
+
+
 @dataclass(frozen=True)
 class Records:
-    """Encoded pictures (bytes, or the path of a file) with a name for errors, label and split."""
+    """Encoded pictures, bytes or where they lie, with a name for errors, label and split."""
 
-    items: list[bytes | Path]
+    items: list[Item]
     names: list[str]
     labels: list[int]
     is_test: list[bool]
@@ -154,10 +172,11 @@ def decode_all(
     return torch.from_numpy(images), kept, tuple(skipped)
 
 
-def decode(item: bytes | Path, most: int | None = None) -> np.ndarray:
+def decode(item: Item, most: int | None = None) -> np.ndarray:
     """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`."""
     from PIL import Image
 
+    item = item.read() if isinstance(item, Part) else item
     opened = io.BytesIO(item) if isinstance(item, bytes) else item
     with Image.open(opened, formats=FORMATS) as image:
         width, height = image.size

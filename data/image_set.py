@@ -71,6 +71,8 @@ class Source:
     origin: str  # a sentence
     skipped: tuple[str, ...] = ()  # images left out, with the reason
     no_flip: bool = False  # mirrored digits are no digits
+    content: str = ""  # the fingerprint of photographs before somebody decodes them
+    decoder: str = ""  # what decoded them, where their pixels lie on the disk
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,8 @@ def cut(pixels: np.ndarray, row: list[int], out: np.ndarray, fill: tuple[int, in
     Scaled by torch's antialiased bilinear filter in whole numbers, as torchvision's transforms are.
     """
     left, top, right, bottom, height, width, y, x, flips = row
-    part = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right]))
+    part = np.ascontiguousarray(pixels[top:bottom, left:right])
+    part = torch.from_numpy(part if part.flags.writeable else part.copy())  # a page of a pack
     if part.shape[:2] != (height, width):
         part = torch.nn.functional.interpolate(
             part.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True

@@ -13,11 +13,12 @@ from torch import Tensor
 from common.text import printable
 from data.ahead import Threads
 from data.cuts import Cuts, default_resize
-from data.files import Records
+from data.files import Item, Part, Records
 from data.keyed_random import SAMPLE, permutation
-from data.photographs import FileStore, Names, Photos, PhotoSet, Store, header, reason
+from data.photographs import PhotoSet, header, reason
 from errors import UserError
 
+PART_HEAD = 65536  # bytes of a part of a file, in which its header is looked for
 HEAD = 4096  # bytes of a file that its fingerprint is made of, beside its length
 SAMPLED = 2048  # training pictures that mean and std are taken from
 CHUNK = 256  # pictures that a thread looks at before it asks for more
@@ -83,9 +84,12 @@ def scan(records: Records, skip_bad: bool, say: Say = lambda _: None) -> Scanned
     )  # fmt: skip
 
 
-def _look(item: bytes | Path) -> tuple[int, int, int, str] | str:
+def _look(item: Item) -> tuple[int, int, int, str] | str:
     try:
-        if isinstance(item, bytes):
+        if isinstance(item, Part):
+            length, part = item.length, item.read(PART_HEAD)
+            head, item = part[:HEAD], _header_or_all(item, part)
+        elif isinstance(item, bytes):
             length, head = len(item), item[:HEAD]
         else:
             with item.open("rb") as file:
@@ -99,6 +103,15 @@ def _look(item: bytes | Path) -> tuple[int, int, int, str] | str:
         return reason(error)
 
 
+def _header_or_all(item: Part, head: bytes) -> bytes:
+    """The bytes of a picture whose header does not fit into the first of them, else those."""
+    try:
+        header(head)
+    except Exception:  # cut off within the header, or no picture at all
+        return item.read()
+    return head
+
+
 def root_and_names(records: Records) -> tuple[Path, list[str]]:
     """The folder that holds all files of the records, and their names below it."""
     paths = [item for item in records.items if isinstance(item, Path)]
@@ -106,30 +119,19 @@ def root_and_names(records: Records) -> tuple[Path, list[str]]:
     return root, [path.relative_to(root).as_posix() for path in paths]
 
 
-def photos_of(scanned: Scanned) -> Photos:
-    """Photographs that stay where they are."""
-    items = scanned.records.items
-    if any(isinstance(item, bytes) for item in items):
-        store: Store = RowStore(items)
-        names = Names.of(scanned.records.names)
-    else:
-        root, below = root_and_names(scanned.records)
-        names = Names.of(below)
-        store = FileStore(root, names)
-    return Photos(store, names, scanned.sizes, scanned.kinds)
-
-
 @dataclass(frozen=True)
 class RowStore:
     """Pictures in the rows of a table, in memory: on their way into a pack."""
 
-    items: list[bytes | Path]
+    items: list[Item]
     words: str = "in memory"
 
     def encoded(self, place: int) -> bytes:
         """See Store."""
         item = self.items[place]
-        return item if isinstance(item, bytes) else item.read_bytes()
+        if isinstance(item, bytes):
+            return item
+        return item.read() if isinstance(item, Part) else item.read_bytes()
 
     def raw(self, place: int) -> None:
         """See Store."""

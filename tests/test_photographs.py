@@ -239,7 +239,7 @@ def place(tmp_path_factory):
     photographs(folder / "photos")
     done = train(
         [*RUN, "--run-dir", "one"], folder, LOCKSTEP_RECORD="one-record",
-        LOCKSTEP_CACHE=str(folder / "cache"),
+        LOCKSTEP_CACHE_SIZE="0", LOCKSTEP_CACHE=str(folder / "cache"),
     )  # fmt: skip
     assert done.status == 0, done.out
     said = " ".join(done.out.replace("│", " ").split())
@@ -267,7 +267,8 @@ def pixels_of(record) -> dict:
 def test_any_number_of_processes_and_threads_makes_the_same_run(place, name, processes, words):
     done = train(
         [*RUN, *words, "--run-dir", name], place, processes,
-        LOCKSTEP_RECORD=f"{name}-record", LOCKSTEP_CACHE=str(place / "cache"),
+        LOCKSTEP_RECORD=f"{name}-record", LOCKSTEP_CACHE_SIZE="0",
+        LOCKSTEP_CACHE=str(place / "cache"),
     )  # fmt: skip
     assert done.status == 0, done.out
     assert numbers(place / name) == numbers(place / "one")
@@ -276,7 +277,7 @@ def test_any_number_of_processes_and_threads_makes_the_same_run(place, name, pro
 
 
 def test_a_kill_and_a_move_of_the_folder_change_nothing(place):
-    cache = {"LOCKSTEP_CACHE": str(place / "other-cache")}
+    cache = {"LOCKSTEP_CACHE_SIZE": "0", "LOCKSTEP_CACHE": str(place / "other-cache")}
     killed = train([*RUN, "--run-dir", "killed", "--checkpoint-every", "2"], place,
                    LOCKSTEP_FAULT="kill@step=4", **cache)  # fmt: skip
     assert killed.status != 0
@@ -296,7 +297,7 @@ def test_a_picture_damaged_in_the_middle_stops_the_run_with_its_name_and_excludi
     place,
 ):
     shutil.copytree(place / "photos", place / "broken")
-    cache = {"LOCKSTEP_CACHE": str(place / "cache")}
+    cache = {"LOCKSTEP_CACHE_SIZE": "0", "LOCKSTEP_CACHE": str(place / "cache")}
     words = [*RUN, "--dataset", "broken", "--epochs", "3"]
     for name in ("bee/003.jpeg", "cow/007.jpeg"):
         damage(place / "broken" / name)

@@ -1,7 +1,7 @@
 """All that a run reads: the data set, the batch that is possible, loaders, augmentation."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, cast
@@ -169,10 +169,10 @@ class Data:
         return next(iter(self.sampler)).tolist()
 
 
-def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
+def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> tuple[Plan, Data]:
     """The data set of a plan, the same on every process, with its loaders and augmentation.
 
-    The plan comes back with the batch that the data allow.
+    The plan comes back with the batch that the data allow. `say` hears of work that takes long.
 
     Raises UserError where it cannot be had, and where batch, shards and processes do not fit.
     """
@@ -181,6 +181,7 @@ def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
     source = world.all_or_none(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed,
+        keep_decoded=True, stage=config.stage, say=say if world.is_main else print,
     ))  # fmt: skip
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})

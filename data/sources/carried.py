@@ -64,5 +64,6 @@ TENSORS = Layout(
     "decoded tensors",
     lambda path: path.is_file() and path.suffix == ".safetensors",
     lambda path: [path],
-    None,  # decoded before: `read` gives what the cache would give
+    None,
+    read,
 )

@@ -97,7 +97,7 @@ def records_of_tables(splits: dict[str, list["pyarrow.Table"]], origin: str) -> 
     if not any(is_test):
         keys = (item if isinstance(item, bytes) else os.fsencode(item.name) for item in items)
         is_test = keyed_split(keys, labels)
-    return Records(items, names, labels, is_test, classes)
+    return Records([*items], names, labels, is_test, classes)
 
 
 def _by_name(
