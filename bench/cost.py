@@ -1,0 +1,118 @@
+"""CPU seconds of a start and of a step, beside another commit: `python -m bench.cost COMMIT`.
+
+For each pair both trees train the same tiny model twice, cold: few steps, which is the start, and
+many; the difference by the steps between is a step, nearly all of it the host's. What counts is the
+CPU time of user and system, which other work on the machine hardly moves; the speed a run tells of
+itself is shown beside it. The tree of the other commit is taken from this clone's history.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from bench.golden import take
+from bench.measure import REPOSITORY, arguments_of, finish, table
+
+FEW = 20  # steps
+TINY = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 32), nn.ReLU())
+        self.head = nn.Linear(32, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+"""
+FLAGS = "--dataset digits --image-size 8 --batch-size 64 --threads 1 --epochs 1000 --no-plots"
+FLAGS += " --eval-every 1000 --checkpoint-every 100000 --augment crop"
+
+
+def run(tree: Path, folder: Path, steps: int) -> tuple[float, float]:
+    """CPU seconds of a whole run, and the images per second that its rows tell (their median)."""
+    words = [sys.executable, str(tree / "train.py"), "--model", str(folder / "tiny.py:Net")]
+    words += [*FLAGS.split(), "--max-steps", str(steps), "--run-dir", "run", "--fresh"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(words, cwd=folder, env=env, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{tree}/train.py failed:\n{log.read_text()[-3000:]}")
+    rows = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    speeds = [row["speed/images_per_second"] for row in rows if "speed/images_per_second" in row]
+    return usage.ru_utime + usage.ru_stime, median(speeds)
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Median and, whatever the distribution, an interval that holds the true one in 95 of 100.
+
+    Between the k-th smallest and the k-th largest value, k from the binomial distribution.
+    """
+    ordered, n = sorted(values), len(values)
+    chance, k, ways = 0.0, 0, 1
+    while k < n and chance + ways / 2**n <= 0.025:  # P(fewer than k + 1 lie below the median)
+        chance += ways / 2**n
+        ways = ways * (n - k) // (k + 1)
+        k += 1
+    k = max(k, 1)
+    return {"median": median(values), "low": ordered[k - 1], "high": ordered[-k], "n": n}
+
+
+def markdown(results: dict) -> str:
+    rows = []
+    for name, values in results["measures"].items():
+        r, digits = values["ratio"], 2 if "start" in name else 0
+        told = f"{r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f})"
+        rows.append([name, f"{values['old']:.{digits}f}", f"{values['new']:.{digits}f}", told])
+    return table(["", results["commit"], "this tree", "new/old, 95 % interval"], rows)
+
+
+def main() -> int:
+    parser = arguments_of(__doc__)
+    parser.add_argument("commit", help="of this clone's history")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=1020)
+    arguments = parser.parse_args()
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, other = Path(temporary), Path(temporary, "tree")
+        other.mkdir()
+        take(arguments.commit, other)
+        (folder / "tiny.py").write_text(TINY)
+        trees = {"old": other, "new": REPOSITORY}
+        for tree in trees.values():  # compiles the modules
+            run(tree, folder, FEW)
+        for pair in range(arguments.pairs):
+            for name in sorted(trees, reverse=bool(pair % 2)):
+                start, _ = run(trees[name], folder, FEW)
+                whole, speed = run(trees[name], folder, arguments.steps)
+                step = 1e6 * (whole - start) / (arguments.steps - FEW)
+                values = {
+                    "start and 20 steps, CPU s": start,
+                    "a step, CPU µs": step,
+                    "images/s": speed,
+                }
+                for what, value in values.items():
+                    found.setdefault(what, {"old": [], "new": []})[name].append(value)
+            print(f"pair {pair + 1} of {arguments.pairs}", file=sys.stderr, flush=True)
+    measures = {}
+    for what, series in found.items():
+        ratios = [new / old for new, old in zip(series["new"], series["old"], strict=True)]
+        medians = {name: median(values) for name, values in series.items()}
+        measures[what] = {**medians, "ratio": interval(ratios), "series": series}
+    results = {"commit": arguments.commit, "pairs": arguments.pairs, "measures": measures}
+    print(f"Medians of {arguments.pairs} pairs:\n\n{markdown(results)}")
+    finish(arguments, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
