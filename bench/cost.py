@@ -102,11 +102,14 @@ def main() -> int:
         for tree in trees.values():  # compiles the modules
             run(tree, folder, arguments.steps)
         for pair in range(arguments.pairs):
+            told = []
             for name in sorted(trees, reverse=bool(pair % 2)):
                 values = run(trees[name], folder, arguments.steps)
+                told.append(f"{name} {' '.join(f'{value:.3f}' for value in values)}")
                 for what, value in zip(WHAT, values, strict=True):
                     found.setdefault(what, {"old": [], "new": []})[name].append(value)
-            print(f"pair {pair + 1} of {arguments.pairs}", file=sys.stderr, flush=True)
+            said = "; ".join(sorted(told))
+            print(f"pair {pair + 1} of {arguments.pairs}: {said}", file=sys.stderr, flush=True)
     measures = {}
     for what, series in found.items():
         ratios = [new / old for new, old in zip(series["new"], series["old"], strict=True)]

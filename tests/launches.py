@@ -55,7 +55,7 @@ LATE = (
     "WANDB_",
     "PYTEST_",
 )
-LATE += ("PYTEST_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_")
+LATE += ("PATH", "PYTEST_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_")
 LATE += (
     "CUBLAS_",
     "CUDA_LAUNCH_BLOCKING",
