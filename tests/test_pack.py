@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launches import python, rows, same_weights, train
+from launches import rows, same_weights, train
 from PIL import Image
 
 from data import pack
@@ -451,49 +451,3 @@ def test_imagenet_is_read_as_it_is_published(photographs, tmp_path, unpacked):
     assert packed.classes == source.classes and packed.test.labels.tolist() == [0, 1, 2, 0]
     (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert code_of("stats", "--dataset", root) == "imagenet-incomplete"
-
-
-# Memory
-
-
-MEASURED = """
-import sys
-from pathlib import Path
-from data.sources import load_source
-
-def anonymous():
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
-    return int(line.split()[1]) // 1024
-
-photos = load_source(sys.argv[1]).train.photos
-for place in range(0, len(photos), len(photos) // 2000):
-    photos.pixels(place)
-before = anonymous()
-for place in range(len(photos)):
-    photos.pixels(place)
-print(before, anonymous())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no RssAnon here")
-def test_memory_does_not_grow_with_the_data(tmp_path):
-    found = {}
-    (tmp_path / "measured.py").write_text(MEASURED)
-    small = make(tmp_path / "small", 2000, 70, 24)
-    for count in (2000, 20_000):
-        large = small
-        if count > 2000:
-            large = tmp_path / "large"
-            for number in range(10):
-                shutil.copytree(small, large, dirs_exist_ok=True, copy_function=shutil.copy)
-                for path in large.rglob("0????.*"):
-                    path.rename(path.with_name(f"{number}-{path.name}"))
-        for store in ("jpeg", "raw"):
-            out = prepared(large, tmp_path / f"{store} {count}", "--store", store, *KEEP)
-            done = python(tmp_path / "measured.py", out)
-            assert done.returncode == 0, done.stderr
-            found[store, count] = int(done.stdout.split()[-1])
-            shutil.rmtree(out)
-    for store in ("jpeg", "raw"):
-        assert found[store, 20_000] - found[store, 2000] < 64, found
