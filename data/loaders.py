@@ -54,6 +54,10 @@ class Resident(Dataset):
         """A batch of these, in training's form though not in its place."""
         return self.__getitems__(indices)
 
+    def shown(self, indices: Tensor) -> Tensor:
+        """Uint8 images (n, 3, H, W) of these, also where training is given features."""
+        return self.seen(indices)
+
     def in_flight(self, batches: Iterable[dict], epoch: int | None) -> Iterator[dict]:
         """The batches of a loader, whole: these are so already."""
         yield from batches
@@ -96,6 +100,10 @@ class Photographs(Dataset):
         """A batch of these, in training's form though not in its place."""
         (batch,) = self.in_flight([self.__getitems__(indices)], 0)
         return batch
+
+    def shown(self, indices: Tensor) -> Tensor:
+        """Uint8 images (n, 3, S, S) of these, as training is given them in its first epoch."""
+        return self.batch(indices)["images"]
 
     def in_flight(self, batches: Iterable[dict], epoch: int | None) -> Iterator[dict[str, Tensor]]:
         """The batches of a loader with their images; some are decoded while one is used.
@@ -149,7 +157,7 @@ def decoding_of(
 
 
 def place(
-    pictures: ImageSet | PhotoSet, device: torch.device, decoding: Decoding | None
+    pictures: ImageSet | PhotoSet, device: torch.device, decoding: Decoding | None = None
 ) -> tuple[Resident | Photographs, torch.device]:
     """The data set on the device if it takes less than a third of its free memory, else here."""
     home = torch.device("cpu")

@@ -51,8 +51,8 @@ def draw_pictures(
 def draw_samples(data: Data, classes: list[str], path: Path) -> None:
     """Training images of each class as the model sees them."""
     chosen = of_each_class(data.train.labels.cpu(), MOST_SAMPLES)
-    batch = data.train.batch(chosen.to(data.train.labels.device))
-    images = data.augment.train(batch["images"], batch["indices"], 0).float().cpu()
+    images = data.train.shown(chosen)
+    images = data.augment.train(images, chosen.to(images.device), 0).float().cpu()
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.source.mean, data.source.std))
     shown = ((images * std + mean) * 255).clamp(0, 255).byte()
     names = [classes[label] for label in data.train.labels.cpu()[chosen].tolist()]
