@@ -148,6 +148,7 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
     State that a model hides makes the number of processes one of them: `hidden_state` names it.
     """
     own_file = Path(settings.config.model.partition(".py:")[0] + ".py")
+    own_files = digests_of(settings.config.model)
     facts = {
         "data": data.source.fingerprint,
         "model": model_fingerprint(started.model),
@@ -155,7 +156,7 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
         "code": code_fingerprint(own_file),
         "hidden_state": ", ".join(started.trial.hidden),
         "processes": str(world.num_processes),
-        "own code": digest(json.dumps(digests_of(settings.config.model))),
+        "own code": digest(json.dumps(own_files)) if own_files else "",
     }
     world.refuse_disagreement({**facts, "settings": digest(to_json(settings))})
     return facts
