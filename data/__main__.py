@@ -244,9 +244,7 @@ def _check(options: argparse.Namespace) -> int:
         raise UserError(f"{printable(options.folder)} is no pack", code="no-pack")
     with _bar("bytes") as count:
         files = check(options.folder, count)
-    print(
-        f"{printable(options.folder)}: {files} file{'s' * (files > 1)}, every byte as it was written"
-    )
+    print(f"{printable(options.folder)}: {files} file{'s' * (files > 1)}, all bytes as written")
     return 0
 
 
