@@ -169,7 +169,10 @@ def predict(model: "nn.Module", told: dict, path: Path, top: int) -> list[tuple[
 
     device = next(model.parameters()).device
     Generators(device, [model]).seed(0)  # a model that draws even now answers the same each time
-    augment = Augment("none", told["image_size"], told["mean"], told["std"], seed=0)
+    augment = Augment(
+        "none", told["image_size"], told["mean"], told["std"], seed=0,
+        cut=bool(told.get("photographs")),  # they come in the size that evaluation saw
+    )  # fmt: skip
     with torch.no_grad():
         images = augment.evaluate(prepare(path, told).to(device))
         logits = split_outputs(model(images))[0][0].float()

@@ -67,8 +67,8 @@ class Photographs(Dataset):
     """Photographs, of which the loader hands out who they are, and `in_flight` adds the images.
 
     A batch is {"labels", "indices", "weights", "rows"}; `rows` is a list of indices on the host,
-    which Accelerate leaves where it is. A picture that cannot be decoded has label -100, which no
-    loss counts, and weighs 0.
+    which Accelerate leaves where it is. A picture that cannot be decoded weighs 0: in training its
+    label is -100, which no loss counts, in evaluation it is padding.
     """
 
     features = None
@@ -131,8 +131,10 @@ class Photographs(Dataset):
             if bad:
                 self.left_out += len(bad)
                 where = torch.tensor(bad, device=batch["labels"].device)
-                found["labels"] = batch["labels"].index_fill(0, where, NOT_COUNTED)
-                found["weights"] = batch["weights"].index_fill(0, where, 0)
+                nothing = {"weights": 0}
+                nothing |= {"indices": -1} if epoch is None else {"labels": NOT_COUNTED}
+                for key, value in nothing.items():
+                    found[key] = batch[key].index_fill(0, where, value)
             return found
 
         return work, whole

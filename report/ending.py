@@ -40,12 +40,12 @@ def finish(
     world.phase("end", progress.step)  # the save had a phase of its own
     damaged = data.damaged(world)
     if damaged and not log.plan.config.skip_bad_images:
-        world.stop.reason = world.stop.reason or DAMAGED
-        code, failed = FAILED, failed or panels.cannot_decode(damaged)
+        if not failed:
+            world.stop.reason, failed = DAMAGED, panels.cannot_decode(damaged)
+        code = FAILED
     if log.folder is not None:
-        log.folder.write_damaged(damaged)
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
-        _write(log, checkpoints, learner, data, schedule, progress, world, code, reason)
+        _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)
     if code == STOPPED and restarts_left():
         return FINISHED  # an agent would count any other status as a failure, and restart
     return code
@@ -53,7 +53,7 @@ def finish(
 
 def _write(
     log: Logbook, checkpoints: Checkpoints, learner: Learner, data: Data, schedule: Schedule,
-    progress: Progress, world: World, code: int, reason: str,
+    progress: Progress, world: World, code: int, reason: str, damaged: dict[str, str],
 ) -> None:  # fmt: skip
     """Main process: whatever cannot be written is said, and the rest is."""
     assert log.folder is not None
@@ -70,6 +70,10 @@ def _write(
         )
     except OSError as error:
         screen.warn(f"the run's summary cannot be written ({error})")
+    try:
+        log.folder.write_damaged(damaged)
+    except OSError as error:
+        screen.warn(f"the list of damaged images cannot be written ({error})")
     world.left_behind = not log.finish_trackers(code)
     try:
         if plan.config.plots and code == FINISHED:

@@ -322,6 +322,31 @@ def test_a_picture_damaged_in_the_middle_stops_the_run_with_its_name_and_excludi
     )
 
 
+def test_a_damaged_test_picture_counts_for_nothing_on_any_number_of_processes(place):
+    shutil.copytree(place / "photos", place / "broken-test")
+    source = load_source(str(place / "broken-test"), image_size=48)
+    names = [source.test.photos.names[p] for p in source.test.places.tolist()]
+    name = next(name for name in names if name.endswith("jpeg"))
+    damage(place / "broken-test" / name)
+    words = [*RUN, "--dataset", "broken-test", "--epochs", "1", "--skip-bad-images", "--plots"]
+    for processes in (1, 2, 3):
+        run = f"test-{processes}"
+        done = train([*words, "--run-dir", run], place, processes)
+        assert done.status == 0 and "could be drawn" not in done.out, done.out
+        assert numbers(place / run) == numbers(place / "test-1")
+        summary = json.loads((place / run / "summary.json").read_text())
+        assert summary["test/images"] == len(names) - 1
+        assert (place / run / "damaged.txt").read_text() == f"{name}\n"
+
+
+def test_settings_of_photographs_that_have_no_effect_are_told_and_impossible_ones_refused(place):
+    words = ["--model", "net.py:Net", "--dataset", "digits", "--dry-run", "--resize", "pad"]
+    done = train([*words, "--eval-size", "48"], place)
+    assert done.status == 0 and "no effect: --resize, --eval-size; no picture" in done.out
+    done = train([*RUN, "--eval-resize", "40", "--run-dir", "never"], place)
+    assert done.status == 2 and "--eval-resize 40: must be at least the 48 pixels" in done.out
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [("nowhere.jpg", "exclude-unknown"), ("no-such.txt", "exclude-unreadable")],

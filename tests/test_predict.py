@@ -28,11 +28,13 @@ from launches import (
     wait_for,
 )
 from PIL import Image
+from torch import nn
 
 from config import TrainConfig, parse
 from data.sources import load_source
 from models import build_model
 from predict import main as predict_main
+from predict import predict as predict_picture
 from predict import prepare
 from report import page, panels
 from report.screen import Report
@@ -195,6 +197,16 @@ def test_a_picture_is_seen_as_the_evaluation_sees_it(tmp_path, words, shape):
         (batch, *_) = data.evaluation("test")
         seen = prepare(tmp_path / "test" / name / "x.png", told)
         assert torch.equal(seen[0], batch["images"][place])
+    given = []
+
+    class Net(nn.Linear):
+        def forward(self, images):
+            given.append(images)
+            return super().forward(images.mean((2, 3)))
+
+    told |= {"std": source.std, "classes": source.classes}
+    predict_picture(Net(3, 2).eval(), told, tmp_path / "test" / "b" / "x.png", 1)
+    assert torch.equal(given[0][0], data.augment.evaluate(batch["images"])[1])
 
 
 def test_imagenet_sees_the_middle_224_of_256(tmp_path):

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.disk import Json
-from config import BatchPlan, Settings, TrainConfig, plan_batch
+from config import HINTS, BatchPlan, Settings, TrainConfig, plan_batch
 from data.augment import Augment
 from data.cuts import Cuts, default_resize, lost
+from data.files import SMALL
 from data.image_set import numbered_as
 from data.loaders import (
     Decoding,
@@ -190,9 +191,20 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     if isinstance(source.train, PhotoSet):
         watch_damage(source.train.photos, config, world)
     data = build_data(plan.settings, numbered, world.num_processes, world.device)
-    if numbered is not source:
-        data = replace(data, note="the data name the run's classes in another order: by name")
+    notes = ["the data name the run's classes in another order: by name"]
+    notes = (numbered is not source) * notes + without_effect(config, source)
+    data = replace(data, note="; ".join(notes))
     return plan.with_batch(data.batch), data
+
+
+def without_effect(config: TrainConfig, source: Source) -> list[str]:
+    """What to tell of settings that concern photographs, where the pictures are none."""
+    names = ("resize", "eval_size", "eval_resize", "exclude", "decode_threads")
+    asked = [n for n in names if getattr(config, n) != HINTS[n].default]
+    if isinstance(source.train, PhotoSet) or not asked:
+        return []
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    return [f"no effect: {flags}; no picture has more than {SMALL} pixels a side, so none is cut"]
 
 
 def watch_damage(photos: Photos, config: TrainConfig, world: World) -> None:
@@ -221,8 +233,8 @@ def excluded(photos: Photos, names: str | None) -> frozenset[int]:
     found = {place for place, name in enumerate(photos.names) if name in wanted}
     if not found:
         raise UserError(
-            f"--exclude {names}: the data have no picture of that name; python -m data list shows "
-            "their names",
+            f"--exclude {names}: the data have no picture of that name; give its path below the "
+            "data set's folder, or the damaged.txt of a run",
             code="exclude-unknown",
         )
     return frozenset(found)
@@ -246,7 +258,8 @@ def build_data(
             code="data-of-another-task",
         )
     train, test = limited(source.train, config.limit), limited(source.test, config.limit)
-    test_batch = evaluation_batch(len(test), config.image_size, device) * num_processes
+    seen = config.image_size if decoding is None else decoding.cuts.eval_size
+    test_batch = evaluation_batch(len(test), seen, device) * num_processes
     if settings.actions.dry_run:
         test = limited(test, 2 * test_batch)
     tests = {"test": test}

@@ -329,7 +329,8 @@ class RunDir:
             known = []
         if new := [name for name in names if name not in known]:
             text = "".join(f"{name}\n" for name in [*known, *new])
-            path.write_bytes(text.encode("utf-8", "surrogateescape"))
+            with whole(path) as partial:
+                partial.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     def write_metrics(self, metrics: Sequence[Metric], best_is: str) -> None:
         """metrics.json: what the numbers in metrics.jsonl are, for those who have this folder."""
