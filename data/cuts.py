@@ -14,7 +14,6 @@ from data.augment import CROP_TRIES, TRANSLATE_PIXELS, mirrored, random_boxes
 from data.keyed_random import AUGMENT, uniforms
 
 MARGIN = 0.875  # of the scaled side is seen: 224 of 256 pixels, as ImageNet is evaluated
-RESIZES = ("crop", "pad", "squash")
 
 
 def default_resize(eval_size: int) -> int:

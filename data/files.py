@@ -89,6 +89,15 @@ def keyed_split(keys: Iterable[bytes], labels: Sequence[int]) -> list[bool]:
     return is_test
 
 
+def cannot_decode(problem: str) -> UserError:
+    """Of a picture that ends what reads it: its name and what is wrong."""
+    return UserError(
+        f"cannot decode {problem}. Replace or remove that image, or leave such images out with "
+        "--skip-bad-images.",
+        code="bad-image",
+    )
+
+
 def decode_records(records: Records, image_size: int | None, skip_bad: bool) -> "Decoded | Scanned":
     """The pictures of the records that can be read, with what belongs to each.
 
@@ -141,11 +150,7 @@ def decode_all(
                 reason = f"{records.names[index]}: {printable(result).rstrip('.')}"
                 if not skip_bad_images:
                     pool.shutdown(wait=False, cancel_futures=True)
-                    raise UserError(
-                        f"cannot decode {reason}. Replace or remove that image, or leave such "
-                        "images out with --skip-bad-images.",
-                        code="bad-image",
-                    )
+                    raise cannot_decode(reason)
                 skipped.append(reason)
     if not arrays:
         raise UserError(
@@ -172,18 +177,27 @@ def decode_all(
     return torch.from_numpy(images), kept, tuple(skipped)
 
 
-def decode(item: Item, most: int | None = None) -> np.ndarray:
-    """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`."""
+def opened(item: bytes | Path) -> "Image.Image":
+    """A picture of which the header was read; to be closed. Raises whatever Pillow raises."""
     from PIL import Image
 
+    return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS)
+
+
+def refuse_too_large(image: "Image.Image") -> None:
+    """ValueError where it would take too much memory."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
+
+
+def decode(item: Item, most: int | None = None) -> np.ndarray:
+    """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`."""
     item = item.read() if isinstance(item, Part) else item
-    opened = io.BytesIO(item) if isinstance(item, bytes) else item
-    with Image.open(opened, formats=FORMATS) as image:
-        width, height = image.size
-        if most is not None and max(width, height) > most:
+    with opened(item) as image:
+        if most is not None and max(image.size) > most:
             raise Large
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
+        refuse_too_large(image)
         image.load()
         return np.asarray(upright_rgb(image))
 

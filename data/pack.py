@@ -22,11 +22,12 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from common.cpus import cpus
 from common.disk import digest, read_json, whole, write_json
 from common.text import duration, printable
 from data.ahead import Ahead, Threads, Work
 from data.cache import Entry, cached, read_entry, write_entry
-from data.files import Part
+from data.files import Part, cannot_decode
 from data.image_set import Source
 from data.photographs import PLAIN, FileStore, Names, Photos, PhotoSet, Store, decoder, reason
 from errors import UserError
@@ -171,7 +172,7 @@ def open_pack(path: Path, image_size: int | None) -> Entry:
 
     image_size = image_size or PHOTOGRAPH
     tensors, meta = _index(path)
-    for file, length in zip(meta["files"], meta["bytes"], strict=True):
+    for file, length, _ in _written(meta):
         try:
             found = (path / file).stat().st_size
         except OSError as error:
@@ -219,6 +220,11 @@ def _index(path: Path) -> Entry:
     )
 
 
+def _written(meta: dict) -> list[tuple[str, int, str]]:
+    """Name, bytes and hash of each file that the index of a pack tells of."""
+    return list(zip(meta["files"], meta["bytes"], meta["hashes"], strict=True))
+
+
 def again(path: Path, meta: dict) -> str:
     """The command that makes, finishes or mends the pack at a path."""
     words = [*meta.get("command", ["--dataset", "DATASET"]), "--out", str(path)]
@@ -251,7 +257,7 @@ def check(path: Path, count: Count = silent) -> int:
     Raises UserError that names the first damaged file and the command that mends it.
     """
     _, meta = _index(path)
-    files = list(zip(meta["files"], meta["bytes"], meta["hashes"], strict=True))
+    files = _written(meta)
     bad = _differing(path, files, count)
     if bad:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -287,13 +293,6 @@ def _differing(path: Path, files: list[tuple[str, int, str]], count: Count) -> l
             raise
 
 
-def cpus() -> int:
-    """The CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def staged(path: Path, folder: Path, say: Say = silent) -> Path:
     """Where a copy of a pack lies in a folder of this node: made by one process, checked by hash.
 
@@ -301,7 +300,7 @@ def staged(path: Path, folder: Path, say: Say = silent) -> Path:
     """
     _, meta = _index(path)
     out = folder.absolute() / f"{path.name}-{digest(json.dumps(meta['hashes']))}"
-    files = list(zip(meta["files"], meta["bytes"], meta["hashes"], strict=True))
+    files = _written(meta)
     with _told(out, "--stage"), _alone(out, True, "--stage"):
         to_do = [file for file in files if not _is_staged(out / file[0], file[1])]
         if not to_do and (out / INDEX).is_file():
@@ -599,11 +598,7 @@ class _Packing:
                 code="source-changed",
             )
         if not self.skip_bad:
-            raise UserError(
-                f"cannot decode {name}: {why}. Replace or remove that image, or leave such images "
-                "out with --skip-bad-images.",
-                code="bad-image",
-            )
+            raise cannot_decode(f"{name}: {why}")
         return b"", why
 
     def _content(self, row: int) -> bytes:

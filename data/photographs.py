@@ -5,7 +5,6 @@ scaled, by one of the threads that work ahead of the step; never more than a few
 """
 
 import functools
-import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 from common.text import printable
 from data.ahead import Piece, Threads, Work
 from data.cuts import Boxes, Cuts, default_resize
-from data.files import MAX_PIXELS, decode
+from data.files import decode, opened, refuse_too_large
 
 PLAIN = 16  # in a picture's kind: a JPEG whose colours need no thought; below it: its orientation
 RETRIES = (1.0, 3.0, 6.0)  # seconds before a picture that cannot be read is tried once more
@@ -321,15 +320,9 @@ def header(encoded: bytes | Path) -> tuple[int, int, int]:
 
     Raises whatever Pillow raises where it is none; ValueError where it has too many pixels.
     """
-    from PIL import Image
-
-    from data.files import FORMATS
-
-    opened = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
-    with Image.open(opened, formats=FORMATS) as image:
+    with opened(encoded) as image:
+        refuse_too_large(image)
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
         orientation = image.getexif().get(0x0112, 1)
         kind = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
         if kind >= 5:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.cpus import cpus
 from common.text import printable
 from data.ahead import Threads
 from data.cuts import Cuts, default_resize
-from data.files import Item, Part, Records
+from data.files import Item, Part, Records, cannot_decode
 from data.keyed_random import SAMPLE, permutation
 from data.photographs import PhotoSet, header, reason
 from errors import UserError
@@ -23,8 +24,6 @@ HEAD = 4096  # bytes of a file that its fingerprint is made of, beside its lengt
 SAMPLED = 2048  # training pictures that mean and std are taken from
 CHUNK = 256  # pictures that a thread looks at before it asks for more
 MOST_THREADS = 16  # on a network disk most of the time is waiting
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -37,24 +36,18 @@ class Scanned:
     heads: tuple[str, ...]  # a digest of length and first bytes of each
     skipped: tuple[str, ...] = ()
 
-    @property
-    def raw_bytes(self) -> int:
-        """What all pictures take, decoded."""
-        return 3 * int(self.sizes.long().prod(dim=1).sum())
 
-
-def scan(records: Records, skip_bad: bool, say: Say = lambda _: None) -> Scanned:
+def scan(records: Records, skip_bad: bool) -> Scanned:
     """Sizes and kinds of all records that are pictures.
 
     Raises UserError on the first that is none, or leaves such out.
     """
     total = len(records.items)
-    say(f"reading the headers of {total:,} pictures, once")
     ranges = [range(i, min(i + CHUNK, total)) for i in range(0, total, CHUNK)]
     kept: list[int] = []
     rows: list[tuple[int, int, int]] = []
     heads, skipped = [], []
-    with ThreadPoolExecutor(min(MOST_THREADS, 4 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(MOST_THREADS, 4 * cpus())) as pool:
         looked = pool.map(lambda chunk: [_look(records.items[i]) for i in chunk], ranges)
         for chunk, found in zip(ranges, looked, strict=True):
             for index, one in zip(chunk, found, strict=True):
@@ -62,11 +55,7 @@ def scan(records: Records, skip_bad: bool, say: Say = lambda _: None) -> Scanned
                     problem = f"{records.names[index]}: {one}"
                     if not skip_bad:
                         pool.shutdown(wait=False, cancel_futures=True)
-                        raise UserError(
-                            f"cannot decode {problem}. Replace or remove that image, or leave such "
-                            "images out with --skip-bad-images.",
-                            code="bad-image",
-                        )
+                        raise cannot_decode(problem)
                     skipped.append(problem)
                     continue
                 kept.append(index)
@@ -168,10 +157,12 @@ def seen(pictures: PhotoSet, image_size: int) -> Iterator[tuple[Tensor, list[int
     """Uint8 (n, 3, S, S) of all pictures in turn as evaluation sees them, and the damaged rows."""
     side = default_resize(image_size)
     cuts = Cuts("none", image_size, image_size, side, "crop", 0)
-    threads = Threads(os.cpu_count() or 1)
-    for places in pictures.places.split(64):
-        boxes = cuts.evaluation(pictures.photos.sizes[places])
-        work, images, bad = pictures.photos.batch(places.tolist(), boxes, (0, 0, 0), threads)
-        work.wait()
-        yield images, bad
-    threads.end()
+    threads = Threads(cpus())
+    try:
+        for places in pictures.places.split(64):
+            boxes = cuts.evaluation(pictures.photos.sizes[places])
+            work, images, bad = pictures.photos.batch(places.tolist(), boxes, (0, 0, 0), threads)
+            work.wait()
+            yield images, bad
+    finally:
+        threads.end()
