@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,12 @@ import torch
 from common.parser import Parser
 from common.text import printable
 from data.augment import KINDS, Augment
-from data.cache import cache_dir
+from data.cache import cache_dir, kept, size_limit, trim
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
+from data.splits import divided, rows_of, split_text, write_split
 from errors import UserError
 
+CACHE = "show what the cache of decoded data sets holds, or empty it"
 Command = Callable[[Source, argparse.Namespace], None]
 
 if TYPE_CHECKING:
@@ -26,17 +29,22 @@ PREVIEW_WIDTH = 96  # characters, at most
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one of show, stats, prepare; exit status 2 after an error the user can mend."""
+    """Run one of the commands; exit status 2 after an error the user can mend."""
     try:
         options = _parser().parse_args(arguments)
+        if options.run is None:
+            _cache(options)
+            return 0
         name, sentence = choose_dataset(options.dataset, options.data_dir)
-        print(sentence)
+        print(sentence, file=sys.stderr if options.run is _list else sys.stdout)
         source = load_source(
             name,
             data_dir=options.data_dir,
             image_size=options.image_size,
             skip_bad_images=options.skip_bad_images,
             seed=options.seed,
+            split=options.split,
+            group_by=options.group_by,
         )
         options.run(source, options)
     except UserError as error:
@@ -55,8 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--image-size", type=_whole(1), metavar="PIXELS", help="side of the images")
     common.add_argument("--skip-bad-images", action="store_true", help="leave damaged ones out")
     common.add_argument("--seed", type=_whole(0), default=0)
+    common.add_argument("--split", metavar="FILE|RUN", help="splits as in a list or in a run")
+    common.add_argument("--group-by", metavar="COLUMN|REGEX", help="what stays on one side")
     parser = Parser("python -m data", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="show|stats|prepare")
+    commands = parser.add_subparsers(required=True, metavar="show|stats|list|prepare|cache")
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -75,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=_safetensors, metavar="FILE.safetensors",
         help="also into this file, to carry elsewhere: --dataset FILE, or CIFAR10_DIR=FILE",
     )  # fmt: skip
+    which = add("list", _list, "print which picture is in which split and class, as csv")
+    which.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
+    cache = commands.add_parser("cache", help=CACHE, description=CACHE, allow_abbrev=False)
+    cache.add_argument("--empty", action="store_true", help="remove all that no process uses")
+    cache.set_defaults(run=None)
     return parser
 
 
@@ -153,7 +168,9 @@ def half_blocks(image: "Image.Image") -> str:
 
 
 def _stats(source: Source, options: argparse.Namespace) -> None:
-    print(f"train {len(source.train)}, test {len(source.test)}, ", end="")
+    held = 0 if source.held_out is None else len(source.held_out)
+    validation = f"validation {held}, " if held else ""
+    print(f"train {len(source.train) - held}, {validation}test {len(source.test)}, ", end="")
     print(f"each {tuple(source.train.images.shape[1:])} {source.train.images.dtype}")
     if source.classes:
         train, test = (
@@ -167,7 +184,49 @@ def _stats(source: Source, options: argparse.Namespace) -> None:
         print("mean", *(f"{value:.4f}" for value in source.mean))
         print("std ", *(f"{value:.4f}" for value in source.std))
     print(f"fingerprint {source.fingerprint}")
-    _report_skipped(source)
+    _tell(source)
+
+
+def _list(source: Source, options: argparse.Namespace) -> None:
+    rows = rows_of(source, divided(source, 0, 0.0, 0))
+    if not rows:
+        raise UserError(
+            f"the pictures of {source.name} have no names to list: they are made, or lie in one "
+            "file.",
+            code="no-names",
+        )
+    if options.out:
+        try:
+            write_split(options.out, rows)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {printable(options.out)}: {error}; try --out split.csv",
+                code="output-unwritable",
+            ) from None
+        return print(f"{printable(options.out)}: {len(rows):,} pictures", file=sys.stderr)
+    if sys.stdout.isatty():
+        rows = [(printable(name), split, printable(of)) for name, split, of in rows]
+    sys.stdout.flush()
+    sys.stdout.buffer.write(split_text(rows).encode("utf-8", "surrogateescape"))
+    return None
+
+
+def _cache(options: argparse.Namespace) -> None:
+    entries, most = kept(), size_limit()
+    total = sum(one.size for one in entries)
+    print(f"{printable(cache_dir())}: {_bytes(total)} of at most {_bytes(most)}")
+    if options.empty:
+        freed = trim(0)
+        stay = f", {_bytes(total - freed)} in use stay" if freed < total else ""
+        return print(f"removed {_bytes(freed)}{stay}")
+    for one in reversed(entries):
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
+        print(f"  {_bytes(one.size):>9}  used {used}  {printable(one.about or one.path.name)}")
+    return print("LOCKSTEP_CACHE=FOLDER puts it elsewhere, LOCKSTEP_CACHE_SIZE=50GB limits it")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
 
 
 def _prepare(source: Source, options: argparse.Namespace) -> None:
@@ -175,12 +234,16 @@ def _prepare(source: Source, options: argparse.Namespace) -> None:
     if options.out:
         save_source(source, options.out, options.image_size)
         print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.0f} MB")
-    _report_skipped(source)
+    _tell(source)
 
 
-def _report_skipped(source: Source) -> None:
+def _tell(source: Source) -> None:
+    if source.tally:
+        print(f"files {source.tally}")
     if source.skipped:
-        print(f"{len(source.skipped)} images left out:", *source.skipped[:10], sep="\n  ")
+        print(f"{len(source.skipped)} images cannot be read:", *source.skipped[:10], sep="\n  ")
+    for note in source.notes:
+        print(f"warning: {printable(note)}")
 
 
 if __name__ == "__main__":

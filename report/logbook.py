@@ -150,11 +150,11 @@ class Logbook(contextlib.AbstractContextManager):
             machine = {"devices": self.world.describe(), **self.world.describe_gpu()}
             about = describe_environment({**machine, **facts})
             folder.write_birth(to_json(settings), command, about)
-            folder.write_source(data.source)
+            folder.write_source(data.source, data.places)
         else:
             folder.write_config(to_json(settings))
             if progress.step == 0:  # nothing was kept of a life before: the data may be others
-                folder.write_source(data.source)
+                folder.write_source(data.source, data.places)
         folder.write_metrics(task.metrics, task.best_is)
         folder.link_latest()
         self.trackers = build_trackers(

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self, cast
 
 import torch
@@ -13,8 +14,9 @@ from config import BatchPlan, Settings, plan_batch
 from data.augment import Augment
 from data.image_set import numbered_as
 from data.loaders import Resident, build_test_loader, build_train_loader, evaluation_batch
-from data.order import GlobalBatchSampler, split_validation
-from data.sources import ImageSet, Source, limited, load_source
+from data.order import GlobalBatchSampler
+from data.sources import Source, limited, load_source
+from data.splits import SPLIT_FILE, divided
 from distributed import faults
 from distributed.world import World
 from errors import UserError
@@ -34,6 +36,7 @@ class Data:
     """Training and evaluation batches; knows nothing of the model. `note`: what is to be told.
 
     `test_loaders` are by split: "val", where a part of the training images is held out, and "test".
+    `places` are those of each split's images in the source, "val" among its training images.
     """
 
     source: Source
@@ -42,6 +45,7 @@ class Data:
     sampler: GlobalBatchSampler
     train_loader: DataLoader
     test_loaders: dict[str, DataLoader]
+    places: dict[str, Tensor]
     note: str = ""
 
     @property
@@ -102,9 +106,13 @@ def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
     """
     faults.hit("data")
     config = plan.config
+    split = config.split
+    if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
+        split = config.run_dir  # what it named at the run's birth may have changed or gone
     source = world.all_or_none(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images, seed=config.seed,
+        skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
+        group_by=config.group_by,
     ))  # fmt: skip
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
@@ -132,16 +140,17 @@ def build_data(
             f"{source.task}; give it {fits}",
             code="data-of-another-task",
         )
-    train, test = limited(source.train, config.limit), limited(source.test, config.limit)
+    places = divided(source, config.limit, config.val_fraction, config.seed)
+    sets = {
+        split: images if len(chosen) == len(images) else images.part(chosen)
+        for split, chosen in places.items()
+        for images in [source.test if split == "test" else source.train]
+    }
+    train, test = sets.pop("train"), sets["test"]
     test_batch = evaluation_batch(len(test), config.image_size, device) * num_processes
     if settings.actions.dry_run:
         test = limited(test, 2 * test_batch)
-    tests = {"test": test}
-    if config.val_fraction:
-        kept, held_out = split_validation(len(train), config.val_fraction, config.seed)
-        validation = ImageSet(train.images[held_out], train.labels[held_out])
-        train = ImageSet(train.images[kept], train.labels[kept])
-        tests = {"val": validation, "test": test}
+    tests = {**sets, "test": test}
     batch = plan_batch(settings, num_processes, len(train))
     train_loader, sampler = build_train_loader(train, batch.batch_size, config.seed, device)
     augment = Augment(
@@ -153,4 +162,4 @@ def build_data(
     test_loaders = {
         split: build_test_loader(images, test_batch, device) for split, images in tests.items()
     }
-    return Data(source, batch, augment, sampler, train_loader, test_loaders)
+    return Data(source, batch, augment, sampler, train_loader, test_loaders, places)

@@ -5,7 +5,9 @@ This file imports no torch, so that the command line can read the tables at once
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -19,8 +21,10 @@ from errors import UserError
 
 if TYPE_CHECKING:
     from data.cache import Entry
+    from data.files import Records
     from data.sources.layout import Layout
     from data.sources.published import Published
+    from data.splits import Wanted
 
 __all__ = [
     "NAMES", "SOURCES", "ImageSet", "Source", "choose_dataset", "limited", "load_source",
@@ -70,6 +74,7 @@ LAYOUTS = {
     "archive": "cifar_batches:ARCHIVE",
     "tables": "tables:TABLES",
     "tensors": "carried:TENSORS",
+    "listed": "listed:LISTED",
     "folder": "folder:FOLDER",
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -99,23 +104,36 @@ class Copy:
         return find(LAYOUTS[self.kind]) if self.kind in LAYOUTS else None
 
     @property
+    def can_be_split(self) -> bool:
+        """Whether its pictures have names to be split by."""
+        return not self.layout or bool(self.layout.listing or self.layout.rows)
+
+    @property
     def origin(self) -> str:
         if not self.layout:
             return f"Data: {printable(self.where)} from the Hugging Face hub."
         label = self.published.title if self.published else "images"
         return f"Data: {label} from {self.layout.words} at {printable(self.where)}."
 
-    def key(self, image_size: int | None, skip_bad: bool) -> list:
-        """What a cached entry depends on; a hub data set is kept as it was first fetched."""
+    def key(
+        self, image_size: int | None, skip_bad: bool, wanted: Wanted | None = None,
+        records: Records | None = None,
+    ) -> list:  # fmt: skip
+        """What a cached entry depends on; a hub data set is kept as it was first fetched.
+
+        A file is another one when its size, its time, its inode or the time of its last move
+        differs: pictures that change places keep the first two.
+        """
         status = []
-        if self.layout:
-            paths = self.layout.files(Path(self.where))
-            found = [(path, path.stat()) for path in paths]
-            status = [(str(path), seen.st_size, seen.st_mtime_ns) for path, seen in found]
+        if records is not None:
+            status = [_marks_of(records)]
+        elif self.layout and self.layout.files:
+            status = [_mark(path) for path in self.layout.files(Path(self.where))]
         which = self.name if self.published else False
         which = True if which == "cifar10" else which  # as in caches of old
         by_name = self.kind in ("tables", "hub") and not self.published
         meaning = ["labels by name"] if by_name else []  # not so in entries of old
+        meaning += wanted.key() if wanted else []
         return [which, self.kind, self.where, image_size, skip_bad, status, *meaning]
 
     def refuse(self, why: str) -> UserError:
@@ -142,6 +160,31 @@ class Copy:
         if self.published and entry_path(self.key(None, False)).exists():
             return True, ""
         return (True, "") if hub.folder_of(self.where) else hub.reach(self.where)
+
+
+def _mark(path: Path) -> tuple[str, int, int, int, int]:
+    try:
+        seen = path.stat()
+    except PermissionError:
+        raise UserError(
+            f"{printable(path)} may not be read (permission): ask its owner, or type "
+            f"chmod -R u+rX {printable(path.parent)} if it is yours.",
+            code="not-permitted",
+        ) from None
+    return str(path), seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_ctime_ns
+
+
+def _marks_of(records: Records) -> str:
+    """A digest of which files there are, where each belongs, and whether one is another one."""
+    state = hashlib.blake2b(repr(records.classes).encode("utf-8", "surrogatepass"), digest_size=16)
+    sides = zip(
+        records.items, records.labels, records.is_test, records.is_val,
+        records.groups or itertools.repeat(""), strict=False,
+    )  # fmt: skip
+    for item, *belongs in sides:
+        assert isinstance(item, Path)  # of a listing
+        state.update(repr((*_mark(item), *belongs)).encode("utf-8", "surrogatepass"))
+    return state.hexdigest()
 
 
 def choose_dataset(dataset: str, data_dir: str | None = None) -> tuple[str, str]:
@@ -183,48 +226,75 @@ def load_source(
     image_size: int | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
+    split: str | None = None,
+    group_by: str | None = None,
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
     Safe to call from all processes of a node at once: one decodes, the others wait for its file.
     `image_size` applies to folders and tables (see `files.decode_all`), `seed` to `line` alone.
+    `split` and `group_by` are as in `splits.Wanted`.
     """
     if name in SOURCES and SOURCES[name].made:
+        _refuse_splitting(name, split, group_by)
         return find(SOURCES[name].target)(f"Data: {SOURCES[name].summary}.", seed)
-    from data.cache import cached
+    from data.cache import cached, landed
     from data.sources.describe import source_of
+    from data.splits import Wanted
 
-    copy = locate(name, data_dir)
+    copy, wanted, records = locate(name, data_dir), Wanted(split, group_by), None
     if copy.published:
         image_size = None  # its pictures share one small size
-    if copy.layout and not copy.layout.read:
-        entry = build(copy, image_size, skip_bad_images)  # a cached one already
-    else:
-        key = copy.key(image_size, skip_bad_images)
-        entry = cached(key, lambda: build(copy, image_size, skip_bad_images))
-    return source_of(name, entry, copy.origin)
+    if not copy.can_be_split:
+        _refuse_splitting(name, split, group_by)
+    if copy.layout and copy.layout.listing:
+        records = copy.layout.listing(Path(copy.where), wanted)
+    if copy.kind == "tensors":
+        entry = build(copy, image_size, skip_bad_images, wanted, None)  # a cached one already
+        return source_of(name, entry, copy.origin)
+    key = copy.key(image_size, skip_bad_images, wanted, records)
+    entry = cached(key, lambda: build(copy, image_size, skip_bad_images, wanted, records))
+    return source_of(name, entry, copy.origin, records, notes=landed(key))
 
 
-def build(copy: Copy, image_size: int | None, skip_bad: bool) -> Entry:
-    """Read and decode a data set that is not in the cache."""
+def _refuse_splitting(name: str, split: str | None, group_by: str | None) -> None:
+    for flag, value in (("--split", split), ("--group-by", group_by)):
+        if value is not None:
+            raise UserError(
+                f"{flag} {printable(value)}: {printable(name)} comes with a split of its own and "
+                "its pictures have no names; drop the flag. It is for folders and tables.",
+                code="no-names",
+            )
+
+
+def build(
+    copy: Copy, image_size: int | None, skip_bad: bool, wanted: Wanted, records: Records | None
+) -> Entry:
+    """Read and decode a data set that is not in the cache; `records` where they were listed."""
+    from data.files import decode_records
     from data.sources import hub
-    from data.sources.describe import entry_of
+    from data.sources.describe import entry_of, with_records
 
-    layout = copy.layout
-    if layout and not layout.read:
+    layout, where = copy.layout, Path(copy.where)
+    if copy.kind == "tensors":
         known = {name: find(e.target) for name, e in SOURCES.items() if not e.made}
-        return find("carried:read")(Path(copy.where), image_size, known, copy.name)
+        return find("carried:read")(where, image_size, known, copy.name)
     if layout and layout.read:
-        found = layout.read(Path(copy.where), image_size, skip_bad)
+        found = layout.read(where)
     else:
-        if not hub.folder_of(copy.where):
-            reached, why = hub.reach(copy.where)
-            if not reached:
-                raise copy.refuse(why)
-        found = hub.read(copy.where, image_size, skip_bad)
+        if layout and layout.rows:
+            records = layout.rows(where, wanted)
+        elif records is None:
+            if not hub.folder_of(copy.where):
+                reached, why = hub.reach(copy.where)
+                if not reached:
+                    raise copy.refuse(why)
+            records = hub.read_records(copy.where, wanted)
+        found = decode_records(records, image_size, skip_bad)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
-    return entry_of(found, printable(copy.where))
+    entry = entry_of(found, printable(copy.where))
+    return with_records(entry, found.records, printable(copy.where))
 
 
 def save_source(source: Source, path: Path, image_size: int | None) -> None:
@@ -302,7 +372,7 @@ def kind_of(path: Path) -> str:
             return kind
     raise UserError(
         f"{printable(path)} holds no pictures this program can read: give a folder with one "
-        "subfolder of images per class, a parquet file or a folder of them, a save_to_disk "
-        "folder, or the cifar-10-batches-py folder.",
+        "subfolder of images per class or with a metadata.csv (file_name, label), a parquet file "
+        "or a folder of them, a save_to_disk folder, or the cifar-10-batches-py folder.",
         code="unknown-layout",
     )

@@ -7,6 +7,7 @@ from common.text import printable
 from data.cache import Entry, read_entry, write_entry
 from data.files import SMALL
 from data.image_set import Source
+from data.sources.describe import UNREADABLE, packed
 from data.sources.layout import Layout
 from data.sources.published import Published
 from errors import UserError
@@ -20,8 +21,16 @@ def save(source: Source, path: Path, image_size: int | None) -> None:
     """
     tensors = {"train_images": source.train.images, "train_labels": source.train.labels}
     tensors |= {"test_images": source.test.images, "test_labels": source.test.labels}
+    tensors |= packed(source.names)
+    for name in ("held_out", "groups"):
+        if (tensor := getattr(source, name)) is not None:
+            tensors[name] = tensor
     names = ("name", "classes", "mean", "std", "fingerprint", "skipped")
     meta = {name: getattr(source, name) for name in names} | {"image_size": image_size}
+    meta["notes"] = source.notes
+    if source.tally:
+        reasons = source.tally.left_out  # those of `skipped` are counted when it is read
+        meta["left_out"] = {why: of for why, of in reasons.items() if why not in UNREADABLE}
     if not write_entry(path, tensors, meta):
         raise UserError(
             f"{printable(path)} cannot be written; try --out data.safetensors",
@@ -61,7 +70,6 @@ def read(path: Path, image_size: int | None, known: Mapping[str, Published], nam
 
 TENSORS = Layout(
     "decoded tensors",
+    # decoded before: `read` gives what the cache would give
     lambda path: path.is_file() and path.suffix == ".safetensors",
-    lambda path: [path],
-    None,  # decoded before: `read` gives what the cache would give
 )

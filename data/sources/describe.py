@@ -1,14 +1,21 @@
 """From decoded pictures to a data set: checked, split, with its mean, std and fingerprint."""
 
+import errno
 import json
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from common.disk import digest
-from common.text import class_name
+from common.text import class_name, some
 from data.cache import Entry, digest_of
-from data.image_set import Decoded, ImageSet, Source
+from data.files import Records
+from data.image_set import Decoded, ImageSet, LeftOut, Reasons, Source, Tally
+from data.sources.twice import told_twice
 from errors import UserError
+
+UNREADABLE = ("damaged", "may not be read")  # why a picture that was found is left out
 
 
 def check(labels: torch.Tensor, is_test: torch.Tensor, classes: tuple[str, ...], at: str) -> None:
@@ -60,9 +67,81 @@ def entry_of(found: Decoded, at: str) -> Entry:
     return describe(train, test, found.classes, found.skipped)
 
 
-def source_of(name: str, entry: Entry, origin: str, no_flip: bool = False) -> Source:
-    """A data set of a cached entry, described and ready to be trained on."""
+def with_records(entry: Entry, records: Records | None, at: str) -> Entry:
+    """The entry with the names of its pictures, and with what only a look at all of them tells."""
     tensors, meta = entry
+    meta = {**meta, "at": at}
+    if records is None:
+        return tensors, meta
+    is_test = torch.tensor(records.is_test)
+    pairs = list(zip(records.ids, records.is_test, strict=True))
+    train = [name for name, test in pairs if not test]
+    tensors = {**tensors, **packed({"train": train, "test": [n for n, test in pairs if test]})}
+    if any(records.is_val):  # they may change without a pixel: the run is another one then
+        tensors["held_out"] = torch.tensor(records.is_val)[~is_test].nonzero().flatten()
+        words = [meta["fingerprint"], digest_of(tensors["held_out"])]
+        meta["fingerprint"] = digest(json.dumps(words))
+    if records.groups:
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(records.groups))}
+        groups = torch.tensor([numbers[name] for name in records.groups])
+        tensors["groups"] = groups[~is_test]
+    notes = [*_lacking(tensors, meta["classes"]), *told_twice(records)]
+    meta |= {"notes": notes, "record_notes": records.notes, "left_out": records.left_out}
+    return tensors, meta
+
+
+def packed(names: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
+    """The names of each part as the bytes of a text: no name holds a zero."""
+    found = {}
+    for split, those in names.items():
+        content = bytearray("\0".join(those).encode("utf-8", "surrogateescape"))
+        found[f"{split}_names"] = torch.frombuffer(content, dtype=torch.uint8)
+    return found
+
+
+def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for split in ("train", "test"):
+        if (packed := tensors.get(f"{split}_names")) is not None:
+            text = packed.numpy().tobytes().decode("utf-8", "surrogateescape")
+            found[split] = tuple(text.split("\0"))
+    return found
+
+
+def _lacking(tensors: dict[str, torch.Tensor], classes: tuple[str, ...]) -> list[str]:
+    """A sentence on the classes that have no picture to learn from, and on those without a test."""
+    told = []
+    held, train = tensors.get("held_out"), tensors["train_labels"]
+    if held is not None:
+        train = train[~torch.isin(torch.arange(len(train)), held)]
+    for word, labels, what in (
+        ("training", train, "it cannot be learned"),
+        ("test", tensors["test_labels"], "nothing tells how well it is known"),
+    ):
+        counts = torch.bincount(labels, minlength=len(classes)).tolist()
+        if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
+            told.append(f"no {word} picture that can be read is of class {some(missing)}: {what}")
+    return told
+
+
+def source_of(
+    name: str, entry: Entry, origin: str, records: Records | None = None, *,
+    no_flip: bool = False, notes: Sequence[str] = (),
+) -> Source:  # fmt: skip
+    """A data set of a cached entry, described and ready to be trained on.
+
+    `records` are those of a listing made just now: what is beside the pictures may have changed.
+    """
+    tensors, meta = entry
+    fresh = records is not None
+    left = LeftOut(records.left_out if fresh else _reasons(meta))
+    for line in meta["skipped"]:
+        denied = os.strerror(errno.EACCES) in line
+        place = line.partition(": ")[0].split("/")
+        left.add(UNREADABLE[denied], "/".join(place[-2:]))
+    used = len(tensors["train_labels"]) + len(tensors["test_labels"])
+    counted = "left_out" in meta
+    told = records.notes if fresh else meta.get("record_notes", ())
     return Source(
         name=name,
         task="classification",
@@ -75,7 +154,18 @@ def source_of(name: str, entry: Entry, origin: str, no_flip: bool = False) -> So
         origin=origin,
         skipped=tuple(meta["skipped"]),
         no_flip=no_flip,
+        names=_unpacked(tensors),
+        held_out=tensors.get("held_out"),
+        groups=tensors.get("groups"),
+        tally=Tally(used, left.reasons) if counted else None,
+        notes=(*told, *meta.get("notes", ()), *notes),
     )
+
+
+def _reasons(meta: dict) -> Reasons:
+    """Why files were left out, as JSON gives it back."""
+    found = meta.get("left_out", {})
+    return {reason: (count, example) for reason, (count, example) in found.items()}
 
 
 def fingerprint_of(classes: tuple[str, ...], checksums: dict[str, str]) -> str:
