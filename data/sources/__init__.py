@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.text import nearest, printable
+from common.text import nearest, not_permitted, printable
 from data.image_set import ImageSet, Source, limited
 from errors import UserError
 
@@ -166,11 +166,7 @@ def _mark(path: Path) -> tuple[str, int, int, int, int]:
     try:
         seen = path.stat()
     except PermissionError:
-        raise UserError(
-            f"{printable(path)} may not be read (permission): ask its owner, or type "
-            f"chmod -R u+rX {printable(path.parent)} if it is yours.",
-            code="not-permitted",
-        ) from None
+        raise not_permitted(path.parent) from None
     return str(path), seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_ctime_ns
 
 
@@ -339,7 +335,7 @@ def locate(name: str, data_dir: str | None) -> Copy:
         path = _existing(data_dir, "--data-dir")
         return Copy(name, kind_of(path), str(path))
     path = Path(name).expanduser()
-    if path.exists():
+    if _exists(path):
         return Copy(name, kind_of(path), str(path.absolute()))
     if HUB_NAME.fullmatch(name) and not name.startswith("."):
         return Copy(name, "hub", name)
@@ -355,9 +351,16 @@ def locate(name: str, data_dir: str | None) -> Copy:
     )
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        raise not_permitted(path.parent) from None
+
+
 def _existing(path: str, said_by: str) -> Path:
     found = Path(path).expanduser()
-    if not found.exists():
+    if not _exists(found):
         raise UserError(
             f"{said_by} names {printable(path)}, which does not exist: check the path.",
             code="no-such-path",
@@ -368,8 +371,11 @@ def _existing(path: str, said_by: str) -> Path:
 def kind_of(path: Path) -> str:
     """What lies there: the kind of the first layout that knows its files."""
     for kind, target in LAYOUTS.items():
-        if find(target).holds(path):
-            return kind
+        try:
+            if find(target).holds(path):
+                return kind
+        except PermissionError:
+            raise not_permitted(path) from None
     raise UserError(
         f"{printable(path)} holds no pictures this program can read: give a folder with one "
         "subfolder of images per class or with a metadata.csv (file_name, label), a parquet file "

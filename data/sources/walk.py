@@ -4,10 +4,9 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from common.text import printable
+from common.text import not_permitted
 from data.files import SUFFIXES
 from data.image_set import LeftOut
-from errors import UserError
 
 DROPPINGS = {".ds_store", "thumbs.db", "desktop.ini"}  # of file managers: nobody's pictures
 HIDDEN = (".", "__MACOSX")  # macOS leaves ._picture.jpg beside picture.jpg, and in an archive
@@ -20,21 +19,12 @@ def is_hidden(name: str) -> bool:
     return name.startswith(HIDDEN)
 
 
-def unreadable(path: str | Path) -> UserError:
-    """The sentence for a folder that this user may not look into."""
-    return UserError(
-        f"the folder {printable(path)} may not be read (permission): ask its owner, or type "
-        f"chmod -R u+rX {printable(path)} if it is yours.",
-        code="not-permitted",
-    )
-
-
 def entries(folder: Path) -> list[Path]:
     """What lies in a folder, hidden things left out."""
     try:
         return [path for path in folder.iterdir() if not is_hidden(path.name)]
     except PermissionError:
-        raise unreadable(folder) from None
+        raise not_permitted(folder) from None
 
 
 def is_folder(path: Path) -> bool:
@@ -64,7 +54,7 @@ def walk(
                 inside = list(listed)
         except PermissionError:
             if strict and not hidden:
-                raise unreadable(place) from None
+                raise not_permitted(place) from None
             left.add("may not be read", name)
             continue
         for entry in inside:
