@@ -199,17 +199,18 @@ def _empty(folder: Path) -> UserError:
 
 def _refuse_two_levels(train: Path, root: Path, names: list[str]) -> None:
     """UserError where every class folder holds the same folders, and those hold the pictures."""
-    folders = subfolders(train)
-    inside = [{class_name(inner.name) for inner in subfolders(folder)} for folder in folders]
-    if len(inside[0]) < 2 or any(one != inside[0] for one in inside):
-        return
-    depth = len(train.relative_to(root).parts) + 2
-    if any(name.count("/") < depth for name in names):
+    depth, inside = len(train.relative_to(root).parts), defaultdict(set)
+    for name in names:
+        parts = name.split("/")
+        if parts[:depth] == list(train.relative_to(root).parts):
+            inside[parts[depth]].add(parts[depth + 1] if len(parts) > depth + 2 else "")
+    folders, (first, *others) = list(inside), inside.values()
+    if "" in first or len(first) < 2 or any(one != first for one in others):
         return
     raise UserError(
-        f"the folders {some([folder.name for folder in folders], 3)} in {printable(train)} all "
-        f"hold {some(sorted(inside[0]), 3)}: if they are splits call them train and test, if they "
-        f"are data sets of their own type --dataset {printable(folders[0])}.",
+        f"the folders {some(folders, 3)} in {printable(train)} all hold {some(sorted(first), 3)}: "
+        "if they are splits call them train and test, if they are data sets of their own type "
+        f"--dataset {printable(train / folders[0])}.",
         code="several-data-sets",
     )
 

@@ -27,7 +27,13 @@ def table_files(path: Path) -> list[Path]:
     """The parquet files below a path, else the arrow files of `save_to_disk` or the hub's cache."""
     if path.is_file():
         return [path]
-    found = [Path(base, name) for base, _, names in os.walk(path) for name in names]
+    ends = (".parquet", ".arrow")
+    found = [
+        Path(base, name)
+        for base, _, names in os.walk(path)
+        for name in names
+        if name.endswith(ends)
+    ]
     arrow = (p for p in found if p.suffix == ".arrow" and not p.name.startswith("cache-"))
     return sorted(p for p in found if p.suffix == ".parquet") or sorted(arrow)
 
