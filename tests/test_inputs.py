@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launches import Done, rows, train
 from PIL import Image
 from refusals import refused
 
@@ -95,11 +96,12 @@ def test_links_are_followed_also_out_of_the_folder_each_file_once_and_cycles_end
     draw(tmp_path / "store" / "far", 1, 900)
     (pets / "cat" / "far.png").symlink_to(tmp_path / "store" / "far" / "900.png")
     (pets / "cat" / "again.png").symlink_to(pets / "cat" / "000.png")
+    (pets / "dog" / "more").symlink_to(draw(tmp_path / "store" / "more", 3))
     (pets / "dog" / "up").symlink_to(pets)
     (pets / "dog" / "here").symlink_to(pets / "dog")
     source = load(pets)
     assert source.classes == ("cat", "dog", "eel")
-    assert source.tally.used == 40 + 5 + 1
+    assert source.tally.used == 40 + 5 + 3 + 1
     assert (
         reasons(source)
         == {
@@ -300,9 +302,11 @@ def test_the_same_picture_on_both_sides_or_in_two_classes_is_told_with_an_exampl
     assert "(test/ant/copy-0.png is train/ant/000.png)" in told
     assert "1 picture stands in two classes" in told and "train/bee/same.png" in told
     # A size that they share is no proof, nor is the middle.
-    twin = bytearray((root / "train/ant/006.png").read_bytes())
-    (root / "test/ant/twin.png").write_bytes(bytes(twin[:-1]) + bytes([twin[-1] ^ 1]))
-    assert "3 test pictures stand also" in notes(load(root, skip_bad_images=True))
+    for side, level in (("train", 0), ("test", 255)):
+        pixels = np.full((8, 8, 3), 77, dtype=np.uint8)
+        pixels[-1] = level  # what a BMP has first
+        Image.fromarray(pixels).save(root / side / "ant" / "twin.bmp")
+    assert "3 test pictures stand also" in notes(load(root))
 
 
 # --- lists of labels -----------------------------------------------------------------------------
@@ -358,6 +362,19 @@ def test_lists_in_split_folders_a_split_column_and_numbers_as_classes(tmp_path):
     source = load(root)
     assert source.tally.used == 12
     assert reasons(source)["without a label"] == (12, "test/000.png")
+
+
+def test_a_list_may_name_paths_from_its_split_or_from_the_top(tmp_path):
+    root = tmp_path / "set"
+    for part in ("a", "b"):
+        draw(root / "train" / part, 8)
+    names = [f"{part}/{number:03d}.png" for part in ("a", "b") for number in range(8)]
+    rows = [f"{name},{number % 2}" for number, name in enumerate(names)]
+    write_list(root / "train.csv", "file_name,label", *rows)
+    assert load(root).classes == ("0", "1") and load(root).tally.used == 16
+    (root / "train.csv").unlink()
+    write_list(root / "train" / "metadata.csv", "file_name,label", *(f"train/{r}" for r in rows))
+    assert load(root).classes == ("0", "1") and load(root).tally.used == 16
 
 
 @pytest.mark.parametrize(
@@ -459,6 +476,9 @@ def test_a_validation_part_is_stratified_sorted_disjoint_whole_and_keyed_by_the_
             assert {0, 1, 2} <= set(labels[part].tolist())
         assert 3 in labels[training] and abs(len(validation) - 62) <= 1
         assert torch.equal(torch.cat([training, validation]).sort().values, torch.arange(124))
+    for fraction in (0.1, 0.9):  # of three, one stays and one goes
+        parts = split_validation(labels, fraction, seed=0)
+        assert all((labels[part] == 2).any() for part in parts)
     many = torch.arange(1000) % 10
     held = split_validation(many, 0.1, seed=0)[1]
     assert torch.bincount(many[held]).tolist() == [10] * 10
@@ -642,3 +662,36 @@ def test_a_run_folder_keeps_its_split(pets, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "split.csv").write_text(text)
     assert read_split(str(tmp_path / "run")) == {"cat/000.png": "train"}
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_validates_tells_and_keeps_its_split_and_another_takes_it_over(nets, tmp_path):
+    root = tmp_path / "set"
+    for split, count in (("train", 24), ("val", 6), ("test", 4)):
+        for name in ("cat", "dog"):
+            for path in draw(root / split / name, count, 10 * count).iterdir():
+                Image.open(path).resize((16, 16)).save(path)
+    (root / "train" / "cat" / ".hidden.png").write_bytes(b"x")
+    flags = ["--model", f"{nets / 'plain.py'}:Net", "--dataset", root, "--image-size", "16",
+             "--batch-size", "16", "--epochs", "1", "--threads", "1", "--no-plots"]  # fmt: skip
+    done = train([*flags, "--run-dir", "one"], tmp_path, LOCKSTEP_CACHE=str(tmp_path / "cache"))
+    assert done.status == 0, done.out
+    assert "48 training, 12 validation, 8 test images" in told(done)
+    assert "69 found, 68 used" in told(done) and "best epoch chosen on the validation" in told(done)
+    last = rows(tmp_path / "one")[-1]
+    assert {"val/accuracy", "test/accuracy"} <= last.keys()
+    split = read_split(str(tmp_path / "one"))
+    assert len(split) == 68 and split["val/dog/065.png"] == "val"
+    assert "1 hidden" in (tmp_path / "one" / "skipped_images.txt").read_text()
+    (root / "val" / "dog" / "065.png").rename(root / "train" / "dog" / "065.png")
+    more = train([*flags, "--run-dir", "two", "--split", "one"], tmp_path)
+    assert more.status == 0, more.out
+    assert "48 training, 11 validation, 8 test images" in told(more)
+    assert "1 pictures of --split one are not there (val/dog/065.png)" in told(more)
+
+
+def told(done: Done) -> str:
+    """What the screen said, as if it were as wide as it takes."""
+    return " ".join(done.out.replace("│", " ").split())
