@@ -173,14 +173,18 @@ def _stats(source: Source, options: argparse.Namespace) -> None:
     print(f"train {len(source.train) - held}, {validation}test {len(source.test)}, ", end="")
     print(f"each {tuple(source.train.images.shape[1:])} {source.train.images.dtype}")
     if source.classes:
-        train, test = (
-            torch.bincount(split.labels, minlength=len(source.classes)).tolist()
-            for split in (source.train, source.test)
-        )
+        places = divided(source, 0, 0.0, 0)
+        counts = [
+            torch.bincount(
+                (source.test if split == "test" else source.train).labels[chosen],
+                minlength=len(source.classes),
+            ).tolist()
+            for split, chosen in places.items()
+        ]
         names = [printable(name) for name in source.classes]
         width = max(map(len, names))
-        for name, in_train, in_test in zip(names, train, test, strict=True):
-            print(f"  {name:<{width}} {in_train:>8} {in_test:>8}")
+        for name, *numbers in zip(names, *counts, strict=True):
+            print(f"  {name:<{width}}", *(f"{number:>8}" for number in numbers))
         print("mean", *(f"{value:.4f}" for value in source.mean))
         print("std ", *(f"{value:.4f}" for value in source.std))
     print(f"fingerprint {source.fingerprint}")

@@ -238,6 +238,13 @@ def arranged(
         return replace(records, notes=(*records.notes, *_parted(records)))
     keys = keys or [os.fsencode(name) for name in records.ids]
     is_test = keyed_split(keys, records.labels, records.groups)
+    if records.groups and not any(is_test):
+        raise UserError(
+            f"--group-by {printable(wanted.group_by)} makes {len(set(records.groups))} groups "
+            f"({some(sorted(set(records.groups)), 3)}), and no class has pictures in two of them: "
+            "none can test; choose smaller groups.",
+            code="bad-group",
+        )
     return replace(records, is_test=is_test)
 
 

@@ -322,6 +322,7 @@ def write_list(path: Path, *rows: str) -> None:
         ("metadata.csv", "file_name,label", "images/{0:03d}.png,{1}"),
         ("labels.csv", "id,category", "{0:03d},{1}"),
         ("train.csv", "Image;Class", "images/{0:03d}.png;{1}"),
+        ("labels.csv", "path,label", "images\\{0:03d}.png,{1}"),
         ("anything.tsv", "other\tfilename\ttarget", "x\t{0:03d}.png\t{1}"),
         ("metadata.jsonl", "", '{{"file_name": "images/{0:03d}.png", "label": "{1}"}}'),
     ],
@@ -448,6 +449,8 @@ def test_a_group_stays_on_one_side_in_testing_and_in_validation(tmp_path):
     assert load(root).fingerprint != source.fingerprint
     with refused("bad-group", match="finds nothing in ill/"):
         load(root, group_by="/(q)")
+    with refused("bad-group", match=r"makes 2 groups \(ill, well\).*none can test"):
+        load(root, group_by="^[a-z]+")
     with refused("bad-group", match="no regular expression"):
         load(root, group_by="(")
     rows = [f"ill/p{n // 4:02d}-{n:03d}.png,{n % 2},{n // 8}" for n in range(56)]

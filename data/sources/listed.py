@@ -125,7 +125,7 @@ class _Where:
 
     def find(self, of: List, row: dict[str, str]) -> str:
         """The path below the root (or an absolute one) of a row's picture; "": it is not there."""
-        text = (row.get(of.file) or "").strip()
+        text = (row.get(of.file) or "").strip().replace("\\", "/")  # as Windows writes paths
         if not text:
             return ""
         here = of.path.parent.relative_to(self.root).as_posix()
