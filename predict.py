@@ -5,26 +5,33 @@ evaluation mode, without random crops: the same answer every time, whatever else
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
 import signal
 import sys
+import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from common.parser import Parser
+from common.streams import lost_words, steady_streams
+from common.text import printable
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
+from models.own_file import code_of_weights, is_own_file
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 LATEST = Path("runs/latest")
+PHOTOGRAPHS = {"photographs": True}  # ImageNet evaluates the middle 224 of 256 pixels
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CROP = 224 / 256  # ImageNet evaluates the middle 224 of 256 pixels
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -39,6 +46,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=5, help="classes shown for each picture")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--csv", action="store_true", help="print CSV")
+    parser.add_argument(
+        "--trust-code", action="store_true",
+        help="execute the model's own file also for weights that are not of a run of yours",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     if bool(arguments.model) != bool(arguments.weights):
         parser.error("--model and --weights go together; without them a --run is used")
@@ -47,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def load_run(folder: Path) -> tuple["nn.Module", dict]:
+def load_run(folder: Path, trust_code: bool = False) -> tuple["nn.Module", dict]:
     """(model in evaluation mode, what its weights say of themselves) of a run."""
     from safetensors import SafetensorError, safe_open
 
@@ -70,17 +81,21 @@ def load_run(folder: Path) -> tuple["nn.Module", dict]:
             "writes them after its first evaluation, other weights need --model and --weights",
             code="weights-unreadable",
         ) from None
-    if lookup(told["model"]).task != "classification":
+    name = told["model"]
+    if is_own_file(name):
+        name = code_of_weights(name, told.get("code", {}), path.parent, trust_code)
+        if name != told["model"]:
+            print(f"the model is executed from {printable(name)}", file=sys.stderr)
+    if lookup(name).task != "classification":
         raise UserError(
-            f"--run {folder}: {told['model']} predicts a number, not a class",
-            code="not-a-classifier",
+            f"--run {folder}: {name} predicts a number, not a class", code="not-a-classifier"
         )
     size = told["image_size"]
-    model = build_model(told["model"], num_classes=len(told["classes"]), image_size=size)
+    model = build_model(name, num_classes=len(told["classes"]), image_size=size)
     if wrong := load_whole_state(model, tensors):
         raise UserError(
-            f"--run {folder}: its weights no longer fit {told['model']} ({', '.join(wrong[:3])}); "
-            "did its file change?",
+            f"--run {folder}: its weights no longer fit {name} ({', '.join(wrong[:3])}); did its "
+            "file change?",
             code="weights-do-not-fit",
         )
     return model.eval(), told
@@ -113,7 +128,7 @@ def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
             f"({str(error).partition(': ')[2]}); for a run of yours type --run FOLDER",
             code="weights-of-other-classes",
         ) from None
-    return model.eval(), {**IMAGENET, "image_size": size, "classes": classes, "crop": CROP}
+    return model.eval(), {**IMAGENET, "image_size": size, "classes": classes, **PHOTOGRAPHS}
 
 
 def pictures(paths: list[str]) -> list[Path]:
@@ -131,26 +146,17 @@ def pictures(paths: list[str]) -> list[Path]:
 
 
 def prepare(path: Path, told: dict) -> "torch.Tensor":
-    """A picture as the run's training saw its own: uint8 (1, 3, S, S), not yet normalised."""
-    import numpy
+    """A picture as the run's evaluation saw its own: uint8 (1, 3, S, S), not yet normalised."""
     import torch
-    from PIL import Image
 
-    from data.files import SMALL, SUFFIXES, decode, square
+    from data.files import SUFFIXES, decode
+    from data.photographs import as_evaluated
 
     if path.is_dir():
         raise ValueError(f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
-    crop = told.get("crop", 1.0)
-    whole = round(told["image_size"] / crop)
     with warnings.catch_warnings(action="ignore"):  # what is too large is an error below
-        pixels = decode(path, whole)  # small squares stay as they are, as in training
-    if pixels.shape[0] != pixels.shape[1]:
-        pixels = numpy.asarray(square(Image.fromarray(pixels), whole))
-    if len(pixels) > SMALL:
-        side = round(len(pixels) * crop)
-        edge = (len(pixels) - side) // 2
-        pixels = pixels[edge : edge + side, edge : edge + side]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        pixels = decode(path)
+    return torch.from_numpy(as_evaluated(pixels, told)).permute(2, 0, 1)[None]
 
 
 def predict(model: "nn.Module", told: dict, path: Path, top: int) -> list[tuple[str, float]]:
@@ -163,7 +169,10 @@ def predict(model: "nn.Module", told: dict, path: Path, top: int) -> list[tuple[
 
     device = next(model.parameters()).device
     Generators(device, [model]).seed(0)  # a model that draws even now answers the same each time
-    augment = Augment("none", told["image_size"], told["mean"], told["std"], seed=0)
+    augment = Augment(
+        "none", told["image_size"], told["mean"], told["std"], seed=0,
+        cut=bool(told.get("photographs")),  # they come in the size that evaluation saw
+    )  # fmt: skip
     with torch.no_grad():
         images = augment.evaluate(prepare(path, told).to(device))
         logits = split_outputs(model(images))[0][0].float()
@@ -203,54 +212,106 @@ def main(argv: list[str]) -> int:
         if arguments.model:
             model, told = load_imagenet(arguments.model, arguments.weights)
         else:
-            model, told = load_run(arguments.run)
+            model, told = load_run(arguments.run, arguments.trust_code)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
     import torch
 
-    from common.text import printable
-
     torch.backends.cudnn.allow_tf32 = False  # a GPU's answer is a CPU's, to float32's rounding
-    results, status, model = {}, FINISHED, on_gpu(model)
-    for path in pictures(arguments.paths):
-        try:
+    status, model, paths = FINISHED, on_gpu(model), pictures(arguments.paths)
+    answers = Answers(arguments)
+    with stop_signals() as came:
+        for path in paths:
+            if came or lost_words():
+                break
             try:
-                results[str(path)] = predict(model, told, path, arguments.top)
-            except RuntimeError as error:
-                if not gpu_refuses(model, error):
-                    raise
-                model = back_on_cpu(model, error)
-                results[str(path)] = predict(model, told, path, arguments.top)
-        except Exception as error:  # Pillow raises many kinds on damaged files
-            why = error.strerror if isinstance(error, OSError) and error.strerror else error
-            print(f"{printable(path)}: {printable(why)}", file=sys.stderr)
-            status = FAILED
-    show(results, arguments)
+                try:
+                    found = predict(model, told, path, arguments.top)
+                except RuntimeError as error:
+                    if not gpu_refuses(model, error):
+                        raise
+                    model = back_on_cpu(model, error)
+                    found = predict(model, told, path, arguments.top)
+                answers.add(str(path), found)
+            except Exception as error:  # Pillow raises many kinds on damaged files
+                why = error.strerror if isinstance(error, OSError) and error.strerror else error
+                print(f"{printable(path)}: {printable(why)}", file=sys.stderr)
+                status = FAILED
+        answers.close()
+        done = f"{answers.count} of {len(paths)} pictures were predicted"
+        if lost := lost_words():
+            print(f"stdout cannot be written ({lost}): {done}", file=sys.stderr)
+            return FAILED
+        if came and answers.count < len(paths):
+            print(f"stopped by {came[0].name}: {done}", file=sys.stderr)
+            return 128 + came[0]
     return status
 
 
-def show(results: dict[str, list], arguments: argparse.Namespace) -> None:
-    """Results as a table, as JSON or as CSV."""
-    if arguments.json:
-        rows = [
-            {"path": p, "predictions": [{"class": c, "confidence": v} for c, v in found]}
-            for p, found in results.items()
-        ]
-        print(json.dumps(rows, indent=2))
-    elif arguments.csv:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["path", "rank", "class", "confidence"])
-        for path, found in results.items():
-            writer.writerows([path, rank, *pair] for rank, pair in enumerate(found, 1))
-    else:
-        from report.screen import Report
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """The stop signals that came so far; a second one of its kind ends the process at once."""
+    came: list[signal.Signals] = []
 
-        Report().predictions(results)
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup goes on
+            before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Answers:
+    """Writes each answer to stdout as it comes; a table, whose columns need all, at the end."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.json, self.count = arguments.json, 0
+        self.table: dict[str, list[tuple[str, float]]] = {}
+        self.rows = None
+        if self.json:
+            print("[", end="", flush=True)
+        elif arguments.csv:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+            self.rows = csv.writer(sys.stdout, lineterminator="\n")
+            self.rows.writerow(["path", "rank", "class", "confidence"])
+            sys.stdout.flush()
+
+    def add(self, path: str, found: list[tuple[str, float]]) -> None:
+        """What was found for one picture, the likeliest class first."""
+        self.count += 1
+        if self.json:
+            row = {
+                "path": path, "predictions": [{"class": c, "confidence": v} for c, v in found]
+            }  # fmt: skip
+            text = textwrap.indent(json.dumps(row, indent=2), "  ")
+            print(",\n" if self.count > 1 else "\n", text, sep="", end="", flush=True)
+        elif self.rows is not None:
+            self.rows.writerows([path, rank, *pair] for rank, pair in enumerate(found, 1))
+            sys.stdout.flush()
+        else:
+            self.table[path] = found
+
+    def close(self) -> None:
+        """The answers are complete, or all that there will be."""
+        if self.json:
+            print("\n]" if self.count else "]", flush=True)
+        elif self.rows is None:
+            from report.screen import Report
+
+            Report().predictions(self.table)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
+    steady_streams()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
     sys.exit(main(sys.argv[1:]))

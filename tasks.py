@@ -1,5 +1,6 @@
 """What a batch means: loss and metrics of classification and of regression."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -30,6 +31,28 @@ def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     if isinstance(outputs, tuple | list):
         return outputs[0], tuple(o for o in outputs[1:] if o is not None)
     return cast(Tensor, outputs), ()
+
+
+def balanced_accuracy(confusion: list[list[int]]) -> float:
+    """The mean over the classes of the share that is found; classes without images do not count."""
+    shares = [row[label] / sum(row) for label, row in enumerate(confusion) if sum(row)]
+    return sum(shares) / max(1, len(shares))
+
+
+def never_found(confusion: list[list[int]], classes: Sequence[str]) -> str:
+    """The classes of which no image is recognised, in a sentence; "" where there are none."""
+    missed = [
+        f"{classes[label]} ({sum(row)} images)"
+        for label, row in enumerate(confusion)
+        if sum(row) and not row[label]
+    ]
+    if not missed:
+        return ""
+    more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+    return (
+        f"the best weights find none of class {', '.join(missed[:5])}{more}; --select "
+        "balanced_accuracy chooses weights by the mean over the classes"
+    )
 
 
 class Task:
@@ -106,6 +129,10 @@ class Classification(Task):
             shown=("line", "best", "chart"),
         ),
         Metric(key="top5", title="top 5", format=".2%", higher_is_better=True, shown=()),
+        Metric(
+            key="balanced_accuracy", title="balanced accuracy", format=".2%",
+            higher_is_better=True, shown=("best",),
+        ),
     )  # fmt: skip
     best_is = "accuracy"
 
@@ -154,6 +181,7 @@ class Classification(Task):
             "loss": loss * LOSS_UNIT / images,
             "accuracy": top1 / images,
             "top5": top5 / images,
+            "balanced_accuracy": balanced_accuracy(matrix.tolist()),
             "images": images,
             "confusion": matrix.tolist(),
         }

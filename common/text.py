@@ -1,7 +1,9 @@
 """Words for a screen, a page or a file name: cleaned, shortened, read and written."""
 
 import difflib
+import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -52,6 +54,20 @@ def both_sides(one: str, names: Sequence[str], other: str, others: Sequence[str]
     parts = [f"only the former: {some(only)}"] * bool(only)
     parts += [f"only the latter: {some(missing)}"] * bool(missing)
     return f"{told} ({'; '.join(parts) or 'some of them twice'})"
+
+
+def found_from_here(script: str) -> str:
+    """A file of this program as it is typed in the present folder."""
+    path = str(Path(__file__).resolve().parent.parent / script)
+    try:
+        return min(os.path.relpath(path), path, key=len)
+    except (ValueError, OSError):  # another drive; the present folder was deleted
+        return path
+
+
+def pasted(script: str, *words: object) -> str:
+    """`python SCRIPT WORDS` as it works where this program was started, every word quoted."""
+    return shlex.join(["python", found_from_here(script), *map(str, words)])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from common.parser import Parser
+from common.streams import steady_streams
 from common.text import did_you_mean
 from config.fields import DEBUG_PRESET, GROUPS, HINTS, MAY_CHANGE, TYPES, TrainConfig, convert
 from config.layers import (
@@ -16,6 +17,7 @@ from config.layers import (
     __version__,
     check,
     known_run_dir,
+    own_code,
     read_saved,
     recipe_of,
     refuse_conflicts,
@@ -23,6 +25,7 @@ from config.layers import (
 )
 from errors import UserError, all_of
 from models import lookup
+from models.own_file import is_own_file
 
 
 def parse(argv: list[str]) -> Settings:
@@ -49,9 +52,10 @@ def parse(argv: list[str]) -> Settings:
         debug=given["debug"], dry_run=given["dry_run"], eval_only=given["eval_only"],
         find_lr=given["find_lr"], fresh=given["fresh"], resume=given["resume"],
         allow_change=tuple(n.replace("-", "_") for n in given["allow_change"]),
+        trust_code=given["trust_code"],
     )  # fmt: skip
     for name in actions.allow_change:
-        if name not in HINTS:
+        if name not in HINTS and name != "code":
             message = f"--allow-change {name}: not a setting{did_you_mean(name, HINTS)}"
             problems.append(UserError(message, code="unknown-setting"))
     for layer in (flag_layer, file_layer):
@@ -79,6 +83,8 @@ def parse(argv: list[str]) -> Settings:
                 if name in saved and name not in MAY_CHANGE:
                     del layer[name]
         typed = {**file_layer, **flag_layer}
+        if "model" not in typed and is_own_file(str(saved.get("model", ""))):
+            saved["model"] = own_code(str(saved["model"]), folder, actions)
         refuse_conflicts(typed, saved, folder, actions.allow_change)
     if folder is not None:
         saved["run_dir"] = str(folder)
@@ -129,11 +135,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     act.add_argument("--fresh", action="store_true", help="start over in --run-dir")
     act.add_argument(
+        "--trust-code", action="store_true",
+        help="execute the model's file that the run folder of somebody else holds",
+    )  # fmt: skip
+    act.add_argument(
         "--allow-change",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="settings a resumed run may change",
+        help="settings a resumed run may change; also: code, of your own model",
     )
     act.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file")
     act.add_argument("--version", action="version", version=f"lockstep {__version__}")
@@ -251,6 +261,7 @@ def parse_or_exit(argv: list[str]) -> Settings:
     On several nodes the settings carry the problem to where all meet: else the others would wait
     for a process that has left.
     """
+    steady_streams()
     try:
         return parse(argv)
     except (OSError, ValueError) as error:  # a name that no file can have, a number without end

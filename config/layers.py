@@ -6,6 +6,7 @@ Later layers win: default < recipe of the model < data set < saved run < --debug
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
 from errors import UserError, all_of
 from models import Recipe, lookup, told_by_weights
+from models.own_file import CODE, code_of_weights, refuse_foreign_code
 
+SHARES = ("accuracy", "balanced_accuracy", "top5")  # of images: more is better
 __version__ = "0.1.0"
 
 
@@ -29,6 +32,7 @@ class Actions:
     fresh: bool = False
     resume: str | None = None
     allow_change: tuple[str, ...] = ()
+    trust_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,24 @@ def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
         ) from None
 
 
+def own_code(model: str, folder: Path, actions: Actions) -> str:
+    """The file of a saved run's own model: to evaluate what was trained, to train on as it is."""
+    if actions.eval_only:
+        told = told_by_weights(str(folder / "model.safetensors"))
+        return code_of_weights(model, told.get("code", {}), folder, actions.trust_code)
+    file, _, name = model.rpartition(":")
+    if Path(file).resolve().is_relative_to(folder.resolve()) and not actions.trust_code:
+        refuse_foreign_code(model, folder)
+    copy = folder / CODE / Path(file).name
+    if not Path(file).expanduser().is_file() and copy.is_file():
+        raise UserError(
+            f"{file}, the model of {folder}, is not here ({Path.cwd()}); the run keeps a copy "
+            f"of it: add --model {shlex.quote(f'{copy}:{name}')} --allow-change model",
+            code="no-model-file",
+        )
+    return model
+
+
 def refuse_conflicts(typed: dict, saved: dict, folder: Path, allowed: tuple[str, ...]) -> None:
     """A resumed run keeps its settings; what the user typed differently is listed, all at once."""
     conflicts = [
@@ -198,6 +220,11 @@ def check(settings: Settings) -> None:
         wrong(f"--mixup and --cutmix blend classes; {c.model} is for regression", "contradiction")
     if c.mixup and c.cutmix:
         wrong("--mixup and --cutmix: choose one of them", "contradiction")
+    if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
+        wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
+    known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *SHARES)
+    if c.select not in known:
+        wrong(f"--select {c.select}: {c.model} is for {entry.task}: {', '.join(known)}")
     if settings.actions.fresh and settings.actions.resume:
         wrong("--fresh and --resume contradict each other: drop one", "contradiction")
     if problems:

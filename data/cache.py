@@ -1,4 +1,4 @@
-"""Decoded tensors on disk: one checksummed file per data set, built by one process of a node.
+"""Data sets on disk: one checksummed file for each, built by one process of a node; and packs.
 
 The folder keeps to a size: the entries that were used longest ago go first, never one that a
 process uses.
@@ -133,8 +133,9 @@ class Kept:
         """Which data set it is of, as far as it says so."""
         from safetensors import SafetensorError, safe_open
 
+        path = next(self.path.glob("*.safetensors"), self.path)  # of a folder
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 return json.loads((file.metadata() or {})["lockstep"])["meta"].get("at", "")
         except (OSError, SafetensorError, KeyError, ValueError, AttributeError):
             return ""
@@ -229,9 +230,9 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def landed(key: Json) -> list[str]:
+def landed(key: Json, entry: Entry) -> list[str]:
     """A sentence where an entry of this life took more than a gigabyte of the home folder."""
-    path = entry_path(key)
+    path = Path(entry[1].get("pack", entry_path(key)))
     try:
         size, made = _size(path), path.stat().st_mtime
         inside = path.resolve().is_relative_to(Path.home().resolve())
@@ -240,7 +241,7 @@ def landed(key: Json) -> list[str]:
     if size < LARGE or made < STARTED or not inside:
         return []
     return [
-        f"the decoded images took {size / 1e9:.1f} GB of the home folder ({cache_dir()}): "
+        f"the images took {size / 1e9:.1f} GB of the home folder ({cache_dir()}): "
         "LOCKSTEP_CACHE=FOLDER puts them elsewhere, python -m data cache --empty frees it"
     ]
 

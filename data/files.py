@@ -1,5 +1,6 @@
 """Pictures: encoded in files or rows -> upright RGB, uint8, of one size."""
 
+import functools
 import importlib
 import importlib.util
 import io
@@ -21,6 +22,8 @@ from errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from data.scan import Scanned
+
 HEIC = {".heic", ".heif"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", *HEIC}
 OPTIONAL = {"AVIF": "PIL.AvifImagePlugin", "HEIF": "pillow_heif"}  # format -> who reads it
@@ -32,16 +35,34 @@ MAX_PIXELS = 89_000_000
 SMALL = 64  # pixels: pictures that share a size up to this one are kept as they are
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A picture that is a part of a file, as of an archive."""
+
+    file: Path
+    start: int
+    length: int
+
+    def read(self, most: int | None = None) -> bytes:
+        """Its bytes, or the first of them."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.length if most is None else min(most, self.length))
+
+
+Item = bytes | Path | Part
+
+
 @dataclass(frozen=True)
 class Records:
-    """Encoded pictures (bytes, or the path of a file) with a name for errors, label and split.
+    """Encoded pictures, bytes or where they lie, with a name for errors, label and split.
 
     What validates counts as training, too: `is_val` says which of it. `ids` are the names that a
-    list of the splits has: paths below the folder, or split/row. `left_out`: why how many other
-    files are not among them, and one of those; `notes`: sentences to be told.
+    list of the splits has: split/row, or paths below `root` where that is given. `left_out`: why
+    how many other files are not among them, and one of those; `notes`: sentences to be told.
     """
 
-    items: list[bytes | Path]
+    items: list[Item]
     names: list[str]
     labels: list[int]
     is_test: list[bool]
@@ -51,6 +72,7 @@ class Records:
     groups: list[str] = field(default_factory=list)  # [] where none were asked for
     left_out: Reasons = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    root: Path | None = None
 
     def part(self, kept: Sequence[int]) -> Self:
         """Those of these positions; all of them is this itself."""
@@ -63,31 +85,48 @@ class Records:
         )
 
 
-def decode_records(records: Records, image_size: int | None, skip_bad: bool) -> Decoded:
-    """The pictures of the records that can be read, with what belongs to each."""
-    _open_heic(records, skip_bad)
-    images, kept, skipped = decode_all(records, image_size, skip_bad)
+class Large(Exception):
+    """Pictures of more than 64 pixels a side, which are not kept decoded."""
+
+
+def cannot_decode(problem: str) -> UserError:
+    """Of a picture that ends what reads it: its name and what is wrong."""
+    return UserError(
+        f"cannot decode {problem}. Replace or remove that image, or leave such images out with "
+        "--skip-bad-images.",
+        code="bad-image",
+    )
+
+
+def decode_records(records: Records, image_size: int | None, skip_bad: bool) -> "Decoded | Scanned":
+    """The pictures of the records that can be read, with what belongs to each.
+
+    Decoded where all of them are small; photographs are only looked at.
+    """
+    _refuse_heic(records, skip_bad)
+    try:
+        images, kept, skipped = decode_all(records, image_size, skip_bad)
+    except Large:
+        from data.scan import scan
+
+        return scan(records, skip_bad)
     records = records.part(kept)
     return Decoded(
         images, records.labels, records.is_test, records.classes, skipped, records=records
     )
 
 
-def _open_heic(records: Records, skip_bad: bool) -> None:
-    """Let Pillow read HEIC where its package is there; UserError on the first picture if not."""
-    first = next((i for i in records.items if isinstance(i, Path) and _suffix(i) in HEIC), None)
-    if "HEIF" in FORMATS:
-        importlib.import_module("pillow_heif").register_heif_opener()
-    elif first is not None and not skip_bad:
-        raise UserError(
-            f"{printable(first)} is HEIC, which takes a package of its own: pip install "
-            "pillow-heif, or leave such images out with --skip-bad-images.",
-            code="no-heic",
-        )
-
-
-def _suffix(path: Path) -> str:
-    return path.suffix.lower()
+def _refuse_heic(records: Records, skip_bad: bool) -> None:
+    """UserError on the first HEIC picture where nothing reads it."""
+    if skip_bad or "HEIF" in FORMATS:
+        return
+    for item in records.items:
+        if isinstance(item, Path) and item.suffix.lower() in HEIC:
+            raise UserError(
+                f"{printable(item)} is HEIC, which takes a package of its own: pip install "
+                "pillow-heif, or leave such images out with --skip-bad-images.",
+                code="no-heic",
+            )
 
 
 def decode_all(
@@ -96,8 +135,8 @@ def decode_all(
     """All pictures as one tensor (N, 3, H, W) uint8, the indices kept, and those left out.
 
     With `image_size` S each becomes S x S: resized so that the shorter side is S, then cropped at
-    the centre, unless all of them already are squares of one size up to 64 pixels. A picture that
-    cannot be decoded whole, or has more than 89 million pixels, is an error or left out.
+    the centre, unless all of them already are squares of one size. A picture that cannot be decoded
+    whole is an error or left out. Raises Large on one of more than 64 pixels a side.
     """
     from PIL import Image
 
@@ -105,7 +144,9 @@ def decode_all(
         results = []
         for index in chunk:
             try:
-                results.append(decode(records.items[index], image_size))
+                results.append(decode(records.items[index], SMALL))
+            except Large:
+                raise
             except Exception as error:  # Pillow raises many kinds on damaged files
                 results.append(str(error) or type(error).__name__)
         return results
@@ -124,11 +165,7 @@ def decode_all(
                 reason = f"{records.names[index]}: {printable(result).rstrip('.')}"
                 if not skip_bad_images:
                     pool.shutdown(wait=False, cancel_futures=True)
-                    raise UserError(
-                        f"cannot decode {reason}. Replace or remove that image, or leave such "
-                        "images out with --skip-bad-images.",
-                        code="bad-image",
-                    )
+                    raise cannot_decode(reason)
                 skipped.append(reason)
     if not arrays:
         raise UserError(
@@ -155,22 +192,36 @@ def decode_all(
     return torch.from_numpy(images), kept, tuple(skipped)
 
 
-def decode(item: bytes | Path, image_size: int | None) -> np.ndarray:
-    """One picture as upright RGB (H, W, 3) uint8; larger than 64 pixels: cut to `image_size`."""
+def opened(item: bytes | Path) -> "Image.Image":
+    """A picture of which the header was read; to be closed. Raises whatever Pillow raises."""
     from PIL import Image
 
-    with Image.open(
-        io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS
-    ) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
-        side = image_size if max(width, height) > SMALL else None
-        if side is not None:
-            image.draft(None, (2 * side, 2 * side))  # JPEG: decode at 1/2, 1/4, 1/8
+    if "HEIF" in FORMATS:
+        _let_pillow_read_heic()
+    return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS)
+
+
+@functools.cache
+def _let_pillow_read_heic() -> None:
+    importlib.import_module("pillow_heif").register_heif_opener()
+
+
+def refuse_too_large(image: "Image.Image") -> None:
+    """ValueError where it would take too much memory."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
+
+
+def decode(item: Item, most: int | None = None) -> np.ndarray:
+    """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`."""
+    item = item.read() if isinstance(item, Part) else item
+    with opened(item) as image:
+        if most is not None and max(image.size) > most:
+            raise Large
+        refuse_too_large(image)
         image.load()
-        rgb = upright_rgb(image)
-        return np.asarray(rgb if side is None else square(rgb, side))
+        return np.asarray(upright_rgb(image))
 
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":

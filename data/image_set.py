@@ -5,17 +5,20 @@ This file imports no torch, so that the command line can read the table of data 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from common.text import places, printable
+from errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from data.files import Records
+    from data.photographs import PhotoSet
 
+UNREADABLE = ("damaged", "may not be read")  # why a picture that was found is left out
 Reasons = dict[str, tuple[int, str]]  # why files are left out -> how many, and one of them
 
 
@@ -65,24 +68,38 @@ class ImageSet:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
 
-def limited(images: ImageSet, limit: int) -> ImageSet:
+def in_memory(pictures: ImageSet | PhotoSet) -> ImageSet:
+    """The same; UserError where they are photographs, which are not kept decoded."""
+    if isinstance(pictures, ImageSet):
+        return pictures
+    raise UserError(
+        "these are photographs, which are not kept decoded: python -m data prepare --out FOLDER "
+        "packs them",
+        code="not-in-memory",
+    )
+
+
+Pictures = TypeVar("Pictures", bound="ImageSet | PhotoSet")
+
+
+def limited(images: Pictures, limit: int) -> Pictures:
     """So many of the images, 0: all; evenly spread, for they may lie in the order of classes."""
     if not limit or limit >= len(images):
         return images
     import torch
 
     spread = torch.arange(limit) * len(images) // limit
-    return ImageSet(images.images[spread], images.labels[spread])
+    return images.part(spread)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set in memory. `mean` and `std` are those of the training images, in 0..1."""
+    """A data set, in memory or photographs. `mean` and `std` are of training images, in 0..1."""
 
     name: str
     task: str  # "classification" or "regression"
-    train: ImageSet
-    test: ImageSet
+    train: ImageSet | PhotoSet
+    test: ImageSet | PhotoSet
     classes: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -90,11 +107,27 @@ class Source:
     origin: str  # a sentence
     skipped: tuple[str, ...] = ()  # images that cannot be read, with the reason
     no_flip: bool = False  # mirrored digits are no digits
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of "train" and "test"
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of "train" and "test"
     held_out: torch.Tensor | None = None  # places in `train` of the data set's own validation split
     groups: torch.Tensor | None = None  # a number for each of `train`, where groups were asked for
     tally: Tally | None = None  # of files; None where the pictures are none
     notes: tuple[str, ...] = ()  # sentences to be told
+    content: str = ""  # the fingerprint of photographs before somebody decodes them
+    decoder: str = ""  # what decoded them, where their pixels lie on the disk
+
+
+def kept_beside(source: Source) -> tuple[dict[str, torch.Tensor], dict]:
+    """What a file of a data set keeps beside its pictures: tensors, and what JSON can write."""
+    tensors = {
+        name: tensor
+        for name in ("held_out", "groups")
+        if (tensor := getattr(source, name)) is not None
+    }
+    facts: dict = {"notes": source.notes}
+    if source.tally:
+        reasons = source.tally.left_out  # those of `skipped` are counted when it is read
+        facts["left_out"] = {why: of for why, of in reasons.items() if why not in UNREADABLE}
+    return tensors, facts
 
 
 @dataclass(frozen=True)
@@ -118,6 +151,6 @@ def numbered_as(source: Source, classes: tuple[str, ...]) -> Source:
 
     numbers = torch.tensor(there)
     train, test = (
-        ImageSet(images.images, numbers[images.labels]) for images in (source.train, source.test)
+        replace(images, labels=numbers[images.labels]) for images in (source.train, source.test)
     )
     return replace(source, train=train, test=test, classes=classes)

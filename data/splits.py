@@ -18,6 +18,7 @@ from common.text import class_name, printable, some
 from data.files import Records
 from data.image_set import LeftOut, Source
 from data.keyed_random import SPLIT, permutation
+from data.photographs import PhotoSet
 from errors import UserError
 
 TEST_PART = 5  # one in so many tests, of a data set that has no test split
@@ -357,12 +358,18 @@ def _spread(n: int, limit: int) -> Tensor:
     return torch.arange(limit) * n // limit
 
 
+def names_of(source: Source, side: str) -> Sequence[str]:
+    """Of the pictures in "train" or "test", in their order; nothing where they have none."""
+    pictures = source.test if side == "test" else source.train
+    return pictures.names if isinstance(pictures, PhotoSet) else source.names.get(side, ())
+
+
 def rows_of(source: Source, places: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
     """(name, split, class) of the pictures at these places; nothing where they have no names."""
     rows = []
     for split, chosen in places.items():
         side = "test" if split == "test" else "train"
-        names, labels = source.names.get(side, ()), getattr(source, side).labels.tolist()
+        names, labels = names_of(source, side), getattr(source, side).labels.tolist()
         if names:
             rows += [(names[i], split, source.classes[labels[i]]) for i in chosen.tolist()]
     return rows

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -45,6 +45,7 @@ class Progress:
     best: float | None = None  # of the split that chooses
     best_epoch: float = 0
     best_step: int = 0
+    best_of: dict = field(default_factory=dict)  # what it was measured on: training/best.py
     best_metrics: dict = field(default_factory=dict)  # on the test split, at the best epoch
     metrics_rows: int = 0
     seconds: float = 0.0  # of training and evaluation, over all lives
@@ -133,6 +134,7 @@ def restore(
         })  # fmt: skip
 
 
+@torch.no_grad()
 def copy_state(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     """Put a model's saved state into it; UserError, and nothing done, where it does not fit."""
     if wrong := load_whole_state(model, tensors):
@@ -151,10 +153,32 @@ def save_tensors(
 ) -> None:
     """A safetensors file, complete on the disk under its name or not there at all."""
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    partial.chmod(0o644)  # safetensors makes 0600: colleagues could not read it
-    sync(partial)
-    partial.replace(path)
+    try:
+        _save(tensors, partial, metadata)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # half a file would fill the disk further
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, synced, that may be read by whom the umask lets: its own are 0600."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+    sync(path)
+
+
+def card_of(path: Path) -> dict:
+    """What a file of weights says of itself; {} where it is missing, damaged or not a run's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads(file.metadata()["lockstep"])
+            return found if isinstance(found, dict) else {}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def sync(path: Path) -> None:
@@ -186,13 +210,11 @@ def write_checkpoint(folder: Path, files: Files, progress: Progress, facts: dict
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # the run folder must be there: it may have been renamed
+        partial.mkdir()
         faults.hit("save:begin", progress.step)
         for name, tensors in files.items():
-            path = partial / f"{name}.safetensors"
-            save_file(tensors, path)
-            path.chmod(0o644)
-            sync(path)
+            _save(tensors, partial / f"{name}.safetensors")
             faults.hit("save:written", progress.step)
         path = partial / "progress.json"
         path.write_text(json.dumps(asdict(progress)), encoding="utf-8")
@@ -375,5 +397,9 @@ def read_checkpoint(path: Path) -> tuple[Files, Progress]:
         if name.endswith(".safetensors")
     }
     content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    known = {k: v for k, v in content.items() if k in Progress.__dataclass_fields__}
-    return files, Progress(**known)
+    return files, read_progress(content)
+
+
+def read_progress(content: dict) -> Progress:
+    """Progress as another version may have written it."""
+    return Progress(**{k: v for k, v in content.items() if k in Progress.__dataclass_fields__})

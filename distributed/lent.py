@@ -11,6 +11,7 @@ import numpy
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from common.streams import steady_streams
 from distributed.accelerator import FILLING, cpu_asked
 
 
@@ -86,10 +87,11 @@ def _generators() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    before = dict(os.environ)
+    before, places = dict(os.environ), list(sys.path)
     try:
         yield
     finally:
+        sys.path[:] = places
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
@@ -97,11 +99,15 @@ def _environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
-    """How stdout writes characters that its encoding lacks."""
-    stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
+    """How stdout writes characters that its encoding lacks, and what stands for it in a script."""
+    stream, errors, other = sys.stdout, getattr(sys.stdout, "errors", None), sys.stderr
+    steady_streams()
     try:
         yield
     finally:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            sys.stdout.flush()
+        sys.stdout, sys.stderr = stream, other
         with contextlib.suppress(AttributeError, ValueError):  # a stream that has no such switch
             stream.reconfigure(errors=errors)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +19,17 @@ import torch
 import torch.distributed as dist
 
 SECONDS_PER_ROW = 0.5  # at least, where rows are due by time: on a GPU
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 REQUEUE = "requeue"  # in the STOP file of a job that its script puts back into the queue
-STOP_FILE, TIME_LIMIT, SIGNAL, ORPHAN, SAVE_FAILED = 1, 2, 3, 4, 5
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+STOP_FILE, TIME_LIMIT, SIGNAL, ORPHAN, DAMAGED, SAVE_FAILED, MOVED = 1, 2, 3, 4, 5, 6, 7
 REASONS = {
     STOP_FILE: "the STOP file",
     TIME_LIMIT: "the time limit (--max-time)",
     SIGNAL: "a stop signal",
     ORPHAN: "the launcher is gone",
+    DAMAGED: "an image that cannot be decoded",
     SAVE_FAILED: "a checkpoint could not be written",
+    MOVED: "the run folder was renamed or deleted",
 }
 
 
@@ -56,6 +59,7 @@ class StopVote:
         self._parent = os.getppid() if launched() else None
         self._last_save = self._last_row = time.monotonic()
         self._first_interrupt = 0.0
+        self.before_the_end = lambda: None  # of a second Ctrl-C
         self._beats = 0
         self._next = 0
         self._pending = None
@@ -69,6 +73,8 @@ class StopVote:
         for name in SIGNALS:
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 number = getattr(signal, name)
+                if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: the terminal may go
                 with contextlib.suppress(ValueError, OSError):
                     self._handlers[number] = signal.signal(number, self._on_signal)
         return self
@@ -94,6 +100,10 @@ class StopVote:
             self._first_interrupt = now
         elif number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
             if self._first_interrupt and now - self._first_interrupt > 2:
+                # On a thread of its own: what it needs may be held by what it interrupts.
+                words = threading.Thread(target=self.before_the_end, daemon=True)
+                words.start()
+                words.join(1.0)
                 os._exit(130)
             self._first_interrupt = self._first_interrupt or now
         self.signal_name = self.signal_name or signal.Signals(number).name

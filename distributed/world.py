@@ -81,7 +81,7 @@ class World(contextlib.AbstractContextManager):
         finally:
             if self.guest or error is None or isinstance(error, UserError):
                 self._leave(error)
-            elif isinstance(error, Exception):
+            elif not isinstance(error, KeyboardInterrupt):
                 self.failure(error)  # while signals are still ours: a launcher sends TERM to all
             failed = isinstance(error, Exception) and not isinstance(error, UserError)
             if self.guest or not (self.stop.reason or failed):

@@ -216,13 +216,15 @@ def lookup(name: str) -> ModelEntry:
 
 
 def told_by_weights(weights: str) -> dict:
-    """What a run wrote into its weights (model, image_size, classes); {} for any other file."""
+    """What a run wrote into its weights (model, image_size, classes, code); {} for others."""
     try:
         with Path(weights).expanduser().open("rb") as file:  # safetensors: a length, a JSON header
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**7)))
-        told = json.loads(header["__metadata__"]["lockstep"])
-        classes = tuple(map(class_name, told.get("classes", ())))
-        facts = {"model": str(told["model"]), "image_size": int(told["image_size"])}
+        card = json.loads(header["__metadata__"]["lockstep"])
+        classes = tuple(map(class_name, card.get("classes", ())))
+        code = {str(k): str(v) for k, v in dict(card.get("code", {})).items()}
+        size = int(card["image_size"])
+        facts = {"model": str(card["model"]), "image_size": size, "code": code}
         return {**facts, "classes": classes}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -6,17 +6,27 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.disk import digest
 from common.text import did_you_mean
 from errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+CODE = "code"  # in a run folder: the files of an own model
+MOST_KEPT = 1_000_000  # bytes of them
+OURS = {
+    "__main__", "bench", "common", "config", "data", "distributed", "errors", "launch", "models",
+    "optim", "predict", "report", "tasks", "tests", "train", "training",
+}  # fmt: skip
 
 
 def is_own_file(name: str) -> bool:
@@ -63,7 +73,7 @@ def check_own_file(name: str) -> None:
 
 
 def load_own_class(name: str) -> type[nn.Module]:
-    """The class, from the file run as a module; its folder is on sys.path meanwhile."""
+    """The class, from the file run as a module; its folder is first on sys.path meanwhile."""
     if name in _in_memory:
         return _in_memory[name]()
     path, class_name = _split(name)
@@ -86,6 +96,8 @@ def load_own_class(name: str) -> type[nn.Module]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
+        if folder not in sys.path:  # last: for what its functions import when they are called
+            sys.path.append(folder)
     found = getattr(module, class_name, None)
     if found is None:
         raise _no_such_class(name, [k for k, v in vars(module).items() if inspect.isclass(v)])
@@ -98,6 +110,117 @@ def load_own_class(name: str) -> type[nn.Module]:
             code="not-a-module",
         )
     return found
+
+
+# --- the files of a run's model ------------------------------------------------------------------
+
+
+def sources_of(name: str) -> dict[str, Path]:
+    """The file of a loaded model and the modules it uses below its folder, by place in there."""
+    path = _split(name)[0].resolve()
+    if not path.is_file():
+        return {}
+    found = {path.name: path}
+    for module_name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)  # of an import that is blocked the value is None
+        if not file or not file.endswith(".py") or module_name.partition(".")[0] in OURS:
+            continue
+        place = Path(file).resolve()
+        installed = any(place.is_relative_to(p) for p in {sys.prefix, sys.base_prefix})
+        real = place.is_file() and "site-packages" not in file  # torch has modules without a file
+        if real and place.is_relative_to(path.parent) and not installed:
+            found[place.relative_to(path.parent).as_posix()] = place
+    return dict(sorted(found.items()))
+
+
+def digests_of(name: str) -> dict[str, str]:
+    """Place below the model's folder -> hash, of every file that makes an own model; {} of others.
+
+    The model is loaded by now, and was tried: what it imports late is known. A class in memory is
+    not its file, in which values stand that change while it trains.
+    """
+    if not is_own_file(name) or name in _in_memory:
+        return {}
+    return {place: digest(path.read_bytes()) for place, path in sources_of(name).items()}
+
+
+def keep_code(name: str, folder: Path) -> str:
+    """Copy the files of an own model into a run folder; what cannot be kept, in a sentence.
+
+    Files of an earlier life that differ stay beside them: older weights may need them.
+    """
+    files, target = sources_of(name), folder / CODE
+    inside = _split(name)[0].resolve().is_relative_to(folder.resolve())  # as a class of fit() is
+    if not files or inside or holds(target, digests_of(name)):
+        return ""
+    size = sum(path.stat().st_size for path in files.values())
+    if size > MOST_KEPT:
+        return (
+            f"the files of {name} are {size / 1e6:.1f} MB: the run folder keeps no copy of more "
+            f"than {MOST_KEPT / 1e6:.0f} MB, and predict.py will need them where they are"
+        )
+    if target.exists():
+        number = 1 + sum(1 for _ in folder.glob(f"{CODE}.old-*"))
+        target.rename(folder / f"{CODE}.old-{number}")
+    for place, path in files.items():
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / place)
+    return ""
+
+
+def code_of_weights(name: str, told: dict[str, str], folder: Path, trust: bool = False) -> str:
+    """FILE.py:Class to execute for weights in a folder, which were made by files of these hashes.
+
+    The file where it was, if it did not change, else the copy that the run keeps. Weights alone
+    bring no code: they, and a file that they name, may come from anyone. Without `trust` a file is
+    executed for a run folder of one's own only. Raises UserError.
+    """
+    path, made = _split(name)
+    if not trust:
+        refuse_foreign_code(name, folder)
+    places = [path.parent, folder / CODE, *sorted(folder.glob(f"{CODE}.old-*"))]
+    for place in places:
+        if holds(place, told) if told else (place / path.name).is_file():
+            return f"{place / path.name}:{made}"
+    lack = "has changed since" if path.is_file() else "is gone"
+    raise UserError(
+        f"{path}, which made these weights, {lack}, and {folder / CODE} holds no copy of it as it "
+        "was; bring that file back, with the files beside it that it imports",
+        code="no-model-file",
+    )
+
+
+def refuse_foreign_code(name: str, folder: Path) -> None:
+    """UserError unless this is a run folder of one's own."""
+    why = ""
+    if not (folder / "config.json").is_file():
+        why = f"{folder} is no run folder, and weights alone bring no code"
+    elif not _is_mine(folder):
+        why = f"{folder} belongs to somebody else"
+    if why:
+        raise UserError(
+            f"these weights want to execute {_split(name)[0]}: {why}; read that file, and if you "
+            "trust it add --trust-code",
+            code="untrusted-code",
+        )
+
+
+def holds(folder: Path, told: dict[str, str]) -> bool:
+    """Whether all these files are in a folder, with these hashes."""
+    try:
+        return bool(told) and all(
+            digest((folder / place).read_bytes()) == value for place, value in told.items()
+        )
+    except OSError:
+        return False
+
+
+def _is_mine(folder: Path) -> bool:
+    """Whether the user who runs this owns a folder and the code in it (where systems know that)."""
+    if not hasattr(os, "geteuid"):
+        return True
+    places = [folder, *(p for p in folder.glob(f"{CODE}*/**/*")), *folder.glob(f"{CODE}*")]
+    return all(place.stat().st_uid == os.geteuid() for place in places)
 
 
 def call_with_known_arguments(

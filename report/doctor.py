@@ -1,13 +1,14 @@
 """What happened to a run, on one screen, and what to type."""
 
 import json
+import shlex
 import socket
 import subprocess
 import time
 from pathlib import Path
 
 from common.disk import read_json
-from common.text import duration
+from common.text import duration, pasted
 from distributed.checkpoint import verify, visible
 from distributed.watch import alive
 from errors import FAILED, FINISHED, UserError
@@ -41,13 +42,14 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     if queued.startswith("PENDING"):
         return rows, f"nothing: the job goes on by itself (scancel {job} ends it)", True
     if state == "running":
-        return rows, f"to stop it: touch {folder / 'STOP'}", True
+        return rows, shlex.join(["touch", str(folder / "STOP")]) + "  # stops it", True
     if state == "finished":
-        return rows, f"python predict.py PICTURE.png --run {folder}", True
+        return rows, pasted("predict.py", "PICTURE.png", "--run", folder), True
     if not whole and visible(folder / "checkpoints"):
-        return rows, f"python train.py --run-dir {folder} --fresh  (the old files stay)", False
+        fresh = pasted("train.py", "--run-dir", folder, "--fresh")
+        return rows, f"{fresh}  # the old files stay", False
     typed = str(status.get("go_on") or "")
-    typed = typed if typed.startswith("sbatch ") else f"python train.py --resume {folder}"
+    typed = typed if typed.startswith("sbatch ") else pasted("train.py", "--resume", folder)
     return rows, typed, state == "stopped"
 
 
@@ -121,5 +123,5 @@ def crashes(folder: Path) -> list[str]:
 def command(folder: Path) -> int:
     """`python -m report doctor`: status 0 where all is well, 1 where something is to be done."""
     rows, advice, well = examine(folder)
-    Report().end_panel(f"{folder}", [*rows, ("type", advice)], good=well)
+    Report().end_panel(f"{folder}", rows, good=well, commands=[("type", advice)])
     return FINISHED if well else FAILED

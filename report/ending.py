@@ -8,7 +8,7 @@ from pathlib import Path
 from config import Settings, has_own_terminal
 from distributed.accelerator import leave
 from distributed.checkpoint import Progress
-from distributed.stop import SAVE_FAILED, restarts_left
+from distributed.stop import DAMAGED, SAVE_FAILED, restarts_left
 from distributed.watch import failed_at_start, tell_agent
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
@@ -16,7 +16,7 @@ from report import page, panels
 from report.logbook import Logbook
 from report.samples import draw_pictures
 from report.screen import quiet_libraries, show_tracebacks
-from training.checkpoints import Checkpoints
+from training.checkpoints import LAST, Checkpoints
 from training.data import Data
 from training.learner import Learner
 from training.observer import Observer
@@ -31,14 +31,21 @@ def finish(
     """The last save, the final report, status and summary; returns the exit status."""
     world.phase("end", progress.step)
     log.screen.close_bar()
+    if folder := world.main_decides(lambda: log.follow_folder(data, checkpoints.facts, progress)):
+        checkpoints.go_on_in(folder)
     failed = checkpoints.save_last(learner, progress)
     code = STOPPED if world.stop.reason else FINISHED
     if failed:
         world.stop.reason, code = SAVE_FAILED, FAILED
     world.phase("end", progress.step)  # the save had a phase of its own
+    damaged = data.damaged(world)
+    if damaged and not log.plan.config.skip_bad_images:
+        if not failed:
+            world.stop.reason, failed = DAMAGED, panels.cannot_decode(damaged)
+        code = FAILED
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
-        _write(log, checkpoints, learner, data, schedule, progress, world, code, reason)
+        _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)
     if code == STOPPED and restarts_left():
         return FINISHED  # an agent would count any other status as a failure, and restart
     return code
@@ -46,13 +53,15 @@ def finish(
 
 def _write(
     log: Logbook, checkpoints: Checkpoints, learner: Learner, data: Data, schedule: Schedule,
-    progress: Progress, world: World, code: int, reason: str,
+    progress: Progress, world: World, code: int, reason: str, damaged: dict[str, str],
 ) -> None:  # fmt: skip
     """Main process: whatever cannot be written is said, and the rest is."""
     assert log.folder is not None
     folder, plan, screen = log.folder.folder, log.plan, log.screen
     status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
-    if problem := checkpoints.save_weights("last.safetensors", learner, progress):
+    if problem := checkpoints.save_weights(LAST, learner, progress):
+        screen.warn(problem)
+    if problem := checkpoints.write_waiting() or log.folder.write_rows():
         screen.warn(problem)
     skipped = learner.guard.report()["skipped"]
     try:
@@ -61,6 +70,10 @@ def _write(
         )
     except OSError as error:
         screen.warn(f"the run's summary cannot be written ({error})")
+    try:
+        log.folder.write_damaged(damaged)
+    except OSError as error:
+        screen.warn(f"the list of damaged images cannot be written ({error})")
     world.left_behind = not log.finish_trackers(code)
     try:
         if plan.config.plots and code == FINISHED:
@@ -111,7 +124,7 @@ def run_to_exit(
             words = ""
         if words:
             print(words, file=sys.stderr, flush=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a model that calls sys.exit() ends no run unseen
         if settings.actions.debug:
             show_tracebacks()
             raise

@@ -13,8 +13,10 @@ from common.text import duration
 from config import restarted, to_json
 from distributed import faults
 from distributed.checkpoint import Progress, sweep
+from distributed.stop import MOVED
 from distributed.world import World
 from errors import FINISHED, UserError
+from models.own_file import keep_code
 from report import panels
 from report.screen import Report, SpeedMeter
 from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_trackers
@@ -31,6 +33,7 @@ from training.run_dir import (
 from training.schedule import Schedule
 
 LIVES_WITHOUT_PROGRESS = 3
+TWICE = "interrupted twice: what came after the last checkpoint is lost"
 
 
 class Logbook(contextlib.AbstractContextManager):
@@ -55,6 +58,7 @@ class Logbook(contextlib.AbstractContextManager):
         self.clock = SpeedMeter()
         self.trackers: list[Tracker] = []
         self._row_problem = ""
+        self._begun = False
         if plan.folder is not None:
             self.life, owner = world.main_decides(partial(self._enter_folder, plan.folder))
             self._refuse_unshared(plan.folder, owner)
@@ -62,8 +66,9 @@ class Logbook(contextlib.AbstractContextManager):
             world.watch.start(plan.folder, limited=not plan.actions.debug)
             if self.folder is not None:
                 self.screen.attach(plan.folder)
-                world.watch.on_beat = self.folder.beat
+                world.watch.on_beat = self._beat
                 world.watch.on_stall = lambda text: self.status(status="failed", reason=text)
+                world.stop.before_the_end = lambda: self.status(status="failed", reason=TWICE)
         faults.configure(world.process_index, self.life)
         faults.hit("start")
 
@@ -110,19 +115,20 @@ class Logbook(contextlib.AbstractContextManager):
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         self.screen.close_bar()
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and not self._begun:
             self.screen.close()  # Windows removes no open file
             if self.folder is not None:
                 self.world.watch.stop()
-                self.folder.abandon()
-        elif isinstance(error, Exception) and self.folder is not None:
+                self.folder.abandon(str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self.status(status="failed", reason=TWICE)
+        elif isinstance(error, UserError):
+            self.status(status="failed", reason=str(error))
+        elif error is not None and self.folder is not None:
             step = self.world.watch.step
             again = self.folder.read_status().get("failed_at") == step
             reason = self.world.failure(error).splitlines()[0]
             self.status(status="failed", reason=reason, failed_at=step, failed_twice=again)
-        elif isinstance(error, KeyboardInterrupt):
-            lost = "interrupted twice: what came after the last checkpoint is lost"
-            self.status(status="failed", reason=lost)
         self.close()
 
     # --- the beginning of a life ----------------------------------------------------------------
@@ -146,22 +152,33 @@ class Logbook(contextlib.AbstractContextManager):
         self._refuse_crash_loop(folder, progress.step)
         folder.keep_metrics(progress.metrics_rows)
         if self.life == 0 or not (folder.folder / "config.json").exists():
-            command = launch_command(list(settings.argv), self.world.num_processes, gpus)
-            machine = {"devices": self.world.describe(), **self.world.describe_gpu()}
-            about = describe_environment({**machine, **facts})
-            folder.write_birth(to_json(settings), command, about)
-            folder.write_source(data.source, data.places)
+            self._write_birth(data, facts)
         else:
             folder.write_config(to_json(settings))
             if progress.step == 0:  # nothing was kept of a life before: the data may be others
                 folder.write_source(data.source, data.places)
         folder.write_metrics(task.metrics, task.best_is)
+        try:
+            if problem := keep_code(self.plan.config.model, folder.folder):
+                self.screen.warn(problem)
+        except OSError as error:
+            self.screen.warn(f"the model's code cannot be kept in the run folder ({error})")
         folder.link_latest()
         self.trackers = build_trackers(
             self.plan.config.track, folder.folder, folder.folder.name,
             asdict(self.plan.config), self.screen.warn,
         )  # fmt: skip
         folder.begin_life(self.life, progress.step, self.world.num_processes, gpus)
+        self._begun = True
+
+    def _write_birth(self, data: Data, facts: dict[str, str]) -> None:
+        settings, gpus = self.plan.settings, self.world.device.type == "cuda"
+        command = launch_command(list(settings.argv), self.world.num_processes, gpus)
+        machine = {"devices": self.world.describe(), **self.world.describe_gpu()}
+        about = describe_environment({**machine, **facts})
+        assert self.folder is not None  # the main process's
+        self.folder.write_birth(to_json(settings), command, about)
+        self.folder.write_source(data.source, data.places)
 
     def _refuse_crash_loop(self, folder: RunDir, step: int) -> None:
         """Automatic restarts end where lives die without getting further."""
@@ -211,6 +228,7 @@ class Logbook(contextlib.AbstractContextManager):
             **numbers,
             "lr": schedule.lr(progress.step - 1),
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
+            **data.waits(),
             **self.world.peak_memory(),
         }
         self._record(row, progress)
@@ -274,7 +292,8 @@ class Logbook(contextlib.AbstractContextManager):
         """From the writer's thread: a failed save is on the screen and in the status at once."""
         if problem:
             self.screen.warn(problem)
-        self.status(last_save_error=problem)
+        saved = {} if problem else {"saved": True}  # where there is no checkpoint, it was deleted
+        self.status(last_save_error=problem, **saved)
 
     def kept_best(self, problem: str) -> None:
         """The best weights were written, or why not."""
@@ -282,6 +301,32 @@ class Logbook(contextlib.AbstractContextManager):
             self.screen.warn(problem)
 
     # --- at the end -----------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """From the watch's thread: a folder that was taken away ends the run."""
+        if self.folder is not None and not self.folder.beat():
+            self.world.stop.request(MOVED)
+
+    def follow_folder(self, data: Data, facts: dict[str, str], progress: Progress) -> Path | None:
+        """Main process: where the rest is written, if the folder was renamed or deleted."""
+        if self.folder is None or self.folder.beat():
+            return None
+        old, lost = self.folder.folder, self.folder.read_status()
+        self.folder.follow()
+        new = self.folder.folder
+        self.screen.close()
+        self.screen.attach(new)
+        told = f"{old} was renamed to {new} while it trained: the save is there"
+        if not (new / "config.json").exists():
+            told = f"{old} was deleted while it trained: a new save is in {new}"
+            self._write_birth(data, facts)
+            keep_code(self.plan.config.model, new)
+            self.status(**lost)
+            self.folder.write_rows()
+            progress.metrics_rows = len(self.folder.metrics_lines())
+        self.world.stop.stop_file = new / "STOP"
+        self.screen.warn(told)
+        return new
 
     def finish_trackers(self, code: int) -> bool:
         """Whether all have their rows; those that hang are left behind."""

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from common.disk import parse_object, read_json, write_text
 from common.metric import Metric
-from common.text import duration, percent, printable
+from common.text import duration, pasted, percent, printable
 from config import TrainConfig
 from errors import FINISHED, UserError
 from report.chart import chart, short
@@ -287,7 +287,7 @@ def repeat(files: Files) -> Markup:
     lines = (files.folder / "command.sh").read_text("utf-8", "replace").splitlines()
     lines = [line for line in lines if line and not line.startswith("#")]
     if files.state != "finished":
-        lines.append(f"python train.py --resume {shlex.quote(str(files.folder))}  # goes on")
+        lines.append(f"{pasted('train.py', '--resume', files.folder)}  # goes on")
     return PARTS.command(Markup("\n").join(map(printable, lines)))
 
 

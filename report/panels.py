@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,21 +11,22 @@ from torch import Tensor, nn
 
 from common.disk import write_json, write_text
 from common.metric import Metric
-from common.text import duration
+from common.text import duration, pasted, printable
 from config import TrainConfig, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
-from distributed.checkpoint import Progress
-from distributed.stop import SIGNAL
+from distributed.checkpoint import Progress, card_of
+from distributed.stop import DAMAGED, SIGNAL
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
 from report import pictures
 from report.screen import Report
-from tasks import Task
+from tasks import Task, never_found
 from training.data import Data
 from training.learner import Learner
 from training.lr_finder import Rates
 from training.plan import Plan
+from training.run_dir import DAMAGED as DAMAGED_LIST
 from training.run_dir import SKIPPED, go_on, job
 from training.schedule import Schedule
 from training.start import Started
@@ -56,13 +58,14 @@ def show_start(
     amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
     amount += f"{len(data.test):,} test images"
     if world.device.type == "cuda":
-        there = data.train.images.device.type == "cuda"
+        there = data.train.labels.device.type == "cuda"
         amount += f", in {'GPU' if there else 'host'} memory"
     rows = [
         ("model", f"{config.model}, {total:,} parameters{held}"),
         ("weights", weights_shown(plan, started) or "from scratch"),
         ("data", amount),
         *([("files", str(data.source.tally))] if data.source.tally else []),
+        *(("images", words) for words in data.photographs()),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
         ("steps", f"{schedule.last_step} ({per_epoch} an epoch, {config.epochs} epochs)"),
@@ -94,9 +97,10 @@ def show_start(
     for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world))):
         screen.warn(note)
     if expected > 1800 and world.device.type == "cpu":
+        smaller = ("--model", config.model, "--dataset", config.dataset)
         screen.show(
-            f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
-            f"--dataset {config.dataset} --limit 2000 --epochs 2"
+            "this takes long on a CPU; a smaller run: "
+            + pasted("train.py", *smaller, "--limit", 2000, "--epochs", 2)
         )
         chosen = settings.origin("mixed_precision") != "machine"
         if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
@@ -152,6 +156,7 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
             "this run began in bf16, which its first device had and this one emulates slowly; "
             "--mixed-precision no --allow-change mixed_precision goes on in float32"
         )
+    notes += data.cut_off()
     if data.source.skipped:
         where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
         notes.append(f"{len(data.source.skipped)} images cannot be read and are left out{where}")
@@ -245,6 +250,13 @@ def write_summary(
         write_text(folder / "confusion.json", matrix + "\n")
 
 
+def cannot_decode(damaged: dict[str, str]) -> str:
+    """Why a run stopped in front of photographs that are damaged: names and reasons."""
+    (name, why), *more = damaged.items()
+    others = f" (and {len(more)} more)" if more else ""
+    return f"cannot decode {printable(name)}: {why}{others}"
+
+
 def show_ending(
     screen: Report, folder: Path, page: Path | None, task: Task, data: Data, progress: Progress,
     model: nn.Module, code: int, reason: str, world: World,
@@ -258,6 +270,8 @@ def show_ending(
         split = "validation part" if data.chosen_on == "val" else "test split"
         images = metric.about(f"{last['images']} test images")
         rows.append(("last", f"{metric.show(last[metric.key])} {images}"))
+        if missed := never_found(best.get("confusion", []), data.classes):
+            screen.warn(missed)
         words = f"{metric.show(best[metric.key])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
     elif best:
@@ -267,11 +281,15 @@ def show_ending(
     learned = {k: v.flatten().tolist() for k, v in single.items()}
     if len(learned) == len(state):  # the line of the first lesson
         rows += [(k, f"{v[0]:.4f}") for k, v in learned.items()]
+    if best and (kept := card_of(folder / "model.safetensors").get("step")) != progress.best_step:
+        what = f"those of step {kept}" if kept else "none"
+        lack = f"model.safetensors holds {what}: the best, of step {progress.best_step}, are not on"
+        rows.append(("WEIGHTS", f"{lack} the disk"))
     rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
     rows.append(("folder", str(folder)))
     if page is not None:
         rows.append(("page", str(page)))
-    title = "finished"
+    title, commands = "finished", []
     if code == STOPPED:
         title = f"stopped at step {progress.step}: {reason}"
         gpus = world.device.type == "cuda"
@@ -281,15 +299,20 @@ def show_ending(
             typed = f"by itself: job {job()} asks SLURM to requeue it"
         elif job() and world.stop.reason == SIGNAL:
             typed += f"     unless SLURM requeues job {job()} itself (squeue shows it)"
-        rows.append(("go on", typed))
+        commands.append(("go on", typed))
+    elif code == FAILED and world.stop.reason == DAMAGED:
+        title = f"saved at step {progress.step}: {reason}"
+        typed = go_on(folder, world.num_processes, world.device.type == "cuda")
+        commands.append(("go on", f"{typed} --exclude {shlex.quote(str(folder / DAMAGED_LIST))}"))
+        rows.append(("or", "--skip-bad-images leaves out all that cannot be read"))
     elif code == FAILED:
         title = f"ended without its last checkpoint: {reason}"
     else:
         if data.source.task == "classification":
-            rows.append(("predict", f"python predict.py PICTURE.png --run {folder}"))
-        rows.append(("repeat", f"sh {folder / 'command.sh'}"))
+            commands.append(("predict", pasted("predict.py", "PICTURE.png", "--run", folder)))
+        commands.append(("repeat", shlex.join(["sh", str(folder / "command.sh")])))
     good = code == FINISHED or (code == STOPPED and world.stop.goes_on_by_itself())
-    screen.end_panel(title, rows, good=good)
+    screen.end_panel(title, rows, good, commands)
 
 
 def show_rates(screen: Report, found: Rates | None, plan: Plan, world: World) -> int:

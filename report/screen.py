@@ -5,19 +5,22 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from common.streams import lost_words
 from common.text import duration, percent, printable
 
 CHATTY = ("accelerate", "torch.distributed", "PIL", "matplotlib")
+WORTH_TELLING = 0.05  # the share of a step that waits for photographs
 SECONDS_BETWEEN_LINES = 5.0  # in a file; every row is in metrics.jsonl anyway
 
 
@@ -31,7 +34,7 @@ class Report:
     def __init__(self, enabled: bool = True, console: Console | None = None, rows: bool = True):
         self.enabled, self.rows = enabled, rows
         self.console = console or Console(
-            highlight=False, width=None if sys.stdout.isatty() else 100
+            highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 100
         )
         stream = self.console.file
         with contextlib.suppress(AttributeError, ValueError):  # a console that has no such letters
@@ -44,6 +47,7 @@ class Report:
         self._task = TaskID(0)  # of the bar
         self._last_line = -SECONDS_BETWEEN_LINES
         self._warned: set[str] = set()
+        self._told_of_loss = False
 
     def attach(self, folder: Path) -> None:
         """From now on also into the run's train.log, as plain lines."""
@@ -66,6 +70,12 @@ class Report:
             with contextlib.suppress(OSError):  # a full disk must not end the run
                 self.log.print(thing, soft_wrap=line)
                 self.log.file.flush()
+        if not self._told_of_loss and (why := lost_words()):
+            self._told_of_loss = True
+            place = " and train.log in the run folder has every word" if self.log else ""
+            text = f"stdout cannot be written ({why}): the run goes on{place}"
+            print(text, file=sys.stderr, flush=True)
+            self.warn(text)
 
     def note(self, text: str) -> None:
         """A line, where there is something to say."""
@@ -135,9 +145,11 @@ class Report:
 
     def train_line(self, row: dict, total_steps: int, eta: float) -> None:
         """One metrics row of training: beside the bar in a terminal, a plain line in a file."""
+        waited = row.get("data/wait", 0.0)
+        waits = f"{100 * waited:.0f} % waiting for images  " if waited > WORTH_TELLING else ""
         words = (
             f"loss {row['train/loss']:.4f}  lr {row['lr']:.3g}  "
-            f"{row['speed/images_per_second']:,.0f} img/s  ETA {duration(eta)}"
+            f"{row['speed/images_per_second']:,.0f} img/s  {waits}ETA {duration(eta)}"
         )
         if self._bar is not None:
             self._bar.update(self._task, line=words)
@@ -183,7 +195,18 @@ class Report:
             table.add_section()
         self.show(table)
 
-    def end_panel(self, title: str, rows: list[tuple[str, str]], good: bool) -> None:
+    def end_panel(
+        self,
+        title: str,
+        rows: list[tuple[str, str]],
+        good: bool,
+        commands: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Rows in a frame; of commands those that it would break stand below, to be pasted."""
+        names = max([len(name) for name, _ in [*rows, *commands]], default=0)
+        room = min(self.console.width, 100) - names - 6
+        below = [(name, line) for name, line in commands if cell_len(printable(line)) > room]
+        rows = [*rows, *(pair for pair in commands if pair not in below)]
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
         table.add_column()
@@ -199,6 +222,8 @@ class Report:
                 expand=False,
             )
         )
+        for name, line in below:
+            self.show(f"{name}  {line}")
 
     def close(self) -> None:
         self.close_bar()

@@ -166,11 +166,13 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
         log, written = world.enter(Logbook(decide(world), world)), []
         monkeypatch.setattr(log.folder, "status", lambda **values: written.append(values))
         task, progress = Classification(3), Progress(step=7)
-        data = SimpleNamespace(batch=BatchPlan(8, 1, 1), classes=["a", "b", "c"], chosen_on="test")
+        data = SimpleNamespace(
+            batch=BatchPlan(8, 1, 1), classes=["a", "b", "c"], chosen_on="test", waits=dict
+        )
         plan = schedule(epochs=2)
         log.row({"train/loss": 1.5}, data, plan, progress)
         assert written == [{"step": 7}]
-        result = {"loss": 1.0, "accuracy": 0.5, "top5": 1.0, "images": 6}
+        result = {metric.key: 0.5 for metric in task.metrics} | {"images": 6}
         result["confusion"] = [[2, 0, 0]] * 3
         assert log.evaluated({"test": result}, task, data, plan, progress)
         assert {"best": 0.5} in [{"best": w.get("best")} for w in written]
@@ -241,13 +243,14 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
     with World(settings("--checkpoint-every", "1")) as world:
         plan = Plan(world.settings, world.settings.config, tmp_path, goes_on=False)
         learner, progress = learner_of(world), Progress(step=4, summed=2)
+        schedule = build_schedule(plan.config, 10)
         learner.sums += torch.tensor([1.5, 2.5])
         args = (plan, FACTS, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints:
             checkpoints.save(learner, progress)
         other = learner_of(world, seed=1)
         with Checkpoints(*args) as checkpoints:
-            found = checkpoints.resume(other, lambda text: None)
+            found = checkpoints.resume(other, schedule, lambda text: None)
         assert found.step == 4 and found.summed == 2
         assert other.loss_sums() == [1.5, 2.5]
         assert other.take_row(8)["train/loss"] == 0.5 and other.loss_sums() == [0, 0]
@@ -255,4 +258,4 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
             assert torch.equal(tensor, other.bare.state_dict()[name])
         args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints, pytest.raises(UserError, match="not those"):
-            checkpoints.resume(other, lambda text: None)
+            checkpoints.resume(other, schedule, lambda text: None)

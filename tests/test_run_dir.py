@@ -234,8 +234,10 @@ def test_a_run_that_was_never_born_leaves_no_folder_and_a_born_one_stays(tmp_pat
     assert not (tmp_path / "a").exists()
     made = opened(tmp_path / "b")
     made.write_birth("{}", ["python"], {})
-    made.abandon()
+    made.status(status="running")
+    made.abandon("the data are others")
     assert (tmp_path / "b" / "config.json").exists()
+    assert made.read_status()["status"] == "failed"
     made.close()
 
 

@@ -49,7 +49,9 @@ def stopped(nets, name, reason) -> int:
     return status["step"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", slow("SIGUSR1"), slow("SIGUSR2")])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", "SIGHUP", slow("SIGINT"), slow("SIGUSR1"), slow("SIGUSR2")]
+)
 def test_each_signal_saves_and_exits_75_at_once_and_twice_is_once(nets, name):
     process, log = begin(nets, f"signal-{name}")
     process.send_signal(getattr(signal, name))
@@ -58,7 +60,7 @@ def test_each_signal_saves_and_exits_75_at_once_and_twice_is_once(nets, name):
     assert done.status == 75 and "Traceback" not in done.out, done.out
     step = stopped(nets, f"signal-{name}", name)
     assert f"stopped at step {step}" in done.out
-    assert f"python train.py --resume signal-{name}" in done.last_lines
+    assert f"train.py --resume signal-{name}" in done.last_lines
 
 
 def test_a_stop_file_ends_two_processes_at_the_same_step_and_they_go_on_exactly(nets):
@@ -88,11 +90,12 @@ def test_one_rank_that_hears_a_signal_is_enough(nets, launcher):
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_reaches_all_ranks(nets):
-    process, log = begin(nets, "agent", 2, "torchrun")
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_torchrun_reaches_all_ranks(nets, name):
+    process, log = begin(nets, f"agent-{name}", 2, "torchrun")
+    process.send_signal(getattr(signal, name))
     finish(process, log, 90)
-    stopped(nets, "agent", "SIGTERM")
+    stopped(nets, f"agent-{name}", name)
 
 
 @pytest.mark.parametrize("processes, name", [(1, "SIGKILL"), (2, "SIGKILL"), (1, "SIGTERM")])
@@ -146,6 +149,7 @@ def test_ctrl_c_twice_at_a_terminal_ends_a_slow_save_and_the_one_before_stays_wh
     os.close(ours)
     os.close(theirs)
     assert done.status == 130 and "Traceback" not in done.out, done.out
+    assert json.loads((nets / "impatient" / "status.json").read_text())["status"] == "failed"
     assert visible(nets / "impatient" / "checkpoints")[0].name == "step-000000010"
     done = train([*arguments, "--max-steps", "30"], nets)
     assert done.status == 0 and "at step 10" in done.out, done.out

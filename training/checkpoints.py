@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -11,23 +13,30 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from common.disk import Json
+from common.disk import Json, read_json
 from common.text import both_sides, seconds
 from distributed.checkpoint import (
     Progress,
     Writer,
     capture,
+    card_of,
+    copy_state,
     newest_valid,
     read_checkpoint,
+    read_progress,
     restore,
     save_tensors,
 )
 from distributed.world import World
 from errors import UserError
+from models.own_file import CODE, digests_of, holds
 from training.learner import Learner
 from training.plan import Plan, classes_of_run
 from training.schedule import Schedule
+
+LAST = "last.safetensors"
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -58,6 +67,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         world.stop.save_every = seconds(config.checkpoint_every) if by_time else None
         self._mark = world.began
         self._saved: tuple[int, int] | None = None
+        self._waiting: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {}  # for the disk
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
@@ -66,7 +76,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if self.writer is not None:
             self.writer.wait()
 
-    def resume(self, learner: Learner, warn: Callable[[str], None]) -> Progress:
+    def resume(self, learner: Learner, schedule: Schedule, warn: Callable[[str], None]) -> Progress:
         """Restore the newest whole checkpoint, if there is one; where the run stands.
 
         For --eval-only it restores the best weights of a named run. Raises UserError where the
@@ -80,19 +90,68 @@ class Checkpoints(contextlib.AbstractContextManager):
         places = self.folder / "checkpoints"
         found = self.world.main_decides(lambda: newest_valid(places, warn))
         if found is None:
-            return Progress()
+            return self._without_checkpoints(learner, schedule, warn)
         path, manifest = found
         self._compare(manifest["facts"], warn)
         files, progress = read_checkpoint(path)
         restore(
             files, learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
         )
-        if len(progress.sums) != len(learner.sums):
-            progress.summed = 0
-        else:  # its own to each process, which adds to them in the order it would have had
-            mine = learner.shards.mine
-            learner.sums[mine] = torch.tensor(progress.sums[mine], device=learner.device)
+        _take_sums(learner, progress)
         return progress
+
+    def _without_checkpoints(
+        self, learner: Learner, schedule: Schedule, warn: Callable[[str], None]
+    ) -> Progress:
+        """A run begins; where there was one, its checkpoints were deleted, and nothing else may be.
+
+        Its last weights suffice where nothing is left to train, and where updates need no state.
+        """
+        folder = self.folder
+        assert folder is not None  # where nothing is kept, nothing is resumed
+        last = folder / "last.safetensors"
+        card, status, table = self.world.main_decides(
+            lambda: (
+                card_of(last),
+                read_json(folder / "status.json", {}),
+                read_json(folder / "confusion.json", {}),
+            )
+        )
+        if not card and not status.get("saved"):
+            return Progress()
+        progress = read_progress(card.get("progress", {}))
+        config = self.plan.config
+        stateless = config.optimizer == "sgd" and not config.momentum
+        stateless = stateless and learner.average is None and learner.scaler is None
+        if not progress.step or not (stateless or schedule.over(progress)):
+            names = [n for n in ("last", "model") if (folder / f"{n}.safetensors").is_file()]
+            weights = folder / f"{names[0]}.safetensors" if names else ""
+            begin = f"; a new run can begin with --weights {shlex.quote(str(weights))}"
+            raise UserError(
+                f"the checkpoints of {folder} are gone, and with them what training goes on "
+                "from (the optimizer's state): --fresh starts over and keeps the old files aside"
+                + (begin if names else ""),
+                code="checkpoints-gone",
+            )
+        self._compare(card["facts"], warn)
+        copy_state(learner.bare, load_file(last), "model")
+        if learner.averaged_model is not None:
+            copy_state(learner.averaged_model, load_file(last), "averaged model")
+        _take_sums(learner, progress)
+        if "matrix" in table:
+            progress.best_metrics["confusion"] = table["matrix"]
+        self._saved = (progress.step, progress.evaluated)  # without an optimizer it were no save
+        told = "" if stateless else ": it cannot be made longer, --fresh starts over"
+        warn(f"the checkpoints of this run are gone, {last.name} tells where it ended{told}")
+        return progress
+
+    def go_on_in(self, folder: Path) -> None:
+        """The run folder is another one from here on."""
+        self.folder, self.world.watch.folder = folder, folder / "crash"
+        if self.writer is not None:
+            self.writer.wait()
+            self.writer.folder = folder / "checkpoints"
+        self._saved = None
 
     def _compare(self, facts: dict[str, str], warn: Callable[[str], None]) -> None:
         allowed = self.plan.actions.allow_change
@@ -104,9 +163,21 @@ class Checkpoints(contextlib.AbstractContextManager):
                 code="other-data",
             )
         self._compare_classes()
+        own = self.facts.get("own code")
+        other_code = bool(own and facts.get("own code")) and facts["own code"] != own
+        if other_code and "code" not in allowed:  # a class in memory has no files to compare
+            files = digests_of(self.plan.config.model)
+            kept = Path(str(self.folder)) / CODE
+            other = [n for n, value in files.items() if not holds(kept, {n: value})]
+            raise UserError(
+                f"the code changed since this checkpoint: {', '.join(other) or 'other files'} of "
+                f"{self.plan.config.model}; bring the old files back (they are in {kept}), start a "
+                "new run, or add --allow-change code",
+                code="other-code",
+            )
         if facts.get("order", self.facts["order"]) != self.facts["order"]:
             warn("the order of the samples is no longer that of this checkpoint")
-        if facts.get("code") != self.facts["code"]:
+        if facts.get("code") != self.facts["code"] or other_code:
             warn(
                 "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
             )
@@ -147,6 +218,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         progress.sums = learner.loss_sums()
         if self.writer is not None:
             self.writer.wait()
+            self.write_waiting()
             now = time.monotonic()
             progress.seconds += now - self._mark
             self._mark = now
@@ -188,9 +260,38 @@ class Checkpoints(contextlib.AbstractContextManager):
         if self.writer is None or self.folder is None:
             return ""
         card = {**self.card, "step": progress.step}
+        if name == LAST:
+            card |= {"facts": self.facts, "progress": _without_tables(progress)}
         metadata = {"lockstep": json.dumps(card)}  # one key: safetensors keeps no order of several
-        try:
-            save_tensors(self.folder / name, learner.weights(), metadata)
-        except Exception as error:
-            return f"{name} could not be written ({error}); training goes on"
-        return ""
+        self._waiting[name] = learner.weights(), metadata
+        return self.write_waiting()
+
+    def write_waiting(self) -> str:
+        """Main process: write the weights that a full disk refused, until they are on it."""
+        problems = []
+        for name, (tensors, metadata) in list(self._waiting.items()):
+            try:
+                save_tensors(Path(str(self.folder)) / name, tensors, metadata)
+                del self._waiting[name]
+            except Exception as error:
+                told = f"{name} could not be written ({error}); it is tried again at each save"
+                problems.append(told)
+        return "; ".join(problems)
+
+
+def _take_sums(learner: Learner, progress: Progress) -> None:
+    """What the next row adds up: to each process its own, in the order it would have had."""
+    if len(progress.sums) != len(learner.sums):
+        progress.summed = 0
+    else:
+        mine = learner.shards.mine
+        learner.sums[mine] = torch.tensor(progress.sums[mine], device=learner.device)
+
+
+def _without_tables(progress: Progress) -> dict:
+    """Progress small enough for the head of a file: no confusion matrix."""
+    found = asdict(progress)
+    del found["seconds"]  # the same run has the same bytes
+    for name in ("best_metrics", "last"):
+        found[name] = {k: v for k, v in found[name].items() if isinstance(v, int | float)}
+    return found

@@ -124,7 +124,9 @@ def _has_weights(settings: Settings) -> bool:
     config, actions = settings.config, settings.actions
     if config.run_dir is None or starts_over(actions):
         return False
-    return actions.eval_only or bool(visible(Path(config.run_dir) / "checkpoints"))
+    folder = Path(config.run_dir)
+    ended = (folder / "last.safetensors").is_file()
+    return actions.eval_only or ended or bool(visible(folder / "checkpoints"))
 
 
 def starts_over(actions: Actions) -> bool:

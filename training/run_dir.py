@@ -1,6 +1,7 @@
 """What a run leaves on disk, checkpoints aside: folder, lock, status, metrics, summary."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from common.disk import Json, parse_object, read_json, whole, write_json, write_text
 from common.metric import Metric
-from common.text import file_name
+from common.text import file_name, found_from_here, pasted
 from data.image_set import Source
 from data.splits import SPLIT_FILE, rows_of, write_split
 from errors import UserError
+from models.own_file import CODE
 
 try:
     import fcntl
@@ -34,8 +36,10 @@ except ImportError:  # Windows
 
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
-CODE = "code"  # the source of a model that came as a class
+DAMAGED = "damaged.txt"  # names of photographs, as --exclude reads them
 MOST_DIFF = 1_000_000  # characters of uncommitted changes that a run keeps
+WRITTEN_ON = ("lock", "train.log", "metrics.jsonl", "checkpoints", "crash", CODE)
+MOST_OWNER = 4096  # bytes of a lock
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
 
 
@@ -113,28 +117,34 @@ class RunDir:
 
     def open(self) -> None:
         """Create or enter the folder, refuse a foreign one, take the lock."""
-        folder = self.folder
+        folder, ours = self.folder, False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             entries = {p.name for p in folder.iterdir()}
             ours = bool(entries & {"config.json", "status.json", "lock"})
-            entries -= EARLY  # what a life that ended before its first step may leave
-            if entries and not ours:
+            foreign = entries - EARLY  # what a life that ended before its first step may leave
+            if foreign and not ours:
                 raise UserError(
-                    f"{folder} holds files that are no run ({sorted(entries)[0]}, ...); "
+                    f"{folder} holds files that are no run ({sorted(foreign)[0]}, ...); "
                     "choose an empty folder for --run-dir",
                     code="run-dir-foreign",
                 )
             probe = folder / ".probe"
             probe.write_bytes(b"x")
             probe.unlink()
+            for path in [folder / name for name in sorted(entries) if name in WRITTEN_ON]:
+                if not os.access(path, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            self._take_lock()
+            self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror}); choose another --run-dir",
-                code="run-dir-unwritable",
-            ) from None
-        self._take_lock()
-        self.checkpoints.mkdir(exist_ok=True)
+            where = folder if error.filename == str(folder / ".probe") else error.filename
+            message = f"{where or folder} cannot be written ({error.strerror}); choose another "
+            message += "--run-dir"
+            if ours:
+                copy = f"cp -r {shlex.quote(str(folder))} runs/NAME"
+                message += f", or go on in a copy of your own: {copy}"
+            raise UserError(message, code="run-dir-unwritable") from None
 
     def _take_lock(self) -> None:
         path = self.folder / "lock"
@@ -181,12 +191,45 @@ class RunDir:
         lock.write(json.dumps({**self._owner, **extra}))
         lock.flush()
 
-    def beat(self) -> None:
-        """Keep the lock's heartbeat fresh, for jobs on hosts that do not share POSIX locks."""
+    def beat(self) -> bool:
+        """Keep the lock's heartbeat fresh, for jobs on hosts that do not share POSIX locks.
+
+        Returns whether the folder is where it was, not renamed, deleted or another one by now.
+        """
         lock = self._lock  # of the main thread, which may close it meanwhile
-        if lock is not None:
-            with contextlib.suppress(OSError):
-                os.utime(lock.name)
+        if lock is None:
+            return True
+        try:
+            if not os.path.samestat(Path(lock.name).stat(), os.fstat(lock.fileno())):
+                return False
+            if hasattr(os, "pread"):  # a second open, once closed, would give the lock away
+                text = os.pread(lock.fileno(), MOST_OWNER, 0).decode("utf-8", "replace")
+                found = parse_object(text)
+                if found is not None and not self._owner.items() <= found.items():
+                    return False
+            os.utime(lock.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return (self.folder / "crash").is_dir()  # then only the lock was taken away
+        except OSError:
+            return True  # a disk that does not answer may come back
+        return True
+
+    def follow(self) -> None:
+        """To where the folder was renamed; where that is not to be known, to one beside it."""
+        found, lock = None, self._lock
+        assert lock is not None
+        with contextlib.suppress(OSError):
+            place = Path(f"/proc/self/fd/{lock.fileno()}").readlink()
+            if os.path.samestat(place.stat(), os.fstat(lock.fileno())):
+                found = place.parent
+        if found is None:
+            lock.close()
+            names = (f"{self.folder.name}.saved-{number}" for number in range(10_000))
+            found = next(p for p in map(self.folder.with_name, names) if not p.exists())
+        self.folder, self.checkpoints = found, found / "checkpoints"
+        self.metrics_file = found / "metrics.jsonl"
+        if lock.closed:
+            self.open()
 
     def close(self) -> None:
         if self._lock is not None:
@@ -202,8 +245,14 @@ class RunDir:
         with self._one_at_a_time:
             old = read_json(self.folder / "status.json", {})
             text = json.dumps({**old, **values}, indent=2) + "\n"
-            # The step of each row need not outlive a power cut: no wait for the disk in the loop.
-            write_text(self.folder / "status.json", text, sync=values.keys() != {"step"})
+            try:
+                # The step of each row need not outlive a power cut: no wait for the disk in the
+                # loop.
+                write_text(self.folder / "status.json", text, sync=values.keys() != {"step"})
+            except OSError:  # on a full disk its old bytes still have room for the new ones
+                with (self.folder / "status.json").open("r+", encoding="utf-8") as file:
+                    file.write(text)
+                    file.truncate()
 
     def begin_life(self, life: int, step: int, processes: int = 1, gpus: bool = False) -> None:
         """status.json: it runs, from which step, where, and how the life before this one ended."""
@@ -226,6 +275,10 @@ class RunDir:
         """Add a row; where the disk is full it waits in memory for the next one. Returns why."""
         row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
         self._pending.append(json.dumps(row) + "\n")  # NaN is no JSON: such a value is left out
+        return self.write_rows()
+
+    def write_rows(self) -> str:
+        """Write the rows that wait; returns why they still do."""
         size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -256,10 +309,9 @@ class RunDir:
     def write_birth(self, config_json: str, command: list[str], environment: dict) -> None:
         """config.json, command.sh, environment.json; what is not committed, as a diff."""
         write_text(self.folder / "config.json", config_json + "\n")
-        script = "#!/bin/sh\n# repeats this run, from the repository's folder\n" + shlex.join(
-            command
-        )
-        write_text(self.folder / "command.sh", script + "\n")
+        lines = ["#!/bin/sh", "# repeats this run, as it was typed"]
+        lines += [f"cd {shlex.quote(str(Path.cwd()))} || exit", shlex.join(command)]
+        write_text(self.folder / "command.sh", "\n".join(lines) + "\n")
         write_json(self.folder / "environment.json", environment)
         if environment.get("uncommitted_changes") and (text := git("diff", "HEAD", "--", ".")):
             write_text(self.folder / "uncommitted.diff", text[:MOST_DIFF] + "\n")
@@ -274,6 +326,18 @@ class RunDir:
             lines = [str(source.tally)] * bool(source.tally) + list(source.skipped)
             write_text(self.folder / SKIPPED, "\n".join(lines) + "\n")
 
+    def write_damaged(self, names: Iterable[str]) -> None:
+        """damaged.txt: these photographs too, which could not be decoded while the run went on."""
+        path = self.folder / DAMAGED
+        try:
+            known = path.read_text("utf-8", "surrogateescape").splitlines()
+        except OSError:
+            known = []
+        if new := [name for name in names if name not in known]:
+            text = "".join(f"{name}\n" for name in [*known, *new])
+            with whole(path) as partial:
+                partial.write_bytes(text.encode("utf-8", "surrogateescape"))
+
     def write_metrics(self, metrics: Sequence[Metric], best_is: str) -> None:
         """metrics.json: what the numbers in metrics.jsonl are, for those who have this folder."""
         declared = [asdict(metric) for metric in metrics]
@@ -282,9 +346,11 @@ class RunDir:
     def write_config(self, config_json: str) -> None:
         write_text(self.folder / "config.json", config_json + "\n")
 
-    def abandon(self) -> None:
-        """Remove the folder again if no run was born in it."""
+    def abandon(self, reason: str = "") -> None:
+        """Remove the folder again if no run was born in it; none is running from here on."""
         if (self.folder / "config.json").exists():
+            if self.read_status().get("status") == "running":  # of a life that was killed
+                self.status(status="failed", reason=f"killed, then not started: {reason}")
             return
         self.close()
         for path in (self.checkpoints, self.folder / "crash", self.folder / CODE):
@@ -308,11 +374,12 @@ class RunDir:
 def launch_command(argv: list[str], num_processes: int, gpus: bool = False) -> list[str]:
     """The argument vector that repeats this run in a folder of its own, with its launcher."""
     argv = without(argv, "--run-dir", "--fresh")
+    script = found_from_here("train.py")
     if num_processes == 1:
-        return ["python", "train.py", *argv]
+        return ["python", script, *argv]
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes)))
     if per_node == num_processes:
-        return ["torchrun", "--nproc-per-node", str(num_processes), "train.py", *argv]
+        return ["torchrun", "--nproc-per-node", str(num_processes), script, *argv]
     return [*sbatch(num_processes, gpus), *argv]
 
 
@@ -338,7 +405,7 @@ def go_on(folder: Path, num_processes: int, gpus: bool) -> str:
     """What to type to continue this run: where it was a job, as a job."""
     if job():
         return shlex.join([*sbatch(num_processes, gpus), "--resume", str(folder)])
-    return shlex.join(["python", "train.py", "--resume", str(folder)])
+    return pasted("train.py", "--resume", folder)
 
 
 def without(argv: list[str], folder: str, fresh: str) -> list[str]:

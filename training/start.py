@@ -1,5 +1,6 @@
 """From a plan to what the loop needs: the data set, a model with its starting weights, facts."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from distributed.world import World
 from errors import UserError
 from models import build_model, lookup
 from models.hooks import StartsFromData
+from models.own_file import digests_of
 from models.state import load_whole_state, separate_views, whole_state
 from models.weights import freeze_backbone, load_weights
 from tasks import Task, build_task
@@ -63,6 +65,8 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     if isinstance(model, StartsFromData) and not weights:
         _start_from_data(model, data, world)
     task = build_task(data.source.task, num_classes, config.label_smoothing, model)
+    if config.select != "auto":
+        task.best_is = config.select
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
     model = model.to(world.device).to(memory_format=layout)
 
@@ -111,7 +115,7 @@ def _start_from_data(model: nn.Module, data: Data, world: World) -> None:
     A resumed run overwrites them with those of its checkpoint.
     """
     if world.is_main:
-        images = data.train.images[:2000].cpu()
+        images = data.train.seen(torch.arange(min(2000, len(data.train)))).cpu()
         cast(StartsFromData, model).start_from_data(data.augment.evaluate(images))
     load_whole_state(model, world.broadcast(whole_state(model) if world.is_main else {}))
 
@@ -130,7 +134,7 @@ def settle_buckets(learner: Learner, data: Data) -> None:
     before = packed(shards.buffers)
     shards.generators.seed(shards.seed_of(0, 0))  # which layers run may be left to chance
     indices = torch.arange(data.batch.micro_batch_size, device=data.train.labels.device)
-    batch = data.train.__getitems__(indices)
+    batch = data.train.batch(indices)
     images = learner.inputs(data.augment.train(batch["images"], batch["indices"], 0))
     loss = learner.task.loss(learner.model.train()(images), batch["labels"].to(images.device))
     shards.weighed(loss).backward()  # not the accelerator's: under fp16 it would need a scale
@@ -144,6 +148,7 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
     State that a model hides makes the number of processes one of them: `hidden_state` names it.
     """
     own_file = Path(settings.config.model.partition(".py:")[0] + ".py")
+    own_files = digests_of(settings.config.model)
     facts = {
         "data": data.source.fingerprint,
         "model": model_fingerprint(started.model),
@@ -151,6 +156,7 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
         "code": code_fingerprint(own_file),
         "hidden_state": ", ".join(started.trial.hidden),
         "processes": str(world.num_processes),
+        "own code": digest(json.dumps(own_files)) if own_files else "",
     }
     world.refuse_disagreement({**facts, "settings": digest(to_json(settings))})
     return facts
@@ -162,5 +168,5 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
     return {
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
-        "dataset": plan.config.dataset,
+        "dataset": plan.config.dataset, "code": digests_of(plan.config.model), **data.cut_as(),
     }  # fmt: skip

@@ -10,8 +10,9 @@ import importlib
 import itertools
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +71,13 @@ NAMES = ("auto", *SOURCES, "folder")  # folder: the one that --data-dir names
 
 # How a copy may lie on a disk, in the order in which a path is asked; "hub" lies elsewhere.
 LAYOUTS = {
+    "pack": "pack:PACK",
     "batches": "cifar_batches:BATCHES",
     "archive": "cifar_batches:ARCHIVE",
     "tables": "tables:TABLES",
     "tensors": "carried:TENSORS",
+    "imagenet": "archives:IMAGENET",
+    "webdataset": "archives:WEBDATASET",
     "listed": "listed:LISTED",
     "folder": "folder:FOLDER",
 }
@@ -201,7 +205,7 @@ def choose_dataset(dataset: str, data_dir: str | None = None) -> tuple[str, str]
 
 
 def _choose_automatically(data_dir: str | None) -> tuple[str, str]:
-    if data_dir and kind_of(_existing(data_dir, "--data-dir")) == "folder":
+    if data_dir and kind_of(_existing(data_dir, "--data-dir")) in ("folder", "pack"):
         return choose_dataset(data_dir)
     first, second = AUTOMATIC
     copy = locate(first, data_dir)
@@ -224,57 +228,91 @@ def load_source(
     seed: int = 0,
     split: str | None = None,
     group_by: str | None = None,
+    keep_decoded: bool = False,
+    stage: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
     Safe to call from all processes of a node at once: one decodes, the others wait for its file.
     `image_size` applies to folders and tables (see `files.decode_all`), `seed` to `line` alone.
     `split` and `group_by` are as in `splits.Wanted`.
+    `keep_decoded`: photographs that many epochs will read are decoded once, where they are few.
+    `stage`: a folder of this node that a pack is copied to, once, and read from.
+    `say` hears of work that takes long, before it begins.
     """
     if name in SOURCES and SOURCES[name].made:
+        if stage:
+            raise _nothing_to_stage(name)
         _refuse_splitting(name, split, group_by)
         return find(SOURCES[name].target)(f"Data: {SOURCES[name].summary}.", seed)
     from data.cache import cached, landed
-    from data.sources.describe import source_of
+    from data.sources.describe import at_hand, in_pack, source_of
     from data.splits import Wanted
 
     copy, wanted, records = locate(name, data_dir), Wanted(split, group_by), None
+    if stage:
+        copy = _staged(copy, Path(stage).expanduser(), say)
     if copy.published:
         image_size = None  # its pictures share one small size
     if not copy.can_be_split:
-        _refuse_splitting(name, split, group_by)
+        _refuse_splitting(copy.kind if copy.kind == "pack" else name, split, group_by)
+    if copy.layout and copy.layout.entry:
+        entry = build(copy, image_size, skip_bad_images, wanted, None, say)  # a cached one already
+        return source_of(name, entry, copy.origin)
     if copy.layout and copy.layout.listing:
         records = copy.layout.listing(Path(copy.where), wanted)
-    if copy.kind == "tensors":
-        entry = build(copy, image_size, skip_bad_images, wanted, None)  # a cached one already
-        return source_of(name, entry, copy.origin)
     key = copy.key(image_size, skip_bad_images, wanted, records)
-    entry = cached(key, lambda: build(copy, image_size, skip_bad_images, wanted, records))
-    return source_of(name, entry, copy.origin, records, notes=landed(key))
+    make = partial(build, copy, image_size, skip_bad_images, wanted, records, say)
+    entry = in_pack(key, cached(key, make), make, image_size)
+    if keep_decoded:
+        entry = at_hand(copy.key(None, skip_bad_images, wanted, records), entry, say)
+    return source_of(name, entry, copy.origin, records, notes=landed(key, entry))
 
 
 def _refuse_splitting(name: str, split: str | None, group_by: str | None) -> None:
     for flag, value in (("--split", split), ("--group-by", group_by)):
         if value is not None:
+            why = "its pictures have no names; drop the flag. It is for folders and tables."
+            if name == "pack":
+                why = "keeps it; drop the flag, and give it to python -m data prepare instead."
             raise UserError(
                 f"{flag} {printable(value)}: {printable(name)} comes with a split of its own and "
-                "its pictures have no names; drop the flag. It is for folders and tables.",
+                f"{why}",
                 code="no-names",
             )
 
 
+def _staged(copy: Copy, folder: Path, say: Callable[[str], None]) -> Copy:
+    from data.pack import staged
+
+    if copy.kind != "pack":
+        raise _nothing_to_stage(copy.where)
+    return replace(copy, where=str(staged(Path(copy.where), folder, say)))
+
+
+def _nothing_to_stage(name: str) -> UserError:
+    return UserError(
+        f"--stage copies a pack, and {printable(name)} is none: make one with python -m data "
+        "prepare --out FOLDER, or leave --stage out",
+        code="nothing-to-stage",
+    )
+
+
 def build(
-    copy: Copy, image_size: int | None, skip_bad: bool, wanted: Wanted, records: Records | None
-) -> Entry:
+    copy: Copy, image_size: int | None, skip_bad: bool, wanted: Wanted, records: Records | None,
+    say: Callable[[str], None],
+) -> Entry:  # fmt: skip
     """Read and decode a data set that is not in the cache; `records` where they were listed."""
+    from data.cache import entry_path
     from data.files import decode_records
     from data.sources import hub
-    from data.sources.describe import entry_of, with_records
+    from data.sources.describe import entry_of
 
     layout, where = copy.layout, Path(copy.where)
-    if copy.kind == "tensors":
+    if layout and layout.entry:
         known = {name: find(e.target) for name, e in SOURCES.items() if not e.made}
-        return find("carried:read")(where, image_size, known, copy.name)
+        return layout.entry(where, image_size, known, copy.name)
     if layout and layout.read:
         found = layout.read(where)
     else:
@@ -289,8 +327,8 @@ def build(
         found = decode_records(records, image_size, skip_bad)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
-    entry = entry_of(found, printable(copy.where))
-    return with_records(entry, found.records, printable(copy.where))
+    folder = entry_path(copy.key(None, skip_bad, wanted)).with_suffix(".pack")  # whatever the size
+    return entry_of(found, printable(copy.where), image_size, folder, say)
 
 
 def save_source(source: Source, path: Path, image_size: int | None) -> None:
@@ -379,6 +417,7 @@ def kind_of(path: Path) -> str:
     raise UserError(
         f"{printable(path)} holds no pictures this program can read: give a folder with one "
         "subfolder of images per class or with a metadata.csv (file_name, label), a parquet file "
-        "or a folder of them, a save_to_disk folder, or the cifar-10-batches-py folder.",
+        "or a folder of them, a save_to_disk folder, WebDataset's tar files, ImageNet's archives, "
+        "a pack, or the cifar-10-batches-py folder.",
         code="unknown-layout",
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 from common.text import printable
 from data.cache import Entry, read_entry, write_entry
 from data.files import SMALL
-from data.image_set import Source
-from data.sources.describe import UNREADABLE, packed
+from data.image_set import Source, in_memory, kept_beside
+from data.sources.describe import packed
 from data.sources.layout import Layout
 from data.sources.published import Published
 from errors import UserError
@@ -19,19 +19,14 @@ def save(source: Source, path: Path, image_size: int | None) -> None:
     It needs no decoder and none of the packages that read tables. image_size is what the pictures
     were decoded for.
     """
-    tensors = {"train_images": source.train.images, "train_labels": source.train.labels}
-    tensors |= {"test_images": source.test.images, "test_labels": source.test.labels}
-    tensors |= packed(source.names)
-    for name in ("held_out", "groups"):
-        if (tensor := getattr(source, name)) is not None:
-            tensors[name] = tensor
+    train, test = in_memory(source.train), in_memory(source.test)
+    tensors = {"train_images": train.images, "train_labels": train.labels}
+    tensors |= {"test_images": test.images, "test_labels": test.labels}
+    beside, facts = kept_beside(source)
+    tensors |= packed(source.names) | beside
     names = ("name", "classes", "mean", "std", "fingerprint", "skipped")
     meta = {name: getattr(source, name) for name in names} | {"image_size": image_size}
-    meta["notes"] = source.notes
-    if source.tally:
-        reasons = source.tally.left_out  # those of `skipped` are counted when it is read
-        meta["left_out"] = {why: of for why, of in reasons.items() if why not in UNREADABLE}
-    if not write_entry(path, tensors, meta):
+    if not write_entry(path, tensors, meta | facts):
         raise UserError(
             f"{printable(path)} cannot be written; try --out data.safetensors",
             code="output-unwritable",
@@ -70,6 +65,6 @@ def read(path: Path, image_size: int | None, known: Mapping[str, Published], nam
 
 TENSORS = Layout(
     "decoded tensors",
-    # decoded before: `read` gives what the cache would give
     lambda path: path.is_file() and path.suffix == ".safetensors",
+    entry=read,
 )

@@ -1,21 +1,24 @@
 """From decoded pictures to a data set: checked, split, with its mean, std and fingerprint."""
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
-from common.disk import digest
+from common.disk import Json, digest
 from common.text import class_name, some
-from data.cache import Entry, digest_of
-from data.files import Records
-from data.image_set import Decoded, ImageSet, LeftOut, Reasons, Source, Tally
+from data.cache import Entry, cached, digest_of, entry_path, size_limit, trim, use
+from data.files import Part, Records
+from data.image_set import UNREADABLE, Decoded, ImageSet, LeftOut, Reasons, Source, Tally
+from data.pack import Form, Say, open_pack, pack, silent, store_of
+from data.photographs import PHOTOGRAPH, FileStore, Names, Photos, PhotoSet, Store, decoder
+from data.scan import RowStore, Scanned, mean_and_std_of, root_and_names
 from data.sources.twice import told_twice
 from errors import UserError
-
-UNREADABLE = ("damaged", "may not be read")  # why a picture that was found is left out
 
 
 def check(labels: torch.Tensor, is_test: torch.Tensor, classes: tuple[str, ...], at: str) -> None:
@@ -58,13 +61,160 @@ def describe(
     return tensors, {**facts, "fingerprint": fingerprint}
 
 
-def entry_of(found: Decoded, at: str) -> Entry:
-    """What a reader found, split and checked."""
+def entry_of(
+    found: Decoded | Scanned, at: str, image_size: int | None, folder: Path, say: Say = silent
+) -> Entry:
+    """What a reader found, split and checked; photographs stay where they are.
+
+    folder: for those that lie in rows of a table, see `entry_of_photographs`.
+    """
+    if isinstance(found, Scanned):
+        return entry_of_photographs(found, at, image_size or PHOTOGRAPH, folder, say)
     labels, is_test = torch.tensor(found.labels), torch.tensor(found.is_test)
     check(labels, is_test, found.classes, at)
     train = (found.images[~is_test], labels[~is_test])
     test = (found.images[is_test], labels[is_test])
-    return describe(train, test, found.classes, found.skipped)
+    entry = describe(train, test, found.classes, found.skipped)
+    return with_records(entry, found.records, at)
+
+
+def entry_of_photographs(found: Scanned, at: str, image_size: int, folder: Path, say: Say) -> Entry:
+    """The index of photographs: tensors of sizes, kinds, names, places; no pixels.
+
+    Those that lie in no file that can be read when a batch needs them are packed into `folder`.
+    """
+    records = found.records
+    labels, is_test = torch.tensor(records.labels), torch.tensor(records.is_test)
+    check(labels, is_test, records.classes, at)
+    tensors, facts, store = where_they_lie(records)
+    names = Names.of(records.ids)
+    tensors |= {
+        "sizes": found.sizes, "kinds": found.kinds, "names": names.text, "name_ends": names.ends
+    }  # fmt: skip
+    for split, chosen in (("train", ~is_test), ("test", is_test)):
+        places = chosen.nonzero()[:, 0]
+        tensors |= {f"{split}_places": places, f"{split}_labels": labels[places]}
+    train, test = photographs_of(tensors, store)
+    mean, std = mean_and_std_of(train, image_size)
+    rows = [records.classes, records.labels, records.is_test, records.ids, found.heads]
+    facts |= {"classes": records.classes, "mean": mean, "std": std, "skipped": found.skipped}
+    facts |= {"content": digest(json.dumps(rows))}
+    tensors, facts = with_records((tensors, facts), records, at)
+    if not isinstance(store, RowStore):
+        return tensors, facts
+    source = described("", train, test, (tensors, facts), "")
+    _pack_in_cache(source, Form("jpeg"), folder, image_size, ["--dataset", at], say)
+    return {"none": torch.zeros(1)}, {"packed": str(folder), "at": at}
+
+
+def _pack_in_cache(
+    source: Source, form: Form, folder: Path, image_size: int, command: list[str], say: Say,
+    skip_bad: bool = False,
+) -> None:  # fmt: skip
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    use(folder)  # nobody shall remove what is half there
+    pack(
+        source, form, folder, image_size=image_size, command=command, skip_bad=skip_bad, wait=True,
+        say=say,
+    )  # fmt: skip
+    trim()
+
+
+def in_pack(key: Json, entry: Entry, make: Callable[[], Entry], image_size: int | None) -> Entry:
+    """The entry, or that of the pack in the cache which it names; made again if that is gone."""
+    for _ in range(2):
+        if "packed" not in entry[1]:
+            break
+        folder = Path(entry[1]["packed"])
+        use(folder)
+        try:
+            return open_pack(folder, image_size)
+        except UserError:
+            entry_path(key).unlink(missing_ok=True)
+            entry = cached(key, make)
+    return entry
+
+
+def at_hand(key: Json, entry: Entry, say: Say) -> Entry:
+    """The entry; of a folder that is small enough, that of its decoded pixels in the cache.
+
+    Nobody decodes the same small folder in every epoch. What is read there are the same pixels, so
+    it depends on the machine alone: a quarter of its memory, and room in the cache.
+    """
+    tensors, meta = entry
+    if "root" not in meta:
+        return entry
+    total = 3 * int(tensors["sizes"].long().prod(dim=1).sum())
+    folder = entry_path([key, decoder()]).with_suffix(".pack")
+    if total > min(memory() / 4, size_limit()):
+        return entry
+    use(folder)
+    try:
+        found = open_pack(folder, None)
+    except UserError:
+        source = source_of("", entry, "")
+        say(
+            f"{len(tensors['sizes']):,} photographs are decoded once, into the cache: later epochs "
+            "read their pixels"
+        )
+        command = ["--dataset", meta["root"], "--store", "raw"]
+        try:
+            _pack_in_cache(source, Form("raw"), folder, PHOTOGRAPH, command, say, skip_bad=True)
+            found = open_pack(folder, None)
+        except UserError as error:
+            if error.code not in ("disk-full", "output-unwritable"):
+                raise
+            return entry
+    names = ("mean", "std", "skipped", "at", "notes", "record_notes", "left_out")
+    facts = {name: meta[name] for name in names if name in meta}
+    return found[0], found[1] | facts | {"came_from": meta["root"]}
+
+
+def memory() -> int:
+    """Bytes of memory of this machine, or of what a job may use of it."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no such question here: not much is sure
+        found = 8 * 2**30
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            found = min(found, int(Path(file).read_text()))
+    return found
+
+
+def where_they_lie(records: Records) -> tuple[dict[str, torch.Tensor], dict, Store]:
+    """What tells where photographs lie: tensors and facts for an index; and the store."""
+    items = records.items
+    if all(isinstance(item, Path) for item in items):
+        if records.root is not None:  # their ids are their paths
+            return {}, {"root": str(records.root)}, FileStore(records.root, Names.of(records.ids))
+        root, below = root_and_names(records)
+        paths = Names.of(below)
+        tensors = {"paths": paths.text, "path_ends": paths.ends}
+        return tensors, {"root": str(root)}, FileStore(root, paths)
+    parts = [item for item in items if isinstance(item, Part)]
+    if len(parts) < len(items):
+        return {}, {}, RowStore(items)
+    files = {file: number for number, file in enumerate(dict.fromkeys(p.file for p in parts))}
+    tensors = {
+        "which": torch.tensor([files[part.file] for part in parts]),
+        "offsets": torch.tensor([part.start for part in parts]),
+        "lengths": torch.tensor([part.length for part in parts]),
+    }
+    facts = {"parts": "", "files": list(map(str, files))}
+    return tensors, facts, store_of(tensors, facts)
+
+
+def photographs_of(tensors: dict[str, torch.Tensor], store: Store) -> tuple[PhotoSet, PhotoSet]:
+    """Training and test pictures of an index."""
+    names = Names(tensors["names"], tensors["name_ends"])
+    photos = Photos(store, names, tensors["sizes"], tensors["kinds"])
+    train, test = (
+        PhotoSet(photos, tensors[f"{split}_places"], tensors[f"{split}_labels"])
+        for split in ("train", "test")
+    )
+    return train, test
 
 
 def with_records(entry: Entry, records: Records | None, at: str) -> Entry:
@@ -74,13 +224,14 @@ def with_records(entry: Entry, records: Records | None, at: str) -> Entry:
     if records is None:
         return tensors, meta
     is_test = torch.tensor(records.is_test)
-    pairs = list(zip(records.ids, records.is_test, strict=True))
-    train = [name for name, test in pairs if not test]
-    tensors = {**tensors, **packed({"train": train, "test": [n for n, test in pairs if test]})}
+    if "names" not in tensors:  # of photographs
+        pairs = list(zip(records.ids, records.is_test, strict=True))
+        train = [name for name, test in pairs if not test]
+        tensors = {**tensors, **packed({"train": train, "test": [n for n, test in pairs if test]})}
     if any(records.is_val):  # they may change without a pixel: the run is another one then
         tensors["held_out"] = torch.tensor(records.is_val)[~is_test].nonzero().flatten()
-        words = [meta["fingerprint"], digest_of(tensors["held_out"])]
-        meta["fingerprint"] = digest(json.dumps(words))
+        key = "content" if "content" in meta else "fingerprint"
+        meta[key] = digest(json.dumps([meta[key], digest_of(tensors["held_out"])]))
     if records.groups:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(records.groups))}
         groups = torch.tensor([numbers[name] for name in records.groups])
@@ -133,32 +284,52 @@ def source_of(
     `records` are those of a listing made just now: what is beside the pictures may have changed.
     """
     tensors, meta = entry
-    fresh = records is not None
-    left = LeftOut(records.left_out if fresh else _reasons(meta))
+    if "root" in meta:
+        which = ("paths", "path_ends") if "paths" in tensors else ("names", "name_ends")
+        paths = Names(*(tensors[name] for name in which))
+        train, test = photographs_of(tensors, FileStore(Path(meta["root"]), paths))
+    elif "files" in meta:
+        train, test = photographs_of(tensors, store_of(tensors, meta))
+    else:
+        train = ImageSet(tensors["train_images"], tensors["train_labels"])
+        test = ImageSet(tensors["test_images"], tensors["test_labels"])
+    if records is not None:
+        meta = {**meta, "record_notes": records.notes, "left_out": records.left_out}
+    meta = {**meta, "notes": (*meta.get("notes", ()), *notes)}
+    return described(name, train, test, (tensors, meta), origin, no_flip)
+
+
+def described(
+    name: str, train: ImageSet | PhotoSet, test: ImageSet | PhotoSet, entry: Entry, origin: str,
+    no_flip: bool = False,
+) -> Source:  # fmt: skip
+    """The data set of these pictures; what photographs look like depends on who decodes them."""
+    tensors, meta = entry
+    content, by = meta.get("content", ""), meta.get("decoder", "")
+    left = LeftOut(_reasons(meta))
     for line in meta["skipped"]:
         denied = os.strerror(errno.EACCES) in line
         place = line.partition(": ")[0].split("/")
         left.add(UNREADABLE[denied], "/".join(place[-2:]))
-    used = len(tensors["train_labels"]) + len(tensors["test_labels"])
-    counted = "left_out" in meta
-    told = records.notes if fresh else meta.get("record_notes", ())
     return Source(
         name=name,
         task="classification",
-        train=ImageSet(tensors["train_images"], tensors["train_labels"]),
-        test=ImageSet(tensors["test_images"], tensors["test_labels"]),
+        train=train,
+        test=test,
         classes=tuple(map(class_name, meta["classes"])),
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
-        fingerprint=meta["fingerprint"],
+        fingerprint=digest(content + (by or decoder())) if content else meta["fingerprint"],
         origin=origin,
         skipped=tuple(meta["skipped"]),
         no_flip=no_flip,
+        content=content,
+        decoder=by,
         names=_unpacked(tensors),
         held_out=tensors.get("held_out"),
         groups=tensors.get("groups"),
-        tally=Tally(used, left.reasons) if counted else None,
-        notes=(*told, *meta.get("notes", ()), *notes),
+        tally=Tally(len(train) + len(test), left.reasons) if "left_out" in meta else None,
+        notes=(*meta.get("record_notes", ()), *meta.get("notes", ())),
     )
 
 
@@ -175,11 +346,17 @@ def fingerprint_of(classes: tuple[str, ...], checksums: dict[str, str]) -> str:
 
 def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
     """Per channel of uint8 (N, 3, H, W), in 0..1; from exact counts, so the same on any machine."""
+    channels = (images[:, channel].flatten() for channel in range(3))
+    counts = [torch.bincount(channel, minlength=256) for channel in channels]
+    return mean_and_std_of_counts(torch.stack(counts))
+
+
+def mean_and_std_of_counts(counts: torch.Tensor) -> tuple[list[float], list[float]]:
+    """The same from how often each level occurs, int64 (3, 256)."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in range(3):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256)
-        share = counts / counts.sum().double()
+        share = counts[channel] / counts[channel].sum().double()
         mean.append((share * levels).sum().item())
         variance = (share * (levels - mean[-1]).square()).sum().item()
         std.append(max(variance**0.5, 1 / 255))  # a channel without contrast must not divide by 0

@@ -70,7 +70,7 @@ def read_class_folders(root: Path, wanted: Wanted = AS_IT_IS) -> Records:
     records = Records(
         list(paths), [printable(path) for path in paths], list(labels),
         [side == "test" for side in sides], classes, names, [side == "val" for side in sides],
-        left_out=left.reasons, notes=(*splits.notes, *_one_too_deep(root)),
+        left_out=left.reasons, notes=(*splits.notes, *_one_too_deep(root)), root=root,
     )  # fmt: skip
     return arranged(records, wanted)
 

@@ -229,7 +229,7 @@ def _records(
         list(paths), [printable(path) for path in paths],
         [number[class_name(found[name][1])] for name in names],
         [which.get(side) == "test" for side in sides], classes, names,
-        [which.get(side) == "val" for side in sides], left_out=left.reasons,
+        [which.get(side) == "val" for side in sides], left_out=left.reasons, root=root,
     )  # fmt: skip
     return arranged(records, wanted, column=column)
 

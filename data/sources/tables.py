@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 IMAGES = ("img", "image", "file_name")  # columns of pictures, or of the paths of files
-Part = tuple["pyarrow.Table", Path | None]  # a table, and the folder that its paths are seen from
+Placed = tuple["pyarrow.Table", Path | None]  # a table, and the folder that its paths are seen from
 
 
 def table_files(path: Path) -> list[Path]:
@@ -135,7 +135,7 @@ def read_tables(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
 
 
 def records_of_tables(
-    splits: dict[str, list[Part]], origin: str, wanted: Wanted = AS_IT_IS
+    splits: dict[str, list[Placed]], origin: str, wanted: Wanted = AS_IT_IS
 ) -> Records:
     """Records of tables by split; image and label columns found by name, else by type.
 
@@ -169,13 +169,13 @@ def records_of_tables(
     sides = [which.get(split) for split, _ in places]
     keys = [item if isinstance(item, bytes) else os.fsencode(item.name) for item in items]
     records = Records(
-        items, names, labels, [side == "test" for side in sides], classes,
+        [*items], names, labels, [side == "test" for side in sides], classes,
         _ids(splits, image, places), [side == "val" for side in sides], left_out=left.reasons,
     )  # fmt: skip
     return arranged(records, wanted, keys, _values(splits, places))
 
 
-def _ids(splits: dict[str, list[Part]], image: str, places: list[tuple[str, int]]) -> list[str]:
+def _ids(splits: dict[str, list[Placed]], image: str, places: list[tuple[str, int]]) -> list[str]:
     """What a list calls the rows: their paths where the tables have them, else split/row."""
     import pyarrow
 
@@ -200,7 +200,7 @@ def _ids(splits: dict[str, list[Part]], image: str, places: list[tuple[str, int]
     return [f"{split}/{row}" for split, row in places]
 
 
-def _values(splits: dict[str, list[Part]], places: list[tuple[str, int]]) -> Column:
+def _values(splits: dict[str, list[Placed]], places: list[tuple[str, int]]) -> Column:
     """The cells of any column, by its name."""
 
     def column(name: str) -> list | None:
@@ -310,7 +310,7 @@ def _columns(schema: "pyarrow.Schema", origin: str) -> tuple[str, str]:
 
 
 def _rows(
-    parts: list[Part], image: str, label: str, origin: str
+    parts: list[Placed], image: str, label: str, origin: str
 ) -> tuple[list[bytes | Path], list, list[tuple[str, ...] | None]]:
     """Pictures, values of the label column, and for each row the classes that its table names."""
     items, labels, lists = [], [], []

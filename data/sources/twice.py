@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.text import printable
-from data.files import Records
+from data.files import Item, Part, Records
 
 SAMPLE = 512  # bytes from the middle, before whole files are read
 THREADS = 8  # most of the time is the disk's
@@ -64,7 +64,7 @@ def _side(records: Records, place: int) -> str:
 
 
 def _apart(
-    records: Records, groups: Iterable[Places], look: Callable[[bytes | Path], Hashable],
+    records: Records, groups: Iterable[Places], look: Callable[[Item], Hashable],
     pool: ThreadPoolExecutor,
 ) -> list[Places]:  # fmt: skip
     """The groups parted by what a look at each picture finds, as far as a group matters."""
@@ -81,18 +81,21 @@ def _apart(
     return found
 
 
-def _size(item: bytes | Path) -> int:
+def _size(item: Item) -> int:
+    if isinstance(item, Part):
+        return item.length
     return len(item) if isinstance(item, bytes) else item.stat().st_size
 
 
-def _middle(item: bytes | Path) -> bytes:
+def _middle(item: Item) -> bytes:
+    half = _size(item) // 2
     if isinstance(item, bytes):
-        return item[len(item) // 2 :][:SAMPLE]
-    with item.open("rb") as file:
-        file.seek(item.stat().st_size // 2)
-        return file.read(SAMPLE)
+        return item[half:][:SAMPLE]
+    whole = Part(item, 0, 2 * half) if isinstance(item, Path) else item
+    return Part(whole.file, whole.start + half, whole.length - half).read(SAMPLE)
 
 
-def _whole(item: bytes | Path) -> bytes:
-    content = item if isinstance(item, bytes) else item.read_bytes()
+def _whole(item: Item) -> bytes:
+    content = item.read() if isinstance(item, Part) else item
+    content = content if isinstance(content, bytes) else content.read_bytes()
     return hashlib.blake2b(content, digest_size=16).digest()
