@@ -288,6 +288,8 @@ def _pack(source: Source, options: argparse.Namespace) -> None:
     dataset = str(Path(options.dataset).absolute()) if Path(options.dataset).exists() else ""
     given = {
         "--dataset": dataset or options.dataset, "--data-dir": options.data_dir,
+        "--split": options.split and str(Path(options.split).absolute()),
+        "--group-by": options.group_by,
         "--image-size": options.image_size, "--store": options.store,
         "--short-side": options.short_side or "keep",
     }  # fmt: skip

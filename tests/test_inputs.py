@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import unicodedata
 from pathlib import Path
 
@@ -18,9 +19,19 @@ from refusals import refused
 from data import cache, files
 from data.__main__ import main
 from data.image_set import Source
+from data.photographs import FileStore, PhotoSet
 from data.sources import load_source
 from data.sources.folder import read_class_folders
-from data.splits import Wanted, divided, keyed_split, read_split, rows_of, split_validation
+from data.splits import (
+    Wanted,
+    divided,
+    keyed_split,
+    names_of,
+    read_split,
+    rows_of,
+    split_validation,
+)
+from training.data import excluded
 
 ODD = unicodedata.normalize("NFC", "éclair 日本")
 
@@ -665,6 +676,164 @@ def test_a_run_folder_keeps_its_split(pets, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "split.csv").write_text(text)
     assert read_split(str(tmp_path / "run")) == {"cat/000.png": "train"}
+
+
+# --- photographs, packs and archives -------------------------------------------------------------
+
+
+def enlarge(folder: Path) -> Path:
+    """The same pictures as photographs, 80 pixels a side."""
+    for path in folder.rglob("[0-9]*.png"):
+        Image.open(path).resize((80, 80), Image.Resampling.NEAREST).save(path)
+    return folder
+
+
+def beside(source: Source) -> dict[str, object]:
+    """What is known of the pictures beside their pixels."""
+    held = None if source.held_out is None else source.held_out.tolist()
+    groups = None if source.groups is None else source.groups.tolist()
+    return {
+        "names": [list(names_of(source, side)) for side in ("train", "test")],
+        "labels": [source.train.labels.tolist(), source.test.labels.tolist()],
+        "held_out": held, "groups": groups, "tally": str(source.tally), "notes": source.notes,
+        "rows": rows_of(source, divided(source, 0, 0.0, 0)),
+    }  # fmt: skip
+
+
+def table(folder: Path) -> None:
+    """The pictures of split folders as rows of parquet tables, of which some know no path."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for split in ("train", "val", "test"):
+        files = sorted((folder / split).rglob("[0-9]*.png"))
+        cells = [{"bytes": path.read_bytes(), "path": None} for path in files]
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        columns = {"image": pa.array(cells, kind), "label": [path.parent.name for path in files]}
+        columns["place"] = [int(path.stem) // 4 for path in files]
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+    for split in ("train", "val", "test"):
+        shutil.rmtree(folder / split)
+
+
+@pytest.mark.parametrize("form", ["folder", "listed", "table"])
+def test_photographs_and_packs_keep_what_small_pictures_keep(tmp_path, form):
+    root = tmp_path / "set"
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        for name in ("cat", "dog"):
+            draw(root / split / name, count, {"train": 0, "val": 20, "test": 40}[split])
+    shutil.copy(root / "train" / "cat" / "000.png", root / "test" / "cat" / "040.png")
+    (root / "train" / "cat" / ".hidden.png").write_bytes(b"x")
+    group_by = {"folder": r"(\w+/\w+/\d\d)", "listed": "place", "table": "place"}[form]
+
+    def formed(folder: Path) -> Path:
+        if form == "table":
+            table(folder)
+        if form == "listed":
+            names = [p.relative_to(folder).as_posix() for p in folder.rglob("[0-9]*.png")]
+            cells = [f"{n},{n.split('/')[1]},{int(n[-7:-4]) // 4}" for n in sorted(names)]
+            write_list(folder / "metadata.csv", "file_name,label,place", *cells)
+        return folder
+
+    small, large = shutil.copytree(root, tmp_path / "small"), shutil.copytree(root, tmp_path / "xl")
+    formed(enlarge(large))
+    expected = beside(load(formed(small), group_by=group_by))
+    assert expected["held_out"] and expected["groups"] and "also in training" in str(expected)
+    options = {"image_size": 32, "group_by": group_by}
+    files = load_source(str(large), **options)
+    assert isinstance(files.train, PhotoSet) and beside(files) == expected
+    assert beside(load_source(str(large), **options, keep_decoded=True)) == expected
+    words = ["--dataset", str(large), "--image-size", "32", "--group-by", group_by]
+    for store in ("jpeg", "raw"):
+        out = str(tmp_path / store)
+        assert main(["prepare", *words, "--out", out, "--store", store, "--short-side", "40"]) == 0
+        shutil.move(out, f"{out} moved")
+        assert beside(load_source(f"{out} moved")) == expected
+    plain = load_source(str(large), image_size=32)
+    assert plain.groups is None and plain.fingerprint == files.fingerprint
+    with refused("no-names", match="--group-by .*python -m data prepare"):
+        load_source(f"{out} moved", group_by="x")
+
+
+def test_which_photographs_validate_is_part_of_the_fingerprint(tmp_path):
+    root = tmp_path / "set"
+    for name in ("cat", "dog"):
+        enlarge(draw(root / name, 10))
+    out = tmp_path / "split.csv"
+    assert main(["list", "--dataset", str(root), "--out", str(out)]) == 0
+    plain = load_source(str(root), split=str(out))
+    assert plain.fingerprint == load_source(str(root)).fingerprint
+    lines = out.read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if ",train," in line)
+    write_list(out, *lines[:place], lines[place].replace(",train,", ",val,"), *lines[place + 1 :])
+    source = load_source(str(root), split=str(out))
+    assert len(source.held_out) == 1 and source.fingerprint != plain.fingerprint
+    for keep in (False, True):  # the pixels of another split are those of this one
+        again = load_source(str(root), split=str(out), keep_decoded=keep)
+        assert beside(again) == beside(source) and again.fingerprint == source.fingerprint
+
+
+def test_photographs_that_a_table_points_to_go_by_the_names_that_it_has(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tmp_path / "set"
+    names = [f"pics/{number:03d}.png" for number in range(12)]
+    enlarge(draw(root / "pics", 12))
+    pq.write_table(pa.table({"image": names, "label": [0, 1] * 6}), root / "data.parquet")
+    source = load_source(str(root))
+    assert sorted(names_of(source, "train") + names_of(source, "test")) == names
+    photos = source.train.photos
+    assert photos.damage.found == {} and photos.pixels(0).shape == (80, 80, 3)
+    assert excluded(photos, "pics/003.png") == {names.index("pics/003.png")}
+
+
+def test_tars_of_three_splits_validate_on_one_and_count_what_they_do_not_use(tmp_path):
+    import io
+    import tarfile
+
+    content = {}
+    for split, count in (("train", 6), ("val", 3), ("test", 2)):
+        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as tar:
+            for path in enlarge(draw(tmp_path / "pics" / split, count)).iterdir():
+                label = str(int(path.stem) % 2).encode()
+                content = {".png": path.read_bytes(), ".cls": label, ".txt": b"a caption"}
+                for suffix, data in content.items():
+                    member = tarfile.TarInfo(path.stem + suffix)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    shutil.rmtree(tmp_path / "pics")
+    source = load_source(str(tmp_path), group_by="tar/(.*)")
+    assert (len(source.train), len(source.test), len(source.held_out)) == (9, 2, 3)
+    assert len(source.groups.unique()) == 6
+    count, example = reasons(source)["of another suffix"]
+    assert count == 11 and example.endswith(".txt")
+    listed = rows_of(source, divided(source, 0, 0.0, 0))
+    assert ("val-000.tar/002", "val", "0") in listed
+
+
+def test_a_small_cache_holds_no_decoded_photographs_and_a_larger_one_keeps_to_its_limit(
+    pets, monkeypatch, capsys
+):
+    said = []
+    enlarge(pets)
+    monkeypatch.setenv("LOCKSTEP_CACHE_SIZE", "700KB")  # 40 pictures take 768
+    source = load_source(str(pets), keep_decoded=True, say=said.append)
+    assert isinstance(source.train.photos.store, FileStore) and not said
+    monkeypatch.setenv("LOCKSTEP_CACHE_SIZE", "1GB")
+    source = load_source(str(pets), keep_decoded=True, say=said.append)
+    (pack,) = cache.cache_dir().glob("*.pack")
+    assert source.train.photos.store.root == pack and said
+    assert main(["cache", "--empty"]) == 0  # in use by this process
+    assert (pack / "pack.safetensors").is_file()
+    assert main(["cache"]) == 0 and str(pack) not in (out := capsys.readouterr().out)
+    assert "0.8 MB  used" in out
+    os.close(cache._in_use.pop(pack))
+    old = time.time() - 1000
+    os.utime(pack, (old, pack.stat().st_mtime))
+    monkeypatch.setenv("LOCKSTEP_CACHE_SIZE", "500KB")
+    cache.trim()
+    assert not pack.exists()
 
 
 # --- a run ---------------------------------------------------------------------------------------
