@@ -8,16 +8,21 @@ from typing import TypeVar
 from common.text import did_you_mean
 from data.sources import NAMES
 from errors import UserError
+from models.own_file import is_own_file
 
 T = TypeVar("T")
 
 
 def setting(
     default: T, help: str, *, group: str = "", choices: tuple = (), low: float | None = None,
-    high: float | None = None,
+    high: float | None = None, own: bool = False,
 ) -> T:  # fmt: skip
-    """A dataclass field that carries what the command line and the checks need to know."""
+    """A dataclass field that carries what the command line and the checks need to know.
+
+    own: FILE.py:Class will do, too.
+    """
     extra = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
+    extra["own"] = own
     return field(default=default, metadata=extra)
 
 
@@ -73,6 +78,14 @@ class TrainConfig:
         choices=("constant", "cosine", "linear", "step"),
     )  # fmt: skip
     warmup: float = setting(0.0, "epochs of linear warm-up", group="optimizer", low=0.0, high=1e6)
+    loss: str = setting(
+        "cross_entropy", "what training minimises, to classify", group="optimizer",
+        choices=("cross_entropy", "bce", "focal"), own=True,
+    )  # fmt: skip
+    class_weights: str = setting(
+        "none", "what an image weighs by its class: none, balanced, or numbers: 0.2,1,...",
+        group="optimizer",
+    )  # fmt: skip
     label_smoothing: float = setting(
         0.0, "probability spread over the other classes", group="optimizer", low=0.0, high=0.999
     )
@@ -178,6 +191,11 @@ class TrainConfig:
         "none", "also report to", group="run", choices=("none", "wandb", "tensorboard")
     )
 
+    @property
+    def may_be_files(self) -> tuple[str, ...]:
+        """What FILE.py:Class may stand for."""
+        return self.model, self.loss, self.optimizer
+
 
 # What a resumed run may change without being asked twice: length, placement and reporting.
 MAY_CHANGE = frozenset(
@@ -240,9 +258,11 @@ def convert(
         return
     choices, low, high = (f.metadata[key] for key in ("choices", "low", "high"))
     message = ""
-    if choices and value not in choices:
+    own = f.metadata["own"]
+    if choices and value not in choices and not (own and is_own_file(str(value))):
         hint = did_you_mean(str(value), map(str, choices))
-        message = f"not known{hint}; one of: {', '.join(map(str, choices))}"
+        known = ", ".join([*map(str, choices), *["FILE.py:Class"] * own])
+        message = f"not known{hint}; one of: {known}"
     elif low is not None and value < low:
         message = f"must be at least {low}"
     elif high is not None and value > high:

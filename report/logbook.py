@@ -159,7 +159,7 @@ class Logbook(contextlib.AbstractContextManager):
                 folder.write_source(data.source)
         folder.write_metrics(task.metrics, task.best_is)
         try:
-            if problem := keep_code(self.plan.config.model, folder.folder):
+            if problem := keep_code(folder.folder, *self.plan.config.may_be_files):
                 self.screen.warn(problem)
         except OSError as error:
             self.screen.warn(f"the model's code cannot be kept in the run folder ({error})")
@@ -320,7 +320,7 @@ class Logbook(contextlib.AbstractContextManager):
         if not (new / "config.json").exists():
             told = f"{old} was deleted while it trained: a new save is in {new}"
             self._write_birth(data, facts)
-            keep_code(self.plan.config.model, new)
+            keep_code(new, *self.plan.config.may_be_files)
             self.status(**lost)
             self.folder.write_rows()
             progress.metrics_rows = len(self.folder.metrics_lines())

@@ -63,6 +63,7 @@ def show_start(
         ("weights", weights_shown(plan, started) or "from scratch"),
         ("data", amount),
         *(("images", words) for words in data.photographs()),
+        *started.task.criterion.in_words(data.classes),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
         ("steps", f"{schedule.last_step} ({per_epoch} an epoch, {config.epochs} epochs)"),
