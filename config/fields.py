@@ -53,6 +53,10 @@ class TrainConfig:
         None, "save and stop after this long, as 3h50m; the run can go on later", group="length"
     )
     eval_every: int = setting(1, "evaluate every so many epochs", group="length", low=1)
+    patience: int = setting(
+        0, "end after so many evaluations in a row without a better value, as it is printed; 0: "
+        "off", group="length", low=0,
+    )  # fmt: skip
 
     batch_size: int = setting(
         64, "images per optimizer step, over all processes together", group="batch", low=1
@@ -75,7 +79,14 @@ class TrainConfig:
     )
     schedule: str = setting(
         "cosine", "how the learning rate falls", group="optimizer",
-        choices=("constant", "cosine", "linear", "step"),
+        choices=(
+            "constant", "cosine", "linear", "step", "exponential", "one_cycle", "cosine_restarts",
+            "plateau",
+        ),
+    )  # fmt: skip
+    plateau: int = setting(
+        3, "evaluations without a better value until --schedule plateau divides the rate by ten",
+        group="optimizer", low=1,
     )  # fmt: skip
     warmup: float = setting(0.0, "epochs of linear warm-up", group="optimizer", low=0.0, high=1e6)
     loss: str = setting(
@@ -126,6 +137,10 @@ class TrainConfig:
     tta: int = setting(
         0, "test-time augmentation: 1 adds the mirror image, 2 also shifts", group="images",
         choices=(0, 1, 2),
+    )  # fmt: skip
+    sampler: str = setting(
+        "random", "balanced gives every class as many places in an epoch", group="images",
+        choices=("random", "balanced"),
     )  # fmt: skip
     val_fraction: float = setting(
         0.0, "part of the training images that chooses the best epoch", group="images",
@@ -201,7 +216,7 @@ class TrainConfig:
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
     | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select"}
-    | {"decode_threads", "exclude", "skip_bad_images"}
+    | {"decode_threads", "exclude", "skip_bad_images", "patience"}
 )
 DEBUG_PRESET = {
     "epochs": 1, "max_steps": 8, "limit": 512, "compile": False,

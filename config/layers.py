@@ -224,7 +224,7 @@ def check(settings: Settings) -> None:
         wrong("--checkpoint-every 0: must be at least 1 step")
     if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
         wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
-    of_classes = ["mixup", "cutmix", "loss", "class_weights"]
+    of_classes = ["mixup", "cutmix", "loss", "class_weights", "sampler"]
     asked = [f"--{n.replace('_', '-')}" for n in of_classes if getattr(c, n) != HINTS[n].default]
     if asked and entry.task == "regression":
         wrong(f"{', '.join(asked)}: of classes; {c.model} is for regression", "contradiction")
@@ -234,6 +234,8 @@ def check(settings: Settings) -> None:
                 check_own_file(getattr(c, name), f"--{name}")
             except UserError as error:
                 problems.append(error)
+    if c.schedule == "one_cycle" and c.warmup:
+        wrong("--warmup: --schedule one_cycle has a rise of its own: drop one", "contradiction")
     if is_own_file(c.loss) and c.label_smoothing:
         wrong("--label-smoothing: a loss of your own smooths for itself: drop it", "contradiction")
     if c.class_weights not in ("none", "balanced"):

@@ -226,7 +226,7 @@ class Logbook(contextlib.AbstractContextManager):
             "step": progress.step,
             "epoch": schedule.place(progress.step - 1)[0] + 1,
             **numbers,
-            "lr": schedule.lr(progress.step - 1),
+            "lr": schedule.lr(progress.step - 1, progress.drops),
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
             **data.waits(),
             **self.world.peak_memory(),
@@ -257,6 +257,7 @@ class Logbook(contextlib.AbstractContextManager):
             row |= {f"{split}/{m.key}": metrics[m.key] for m in task.metrics}
         chosen = results[data.chosen_on][task.best_is]
         better = task.best.better(chosen, progress.best)
+        falls = schedule.judge(progress, task.best.better_as_shown(chosen, progress.best))
         if better:
             progress.best, progress.best_epoch = chosen, epoch
             progress.best_step, progress.best_metrics = progress.step, results["test"]
@@ -267,6 +268,10 @@ class Logbook(contextlib.AbstractContextManager):
         panels.show_epoch(
             self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping
         )
+        if falls:
+            rate = schedule.lr(progress.step, progress.drops)
+            words = f"no better {task.best.title} in {schedule.plateau} evaluations"
+            self.screen.show(f"{words}: the learning rate falls to {rate:.3g}")
         return better
 
     def _record(self, row: dict, progress: Progress) -> None:

@@ -14,6 +14,8 @@ WAYS = {
     "bce-weights-mixup": "--loss bce --class-weights balanced --mixup 0.4 --label-smoothing 0.1",
     "focal-given-weights": "--loss focal --class-weights 1,2,3,4,5,1,2,3,4,5",
     "own-loss": f"--loss {OWN_LOSS} --class-weights balanced",
+    "balanced-order": "--sampler balanced",
+    "plateau-and-patience": "--schedule plateau --plateau 1 --patience 2 --lr 1e-9 --epochs 9",
 }
 FAST = {"bce-weights-mixup"}
 CODE = """
