@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.metric import Metric
+from losses import Criterion
 from models.hooks import WeighsAuxiliaryHeads
 
 # Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
@@ -67,9 +68,12 @@ class Task:
     metrics: tuple[Metric, ...]
     best_is: str
 
-    def __init__(self, num_classes: int = 1, label_smoothing: float = 0.0, auxiliary: float = 0.3):
+    def __init__(
+        self, num_classes: int = 1, label_smoothing: float = 0.0, auxiliary: float = 0.3,
+        criterion: Criterion | None = None,
+    ) -> None:  # fmt: skip
         self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
+        self.criterion = criterion or Criterion(smoothing=label_smoothing)
         self.auxiliary = auxiliary
 
     @property
@@ -80,6 +84,10 @@ class Task:
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the batch."""
         raise NotImplementedError
+
+    def weight(self, labels: Tensor) -> Tensor | None:
+        """What samples weigh together in the loss, in units of WEIGHT_UNIT; None: 1 each."""
+        return None
 
     def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters, all zero, which processes may add up in any order."""
@@ -139,14 +147,13 @@ class Classification(Task):
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
         logits, extra = split_outputs(outputs)
-        loss = F.cross_entropy(
-            logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
-        )
+        loss = self.criterion(logits.float(), labels)
         for head in extra:
-            loss = loss + self.auxiliary * F.cross_entropy(
-                head.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
-            )
+            loss = loss + self.auxiliary * self.criterion(head.float(), labels)
         return loss
+
+    def weight(self, labels: Tensor) -> Tensor | None:
+        return self.criterion.total(labels)
 
     def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`."""
@@ -318,7 +325,10 @@ class Regression(Task):
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression)}
 
 
-def build_task(name: str, num_classes: int, label_smoothing: float, model: nn.Module) -> Task:
+def build_task(
+    name: str, num_classes: int, label_smoothing: float, model: nn.Module,
+    criterion: Criterion | None = None,
+) -> Task:  # fmt: skip
     """The task of this name; the model may weigh its auxiliary heads itself."""
     auxiliary = model.auxiliary_weight if isinstance(model, WeighsAuxiliaryHeads) else 0.3
-    return TASKS[name](num_classes, label_smoothing, auxiliary)
+    return TASKS[name](num_classes, label_smoothing, auxiliary, criterion)

@@ -91,7 +91,7 @@ def train_one_epoch(
     log.open_epoch(schedule, progress)
     batches = world.watched(data.rest_of_epoch(*schedule.place(progress.step)), progress)
     for batch in observer.batches(batches):  # this process's slice of the global batch
-        set_lr(learner.optimizer, schedule.lr(progress.step))
+        set_lr(learner.optimizer, schedule.lr(progress.step, progress.drops))
         train_step(learner, data, batch, progress.step, schedule.place(progress.step)[0])
         progress.count_step()
         log.step(schedule, progress)

@@ -55,5 +55,13 @@ class Metric:
         """How the marks of a chart's axis are written: shares as percentages."""
         return (lambda value: f"{100 * value:.4g} %") if self.is_share else otherwise
 
+    def better_as_shown(self, new: float, old: float | None) -> bool:
+        """Whether it is better as it is printed: what another order of additions cannot change.
+
+        But for a tie in the last digit.
+        """
+        shown = [v and float(f"{v:{self.format}}".strip("%").replace(",", "")) for v in (new, old)]
+        return old is None or self.better(shown[0] or 0.0, shown[1])
+
     def better(self, new: float, old: float | None) -> bool:
         return old is None or (new > old if self.higher_is_better else new < old)

@@ -83,8 +83,9 @@ def parse(argv: list[str]) -> Settings:
                 if name in saved and name not in MAY_CHANGE:
                     del layer[name]
         typed = {**file_layer, **flag_layer}
-        if "model" not in typed and is_own_file(str(saved.get("model", ""))):
-            saved["model"] = own_code(str(saved["model"]), folder, actions)
+        for name in ("model", "loss", "optimizer"):
+            if name not in typed and is_own_file(str(saved.get(name, ""))):
+                saved[name] = own_code(name, str(saved[name]), folder, actions)
         refuse_conflicts(typed, saved, folder, actions.allow_change)
     if folder is not None:
         saved["run_dir"] = str(folder)
@@ -115,7 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, f in HINTS.items():
         flag = "--" + name.replace("_", "-")
         default = "" if f.default in (None, False) else f" (default {f.default})"
-        choices = f" [{'|'.join(map(str, f.metadata['choices']))}]" if f.metadata["choices"] else ""
+        known = [*map(str, f.metadata["choices"]), *["FILE.py:Class"] * f.metadata["own"]]
+        choices = f" [{'|'.join(known)}]" if known else ""
         text = (f.metadata["help"] + choices + default).replace("%", "%%")
         group = groups[f.metadata["group"]]
         if TYPES[name] is bool:

@@ -8,16 +8,21 @@ from typing import TypeVar
 from common.text import did_you_mean
 from data.sources import NAMES
 from errors import UserError
+from models.own_file import is_own_file
 
 T = TypeVar("T")
 
 
 def setting(
     default: T, help: str, *, group: str = "", choices: tuple = (), low: float | None = None,
-    high: float | None = None,
+    high: float | None = None, own: bool = False,
 ) -> T:  # fmt: skip
-    """A dataclass field that carries what the command line and the checks need to know."""
+    """A dataclass field that carries what the command line and the checks need to know.
+
+    own: FILE.py:Class will do, too.
+    """
     extra = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
+    extra["own"] = own
     return field(default=default, metadata=extra)
 
 
@@ -48,6 +53,10 @@ class TrainConfig:
         None, "save and stop after this long, as 3h50m; the run can go on later", group="length"
     )
     eval_every: int = setting(1, "evaluate every so many epochs", group="length", low=1)
+    patience: int = setting(
+        0, "end after so many evaluations in a row without a better value, as it is printed; 0: "
+        "off", group="length", low=0,
+    )  # fmt: skip
 
     batch_size: int = setting(
         64, "images per optimizer step, over all processes together", group="batch", low=1
@@ -70,9 +79,24 @@ class TrainConfig:
     )
     schedule: str = setting(
         "cosine", "how the learning rate falls", group="optimizer",
-        choices=("constant", "cosine", "linear", "step"),
+        choices=(
+            "constant", "cosine", "linear", "step", "exponential", "one_cycle", "cosine_restarts",
+            "plateau",
+        ),
+    )  # fmt: skip
+    plateau: int = setting(
+        3, "evaluations without a better value until --schedule plateau divides the rate by ten",
+        group="optimizer", low=1,
     )  # fmt: skip
     warmup: float = setting(0.0, "epochs of linear warm-up", group="optimizer", low=0.0, high=1e6)
+    loss: str = setting(
+        "cross_entropy", "what training minimises, to classify", group="optimizer",
+        choices=("cross_entropy", "bce", "focal"), own=True,
+    )  # fmt: skip
+    class_weights: str = setting(
+        "none", "what an image weighs by its class: none, balanced, or numbers: 0.2,1,...",
+        group="optimizer",
+    )  # fmt: skip
     label_smoothing: float = setting(
         0.0, "probability spread over the other classes", group="optimizer", low=0.0, high=0.999
     )
@@ -113,6 +137,10 @@ class TrainConfig:
     tta: int = setting(
         0, "test-time augmentation: 1 adds the mirror image, 2 also shifts", group="images",
         choices=(0, 1, 2),
+    )  # fmt: skip
+    sampler: str = setting(
+        "random", "balanced gives every class as many places in an epoch", group="images",
+        choices=("random", "balanced"),
     )  # fmt: skip
     val_fraction: float = setting(
         0.0, "part of the training images that chooses the best epoch", group="images",
@@ -186,12 +214,17 @@ class TrainConfig:
         "none", "also report to", group="run", choices=("none", "wandb", "tensorboard")
     )
 
+    @property
+    def may_be_files(self) -> tuple[str, ...]:
+        """What FILE.py:Class may stand for."""
+        return self.model, self.loss, self.optimizer
+
 
 # What a resumed run may change without being asked twice: length, placement and reporting.
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
     | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select"}
-    | {"decode_threads", "exclude", "skip_bad_images"}
+    | {"decode_threads", "exclude", "skip_bad_images", "patience"}
 )
 DEBUG_PRESET = {
     "epochs": 1, "max_steps": 8, "limit": 512, "compile": False,
@@ -248,9 +281,11 @@ def convert(
         return
     choices, low, high = (f.metadata[key] for key in ("choices", "low", "high"))
     message = ""
-    if choices and value not in choices:
+    own = f.metadata["own"]
+    if choices and value not in choices and not (own and is_own_file(str(value))):
         hint = did_you_mean(str(value), map(str, choices))
-        message = f"not known{hint}; one of: {', '.join(map(str, choices))}"
+        known = ", ".join([*map(str, choices), *["FILE.py:Class"] * own])
+        message = f"not known{hint}; one of: {known}"
     elif low is not None and value < low:
         message = f"must be at least {low}"
     elif high is not None and value > high:

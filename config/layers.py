@@ -15,7 +15,13 @@ from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
 from errors import UserError, all_of
 from models import Recipe, lookup, told_by_weights
-from models.own_file import CODE, code_of_weights, refuse_foreign_code
+from models.own_file import (
+    CODE,
+    check_own_file,
+    code_of_weights,
+    is_own_file,
+    refuse_foreign_code,
+)
 
 SHARES = ("accuracy", "balanced_accuracy", "top5")  # of images: more is better
 __version__ = "0.1.0"
@@ -155,9 +161,11 @@ def read_saved(folder: Path) -> tuple[dict[str, object], dict[str, object]]:
         ) from None
 
 
-def own_code(model: str, folder: Path, actions: Actions) -> str:
-    """The file of a saved run's own model: to evaluate what was trained, to train on as it is."""
+def own_code(setting: str, model: str, folder: Path, actions: Actions) -> str:
+    """The file of a saved run's own class: to evaluate what was trained, to train on as it is."""
     if actions.eval_only:
+        if setting != "model":  # nothing will be trained
+            return str(HINTS[setting].default)
         told = told_by_weights(str(folder / "model.safetensors"))
         return code_of_weights(model, told.get("code", {}), folder, actions.trust_code)
     file, _, name = model.rpartition(":")
@@ -166,8 +174,8 @@ def own_code(model: str, folder: Path, actions: Actions) -> str:
     copy = folder / CODE / Path(file).name
     if not Path(file).expanduser().is_file() and copy.is_file():
         raise UserError(
-            f"{file}, the model of {folder}, is not here ({Path.cwd()}); the run keeps a copy "
-            f"of it: add --model {shlex.quote(f'{copy}:{name}')} --allow-change model",
+            f"{file}, the {setting} of {folder}, is not here ({Path.cwd()}); the run keeps a copy "
+            f"of it: add --{setting} {shlex.quote(f'{copy}:{name}')} --allow-change {setting}",
             code="no-model-file",
         )
     return model
@@ -216,8 +224,29 @@ def check(settings: Settings) -> None:
         wrong("--checkpoint-every 0: must be at least 1 step")
     if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
         wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
-    if (c.mixup or c.cutmix) and entry.task == "regression":
-        wrong(f"--mixup and --cutmix blend classes; {c.model} is for regression", "contradiction")
+    of_classes = ["mixup", "cutmix", "loss", "class_weights", "sampler"]
+    asked = [f"--{n.replace('_', '-')}" for n in of_classes if getattr(c, n) != HINTS[n].default]
+    if asked and entry.task == "regression":
+        wrong(f"{', '.join(asked)}: of classes; {c.model} is for regression", "contradiction")
+    for name in ("loss",):
+        if is_own_file(getattr(c, name)) and not settings.actions.eval_only:
+            try:
+                check_own_file(getattr(c, name), f"--{name}")
+            except UserError as error:
+                problems.append(error)
+    if c.schedule == "one_cycle" and c.warmup:
+        wrong("--warmup: --schedule one_cycle has a rise of its own: drop one", "contradiction")
+    if is_own_file(c.loss) and c.label_smoothing:
+        wrong("--label-smoothing: a loss of your own smooths for itself: drop it", "contradiction")
+    if c.class_weights not in ("none", "balanced"):
+        try:
+            if not all(0 < float(word) < 1e6 for word in c.class_weights.split(",")):
+                raise ValueError
+        except ValueError:
+            wrong(
+                f"--class-weights {c.class_weights}: must be none, balanced, or a number above 0 "
+                "for each class, as 0.2,1,1"
+            )
     if c.mixup and c.cutmix:
         wrong("--mixup and --cutmix: choose one of them", "contradiction")
     if 0 < c.eval_resize < (size := c.eval_size or c.image_size):

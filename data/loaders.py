@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.ahead import Ahead, Threads, Work
 from data.cuts import Cuts
-from data.order import EvaluationBatchSampler, GlobalBatchSampler
+from data.order import Balance, EvaluationBatchSampler, GlobalBatchSampler
 from data.photographs import PhotoSet
 from data.sources import ImageSet
 
@@ -33,12 +33,15 @@ class Resident(Dataset):
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
         self.features: Tensor | None = None
+        self.repeats = False  # index i + k * n is the k-th repetition of i: order.Balance
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: Tensor) -> dict[str, Tensor]:
         places = indices.clamp(min=0)
+        if self.repeats:
+            places %= len(self)
         return {
             "images": (self.images if self.features is None else self.features)[places],
             "labels": self.labels[places],
@@ -72,6 +75,7 @@ class Photographs(Dataset):
     """
 
     features = None
+    repeats = False  # as Resident has it
 
     def __init__(self, pictures: PhotoSet, decoding: "Decoding"):
         self.pictures, self.decoding = pictures, decoding
@@ -85,7 +89,7 @@ class Photographs(Dataset):
 
     def __getitems__(self, indices: Tensor) -> dict[str, Tensor | list[int]]:
         return {
-            "labels": self.labels[indices.clamp(min=0)],
+            "labels": self.labels[indices.clamp(min=0) % len(self)],
             "indices": indices,
             "weights": (indices >= 0).long(),
             "rows": indices.tolist(),
@@ -115,7 +119,7 @@ class Photographs(Dataset):
 
     def _begin(self, batch: dict, epoch: int | None) -> tuple[Work, Callable[[], dict]]:
         decoding, rows = self.decoding, torch.tensor(batch.pop("rows"))
-        chosen = rows.clamp(min=0)
+        chosen = rows.clamp(min=0) % len(self)
         sizes = self.sizes[chosen]
         if epoch is None:
             boxes = decoding.cuts.evaluation(sizes)
@@ -175,11 +179,13 @@ def place(
 
 def build_train_loader(
     images: ImageSet | PhotoSet, batch_size: int, seed: int, device: torch.device,
-    decoding: Decoding | None = None,
+    decoding: Decoding | None = None, balanced: bool = False,
 ) -> tuple[DataLoader, GlobalBatchSampler]:  # fmt: skip
     """Global batches in keyed order; `sampler.start(epoch, step)` before each pass."""
     data, home = place(images, device, decoding)
-    sampler = GlobalBatchSampler(len(data), batch_size, seed, device=home)
+    data.repeats = balanced
+    balance = Balance(data.labels) if balanced else None
+    sampler = GlobalBatchSampler(len(data), batch_size, seed, device=home, balance=balance)
     return _loader(data, sampler, home, device), sampler
 
 

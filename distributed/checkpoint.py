@@ -47,6 +47,9 @@ class Progress:
     best_step: int = 0
     best_of: dict = field(default_factory=dict)  # what it was measured on: training/best.py
     best_metrics: dict = field(default_factory=dict)  # on the test split, at the best epoch
+    stale: int = 0  # evaluations in a row that, as printed, were no better than one before
+    flat: int = 0  # those since the learning rate last fell, with --schedule plateau
+    drops: int = 0  # how often it fell
     metrics_rows: int = 0
     seconds: float = 0.0  # of training and evaluation, over all lives
     last: dict = field(default_factory=dict)  # the latest evaluation's metrics

@@ -186,8 +186,10 @@ class Shards:
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, plan: BatchPlan,
         seed_of: Callable[[int, int], int], bitwise: bool, nature: Nature = Nature(),
+        weight: Callable[[Tensor], Tensor | None] | None = None, unit: float = 1.0,
     ) -> None:  # fmt: skip
         self.accelerator = accelerator
+        self.weight, self.unit = weight, unit  # what labels weigh together, in whole units
         self.model = model
         self.bare = accelerator.unwrap_model(model)
         self.plan = plan
@@ -203,8 +205,8 @@ class Shards:
         self.last = True  # whether the shard that was handed out is the last one of the step
         # What a loss summed over a shard is multiplied by before backward: DDP divides by its
         # number of processes, and every image of the global batch weighs the same.
-        ddp_divides = accelerator.num_processes if self.by_ddp else 1
-        self.scale = ddp_divides / plan.batch_size
+        self.divisor = accelerator.num_processes if self.by_ddp else 1
+        self.scale: float | Tensor = self.divisor / plan.batch_size
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
         # What the next forward reads is kept equal on all processes step by step; running
         # statistics, which training does not read, before each evaluation and each save.
@@ -224,6 +226,8 @@ class Shards:
     def __call__(self, batch: dict, step: int) -> Iterator[dict]:
         """Yield the shards of this process: the loop runs forward and backward on each."""
         count, size = self.plan.shards_per_process, self.plan.micro_batch_size
+        if self.weight is not None:
+            self._weigh(self.weight(batch["labels"]))
         self.before = packed(self.buffers) if self.undoes or count > 1 else {}
         after_first: dict[torch.dtype, Tensor] = {}
         for index in range(count):
@@ -246,6 +250,16 @@ class Shards:
         self._fill_and_add()
         if self.read_in_training:
             self.broadcast_buffers()
+
+    def _weigh(self, units: Tensor | None) -> None:
+        """Where images weigh by their class, the step's loss is divided by what all of them weigh.
+
+        A sum of integers: exactly the same on any number of processes.
+        """
+        if units is not None:
+            if self.accelerator.num_processes > 1:
+                dist.all_reduce(units)
+            self.scale = self.divisor / (units.clamp(min=1).float() * self.unit)
 
     def weighed(self, loss: Tensor) -> Tensor:
         """The share in the step's loss of a loss that is summed over the shard handed out."""

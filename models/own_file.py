@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 CODE = "code"  # in a run folder: the files of an own model
 MOST_KEPT = 1_000_000  # bytes of them
 OURS = {
-    "__main__", "bench", "common", "config", "data", "distributed", "errors", "launch", "models",
-    "optim", "predict", "report", "tasks", "tests", "train", "training",
+    "__main__", "bench", "common", "config", "data", "distributed", "errors", "launch", "losses",
+    "models", "optim", "optimizers", "predict", "report", "tasks", "tests", "train", "training",
 }  # fmt: skip
+# What a class must be, by the flag that names it.
+BASES = {"--model": "nn.Module", "--loss": "nn.Module", "--optimizer": "torch.optim.Optimizer"}
 
 
 def is_own_file(name: str) -> bool:
@@ -47,14 +49,14 @@ def standing_for(name: str, load: Callable[[], type[nn.Module]]) -> Iterator[Non
         del _in_memory[name]
 
 
-def check_own_file(name: str) -> None:
+def check_own_file(name: str, flag: str = "--model") -> None:
     """UserError unless the file is there, is Python and speaks of the class. Runs nothing."""
     if name in _in_memory:
         return
     path, class_name = _split(name)
     if not path.is_file():
         raise UserError(
-            f"--model {name}: there is no file {path} (looked in {Path.cwd()})",
+            f"{flag} {name}: there is no file {path} (looked in {Path.cwd()})",
             code="no-model-file",
         )
     content = path.read_bytes()
@@ -69,10 +71,10 @@ def check_own_file(name: str) -> None:
     classes = [node.name for node in statements if isinstance(node, ast.ClassDef)]
     # A class that the file imports from elsewhere is in its text, though not among its classes.
     if not class_name or class_name.encode() not in content:
-        raise _no_such_class(name, classes)
+        raise _no_such_class(name, classes, flag)
 
 
-def load_own_class(name: str) -> type[nn.Module]:
+def load_own_class(name: str, flag: str = "--model") -> type:
     """The class, from the file run as a module; its folder is first on sys.path meanwhile."""
     if name in _in_memory:
         return _in_memory[name]()
@@ -100,13 +102,14 @@ def load_own_class(name: str) -> type[nn.Module]:
             sys.path.append(folder)
     found = getattr(module, class_name, None)
     if found is None:
-        raise _no_such_class(name, [k for k, v in vars(module).items() if inspect.isclass(v)])
-    from torch import nn
+        raise _no_such_class(name, [k for k, v in vars(module).items() if inspect.isclass(v)], flag)
+    import torch
 
-    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+    base = torch.optim.Optimizer if flag == "--optimizer" else torch.nn.Module
+    if not (inspect.isclass(found) and issubclass(found, base)):
         raise UserError(
-            f"--model {name}: {class_name} is not an nn.Module; "
-            f"write class {class_name}(nn.Module) and call super().__init__() in its __init__",
+            f"{flag} {name}: {class_name} is not an {BASES[flag]}; "
+            f"write class {class_name}({BASES[flag]}) and call super().__init__() in its __init__",
             code="not-a-module",
         )
     return found
@@ -115,11 +118,25 @@ def load_own_class(name: str) -> type[nn.Module]:
 # --- the files of a run's model ------------------------------------------------------------------
 
 
-def sources_of(name: str) -> dict[str, Path]:
-    """The file of a loaded model and the modules it imports below its folder, by place in there.
+def sources_of(*names: str) -> dict[str, Path]:
+    """The files of what was loaded by these names, by place in each one's folder."""
+    found: dict[str, Path] = {}
+    for name in filter(is_own_file, names):
+        for place, path in _sources_of(name).items():
+            if found.setdefault(place, path) != path:
+                raise UserError(
+                    f"{found[place]} and {path} have one name, and the run folder keeps both: "
+                    "rename one",
+                    code="two-files",
+                )
+    return found
+
+
+def _sources_of(name: str) -> dict[str, Path]:
+    """The file of a loaded class and the modules it imports below its folder, by place in there.
 
     What else the process has loaded from there (a program that calls fit(), another model) is not
-    the model's: the next process would not load it, and the files would seem to have changed.
+    its: the next process would not load it, and the files would seem to have changed.
     """
     path = _split(name)[0].resolve()
     if not path.is_file():
@@ -166,33 +183,33 @@ def _imported(package: str, file: Path) -> set[str]:
     return {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
 
 
-def digests_of(name: str) -> dict[str, str]:
-    """Place below the model's folder -> hash, of every file that makes an own model; {} of others.
+def digests_of(*names: str) -> dict[str, str]:
+    """Place below its folder -> hash, of every file that makes an own class; {} of others.
 
     The model is loaded by now, and was tried: what it imports late is known. A class in memory is
     not its file, in which values stand that change while it trains.
     """
-    if not is_own_file(name) or name in _in_memory:
-        return {}
-    return {place: digest(path.read_bytes()) for place, path in sources_of(name).items()}
+    files = sources_of(*(name for name in names if name not in _in_memory))
+    return {place: digest(path.read_bytes()) for place, path in files.items()}
 
 
-def keep_code(name: str, folder: Path) -> str:
-    """Copy the files of an own model into a run folder; what cannot be kept, in a sentence.
+def keep_code(folder: Path, *names: str) -> str:
+    """Copy the files of own classes into a run folder; what cannot be kept, in a sentence.
 
     Files of an earlier life that differ stay beside them: older weights may need them.
     """
-    files, target = sources_of(name), folder / CODE
-    inside = _split(name)[0].resolve().is_relative_to(folder.resolve())  # as a class of fit() is
-    if not files or inside or holds(target, digests_of(name)):
+    inside = [n for n in names if _split(n)[0].resolve().is_relative_to(folder.resolve())]
+    outside = [n for n in names if n not in inside]  # a class of fit() is kept already
+    files, target = sources_of(*outside), folder / CODE
+    if not files or holds(target, digests_of(*outside)):
         return ""
     size = sum(path.stat().st_size for path in files.values())
     if size > MOST_KEPT:
         return (
-            f"the files of {name} are {size / 1e6:.1f} MB: the run folder keeps no copy of more "
-            f"than {MOST_KEPT / 1e6:.0f} MB, and predict.py will need them where they are"
+            f"the files of {names[0]} are {size / 1e6:.1f} MB: the run folder keeps no copy of "
+            f"more than {MOST_KEPT / 1e6:.0f} MB, and predict.py will need them where they are"
         )
-    if target.exists():
+    if target.exists() and not inside:
         number = 1 + sum(1 for _ in folder.glob(f"{CODE}.old-*"))
         target.rename(folder / f"{CODE}.old-{number}")
     for place, path in files.items():
@@ -301,11 +318,11 @@ def _split(name: str) -> tuple[Path, str]:
     return Path(path).expanduser(), class_name
 
 
-def _no_such_class(name: str, classes: list[str]) -> UserError:
+def _no_such_class(name: str, classes: list[str], flag: str) -> UserError:
     path, class_name = _split(name)
     hint = did_you_mean(class_name, classes)
     given = f"there is no class {class_name} in the file{hint}" if class_name else "name a class"
     listed = f"it has {', '.join(classes)}" if classes else "it has no class at all"
     return UserError(
-        f"--model {name}: {given}; {listed}; type {path}:ClassName", code="unknown-class"
+        f"{flag} {name}: {given}; {listed}; type {path}:ClassName", code="unknown-class"
     )

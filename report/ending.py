@@ -45,6 +45,9 @@ def finish(
         code = FAILED
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
+        if not reason and schedule.gave_up(progress):
+            best = learner.task.best.title
+            reason = f"no better {best} in {schedule.patience} evaluations (--patience)"
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)
     if code == STOPPED and restarts_left():
         return FINISHED  # an agent would count any other status as a failure, and restart

@@ -159,7 +159,7 @@ class Logbook(contextlib.AbstractContextManager):
                 folder.write_source(data.source, data.places)
         folder.write_metrics(task.metrics, task.best_is)
         try:
-            if problem := keep_code(self.plan.config.model, folder.folder):
+            if problem := keep_code(folder.folder, *self.plan.config.may_be_files):
                 self.screen.warn(problem)
         except OSError as error:
             self.screen.warn(f"the model's code cannot be kept in the run folder ({error})")
@@ -226,7 +226,7 @@ class Logbook(contextlib.AbstractContextManager):
             "step": progress.step,
             "epoch": schedule.place(progress.step - 1)[0] + 1,
             **numbers,
-            "lr": schedule.lr(progress.step - 1),
+            "lr": schedule.lr(progress.step - 1, progress.drops),
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
             **data.waits(),
             **self.world.peak_memory(),
@@ -257,6 +257,7 @@ class Logbook(contextlib.AbstractContextManager):
             row |= {f"{split}/{m.key}": metrics[m.key] for m in task.metrics}
         chosen = results[data.chosen_on][task.best_is]
         better = task.best.better(chosen, progress.best)
+        falls = schedule.judge(progress, task.best.better_as_shown(chosen, progress.best))
         if better:
             progress.best, progress.best_epoch = chosen, epoch
             progress.best_step, progress.best_metrics = progress.step, results["test"]
@@ -267,6 +268,10 @@ class Logbook(contextlib.AbstractContextManager):
         panels.show_epoch(
             self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping
         )
+        if falls:
+            rate = schedule.lr(progress.step, progress.drops)
+            words = f"no better {task.best.title} in {schedule.plateau} evaluations"
+            self.screen.show(f"{words}: the learning rate falls to {rate:.3g}")
         return better
 
     def _record(self, row: dict, progress: Progress) -> None:
@@ -320,7 +325,7 @@ class Logbook(contextlib.AbstractContextManager):
         if not (new / "config.json").exists():
             told = f"{old} was deleted while it trained: a new save is in {new}"
             self._write_birth(data, facts)
-            keep_code(self.plan.config.model, new)
+            keep_code(new, *self.plan.config.may_be_files)
             self.status(**lost)
             self.folder.write_rows()
             progress.metrics_rows = len(self.folder.metrics_lines())

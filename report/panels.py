@@ -66,6 +66,8 @@ def show_start(
         ("data", amount),
         *([("files", str(data.source.tally))] if data.source.tally else []),
         *(("images", words) for words in data.photographs()),
+        *started.task.criterion.in_words(data.classes),
+        *(("sampler", b.in_words(data.classes)) for b in (data.sampler.balance,) if b),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
         ("steps", f"{schedule.last_step} ({per_epoch} an epoch, {config.epochs} epochs)"),
@@ -74,7 +76,8 @@ def show_start(
     ]
     resumed = progress.step > 0
     if schedule.over(progress):
-        longer = "--epochs N trains longer, --fresh starts over"
+        flag = "--patience" if schedule.gave_up(progress) else "--epochs"
+        longer = f"{flag} N trains longer, --fresh starts over"
         rows.insert(0, ("finished", f"this run is finished at step {progress.step}; {longer}"))
     elif resumed:
         best, metric = progress.best, learner.task.best
@@ -157,6 +160,10 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
             "--mixed-precision no --allow-change mixed_precision goes on in float32"
         )
     notes += data.cut_off()
+    if data.sampler.balance and config.class_weights != "none":
+        notes.append(
+            "--sampler balanced and --class-weights even the classes out twice: one is enough"
+        )
     if data.source.skipped:
         where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
         notes.append(f"{len(data.source.skipped)} images cannot be read and are left out{where}")
@@ -289,7 +296,7 @@ def show_ending(
     rows.append(("folder", str(folder)))
     if page is not None:
         rows.append(("page", str(page)))
-    title, commands = "finished", []
+    title, commands = f"finished: {reason}" if reason else "finished", []
     if code == STOPPED:
         title = f"stopped at step {progress.step}: {reason}"
         gpus = world.device.type == "cuda"

@@ -18,7 +18,7 @@ FLOORS = [
     {"errors"},
     {"common"},
     {"models", "data"},
-    {"config"},
+    {"config", "losses"},
     {"tasks", "optim", "distributed"},
     {"training"},
     {"report"},

@@ -11,7 +11,8 @@ from config import HINTS, TrainConfig
 from distributed.shards import Guard
 from optim import WeightAverage, build_optimizer, lr_at, parameter_groups, set_lr, start_state
 
-SCHEDULES = ("constant", "cosine", "linear", "step")
+SCHEDULES = ("constant", "cosine", "linear", "step", "exponential", "plateau")  # never rise
+RISE = ("one_cycle", "cosine_restarts")
 OPTIMIZERS = HINTS["optimizer"].metadata["choices"]  # all that can be named
 
 
@@ -75,13 +76,43 @@ def test_steps_divide_by_ten_after_half_and_after_three_quarters():
 
 
 def test_degenerate_lengths_give_finite_rates():
-    for schedule in SCHEDULES:
+    for schedule in SCHEDULES + RISE:
         for total, warmup in ((1, 0), (1, 5), (3, 3), (0, 0)):
             for step in range(4):
                 value = lr_at(
                     step, peak=1.0, schedule=schedule, total_steps=total, warmup_steps=warmup
                 )
                 assert 0 <= value <= 1
+
+
+def test_one_cycle_is_torchs():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.4, total_steps=200, cycle_momentum=False
+    )
+    for step in range(200):
+        mine = lr_at(step, peak=0.4, schedule="one_cycle", total_steps=200)
+        assert mine == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        if step < 199:
+            theirs.step()
+
+
+def test_cosine_restarts_are_torchs_with_cycles_twice_as_long_each_time():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 20, 2)
+    for step in range(140):
+        mine = lr_at(step, peak=0.4, schedule="cosine_restarts", total_steps=140)
+        if step not in (20, 60):  # there the old cycle ends and the new one begins
+            assert mine == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_exponential_falls_by_the_same_factor_each_step_to_a_thousandth():
+    rates = [lr_at(s, peak=0.4, schedule="exponential", total_steps=100) for s in range(101)]
+    assert {round(b / a, 9) for a, b in pairwise(rates)} == {round(0.001**0.01, 9)}
+    assert rates[100] == pytest.approx(0.0004)
 
 
 # --- groups --------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
-from data.order import EvaluationBatchSampler, GlobalBatchSampler
+from data.loaders import Resident
+from data.order import Balance, EvaluationBatchSampler, GlobalBatchSampler
 
 
 def test_an_epoch_is_full_batches_of_different_samples():
@@ -116,3 +117,54 @@ def test_an_evaluation_counts_each_sample_once_and_fills_up_with_minus_one(n):
     everything = torch.cat(batches)
     assert everything[everything >= 0].tolist() == list(range(n))
     assert everything[n:].eq(-1).all() and len(everything) - n < 8
+
+
+# --- a balanced order -----------------------------------------------------------------------------
+
+LABELS = torch.tensor([0] * 90 + [2] * 7 + [1] * 50 + [4] * 3)  # of class 3 there is none
+
+
+def test_a_balanced_epoch_is_as_long_and_has_each_class_as_often_whatever_it_has_of_it():
+    balance, extra = Balance(LABELS), set()
+    for epoch in range(6):
+        order = balance.order(0, epoch)
+        assert order.dtype == torch.int64 and len(order) == len(order.unique()) == 150
+        counts = LABELS[order % 150].bincount(minlength=5).tolist()
+        assert counts[3] == 0 and {37, 38} == {*counts[:3], counts[4]} and sum(counts) == 150
+        extra.add(tuple(counts))
+        times = (order % 150).bincount(minlength=150)
+        for label in (0, 1, 2, 4):
+            seen = times[label == LABELS]
+            assert seen.max() - seen.min() <= 1  # each image of a class about as often
+    assert len(extra) > 1  # not always the same class has one more
+
+
+def test_a_balanced_order_is_keyed_and_each_epoch_has_others_of_a_large_class():
+    first, again = (Balance(LABELS).order(3, 7) for _ in range(2))
+    assert torch.equal(first, again)
+    others = [Balance(LABELS).order(*key) for key in ((3, 8), (4, 7))]
+    assert not any(torch.equal(first, other) for other in others)
+    large = [set(o[LABELS[o % 150] == 0].tolist()) for o in (first, others[0])]
+    assert large[0] != large[1]
+
+
+def test_a_balanced_pass_goes_on_in_its_middle_and_has_another_fingerprint():
+    whole = GlobalBatchSampler(150, 20, 1, balance=Balance(LABELS))
+    whole.start(2, 0)
+    rest = GlobalBatchSampler(150, 20, 1, balance=Balance(LABELS))
+    rest.start(2, 3)
+    pairs = zip(list(whole)[3:], rest, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert whole.fingerprint() == rest.fingerprint()
+    assert whole.fingerprint() != GlobalBatchSampler(150, 20, 1).fingerprint()
+
+
+def test_a_repeated_image_is_the_same_image_under_another_index():
+    data = Resident(torch.arange(150)[:, None], LABELS)
+    data.repeats = True
+    batch = data.__getitems__(torch.tensor([5, 155, 305, -1]))
+    assert batch["images"][:, 0].tolist() == [5, 5, 5, 0]
+    assert batch["indices"].tolist() == [5, 155, 305, -1]
+    assert batch["weights"].tolist() == [1, 1, 1, 0]
+    words = Balance(LABELS).in_words(list("abcde"))
+    assert "37 places" in words and "3 images of e is seen 12.3 times" in words

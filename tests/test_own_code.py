@@ -68,7 +68,7 @@ def run(loaded, tmp_path) -> Path:
     folder = tmp_path / "runs" / "a b"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    assert keep_code(loaded, folder) == ""
+    assert keep_code(folder, loaded) == ""
     return folder
 
 
@@ -95,13 +95,13 @@ def test_more_than_a_megabyte_is_not_kept_and_told(loaded, tmp_path):
         file.write("#" * own_file.MOST_KEPT)
     folder = tmp_path / "other"
     folder.mkdir()
-    assert "1.0 MB" in keep_code(loaded, folder) and list(folder.iterdir()) == []
+    assert "1.0 MB" in keep_code(folder, loaded) and list(folder.iterdir()) == []
 
 
 def test_code_of_an_earlier_life_stays_for_the_weights_that_it_made(loaded, run, tmp_path):
     told, mine = digests_of(loaded), tmp_path / "mine"
     (mine / "blocks.py").write_text(HELPER.replace("relu", "tanh"))
-    assert keep_code(loaded, run) == "" and keep_code(loaded, run) == ""
+    assert keep_code(run, loaded) == "" and keep_code(run, loaded) == ""
     assert "tanh" in (run / "code" / "blocks.py").read_text()
     assert code_of_weights(loaded, told, run) == f"{run / 'code.old-1' / 'net.py'}:Net"
     assert code_of_weights(loaded, digests_of(loaded), run) == loaded

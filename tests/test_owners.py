@@ -88,6 +88,31 @@ def test_the_rate_falls_over_all_planned_steps_also_where_max_steps_ends_the_run
     assert whole.lr(0) == TrainConfig.lr and whole.lr(27) < 0.01 * TrainConfig.lr
 
 
+def test_patience_ends_a_run_that_prints_no_better_value_and_a_plateau_lowers_its_rate():
+    plan, progress = schedule(epochs=50, patience=5, schedule="plateau", plateau=2), Progress()
+    metric, values = Classification.metrics[1], [0.5, 0.50004, 0.6, 0.6, 0.59, 0.60001, 0.4, 0.6]
+    stale, rates = [], []
+    for value in values:
+        plan.judge(progress, metric.better_as_shown(value, progress.best))
+        progress.best = max(progress.best or 0.0, value)
+        stale.append(progress.stale)
+        rates.append(plan.lr(0, progress.drops))
+        progress.step = progress.evaluated = progress.step + 7
+        assert plan.over(progress) == (progress.stale >= 5) == plan.gave_up(progress)
+    assert stale == [0, 1, 0, 1, 2, 3, 4, 5]
+    peak = TrainConfig.lr
+    assert rates == pytest.approx([peak] * 4 + [peak / 10] * 2 + [peak / 100] * 2)
+    assert not schedule(epochs=50).gave_up(progress)
+
+
+def test_a_value_is_compared_as_it_is_printed():
+    loss, accuracy = Classification.metrics[:2]
+    assert accuracy.better_as_shown(0.50006, 0.5) and not accuracy.better_as_shown(0.50004, 0.5)
+    assert loss.better_as_shown(0.12344, 0.12346) and not loss.better_as_shown(0.12341, 0.12344)
+    assert loss.better_as_shown(5.0, None) and not loss.better_as_shown(float("nan"), 1.0)
+    assert loss.better_as_shown(0.0, 0.5) and not accuracy.better_as_shown(0.0, 0.0)
+
+
 # --- world ----------------------------------------------------------------------------------------
 
 

@@ -166,12 +166,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         own = self.facts.get("own code")
         other_code = bool(own and facts.get("own code")) and facts["own code"] != own
         if other_code and "code" not in allowed:  # a class in memory has no files to compare
-            files = digests_of(self.plan.config.model)
+            files = digests_of(*self.plan.config.may_be_files)
             kept = Path(str(self.folder)) / CODE
             other = [n for n, value in files.items() if not holds(kept, {n: value})]
             raise UserError(
                 f"the code changed since this checkpoint: {', '.join(other) or 'other files'} of "
-                f"{self.plan.config.model}; bring the old files back (they are in {kept}), start a "
+                "this run; bring the old files back (they are in {kept}), start a "
                 "new run, or add --allow-change code",
                 code="other-code",
             )

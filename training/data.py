@@ -170,7 +170,7 @@ class Data:
         """Which training images the global batch of a step holds."""
         per_epoch = self.sampler.steps_per_epoch
         self.sampler.start(step // per_epoch, step % per_epoch)
-        return next(iter(self.sampler)).tolist()
+        return (next(iter(self.sampler)) % len(self.train)).tolist()
 
 
 def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> tuple[Plan, Data]:
@@ -278,13 +278,13 @@ def build_data(
     tests = {**sets, "test": test}
     batch = plan_batch(settings, num_processes, len(train))
     train_loader, sampler = build_train_loader(
-        train, batch.batch_size, config.seed, device, decoding
+        train, batch.batch_size, config.seed, device, decoding, config.sampler == "balanced"
     )
     augment = Augment(
         config.augment, config.image_size, source.mean, source.std, config.seed,
         cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
         alternating_flip=config.alternating_flip, no_flip=source.no_flip,
-        tta=config.tta, samples=0 if device.type == "cpu" else len(train),
+        tta=config.tta, samples=len(train) if device.type != "cpu" and not sampler.balance else 0,
         cut=decoding is not None,
     )  # fmt: skip
     test_loaders = {

@@ -19,6 +19,7 @@ from distributed.checksums import refuse_difference
 from distributed.generators import Generators
 from distributed.shards import Guard, Shards
 from distributed.world import World
+from losses import WEIGHT_UNIT
 from models import lookup
 from models.state import beside_state_dict, whole_state
 from optim import WeightAverage, start_state
@@ -71,7 +72,7 @@ class Learner:
         self.shards = Shards(
             self.accelerator, model, batch,
             lambda step, shard: hash_integers(config.seed, DROPOUT, step, shard), config.bitwise,
-            started.trial.nature,
+            started.trial.nature, self.task.weight, WEIGHT_UNIT,
         )  # fmt: skip
         self.parameters = self.shards.parameters
         skip, most = config.on_nonfinite == "skip", SKIPS_IN_A_ROW

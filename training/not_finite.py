@@ -20,6 +20,9 @@ def refuse_not_finite(
     if found is None:
         return
     indices = data.indices(found.step)
+    rate = schedule.lr(found.step)
+    if schedule.shape == "plateau":  # how often it fell nobody told us: the rate of the last update
+        rate = learner.optimizer.param_groups[0]["lr"]
     where = f"in the loss on rank {found.ranks}" if found.ranks else "in the gradient"
     if folder is not None:
         (folder / "crash").mkdir(exist_ok=True)
@@ -27,7 +30,7 @@ def refuse_not_finite(
         write_json(folder / "crash" / "nonfinite.json", facts)
     raise NumbersGoneBad(
         f"{learner.shards.bad_number} appeared {where} at step {found.step} "
-        f"(learning rate {schedule.lr(found.step):.3g}, samples {indices[:8]}...); the weights "
+        f"(learning rate {rate:.3g}, samples {indices[:8]}...); the weights "
         "before it are kept. Try a lower --lr, --grad-clip 1, or --mixed-precision bf16 instead of "
         "fp16"
     )

@@ -22,11 +22,13 @@ class Schedule:
     eval_every: int  # epochs
     log_every: int  # steps
     save_every: int  # steps; 0: by time
+    patience: int = 0  # evaluations in a row without a better value that end a run; 0: none do
+    plateau: int = 0  # those after which --schedule plateau divides the rate by ten
 
-    def lr(self, step: int) -> float:
-        """The learning rate of update number `step`."""
+    def lr(self, step: int, drops: int = 0) -> float:
+        """The learning rate of update number `step`, after so many drops of a plateau."""
         return lr_at(
-            step, peak=self.peak_lr, schedule=self.shape,
+            step, peak=self.peak_lr * 0.1**drops, schedule=self.shape,
             total_steps=self.total_steps, warmup_steps=self.warmup_steps,
         )  # fmt: skip
 
@@ -35,7 +37,20 @@ class Schedule:
         return divmod(step, self.steps_per_epoch)
 
     def trains(self, progress: Progress) -> bool:
-        return progress.step < self.last_step
+        return progress.step < self.last_step and not self.gave_up(progress)
+
+    def gave_up(self, progress: Progress) -> bool:
+        """Whether too many evaluations in a row were no better."""
+        return bool(self.patience) and progress.stale >= self.patience
+
+    def judge(self, progress: Progress, better: bool) -> bool:
+        """Count an evaluation, better than all before or not; whether the rate falls by it."""
+        progress.stale = 0 if better else progress.stale + 1
+        progress.flat = 0 if better else progress.flat + 1
+        if self.shape != "plateau" or progress.flat < self.plateau:
+            return False
+        progress.flat, progress.drops = 0, progress.drops + 1
+        return True
 
     def evaluates(self, progress: Progress) -> bool:
         """Whether an evaluation is due before the next update."""
@@ -79,5 +94,7 @@ def build_schedule(
         warmup_steps=round(config.warmup * steps_per_epoch),
         eval_every=config.eval_every,
         log_every=config.log_every or usual,
+        patience=config.patience,
+        plateau=config.plateau,
         save_every=int(every) if every.isdigit() else steps_per_epoch * (every == "epoch"),
     )

@@ -17,9 +17,10 @@ from distributed.generators import Generators
 from distributed.shards import packed, unpack
 from distributed.world import World
 from errors import UserError
+from losses import Criterion, build_criterion, class_weights
 from models import build_model, lookup
 from models.hooks import StartsFromData
-from models.own_file import digests_of
+from models.own_file import digests_of, is_own_file
 from models.state import load_whole_state, separate_views, whole_state
 from models.weights import freeze_backbone, load_weights
 from tasks import Task, build_task
@@ -64,7 +65,8 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         freeze_backbone(model, config.model, config.image_size)
     if isinstance(model, StartsFromData) and not weights:
         _start_from_data(model, data, world)
-    task = build_task(data.source.task, num_classes, config.label_smoothing, model)
+    criterion = _build_criterion(plan, data).to(world.device)
+    task = build_task(data.source.task, num_classes, config.label_smoothing, model, criterion)
     if config.select != "auto":
         task.best_is = config.select
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
@@ -89,6 +91,16 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         model.compile(dynamic=False)
         world.watch.patient |= {"data", "step", "evaluate"}
     return Started(model, task, weights, trial)
+
+
+def _build_criterion(plan: Plan, data: Data) -> Criterion:
+    """The training loss; to evaluate, none of one's own is needed."""
+    config = plan.config
+    if data.source.task != "classification" or plan.actions.eval_only:
+        return Criterion(smoothing=config.label_smoothing)
+    weights = class_weights(config.class_weights, data.train.labels, data.classes)
+    mixes = bool(config.mixup or config.cutmix)
+    return build_criterion(config.loss, config.label_smoothing, data.num_outputs, weights, mixes)
 
 
 def _seed_weights(seed: int) -> None:
@@ -147,13 +159,14 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
 
     State that a model hides makes the number of processes one of them: `hidden_state` names it.
     """
-    own_file = Path(settings.config.model.partition(".py:")[0] + ".py")
-    own_files = digests_of(settings.config.model)
+    names = filter(is_own_file, settings.config.may_be_files)
+    own = [Path(name.partition(".py:")[0] + ".py") for name in names]
+    own_files = digests_of(*settings.config.may_be_files)
     facts = {
         "data": data.source.fingerprint,
         "model": model_fingerprint(started.model),
         "order": data.sampler.fingerprint(),
-        "code": code_fingerprint(own_file),
+        "code": code_fingerprint(*own),
         "hidden_state": ", ".join(started.trial.hidden),
         "processes": str(world.num_processes),
         "own code": digest(json.dumps(own_files)) if own_files else "",

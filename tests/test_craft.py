@@ -1,0 +1,50 @@
+"""One law over the craft: whatever is chosen, the same run on 1 and 2 processes and after a kill.
+
+With --bitwise, so that the checkpoints of a run on two processes that was killed and resumed are
+those of the undisturbed run on one, byte for byte.
+"""
+
+import pytest
+from launches import SMALL, rows, same_weights, train
+
+COMMON = [*SMALL, "--batch-size", "60", "--limit", "300", "--epochs", "3", "--shards", "2"]
+COMMON += ["--bitwise", "--checkpoint-every", "4", "--augment", "crop"]
+OWN_LOSS = "my_loss.py:Each"
+WAYS = {
+    "bce-weights-mixup": "--loss bce --class-weights balanced --mixup 0.4 --label-smoothing 0.1",
+    "focal-given-weights": "--loss focal --class-weights 1,2,3,4,5,1,2,3,4,5",
+    "own-loss": f"--loss {OWN_LOSS} --class-weights balanced",
+    "balanced-order": "--sampler balanced",
+    "plateau-and-patience": "--schedule plateau --plateau 1 --patience 2 --lr 1e-9 --epochs 9",
+}
+FAST = {"bce-weights-mixup"}
+CODE = """
+from torch import nn
+from torch.nn import functional as F
+
+class Each(nn.Module):
+    def forward(self, logits, labels):
+        return F.cross_entropy(logits, labels, reduction="none").sqrt()
+"""
+
+
+@pytest.fixture
+def folder(nets):
+    (nets / "my_loss.py").write_text(CODE)
+    return nets
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=() if w in FAST else pytest.mark.slow) for w in WAYS]
+)
+def test_the_same_run_on_two_processes_one_of_which_is_killed(folder, way):
+    flags = ["--model", "full.py:Net", *COMMON, *WAYS[way].split()]
+    done = train([*flags, "--run-dir", f"{way}-whole"], folder)
+    assert done.status == 0, done.out
+    broken = [*flags, "--run-dir", f"{way}-broken"]
+    done = train(broken, folder, 2, LOCKSTEP_FAULT="kill@step=9,rank=1")
+    assert done.status != 0 and "died without a word" in done.out, done.out
+    done = train(broken, folder, 2)
+    assert done.status == 0 and "resumed" in done.out, done.out
+    assert rows(folder / f"{way}-whole") == rows(folder / f"{way}-broken")
+    assert same_weights(folder / f"{way}-whole", folder / f"{way}-broken") == []
