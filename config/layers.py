@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
+from data.policy import parse_policy
 from errors import UserError, all_of
 from models import Recipe, lookup, told_by_weights
 from models.own_file import CODE, code_of_weights, refuse_foreign_code
@@ -218,8 +219,15 @@ def check(settings: Settings) -> None:
         wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
     if (c.mixup or c.cutmix) and entry.task == "regression":
         wrong(f"--mixup and --cutmix blend classes; {c.model} is for regression", "contradiction")
-    if c.mixup and c.cutmix:
-        wrong("--mixup and --cutmix: choose one of them", "contradiction")
+    try:
+        policy = parse_policy(c.augment)
+        if c.alternating_flip and policy.flip != 0.5:
+            wrong(
+                "--alternating-flip mirrors every other epoch: write flip without a probability",
+                "contradiction",
+            )
+    except UserError as error:
+        problems.append(error)
     if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
         wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
     known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *SHARES)

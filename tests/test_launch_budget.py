@@ -15,10 +15,11 @@ from torch import nn
 from bench import launches
 from bench.launches import Launches, count, fake_gpu
 from config import HINTS, TrainConfig
-from data.augment import CROP_TRIES, KINDS, Augment
+from data.augment import CROP_TRIES, Augment
 from data.keyed_random import permutation, uniforms
 from data.loaders import EVALUATION_BATCH, evaluation_batch
 from data.order import EvaluationBatchSampler, GlobalBatchSampler
+from data.policy import KINDS
 from distributed.shards import Guard, Shards, packed
 from distributed.stop import StopVote
 from optim import WeightAverage, build_optimizer

@@ -602,7 +602,7 @@ def test_show_draws_pictures_of_all_classes_though_folders_lie_one_after_the_oth
         ("show --dataset digits --image-size 0", "--image-size: 0: must be a whole number from 1"),
         ("show --dataset digits --image-size -3", "-3: must be a whole number from 1"),
         ("stats --dataset digits --seed x", "--seed: x: must be a whole number from 0"),
-        ("show --augment blur", "invalid choice: 'blur'"),
+        ("show --dataset digits --augment blurr", "did you mean blur?"),
         ("stats --datset digits", "--datset digits; see python -m data --help"),
         ("sats", "choose from"),
         ("", "show|stats|prepare"),
