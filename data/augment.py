@@ -76,6 +76,7 @@ class Augment:
         if no_flip:
             self.steps = tuple(step for step in self.steps if step.name != "vflip")
         self.mean, self.std = tuple(mean), tuple(std)
+        self.empty = tuple(round(255 * value) for value in mean)  # of what is blanked
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix
         self.alternating_flip, self.no_flip = alternating_flip, no_flip
         self.tta, self.samples = tta, samples
@@ -166,8 +167,7 @@ class Augment:
     def _changed(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
         """Float images of image_size, 0..255, after the steps of the policy."""
         columns = self._rows(self.changes, indices, epoch, images)
-        empty = tuple(float(round(255 * value)) for value in self.mean)
-        return operators.change(images.round(), columns, self.steps, empty)
+        return operators.change(images.round(), columns, self.steps, self.empty)
 
     def changes(self, indices: Tensor, epoch: int, height: int, width: int) -> Tensor:
         """What the steps of the policy do to images of these indices, a row for each."""
