@@ -288,7 +288,13 @@ RUNS = {
     "randaugment": ["randaugment(2,10,1)|erase(0.5)", "--mixup", "0.2", "--cutmix", "1"],
     "trivialaugment": ["crop|trivialaugment|blur|vflip"],
     "colours": ["resized_crop|flip(0.3)|jitter|grey|rotate(30)", "--no-flip", "--cutmix", "1"],
-    "photographs": ["resized_crop|flip|randaugment|jitter|erase", "--dataset", "pictures"],
+    "photographs": [
+        "resized_crop|flip|randaugment|jitter|erase",
+        "--dataset",
+        "pictures",
+        "--batch-size",
+        "8",
+    ],
 }
 
 
