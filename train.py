@@ -29,8 +29,8 @@ from training.lr_finder import find_lr
 from training.not_finite import refuse_not_finite
 from training.observer import Observer
 from training.plan import decide
-from training.schedule import Schedule, build_schedule
-from training.start import agreed_facts, settle_buckets, start_model, weights_card
+from training.schedule import Schedule
+from training.start import agreed_facts, plan_schedule, settle_buckets, start_model, weights_card
 
 
 def main(world: World, observer: Observer) -> int:
@@ -46,12 +46,11 @@ def main(world: World, observer: Observer) -> int:
     model, optimizer, *loaders = world.accelerator.prepare(started.model, optimizer, *data.loaders)
     data = data.prepared(loaders)
     learner = Learner(model, optimizer, average, started.task, config, data.batch, world)
-    by_time = world.stop.row_every is not None
-    schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run, by_time)
 
     facts = agreed_facts(plan.settings, data, learner.bare, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
     progress = checkpoints.resume(learner, log.screen.warn)
+    schedule = plan_schedule(plan, data, progress, world)
     log.begin(plan, data, facts, progress)
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     if actions.eval_only:
@@ -94,7 +93,7 @@ def train_one_epoch(
     for batch in observer.batches(batches):  # this process's slice of the global batch
         set_lr(learner.optimizer, schedule.lr(progress.step))
         train_step(learner, data, batch, progress.step, schedule.place(progress.step)[0])
-        progress.count_step()
+        progress.count_step(schedule.lr(progress.step))
         log.step(schedule, progress)
         if schedule.logs(progress.step) or world.stop.row_agreed:
             with observer.phase("row"):
@@ -130,7 +129,7 @@ def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int
     optimizer.step()
     optimizer.zero_grad()
     if learner.average is not None:
-        learner.average.update(learner.bare, skipped)
+        learner.average.update(learner.bare, step, skipped)
 
 
 @torch.no_grad()

@@ -9,7 +9,17 @@ from pathlib import Path
 
 from common.parser import Parser
 from common.text import did_you_mean
-from config.fields import DEBUG_PRESET, GROUPS, HINTS, MAY_CHANGE, TYPES, TrainConfig, convert
+from config.fields import (
+    DEBUG_PRESET,
+    DEBUG_STEPS,
+    GROUPS,
+    HINTS,
+    MAY_CHANGE,
+    NUMBER,
+    TYPES,
+    TrainConfig,
+    convert,
+)
 from config.layers import (
     Actions,
     Settings,
@@ -48,6 +58,7 @@ def parse(argv: list[str]) -> Settings:
     actions = Actions(
         debug=given["debug"], dry_run=given["dry_run"], eval_only=given["eval_only"],
         find_lr=given["find_lr"], fresh=given["fresh"], resume=given["resume"],
+        stop_after=_steps(given["stop_after"], given["debug"], given["max_steps"], problems),
         allow_change=tuple(n.replace("-", "_") for n in given["allow_change"]),
     )  # fmt: skip
     for name in actions.allow_change:
@@ -70,6 +81,7 @@ def parse(argv: list[str]) -> Settings:
 
     typed = {**file_layer, **flag_layer}
     saved, asked = {}, {}
+    lengths = {"epochs", "max_steps"}
     folder = known_run_dir(typed, actions)
     starts_over = actions.fresh and not restarted()
     if folder is not None and not starts_over and (folder / "config.json").is_file():
@@ -80,6 +92,9 @@ def parse(argv: list[str]) -> Settings:
                     del layer[name]
         typed = {**file_layer, **flag_layer}
         refuse_conflicts(typed, saved, folder, actions.allow_change)
+        if typed.keys() & lengths:  # the length is what was typed last
+            asked = {name: value for name, value in asked.items() if name not in lengths}
+            saved["max_steps"] = None
     if folder is not None:
         saved["run_dir"] = str(folder)
     layers: dict[str, dict] = {}
@@ -95,6 +110,19 @@ def parse(argv: list[str]) -> Settings:
     settings = Settings(layers, actions, tuple(argv), {**asked, **typed})
     check(settings)
     return settings
+
+
+def _steps(
+    text: str | None, debug: bool, max_steps: str | None, problems: list[UserError]
+) -> int | None:
+    """The steps after which this command stops; --debug is a look at a few."""
+    if text is None:
+        return DEBUG_STEPS if debug and max_steps is None else None
+    if not NUMBER.fullmatch(text) or int(text) < 1:
+        message = f"--stop-after {text}: must be a whole number from 1"
+        problems.append(UserError(message, code="bad-value"))
+        return None
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,6 +147,9 @@ def build_parser() -> argparse.ArgumentParser:
     act.add_argument("--debug", action="store_true", help="one process, few images, anomaly checks")
     act.add_argument("--dry-run", action="store_true", help="build all, one step, write nothing")
     act.add_argument("--eval-only", action="store_true", help="evaluate the run's best model")
+    act.add_argument(
+        "--stop-after", metavar="N", help="stop after N steps for a look; the run can go on later"
+    )
     act.add_argument("--find-lr", action="store_true", help="suggest a learning rate and stop")
     act.add_argument(
         "--resume",

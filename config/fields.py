@@ -36,7 +36,7 @@ class TrainConfig:
 
     epochs: int = setting(10, "passes over the training images", group="length", low=1)
     max_steps: int | None = setting(
-        None, "stop after this many optimizer steps", group="length", low=1
+        None, "the length in optimizer steps, instead of --epochs", group="length", low=1
     )
     max_time: str | None = setting(
         None, "save and stop after this long, as 3h50m; the run can go on later", group="length"
@@ -155,9 +155,10 @@ MAY_CHANGE = frozenset(
     | {"track", "plots", "data_dir", "num_workers", "accumulate", "run_dir", "tta"}
 )
 DEBUG_PRESET = {
-    "epochs": 1, "max_steps": 8, "limit": 512, "compile": False, "num_workers": 0,
+    "epochs": 1, "limit": 512, "compile": False, "num_workers": 0,
     "track": "none", "log_every": 1,
 }  # fmt: skip
+DEBUG_STEPS = 8
 GROUPS = {
     "what": "what to train", "length": "how long", "batch": "batch", "optimizer": "optimizer",
     "images": "images", "machine": "machine", "run": "what it leaves",

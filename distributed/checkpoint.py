@@ -33,9 +33,17 @@ REQUIRED = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` counts updates; `evaluated` is the step last evaluated."""
+    """Where a run stands. `step` counts updates, `images` what they saw; `evaluated` is the step
+    last evaluated. `ahead` is by how many steps of the present batch the place in the order is
+    ahead of `step`: 0 until batch or data change (`settle`)."""
 
     step: int = 0
+    images: int = 0
+    ahead: int = 0
+    batch_size: int = 0  # of the latest update; 0: not known
+    steps_per_epoch: int = 0
+    lr: float = 0.0  # of the latest update
+    average_warms_up: bool = True  # not so in checkpoints of old
     evaluated: int = 0
     best: float | None = None  # of the split that chooses
     best_epoch: float = 0
@@ -47,8 +55,21 @@ class Progress:
     sums: list[float] = field(default_factory=list)  # what the next metrics row adds up
     summed: int = 0  # steps in those sums
 
-    def count_step(self) -> None:
-        """An update was made; the next row counts it."""
+    def settle(self, batch_size: int, steps_per_epoch: int) -> None:
+        """Go on with this batch and so many steps an epoch: at the same place, in epochs seen."""
+        if self.batch_size and self.step:
+            epoch, step = divmod(self.step + self.ahead, self.steps_per_epoch)
+            if (batch_size, steps_per_epoch) != (self.batch_size, self.steps_per_epoch):
+                step = min(step * self.batch_size // batch_size, steps_per_epoch)
+                self.ahead = epoch * steps_per_epoch + step - self.step
+                self.summed = 0  # a row adds up updates of one size
+        self.images = self.images or self.step * batch_size  # checkpoints of old did not count
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
+
+    def count_step(self, lr: float = 0.0) -> None:
+        """An update was made, at this rate; the next row counts it."""
+        self.lr = lr
+        self.images += self.batch_size
         self.step += 1
         self.summed += 1
 
@@ -353,4 +374,4 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]
     }
     content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     known = {k: v for k, v in content.items() if k in Progress.__dataclass_fields__}
-    return files, Progress(**known)
+    return files, Progress(**{"average_warms_up": False, **known})

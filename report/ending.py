@@ -38,6 +38,8 @@ def finish(
     world.phase("end", progress.step)  # the save had a phase of its own
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
+        if code == FINISHED and schedule.stops_early:
+            reason = f"{panels.STOP_AFTER} {schedule.last_step}"
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason)
     if code == STOPPED and restarts_left():
         return FINISHED  # an agent would count any other status as a failure, and restart
@@ -51,6 +53,7 @@ def _write(
     """Main process: whatever cannot be written is said, and the rest is."""
     folder, plan, screen = log.folder.folder, log.plan, log.screen
     status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
+    status = "stopped" if reason and code == FINISHED else status
     if problem := checkpoints.save_weights("last.safetensors", learner, progress):
         screen.warn(problem)
     skipped = learner.guard.report()["skipped"]

@@ -23,6 +23,7 @@ from training.run_dir import RunDir, describe_environment, launch_command, set_a
 from training.schedule import Schedule
 
 LIVES_WITHOUT_PROGRESS = 3
+STEPS_TO_TELL = 10  # until their time says something of the rest
 
 
 class Logbook(contextlib.AbstractContextManager):
@@ -164,7 +165,7 @@ class Logbook(contextlib.AbstractContextManager):
     def open_epoch(self, schedule: Schedule, progress: Progress) -> None:
         """A bar for what is left of an epoch, where the screen has one."""
         epoch, first = schedule.place(progress.step)
-        title = f"epoch {epoch + 1}/{self.plan.config.epochs}"
+        title = f"epoch {epoch + 1}/{schedule.epochs}"
         self.screen.open_bar(schedule.steps_per_epoch, first, title)
 
     def step(self, schedule: Schedule, progress: Progress) -> None:
@@ -187,6 +188,21 @@ class Logbook(contextlib.AbstractContextManager):
         self._record(row, progress)
         left = self.clock.left(schedule.last_step - progress.step)
         self.screen.train_line(row, schedule.last_step, left)
+        self._tell_time_limit(schedule, progress)
+
+    def _tell_time_limit(self, schedule: Schedule, progress: Progress) -> None:
+        """Once, from the speed so far: where --max-time will end this life, and at which rate."""
+        deadline, per_step = self.world.stop.deadline, self.clock.left(1)
+        if deadline is None or not per_step or self.clock.steps < STEPS_TO_TELL:
+            return
+        there = progress.step + int((deadline - time.monotonic()) / per_step)
+        if there < schedule.last_step:
+            limit = self.plan.config.max_time
+            self.screen.warn_once({"time limit": (
+                f"--max-time {limit} will stop the run near step {max(there, progress.step)} of "
+                f"{schedule.last_step}, at a learning rate of {schedule.lr(there):.3g}, which is "
+                "that of the whole run: it can go on later"
+            )})  # fmt: skip
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

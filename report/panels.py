@@ -24,8 +24,10 @@ from training.lr_finder import Rates
 from training.plan import Plan
 from training.run_dir import SKIPPED
 from training.schedule import Schedule
+from training.schedule import doubts as schedule_doubts
 from training.start import Started
 
+STOP_AFTER = "--stop-after"  # how the reason of such an end begins
 PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
 
 
@@ -43,7 +45,7 @@ def show_start(
         f"{batch.shards_per_process} shard{'s' * (batch.shards_per_process > 1)} x "
         f"{batch.micro_batch_size} images"
     )
-    per_epoch, left = schedule.steps_per_epoch, schedule.last_step - progress.step
+    per_epoch, left = schedule.steps_per_epoch, max(0, schedule.last_step - progress.step)
     per_step = started.trial.seconds_per_image * batch.batch_size / batch.num_processes
     per_test = started.trial.seconds_per_image * len(data.test) / 3 / batch.num_processes
     evaluations = math.ceil(left / per_epoch / config.eval_every)
@@ -58,7 +60,7 @@ def show_start(
         ("data", amount),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
-        ("steps", f"{schedule.last_step} ({per_epoch} an epoch, {config.epochs} epochs)"),
+        ("steps", steps_shown(schedule, progress)),
         ("time", f"about {duration(expected)}"),
         ("folder", config.run_dir or "none (dry run)"),
     ]
@@ -70,7 +72,8 @@ def show_start(
         best = progress.best
         shown = f", best {percent(best)}" if best and learner.task.best_is == "accuracy" else ""
         epoch = schedule.place(progress.step)[0]
-        rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{shown}"))
+        ahead = f" ({progress.images:,} images seen)" if schedule.ahead else ""
+        rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{ahead}{shown}"))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
     changed = [
         (f.name, str(getattr(config, f.name)), settings.origin(f.name))
@@ -80,7 +83,8 @@ def show_start(
     if plan.actions.debug:
         screen.show(table_of_layers(config.model, config.image_size, data.num_outputs))
     screen.start_panel("lockstep", rows, changed)
-    for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world))):
+    odd = schedule_doubts(config, schedule, progress, plan.both_lengths)
+    for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world), *odd)):
         screen.warn(note)
     if expected > 1800 and world.device.type == "cpu":
         screen.show(
@@ -90,6 +94,13 @@ def show_start(
         chosen = settings.origin("mixed_precision") != "machine"
         if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
             screen.show("this CPU multiplies bf16 faster: try --mixed-precision bf16")
+
+
+def steps_shown(schedule: Schedule, progress: Progress) -> str:
+    """The length of the run in steps and epochs, and where --stop-after ends this command."""
+    total, epochs = schedule.total_steps - schedule.ahead, schedule.epochs
+    words = f"{total} ({schedule.steps_per_epoch} an epoch, {epochs} epoch{'s' * (epochs > 1)})"
+    return f"{words}, stops after {schedule.last_step}" if schedule.stops_early else words
 
 
 def weights_shown(plan: Plan, started: Started) -> str:
@@ -139,7 +150,7 @@ def show_epoch(
     schedule: Schedule, progress: Progress, row: dict, better: bool, left: float, stopping: bool,
 ) -> None:  # fmt: skip
     """One line that can be read from across the room; long runs show one in so many."""
-    epochs, epoch = plan.config.epochs, row["epoch"]
+    epochs, epoch = schedule.epochs, row["epoch"]
     words = [f"epoch {epoch}/{epochs}"]
     for split in ("val", "test"):
         if f"{split}/loss" in row:
@@ -233,7 +244,7 @@ def show_ending(
     if page is not None:
         rows.append(("page", str(page)))
     title = "finished"
-    if code == STOPPED:
+    if code == STOPPED or reason.startswith(STOP_AFTER):
         title = f"stopped at step {progress.step}: {reason}"
         rows.append(("go on", f"python train.py --resume {folder}"))
     elif code == FAILED:

@@ -752,7 +752,7 @@ def test_every_model_trains_the_same_on_one_and_two_processes(name, tmp_path):
     data = "digits" if lookup(name).task == "classification" else "line"
     size = max(32, lookup(name).min_image_size)
     arguments = ["--model", name, "--dataset", data, "--weights", "none", "--image-size", size]
-    arguments += ["--batch-size", "8", "--shards", "2", "--max-steps", "3", "--limit", "64"]
+    arguments += ["--batch-size", "8", "--shards", "2", "--stop-after", "3", "--limit", "64"]
     arguments += ["--log-every", "1", "--threads", "1", "--no-plots"]
     found = []
     for processes in (1, 2):

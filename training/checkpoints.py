@@ -85,7 +85,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         restore(
             files, learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
         )
-        if len(progress.sums) != len(learner.sums):
+        if learner.average is not None:
+            learner.average.warms_up = progress.average_warms_up
+        if len(progress.sums) != len(learner.sums) or self._other_batch(progress):
             progress.summed = 0
         else:  # its own to each process, which adds to them in the order it would have had
             mine = learner.shards.mine
@@ -108,6 +110,10 @@ class Checkpoints(contextlib.AbstractContextManager):
             warn(
                 "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
             )
+
+    def _other_batch(self, progress: Progress) -> bool:
+        """Whether what a row adds up would be of two sizes."""
+        return progress.batch_size not in (0, self.plan.config.batch_size)
 
     def _compare_classes(self) -> None:
         """UserError where the data have other classes; those in another order are renumbered."""
