@@ -9,6 +9,20 @@ from torch.nn import functional as F
 LOSS_UNIT = 2**-20
 LARGEST_LOSS = 2.0**20
 
+# What is kept of an evaluation grows with the mistakes that were made, not with the square of the
+# classes: of more than WHOLE classes only cells that are not zero, of more than MOST no cells.
+WHOLE, MOST = 100, 2000
+
+
+def dense(confusion: list[list[int]] | dict) -> list[list[int]]:
+    """A confusion matrix, rows: the true class, from the form in which `metrics` has it."""
+    if isinstance(confusion, list):
+        return confusion
+    matrix = torch.zeros(confusion["classes"] ** 2, dtype=torch.int64)
+    cells = torch.tensor(confusion["cells"], dtype=torch.int64)
+    matrix[cells] = torch.tensor(confusion["counts"], dtype=torch.int64)
+    return matrix.view(confusion["classes"], -1).tolist()
+
 
 def split_outputs(outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A model's answer as (logits, auxiliary logits): some models have extra heads in training."""
@@ -41,8 +55,12 @@ class Classification:
         return loss
 
     def new_counts(self, device) -> Tensor:
-        """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`."""
-        return torch.zeros(4 + self.num_classes**2, dtype=torch.int64, device=device)
+        """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`.
+
+        Of more than MOST classes images and answers of each, instead of the confusion matrix.
+        """
+        cells = self.num_classes if self.num_classes <= MOST else 2
+        return torch.zeros(4 + self.num_classes * cells, dtype=torch.int64, device=device)
 
     def count(self, counts: Tensor, outputs, labels: Tensor, weights: Tensor) -> None:
         """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
@@ -59,6 +77,10 @@ class Classification:
         units = (loss / LOSS_UNIT).round().long()
         found = torch.stack([units, rank == 0, rank < 5, weights]) * weights
         counts[:4].add_(found.sum(1))
+        if self.num_classes > MOST:
+            counts[4:].scatter_add_(0, labels, weights)
+            counts[4 + self.num_classes :].scatter_add_(0, predicted, weights)
+            return
         cells = torch.add(predicted, labels, alpha=self.num_classes)
         counts[4:].scatter_add_(0, cells, weights)
 
@@ -68,13 +90,24 @@ class Classification:
     def metrics(self, counts: Tensor) -> dict:
         """Counters of all processes together -> metrics, per-class accuracy and the matrix."""
         loss, top1, top5, images = counts[:4].tolist()
-        matrix = counts[4:].view(self.num_classes, self.num_classes)  # rows: true class
+        found: dict = {}
+        if self.num_classes > MOST:
+            there, answers = counts[4:].view(2, self.num_classes).tolist()
+            found["per_class"] = {"images": there, "answers": answers}
+        elif self.num_classes > WHOLE:
+            cells = counts[4:].nonzero().flatten()
+            found["confusion"] = {
+                "classes": self.num_classes, "cells": cells.tolist(),
+                "counts": counts[4:][cells].tolist(),
+            }  # fmt: skip
+        else:  # rows: true class
+            found["confusion"] = counts[4:].view(self.num_classes, self.num_classes).tolist()
         return {
             "loss": loss * LOSS_UNIT / images,
             "accuracy": top1 / images,
             "top5": top5 / images,
             "images": images,
-            "confusion": matrix.tolist(),
+            **found,
         }
 
     def better(self, new: float, old: float | None) -> bool:
@@ -82,8 +115,8 @@ class Classification:
 
     def doubts(self, metrics: dict, classes: list[str]) -> dict[str, str]:
         """What looks wrong in an evaluation: a word for each doubt -> a sentence with a way out."""
-        matrix = torch.tensor(metrics["confusion"], dtype=torch.float64)
-        shares, answers = matrix.sum(1) / matrix.sum(), matrix.sum(0) / matrix.sum()
+        there, answered = _totals(metrics)
+        shares, answers = there / there.sum(), answered / there.sum()
         guessing = float(-(shares * shares.clamp(min=1e-12).log()).sum())  # ln(10) for ten alike
         loss, most, found = metrics["loss"], int(answers.argmax()), {}
         if guessing < 0.1:  # hardly more than one class: nothing can be told
@@ -105,6 +138,22 @@ class Classification:
                 f"{shares[most]:.0%} of the test images; see question 3 in docs/lessons.md"
             )
         return found
+
+
+def _totals(metrics: dict) -> tuple[Tensor, Tensor]:
+    """How many images there are of each class, and how many were taken for it."""
+    if "per_class" in metrics:
+        totals = metrics["per_class"]
+        there, answered = (torch.tensor(totals[key]).double() for key in ("images", "answers"))
+        return there, answered
+    confusion = metrics["confusion"]
+    if isinstance(confusion, list):
+        matrix = torch.tensor(confusion, dtype=torch.float64)
+        return matrix.sum(1), matrix.sum(0)
+    size = confusion["classes"]
+    cells, counts = torch.tensor(confusion["cells"]), torch.tensor(confusion["counts"]).double()
+    there = torch.bincount(cells // size, counts, size)
+    return there, torch.bincount(cells % size, counts, size)
 
 
 class Regression:

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -195,7 +195,7 @@ def write_checkpoint(folder: Path, files: dict, progress: Progress, facts: dict)
             sync(path)
             faults.hit("save:written", progress.step)
         path = partial / "progress.json"
-        path.write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        path.write_text(json.dumps(vars(progress)), encoding="utf-8")
         sync(path)
         manifest = {
             "format": FORMAT,
@@ -260,7 +260,7 @@ class Writer:
     def start(self, files: dict, progress: Progress, facts: dict) -> None:
         """Begin a save of captured state."""
         self.wait()
-        progress = Progress(**asdict(progress))
+        progress = replace(progress, sums=list(progress.sums))  # metrics are never changed
         self._thread = threading.Thread(
             target=self._run, args=(files, progress, facts), name="checkpoint-writer"
         )

@@ -94,10 +94,21 @@ class Files:
 
     def matrix(self) -> tuple[list[list[int]], list[str]]:
         """The confusion matrix, rows: the true class, and the names of the classes."""
-        matrix, names = self.confusion["matrix"], [str(name) for name in self.classes["classes"]]
+        names = [str(name) for name in self.classes["classes"]]
+        matrix = self.confusion["matrix"]
+        if isinstance(matrix, dict):
+            matrix = whole_matrix(matrix["classes"], matrix["cells"], matrix["counts"])
         if not names or [len(row) for row in matrix] != [len(names)] * len(names):
             raise ValueError("the matrix does not fit the classes")
         return matrix, names
+
+
+def whole_matrix(classes: int, cells: list[int], counts: list[int]) -> list[list[int]]:
+    """A matrix of which only the cells that are not zero were kept."""
+    matrix = [[0] * classes for _ in range(classes)]
+    for cell, count in zip(cells, counts, strict=True):
+        matrix[cell // classes][cell % classes] = count
+    return matrix
 
 
 def is_number(value: object) -> bool:
@@ -172,6 +183,8 @@ def curves(files: Files) -> Markup:
 def confusion(files: Files) -> Markup | str:
     if not is_number(files.best[0].get("test/accuracy")):
         return ""  # a regression, or not evaluated yet
+    if not files.confusion and len(files.classes["classes"]) > MOST_NAMES:
+        return PARTS.note("No confusion matrix was kept of so many classes.")
     matrix, names = files.matrix()
     message = f"All {sum(map(sum, matrix)):,} test images at epoch {files.confusion['epoch']}"
     if len(names) > MOST_NAMES:
@@ -197,6 +210,8 @@ def confusion(files: Files) -> Markup | str:
 def per_class(files: Files) -> Markup | str:
     if not is_number(files.best[0].get("test/accuracy")):
         return ""  # a regression, or not evaluated yet
+    if not files.confusion and len(files.classes["classes"]) > MOST_NAMES:
+        return ""
     (matrix, names), rows = files.matrix(), []
     guessed = [sum(column) for column in zip(*matrix, strict=True)]
     for y, row in enumerate(matrix):

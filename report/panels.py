@@ -17,7 +17,7 @@ from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
 from report import pictures
 from report.screen import Report
-from tasks import Classification, Regression
+from tasks import Classification, Regression, dense
 from training.data import Data
 from training.learner import Learner
 from training.lr_finder import Rates
@@ -182,7 +182,7 @@ def show_evaluation(
         numbers = (f"{k} {v:.6g}" for k, v in metrics.items() if isinstance(v, float))
         rows.append((split, f"{metrics['images']} images: {', '.join(numbers)}"))
     if "confusion" in results["test"]:
-        screen.class_table(data.classes, results["test"]["confusion"])
+        screen.class_table(data.classes, dense(results["test"]["confusion"]))
     screen.end_panel(f"evaluated {weights_shown(plan, started)}", rows, good=True)
     screen.warn_once(started.task.doubts(results["test"], data.classes))
     return FINISHED
@@ -230,7 +230,8 @@ def show_ending(
     best, last = progress.best_metrics, progress.last
     rows = []
     if "accuracy" in best:
-        screen.class_table(data.classes, best["confusion"])
+        if "confusion" in best:
+            screen.class_table(data.classes, dense(best["confusion"]))
         split = "validation part" if data.chosen_on == "val" else "test split"
         rows.append(("last", f"{percent(last['accuracy'])} of {last['images']} test images"))
         words = f"{percent(best['accuracy'])} at epoch {progress.best_epoch}"

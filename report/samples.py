@@ -9,6 +9,7 @@ from common.text import percent, printable
 from data.loaders import EVALUATION_BATCH
 from distributed.checkpoint import Progress
 from report import pictures
+from tasks import dense
 from training.data import Data
 from training.learner import Learner
 
@@ -32,7 +33,7 @@ def draw_pictures(
         return
     classes = [printable(name) for name in data.classes]
     if "confusion" in progress.best_metrics:
-        matrix = progress.best_metrics["confusion"]
+        matrix = dense(progress.best_metrics["confusion"])
         pictures.confusion(matrix, classes, folder / "confusion.png")
     first = torch.arange(min(32, len(data.train)))
     images = data.augment.train(data.train.images[first], first, 0).float().cpu()
