@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from common.parser import Parser
+from common.parser import Parser, need_packages
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
 
@@ -179,6 +179,7 @@ def back_on_cpu(model, error: RuntimeError):
 
 def main(argv: list[str]) -> int:
     try:
+        need_packages()
         arguments = parse(argv)
         if arguments.model:
             model, told = load_imagenet(arguments.model, arguments.weights)

@@ -129,15 +129,40 @@ class Classification:
             )
         elif loss > 0.95 * guessing and metrics["accuracy"] < float(shares.max()) + 0.05:
             found["guesses"] = (
-                f"the test loss {loss:.4f} is what guessing costs ({guessing:.4f}): the model "
-                "knows nothing of the test images; see question 14 in docs/lessons.md"
+                f"the test loss {loss:.4f} is what guessing costs ({guessing:.4f}), and "
+                f"{metrics['accuracy']:.1%} right is hardly more than {float(shares.max()):.1%}, "
+                f"which always answering {classes[int(shares.argmax())]} gives: the model knows "
+                "nothing of the test images; see question 14 in docs/lessons.md"
             )
         if answers[most] > 0.9 and answers[most] - shares[most] > 0.1:
             found["one class"] = (
                 f"{answers[most]:.0%} of the answers are class {classes[most]}, the label of "
                 f"{shares[most]:.0%} of the test images; see question 3 in docs/lessons.md"
             )
+        if pair := _taken_for_each_other(metrics):
+            one, other = (classes[index] for index in pair)
+            found["mirror"] = (
+                f"{one} and {other} are taken for each other, and for no other class: if one is "
+                "the mirror image of the other (left and right), type --augment none, for "
+                "--augment mirrors training images"
+            )
         return found
+
+
+def _taken_for_each_other(metrics: dict) -> tuple[int, int] | None:
+    """Two classes that a model tells from all others, but not from each other."""
+    matrix = metrics.get("confusion")
+    if not isinstance(matrix, list):
+        return None
+    for one, row in enumerate(matrix):
+        for other in range(one):
+            mine, theirs = row, matrix[other]
+            both = sum(mine) + sum(theirs)
+            swapped, right = mine[other] + theirs[one], mine[one] + theirs[other]
+            each = min(mine[other] / max(1, sum(mine)), theirs[one] / max(1, sum(theirs)))
+            if both >= 20 and each > 0.3 and swapped + right > 0.8 * both:
+                return other, one
+    return None
 
 
 def _totals(metrics: dict) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.parser import Parser
+from common.parser import Parser, need_packages
 from common.text import did_you_mean
 from config.fields import (
     DEBUG_PRESET,
@@ -19,6 +19,7 @@ from config.fields import (
     TYPES,
     TrainConfig,
     convert,
+    no_such,
 )
 from config.layers import (
     Actions,
@@ -37,6 +38,7 @@ from models import lookup
 
 def parse(argv: list[str]) -> Settings:
     """Settings of a command line; every problem is reported together as one UserError."""
+    need_packages()
     problems: list[UserError] = []
     parser = build_parser()
     known, unknown = parser.parse_known_args([spell(word) for word in argv])
@@ -180,10 +182,7 @@ def spell(word: str) -> str:
 
 def unknown_flag(word: str, flags: list[str]) -> UserError:
     flag = word.partition("=")[0]
-    if flag == "--pretrained":  # torchvision's word of old
-        message = "--pretrained: no such option; type --weights imagenet, or a file of weights"
-    else:
-        message = f"{flag}: no such option{did_you_mean(flag, flags)}; see python train.py --help"
+    message = f"{flag}: no such option{no_such(flag, flags)}; see python train.py --help"
     return UserError(message, code="unknown-flag")
 
 
@@ -212,7 +211,12 @@ def read_yaml(path: Path) -> dict[str, object]:
     def whole(loader, node):  # YAML 1.1 would make 5400 of 1:30:00
         return node.value if ":" in node.value else loader.construct_yaml_int(node)
 
+    def switch(loader, node):  # YAML 1.1 would make false of `mixed_precision: no`
+        words = {"true": True, "false": False}
+        return words.get(node.value.lower(), node.value)
+
     Strict.add_constructor("tag:yaml.org,2002:int", whole)
+    Strict.add_constructor("tag:yaml.org,2002:bool", switch)
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)  # a SafeLoader

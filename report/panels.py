@@ -168,7 +168,9 @@ def show_epoch(
         doubts = task.doubts(progress.last, data.classes)
         if epoch < PATIENCE and schedule.trains(progress):
             doubts = {word: text for word, text in doubts.items() if word == "explodes"}
-        screen.warn_once(doubts)
+        if plan.config.augment == "none" or data.source.no_flip:
+            doubts.pop("mirror", None)
+        screen.warn_once({word: f"at epoch {epoch}, {text}" for word, text in doubts.items()})
 
 
 def show_evaluation(
@@ -231,7 +233,9 @@ def show_ending(
     rows = []
     if "accuracy" in best:
         if "confusion" in best:
-            screen.class_table(data.classes, dense(best["confusion"]))
+            screen.class_table(
+                data.classes, dense(best["confusion"]), f"at epoch {progress.best_epoch}, the best"
+            )
         split = "validation part" if data.chosen_on == "val" else "test split"
         rows.append(("last", f"{percent(last['accuracy'])} of {last['images']} test images"))
         words = f"{percent(best['accuracy'])} at epoch {progress.best_epoch}"

@@ -153,11 +153,11 @@ class Report:
 
     # --- at the end -----------------------------------------------------------------------------
 
-    def class_table(self, classes: list[str], confusion: list[list[int]]) -> None:
+    def class_table(self, classes: list[str], confusion: list[list[int]], when: str = "") -> None:
         """Accuracy per class and what each is most often taken for."""
         few = len(classes) <= MOST_CLASSES
         shown = "test images per class" if few else f"the {MOST_CLASSES} classes least often right"
-        table = Table(title=shown, title_justify="left")
+        table = Table(title=f"{shown} {when}".strip(), title_justify="left")
         table.add_column("class")
         for name in ("images", "right", "accuracy"):
             table.add_column(name, justify="right")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tasks import LARGEST_LOSS, Classification, Regression, build_task, dense
+from tasks import LARGEST_LOSS, LOSS_UNIT, Classification, Regression, build_task, dense
 
 
 def sample(n=203, classes=7, seed=0):
@@ -197,3 +197,19 @@ def test_what_is_better():
     assert not Classification(2).better(0.5, 0.5) and not Classification(2).better(0.4, 0.5)
     assert Regression().better(0.4, 0.5) and not Regression().better(0.5, 0.5)
     assert not Classification(2).better(float("nan"), 0.5)
+
+
+def test_classes_that_mirror_each_other_are_named_and_guessing_is_held_against_the_majority():
+    def doubts(rows):
+        task, matrix = Classification(len(rows)), torch.tensor(rows)
+        names = ["up", "left", "right"]
+        total = int(matrix.sum())
+        counts = torch.tensor([int(1.2 * total / LOSS_UNIT), int(matrix.trace()), total, total])
+        return task.doubts(task.metrics(torch.cat([counts, matrix.flatten()])), names)
+
+    found = doubts([[30, 0, 0], [1, 14, 15], [0, 16, 14]])
+    assert "left and right are taken for each other" in found["mirror"]
+    assert "mirror" not in doubts([[30, 0, 0], [1, 27, 2], [0, 25, 5]])  # the one for the other
+    assert "mirror" not in doubts([[10, 10, 10], [10, 10, 10], [10, 10, 10]])
+    found = doubts([[60, 0, 0], [20, 0, 0], [20, 0, 0]])
+    assert "60.0% right is hardly more than 60.0%, which always answering up" in found["guesses"]

@@ -14,6 +14,7 @@ from distributed.watch import device_failed, out_of_memory
 from distributed.world import World
 from errors import UserError
 from models import lookup
+from models.own_file import place_in
 from models.pooling import without_deterministic_backward
 from tasks import Classification, Regression
 from training.data import Data
@@ -80,7 +81,7 @@ def try_model(
         shape = tuple(batch["images"].shape)
         raise UserError(
             f"--model {config.model}: fails on {size} images {shape} at --image-size "
-            f"{config.image_size}: {str(error).splitlines()[0]}; "
+            f"{config.image_size}: {place_in(config.model, error)}{str(error).splitlines()[0]}; "
             "python train.py --debug with the same flags but --run-dir shows where"
         ) from None
     unused = [n for n, p in trial.named_parameters() if p.requires_grad and p.grad is None]
