@@ -4,9 +4,9 @@ import signal
 import sys
 
 if __name__ == "__main__":  # before torch is imported: --help and a typo cost no more than a blink
-    from config import parse_or_exit
+    from config import parse_to_train
 
-    SETTINGS = parse_or_exit(sys.argv[1:])
+    SETTINGS = parse_to_train(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import math
@@ -72,7 +72,7 @@ def main(world: World, observer: Observer) -> int:
             if results and log.evaluated(results, learner.task, data, schedule, progress):
                 log.kept_best(checkpoints.save_weights("model.safetensors", learner, progress))
     if actions.dry_run:
-        return panels.show_trial(log.screen, data, started.trial.seconds_per_image)
+        return panels.show_trial(log.screen)
     return finish(log, checkpoints, learner, data, schedule, progress, world)
 
 

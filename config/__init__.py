@@ -2,12 +2,12 @@
 
 from common.parser import Parser
 from config.batch import BatchPlan, plan_batch
-from config.command_line import build_parser, parse, parse_or_exit, tell
+from config.command_line import build_parser, parse, parse_or_exit, parse_to_train, tell
 from config.fields import HINTS, MAY_CHANGE, TYPES, TrainConfig
 from config.layers import Actions, Settings, recipe_of, restarted, to_json
 
 __all__ = [
     "HINTS", "MAY_CHANGE", "TYPES", "Actions", "BatchPlan", "Parser", "Settings", "TrainConfig",
-    "build_parser", "parse", "parse_or_exit", "plan_batch", "recipe_of", "restarted", "tell",
-    "to_json",
+    "build_parser", "parse", "parse_or_exit", "parse_to_train", "plan_batch", "recipe_of",
+    "restarted", "tell", "to_json",
 ]  # fmt: skip

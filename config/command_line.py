@@ -251,6 +251,14 @@ def tell(error: UserError) -> None:
         print(f"rank {rank} on {host}: {error}", file=sys.stderr, flush=True)
 
 
+def parse_to_train(argv: list[str]) -> Settings:
+    """What parse_or_exit does, then a sign of life: loading torch takes seconds."""
+    settings = parse_or_exit(argv)
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
+        print("loading torch ...", file=sys.stderr, flush=True)
+    return settings
+
+
 def parse_or_exit(argv: list[str]) -> Settings:
     """Settings, or a sentence per problem on stderr (once, on many processes) and status 2."""
     try:

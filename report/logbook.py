@@ -1,6 +1,7 @@
 """What a run tells: rows, status, the best so far, trackers, the screen, the ending."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -39,6 +40,8 @@ class Logbook(contextlib.AbstractContextManager):
         self.screen = Report(enabled=world.is_main, rows=not world.guest)
         if text := world.unseen_gpu():
             self.screen.shout("training on the CPU", text)
+        if plan.actions.debug:
+            self.screen.has_bar = False  # it would draw over a debugger's prompt
         for title, text in plan.shouts:
             self.screen.shout(title, text)
         for text in plan.warnings:
@@ -48,6 +51,8 @@ class Logbook(contextlib.AbstractContextManager):
         self.clock = SpeedMeter()
         self.trackers: list[Tracker] = []
         self._row_problem = ""
+        self._epoch: list[tuple[int, float]] = []  # steps and mean loss of its rows, in this life
+        self._row_step = 0
         if plan.folder is not None:
             self.life = world.main_decides(self._enter_folder)
             world.stop.stop_file = plan.folder / "STOP"
@@ -165,6 +170,7 @@ class Logbook(contextlib.AbstractContextManager):
     def open_epoch(self, schedule: Schedule, progress: Progress) -> None:
         """A bar for what is left of an epoch, where the screen has one."""
         epoch, first = schedule.place(progress.step)
+        self._epoch, self._row_step = [], progress.step
         title = f"epoch {epoch + 1}/{schedule.epochs}"
         self.screen.open_bar(schedule.steps_per_epoch, first, title)
 
@@ -186,14 +192,24 @@ class Logbook(contextlib.AbstractContextManager):
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
         }
         self._record(row, progress)
+        self._epoch.append((progress.step - self._row_step, row["train/loss"]))
+        self._row_step = progress.step
         left = self.clock.left(schedule.last_step - progress.step)
         self.screen.train_line(row, schedule.last_step, left)
-        self._tell_time_limit(schedule, progress)
+        if self.clock.steps >= STEPS_TO_TELL:
+            self._tell_time_limit(schedule, progress)
+            panels.advise_on_time(self.screen, self.plan, self.world, left)
+
+    @property
+    def epoch_loss(self) -> float | None:
+        """The mean training loss of an image in the epoch, as far as this life trained it."""
+        steps = sum(count for count, _ in self._epoch)
+        return math.fsum(count * loss for count, loss in self._epoch) / steps if steps else None
 
     def _tell_time_limit(self, schedule: Schedule, progress: Progress) -> None:
         """Once, from the speed so far: where --max-time will end this life, and at which rate."""
         deadline, per_step = self.world.stop.deadline, self.clock.left(1)
-        if deadline is None or not per_step or self.clock.steps < STEPS_TO_TELL:
+        if deadline is None or not per_step:
             return
         there = progress.step + int((deadline - time.monotonic()) / per_step)
         if there < schedule.last_step:
@@ -234,8 +250,9 @@ class Logbook(contextlib.AbstractContextManager):
         left = self.clock.left(schedule.last_step - progress.step)
         stopping = bool(self.world.stop.reason)
         panels.show_epoch(
-            self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping
-        )
+            self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping,
+            self.epoch_loss,
+        )  # fmt: skip
         return better
 
     def _record(self, row: dict, progress: Progress) -> None:

@@ -1,7 +1,6 @@
 """What a run shows at its start, at each evaluation and at its end; what it sums up on disk."""
 
 import json
-import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from training.schedule import Schedule
 from training.schedule import doubts as schedule_doubts
 from training.start import Started
 
+LONG = 1800.0  # seconds
 STOP_AFTER = "--stop-after"  # how the reason of such an end begins
 PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
 
@@ -45,11 +45,6 @@ def show_start(
         f"{batch.shards_per_process} shard{'s' * (batch.shards_per_process > 1)} x "
         f"{batch.micro_batch_size} images"
     )
-    per_epoch, left = schedule.steps_per_epoch, max(0, schedule.last_step - progress.step)
-    per_step = started.trial.seconds_per_image * batch.batch_size / batch.num_processes
-    per_test = started.trial.seconds_per_image * len(data.test) / 3 / batch.num_processes
-    evaluations = math.ceil(left / per_epoch / config.eval_every)
-    expected = left * per_step + evaluations * per_test
     amount = f"{config.dataset}: {len(data.train):,} training, {len(data.test):,} test images"
     if world.device.type == "cuda":
         there = data.train.images.device.type == "cuda"
@@ -61,7 +56,6 @@ def show_start(
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
         ("steps", steps_shown(schedule, progress)),
-        ("time", f"about {duration(expected)}"),
         ("folder", config.run_dir or "none (dry run)"),
     ]
     resumed = progress.step > 0
@@ -86,14 +80,21 @@ def show_start(
     odd = schedule_doubts(config, schedule, progress, plan.both_lengths)
     for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world), *odd)):
         screen.warn(note)
-    if expected > 1800 and world.device.type == "cpu":
-        screen.show(
-            f"this takes long on a CPU; a smaller run: python train.py --model {config.model} "
-            f"--dataset {config.dataset} --limit 2000 --epochs 2"
-        )
-        chosen = settings.origin("mixed_precision") != "machine"
-        if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
-            screen.show("this CPU multiplies bf16 faster: try --mixed-precision bf16")
+
+
+def advise_on_time(screen: Report, plan: Plan, world: World, left: float) -> None:
+    """Once, where the speed of rows says that a CPU will be at it for long: what is faster."""
+    config = plan.config
+    if left < LONG or world.device.type != "cpu":
+        return
+    words = (
+        f"this takes {duration(left)} on a CPU; a smaller run: python train.py --model "
+        f"{config.model} --dataset {config.dataset} --limit 2000 --epochs 2"
+    )
+    chosen = plan.settings.origin("mixed_precision") != "machine"
+    if config.mixed_precision == "no" and not chosen and cpu_has_bf16():
+        words += "; this CPU multiplies bf16 faster: --mixed-precision bf16 for a new run"
+    screen.warn_once({"long": words})
 
 
 def steps_shown(schedule: Schedule, progress: Progress) -> str:
@@ -148,10 +149,12 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
 def show_epoch(
     screen: Report, plan: Plan, task: Classification | Regression, data: Data,
     schedule: Schedule, progress: Progress, row: dict, better: bool, left: float, stopping: bool,
+    train_loss: float | None = None,
 ) -> None:  # fmt: skip
     """One line that can be read from across the room; long runs show one in so many."""
     epochs, epoch = schedule.epochs, row["epoch"]
     words = [f"epoch {epoch}/{epochs}"]
+    words += [f"train loss {train_loss:.4f}"] if train_loss is not None else []
     for split in ("val", "test"):
         if f"{split}/loss" in row:
             words.append(f"{split} loss {row[f'{split}/loss']:.4f}")
@@ -190,11 +193,9 @@ def show_evaluation(
     return FINISHED
 
 
-def show_trial(screen: Report, data: Data, seconds_per_image: float) -> int:
+def show_trial(screen: Report) -> int:
     """What --dry-run ends with. The exit status."""
     rows = [("tried", "one step and two evaluation batches; nothing was written")]
-    epoch = seconds_per_image * len(data.train) / data.batch.num_processes
-    rows.append(("epoch", f"about {duration(epoch)} of training"))
     screen.end_panel("dry run: all is well", rows, good=True)
     return FINISHED
 

@@ -137,8 +137,9 @@ class Report:
         """One metrics row of training: beside the bar in a terminal, a plain line in a file."""
         words = (
             f"loss {row['train/loss']:.4f}  lr {row['lr']:.3g}  "
-            f"{row['speed/images_per_second']:,.0f} img/s  ETA {duration(eta)}"
+            f"{row['speed/images_per_second']:,.0f} img/s"
         )
+        words += f"  ETA {duration(eta)}" if eta else ""  # not known from the first steps
         if self._bar is not None:
             self._bar.update(self._task, line=words)
         now = time.monotonic()

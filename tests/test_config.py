@@ -21,6 +21,7 @@ from config import (
     build_parser,
     parse,
     parse_or_exit,
+    parse_to_train,
     plan_batch,
     to_json,
 )
@@ -555,3 +556,13 @@ def test_a_python_without_the_packages_gets_the_line_that_installs_them(monkeypa
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "lacks torch" in said and "-m pip install -e" in said
     assert predict.main(["x.png"]) == 2 and "lacks torch" in capsys.readouterr().err
+
+
+def test_a_run_shows_a_sign_of_life_before_torch_is_loaded_once_for_all_processes(
+    monkeypatch, capsys
+):
+    parse_to_train(["--debug"])
+    assert "loading torch" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    parse_to_train(["--debug"])
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -264,3 +265,42 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
         args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints, pytest.raises(UserError, match="not those"):
             checkpoints.resume(other, lambda text: None)
+
+
+# --- what a person is told while it trains --------------------------------------------------------
+
+
+def test_a_time_limit_says_once_at_which_step_and_rate_it_will_stop_and_only_where_it_does():
+    told = []
+    plan = schedule(epochs=10)
+    log = SimpleNamespace(
+        plan=SimpleNamespace(config=SimpleNamespace(max_time="20s")),
+        world=SimpleNamespace(stop=SimpleNamespace(deadline=time.monotonic() + 20.5)),
+        clock=SimpleNamespace(left=lambda steps: 1.0 * steps, steps=12),
+        screen=SimpleNamespace(warn_once=lambda doubts: told.append(doubts["time limit"])),
+    )
+    Logbook._tell_time_limit(log, plan, Progress(step=12))
+    assert "--max-time 20s will stop the run near step 32 of 70" in told[0]
+    assert f"at a learning rate of {plan.lr(32):.3g}" in told[0]
+    Logbook._tell_time_limit(log, plan, Progress(step=60))  # 10 steps are left, 20 have time
+    assert len(told) == 1
+
+
+def test_the_loss_of_an_epoch_weighs_each_row_by_its_steps():
+    log = SimpleNamespace(_epoch=[(3, 1.0), (1, 2.0)])
+    assert Logbook.epoch_loss.fget(log) == 1.25
+    assert Logbook.epoch_loss.fget(SimpleNamespace(_epoch=[])) is None
+
+
+def test_no_bar_is_drawn_over_a_debuggers_prompt(settings, monkeypatch):
+    screens = []
+
+    def report(**options):
+        screens.append(SimpleNamespace(has_bar=True, shout=lambda *a: None, warn=lambda *a: None))
+        return screens[-1]
+
+    monkeypatch.setattr("report.logbook.Report", report)
+    for flags in (["--debug"], []):
+        with World(settings(*flags)) as world:
+            Logbook(Plan(world.settings, world.settings.config, None, goes_on=False), world)
+    assert [screen.has_bar for screen in screens] == [False, True]
