@@ -108,10 +108,14 @@ def capture(model: nn.Module, optimizer, average=None, scaler=None) -> dict[str,
 def restore(files: dict[str, dict[str, Tensor]], model, optimizer, average=None, scaler=None):
     """Put captured state back into existing objects, keeping their devices and memory layouts."""
     if average is not None and "ema" not in files:
-        raise UserError("this checkpoint has no averaged weights: it was made without --ema")
+        raise UserError(
+            "this checkpoint has no averaged weights: it was made without --ema; leave --ema out, "
+            "or start a new run from its weights: --weights runs/NAME/last.safetensors"
+        )
     if f"|{type(optimizer).__name__}" not in files["optimizer"]:
         raise UserError(
-            "this checkpoint belongs to another optimizer; start a new run for this one"
+            "this checkpoint belongs to another optimizer, whose state says nothing to this one; "
+            "start a new run from its weights: --weights runs/NAME/last.safetensors --run-dir ..."
         )
     copy_state(model, files["model"], "model")
     if average is not None:
