@@ -272,7 +272,7 @@ def test_each_call_has_a_folder_of_its_own_also_within_a_job(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     flags = {name: value for name, value in TINY.items() if name != "run_dir"}
-    folders = [fit(Net, **flags, stop_after=1).folder for _ in range(2)]
+    folders = [fit(Net, **flags, max_steps=1).folder for _ in range(2)]
     assert folders == [Path("runs/Net-digits-1"), Path("runs/Net-digits-2")]
 
 
@@ -310,16 +310,16 @@ def test_a_class_that_does_not_stand_alone_is_told(tried, capsys):
     times = 1.0
     for made in (Inner, type("Lost", (Net,), {})):  # of the second, Python knows no source
         forget()
-        flags = {**TINY, "run_dir": made.__name__, "stop_after": 1}
+        flags = {**TINY, "run_dir": made.__name__, "max_steps": 1}
         assert fit(made, **flags).status == "finished"
         told = capsys.readouterr().out
         assert f"{made.__name__}.py does not stand alone" in told and "predict.py" in told
 
 
 def test_the_class_is_trained_as_it_is_in_memory_and_a_mended_file_is_not_lost(monkeypatch):
-    fit(Net, **TINY, stop_after=1)
+    fit(Net, **TINY, max_steps=1)
     Path("run/code/Net.py").write_text("# mended\n")
-    fit(Net, resume="run", stop_after=2)
+    fit(Net, resume="run", max_steps=2)
     assert Path("run/code/Net.old-1.py").read_text() == "# mended\n"
     assert "class Net" in Path("run/code/Net.py").read_text()
 

@@ -1052,7 +1052,7 @@ def test_a_node_whose_command_alone_is_wrong_speaks_for_itself():
 
 
 def tiny(folder: Path) -> list[str]:
-    return [*TINY, "--image-size", "32", "--limit", "64", "--batch-size", "16", "--stop-after", "2",
+    return [*TINY, "--image-size", "32", "--limit", "64", "--batch-size", "16", "--max-steps", "2",
             "--threads", "1", "--run-dir", str(folder)]  # fmt: skip
 
 
@@ -1112,7 +1112,7 @@ def test_accelerate_launches_two_machines_by_the_multi_node_config(tmp_path):
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_kill_and_loses_only_what_was_not_saved(tmp_path):
     words = ["--nproc", "2", "--max-restarts", "1", "--id", "restarts", "--", *tiny(tmp_path / "x")]
-    words = [*words[:-2], "--checkpoint-every", "1", "--stop-after", "4"]
+    words = [*words[:-2], "--checkpoint-every", "1", "--max-steps", "4"]
     process = real(["bash", str(LAUNCH / "torchrun.sh"), *words], tmp_path,
                    LOCKSTEP_FAULT="kill@step=2,rank=1,life=0")  # fmt: skip
     told, _ = process.communicate(timeout=240)
