@@ -235,7 +235,7 @@ class Logbook(contextlib.AbstractContextManager):
         self.world.watch.patient.discard("evaluate")
         progress.evaluated = progress.step
         progress.last = results["test"]
-        epoch = progress.step / schedule.steps_per_epoch
+        epoch = schedule.seen(progress.step)
         epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
         row = {"step": progress.step, "epoch": epoch}
         for split, metrics in results.items():

@@ -209,7 +209,7 @@ def write_summary(
     summary = {
         "status": status, "reason": reason, "dataset": plan.config.dataset,
         "model": plan.config.model, "step": progress.step,
-        "epoch": progress.step / schedule.steps_per_epoch, "seconds": progress.seconds,
+        "epoch": schedule.seen(progress.step), "seconds": progress.seconds,
         "best_chosen_on": "validation" if data.chosen_on == "val" else "test",
         "best/epoch": progress.best_epoch, "best/step": progress.best_step,
         "life": life, "skipped_images": len(data.source.skipped),

@@ -114,6 +114,7 @@ def test_a_run_with_another_batch_or_other_data_goes_on_at_the_epochs_it_has_see
     steps = [progress.step + place for place in range(len(left))]
     assert [plan.lr(s) for s in steps] == [fresh.lr(v) for v in left]
     assert plan.last_step == progress.step + len(left)
+    assert plan.seen(plan.last_step) == 4 and plan.seen(progress.step) == virtual / per_epoch
     assert [plan.ends_epoch(s) for s in steps] == [fresh.ends_epoch(v) for v in left]
     before = progress.ahead
     progress.settle(batch, per_epoch)  # a life later

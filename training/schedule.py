@@ -41,6 +41,10 @@ class Schedule:
         """The epoch that update number `step` belongs to, and its number within it."""
         return divmod(step + self.ahead, self.steps_per_epoch)
 
+    def seen(self, step: int) -> float:
+        """Epochs seen after so many updates."""
+        return (step + self.ahead) / self.steps_per_epoch
+
     @property
     def epochs(self) -> int:
         """Passes over the training images, the last one maybe not whole."""
