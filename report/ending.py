@@ -40,6 +40,8 @@ def finish(
     world.phase("end", progress.step)  # the save had a phase of its own
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
+        if code == FINISHED and schedule.stops_early:
+            reason = f"{panels.STOP_AFTER} {schedule.last_step}"
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason)
     if code == STOPPED and restarts_left():
         return FINISHED  # an agent would count any other status as a failure, and restart
@@ -54,6 +56,7 @@ def _write(
     assert log.folder is not None
     folder, plan, screen = log.folder.folder, log.plan, log.screen
     status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
+    status = "stopped" if reason and code == FINISHED else status
     if problem := checkpoints.save_weights(LAST, learner, progress):
         screen.warn(problem)
     if problem := checkpoints.write_waiting() or log.folder.write_rows():

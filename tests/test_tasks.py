@@ -1,11 +1,13 @@
 """Losses and metrics: against plain computations, and the same in every order and batching."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tasks import LARGEST_LOSS, Classification, Regression, build_task
+from tasks import LARGEST_LOSS, LOSS_UNIT, Classification, Regression, build_task, dense
 
 
 def sample(n=203, classes=7, seed=0):
@@ -228,9 +230,47 @@ def test_squared_error_and_r2_equal_the_textbook_in_every_batching():
     assert task.results(counted(task, nan, constant, whole(constant)))["loss"] == LARGEST_LOSS
 
 
+@pytest.mark.parametrize("classes", [30, 130, 2100])
+def test_what_is_kept_of_many_classes_grows_with_the_mistakes_not_with_their_square(classes):
+    """The same doubts in each form, and a matrix that comes back whole where there is one."""
+    labels = torch.arange(300) % classes
+    answers = torch.where(torch.arange(300) % 7 == 0, (labels + 1) % classes, labels)
+    task, logits = Classification(classes), torch.nn.functional.one_hot(answers, classes) * 9.0
+    counts = task.new_counts("cpu")
+    task.count(counts, logits, labels, torch.ones_like(labels))
+    metrics = task.metrics(counts)
+    names = [str(n) for n in range(classes)]
+    assert metrics["accuracy"] == pytest.approx(257 / 300) and task.doubts(metrics, names) == {}
+    assert len(json.dumps(metrics)) < 40 * (300 + classes) and counts.numel() <= 2000**2 + 4
+    if "confusion" in metrics:
+        matrix = torch.tensor(dense(metrics["confusion"]))
+        wanted = torch.zeros(classes, classes, dtype=torch.int64)
+        wanted.index_put_((labels, answers), torch.ones_like(labels), accumulate=True)
+        assert torch.equal(matrix, wanted)
+    one = task.new_counts("cpu")
+    task.count(one, logits[:1].expand(300, -1), labels, torch.ones_like(labels))
+    assert "one class" in task.doubts(task.metrics(one), names)
+
+
 def test_what_is_better():
     accuracy, loss = Classification(2).best, Regression().best
     assert accuracy.better(0.5, None) and accuracy.better(0.6, 0.5)
     assert not accuracy.better(0.5, 0.5) and not accuracy.better(0.4, 0.5)
     assert loss.better(0.4, 0.5) and not loss.better(0.5, 0.5)
     assert not accuracy.better(float("nan"), 0.5)
+
+
+def test_classes_that_mirror_each_other_are_named_and_guessing_is_held_against_the_majority():
+    def doubts(rows):
+        task, matrix = Classification(len(rows)), torch.tensor(rows)
+        names = ["up", "left", "right"]
+        total = int(matrix.sum())
+        counts = torch.tensor([int(1.2 * total / LOSS_UNIT), int(matrix.trace()), total, total])
+        return task.doubts(task.results(torch.cat([counts, matrix.flatten()])), names)
+
+    found = doubts([[30, 0, 0], [1, 14, 15], [0, 16, 14]])
+    assert "left and right are taken for each other" in found["mirror"]
+    assert "mirror" not in doubts([[30, 0, 0], [1, 27, 2], [0, 25, 5]])  # the one for the other
+    assert "mirror" not in doubts([[10, 10, 10], [10, 10, 10], [10, 10, 10]])
+    found = doubts([[60, 0, 0], [20, 0, 0], [20, 0, 0]])
+    assert "60.0% right is hardly more than 60.0%, which always answering up" in found["guesses"]

@@ -19,7 +19,7 @@ def refuse_not_finite(
     found = learner.not_finite()
     if found is None:
         return
-    indices = data.indices(found.step)
+    indices = data.indices(*schedule.place(found.step))
     where = f"in the loss on rank {found.ranks}" if found.ranks else "in the gradient"
     if folder is not None:
         (folder / "crash").mkdir(exist_ok=True)
