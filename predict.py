@@ -63,6 +63,7 @@ def load_run(folder: Path, trust_code: bool = False) -> tuple["nn.Module", dict]
     from safetensors import SafetensorError, safe_open
 
     from models import build_model
+    from models.state import load_whole_state
 
     path = folder if folder.is_file() else folder / "model.safetensors"
     try:
@@ -83,18 +84,20 @@ def load_run(folder: Path, trust_code: bool = False) -> tuple["nn.Module", dict]
     name = told["model"]
     if is_own_file(name):
         name = code_of_weights(name, told.get("code", {}), path.parent, trust_code)
-        print(f"the model is executed from {printable(name)}", file=sys.stderr)
+        if name != told["model"]:
+            print(f"the model is executed from {printable(name)}", file=sys.stderr)
     if lookup(name).task != "classification":
-        raise UserError(f"--run {folder}: {name} predicts a number, not a class")
+        raise UserError(
+            f"--run {folder}: {name} predicts a number, not a class", code="not-a-classifier"
+        )
     size = told["image_size"]
     model = build_model(name, num_classes=len(told["classes"]), image_size=size)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
+    if wrong := load_whole_state(model, tensors):
         raise UserError(
-            f"--run {folder}: its weights no longer fit {name} "
-            f"({str(error).splitlines()[-1].strip()}); did its file change?"
-        ) from None
+            f"--run {folder}: its weights no longer fit {name} ({', '.join(wrong[:3])}); did its "
+            "file change?",
+            code="weights-do-not-fit",
+        )
     return model.eval(), told
 
 

@@ -39,7 +39,7 @@ def balanced_accuracy(results: dict) -> float:
     """The mean over the classes of the share that is found; classes without images do not count."""
     images, _, right = totals(results)
     shares = [found / count for found, count in zip(right, images, strict=True) if count]
-    return sum(shares) / len(shares)
+    return sum(shares) / max(1, len(shares))
 
 
 def never_found(results: dict, classes: Sequence[str]) -> str:

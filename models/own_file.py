@@ -151,9 +151,10 @@ def sources_of(name: str) -> dict[str, Path]:
 def digests_of(name: str) -> dict[str, str]:
     """Place below the model's folder -> hash, of every file that makes an own model; {} of others.
 
-    The model is loaded by now, and was tried: what it imports late is known.
+    The model is loaded by now, and was tried: what it imports late is known. A class in memory is
+    not its file, in which values stand that change while it trains.
     """
-    if not is_own_file(name):
+    if not is_own_file(name) or name in _in_memory:
         return {}
     return {place: digest(path.read_bytes()) for place, path in sources_of(name).items()}
 

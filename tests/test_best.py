@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from launches import SMALL, rows, same_weights, train
 
 from config import parse
@@ -20,18 +21,21 @@ def value_of(out: str, metric: str = "accuracy") -> float:
 
 def test_what_chooses_is_a_metric_with_its_own_direction():
     confusion = [[95, 0, 0], [5, 0, 0], [0, 0, 0]]
-    assert balanced_accuracy(confusion) == 0.5
-    assert never_found(confusion, ["common", "rare", "none"]) == ["rare (5 images)"]
-    metrics = {"accuracy": 0.95, "loss": 0.3, "top5": 1.0, "confusion": confusion}
+    assert balanced_accuracy({"confusion": confusion}) == 0.5
+    told = never_found({"confusion": confusion}, ["common", "rare", "none"])
+    assert "none of class rare (5 images); --select" in told
+    assert never_found({"confusion": [[1, 0], [0, 1]]}, ["a", "b"]) == ""
     task = Classification(3)
-    for name, value in (("accuracy", 0.95), ("loss", 0.3), ("balanced_accuracy", 0.5)):
+    counts = torch.tensor([300 * 2**20, 95, 100, 100, 95, 0, 0, 5, 0, 0, 0, 0, 0])
+    results = task.results(counts)
+    for name, value in (("accuracy", 0.95), ("loss", 3.0), ("balanced_accuracy", 0.5)):
         task.best_is = name
-        assert task.chosen(metrics) == value
-        assert task.better(0.2, 0.4) == (name == "loss") != task.better(0.4, 0.2)
+        assert results[task.best_is] == value
+        assert task.best.better(0.2, 0.4) == (name == "loss") != task.best.better(0.4, 0.2)
     task = Regression()
-    assert task.better(0.2, 0.4) and task.chosen({"loss": 1.0, "r2": 0.5}) == 1.0
+    assert task.best.key == "loss" and task.best.better(0.2, 0.4)
     task.best_is = "r2"
-    assert task.better(0.4, 0.2) and task.chosen({"loss": 1.0, "r2": 0.5}) == 0.5
+    assert task.best.better(0.4, 0.2)
 
 
 @pytest.mark.parametrize(

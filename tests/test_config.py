@@ -316,9 +316,10 @@ def test_a_resumed_run_keeps_its_settings_and_lists_what_was_typed_otherwise(tmp
 
 def test_what_may_change_may_change(tmp_path):
     folder = saved_run(tmp_path)
-    for name in MAY_CHANGE - {"run_dir", "track", "plots", "tta"}:
+    for name in MAY_CHANGE - {"run_dir", "track", "plots", "tta", "select"}:
         text = TYPES[name] in (str, str | None)
         parse(["--resume", folder, f"--{name}", "9m" if text else "7"])
+    parse(["--resume", folder, "--select", "loss"])
     parse(["--resume", folder, "--no-plots", "--track", "tensorboard", "--tta", "1"])
 
 

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,14 @@ def test_a_model_that_leaves_python_is_no_run_that_is_running_or_finished(nets):
     assert status["status"] == "failed" and "SystemExit" in status["reason"]
 
 
+@pytest.fixture
+def everybodys():
+    """A folder that all may enter: pytest's own are closed to other users."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 def as_nobody(work) -> str:
     """The UserError of work() where files of others may not be written; "" for none."""
     if os.geteuid():
@@ -251,16 +260,14 @@ def as_nobody(work) -> str:
 @pytest.mark.parametrize(
     "name", ["", "lock", "train.log", "metrics.jsonl", "checkpoints", "crash", "code"]
 )
-def test_a_folder_of_somebody_else_that_may_not_be_written_in_part_is_a_sentence(tmp_path, name):
-    folder = tmp_path / "theirs"
+def test_a_folder_of_somebody_else_that_may_not_be_written_in_part_is_a_sentence(everybodys, name):
+    folder = everybodys / "theirs"
     for place in (folder, folder / "checkpoints", folder / "crash", folder / "code"):
         place.mkdir(mode=0o777)
         place.chmod(0o777)
     for file in ("lock", "train.log", "metrics.jsonl", "config.json"):
         (folder / file).write_text("{}" if file == "lock" else "")
         (folder / file).chmod(0o666)
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
 
     def enter() -> None:
         made = RunDir(folder)

@@ -350,7 +350,9 @@ def test_a_learners_own_module_is_built_from_its_file(own):
     before = list(sys.path)
     model = build_model(f"{own}:MyNet", num_classes=5, image_size=32)
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
-    assert sys.path == before
+    folder = str(Path(own).parent)
+    assert sys.path == [*before, folder]  # last, for what its functions import later
+    sys.path.remove(folder)
     assert lookup(f"{own}:MyNet").min_image_size == 1
 
 

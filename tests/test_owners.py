@@ -222,7 +222,7 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
         plan = schedule(epochs=2)
         log.row({"train/loss": 1.5}, data, plan, progress)
         assert written == [{"step": 7}]
-        result = {"loss": 1.0, "accuracy": 0.5, "top5": 1.0, "images": 6}
+        result = {metric.key: 0.5 for metric in task.metrics} | {"images": 6}
         result["confusion"] = [[2, 0, 0]] * 3
         assert log.evaluated({"test": result}, task, data, plan, progress)
         assert {"best": 0.5} in [{"best": w.get("best")} for w in written]

@@ -195,7 +195,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         if facts.get("order", self.facts["order"]) != self.facts["order"]:
             warn("the order of the samples is no longer that of this checkpoint")
-        if facts.get("code") != self.facts["code"]:
+        if facts.get("code") != self.facts["code"] or facts.get("own code", own) != own:
             warn(
                 "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
             )

@@ -35,6 +35,7 @@ EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
 MOST_DIFF = 1_000_000  # characters of uncommitted changes that a run keeps
 WRITTEN_ON = ("lock", "train.log", "metrics.jsonl", "checkpoints", "crash", CODE)
+MOST_OWNER = 4096  # bytes of a lock
 STALE_SECONDS = 60.0  # a lock whose heartbeat is older belongs to a dead job on another host
 
 
@@ -195,9 +196,13 @@ class RunDir:
         if lock is None:
             return True
         try:
-            found = parse_object(Path(lock.name).read_text(encoding="utf-8"))
-            if found is not None and not self._owner.items() <= found.items():
+            if not os.path.samestat(Path(lock.name).stat(), os.fstat(lock.fileno())):
                 return False
+            if hasattr(os, "pread"):  # a second open, once closed, would give the lock away
+                text = os.pread(lock.fileno(), MOST_OWNER, 0).decode("utf-8", "replace")
+                found = parse_object(text)
+                if found is not None and not self._owner.items() <= found.items():
+                    return False
             os.utime(lock.name)
         except (FileNotFoundError, NotADirectoryError):
             return (self.folder / "crash").is_dir()  # then only the lock was taken away
