@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tasks import LARGEST_LOSS, LOSS_UNIT, Classification, Regression, build_task, dense
+from common.confusion import dense, totals
+from tasks import LARGEST_LOSS, LOSS_UNIT, Classification, Regression, build_task, never_found
 
 
 def sample(n=203, classes=7, seed=0):
@@ -232,24 +234,61 @@ def test_squared_error_and_r2_equal_the_textbook_in_every_batching():
 
 @pytest.mark.parametrize("classes", [30, 130, 2100])
 def test_what_is_kept_of_many_classes_grows_with_the_mistakes_not_with_their_square(classes):
-    """The same doubts in each form, and a matrix that comes back whole where there is one."""
+    """The same numbers in each form, and a matrix that comes back whole where there is one."""
     labels = torch.arange(300) % classes
     answers = torch.where(torch.arange(300) % 7 == 0, (labels + 1) % classes, labels)
     task, logits = Classification(classes), torch.nn.functional.one_hot(answers, classes) * 9.0
+    metrics = task.results(counted(task, logits, labels, whole(labels)))
     counts = task.new_counts("cpu")
-    task.count(counts, logits, labels, torch.ones_like(labels))
-    metrics = task.metrics(counts)
     names = [str(n) for n in range(classes)]
     assert metrics["accuracy"] == pytest.approx(257 / 300) and task.doubts(metrics, names) == {}
     assert len(json.dumps(metrics)) < 40 * (300 + classes) and counts.numel() <= 2000**2 + 4
+    hits = [int(((labels == c) & (answers == c)).sum()) for c in range(classes)]
+    there, taken = labels.bincount(minlength=classes), answers.bincount(minlength=classes)
+    assert totals(metrics) == (there.tolist(), taken.tolist(), hits)
+    shares = [hit / count for hit, count in zip(hits, there.tolist(), strict=True) if count]
+    assert metrics["balanced_accuracy"] == pytest.approx(sum(shares) / len(shares))
+    missed = [c for c in range(classes) if there[c] and not hits[c]]
+    told = never_found(metrics, names)
+    assert bool(told) == bool(missed)
+    assert all(f"{c} ({there[c]} images)" in told for c in missed[:5])
     if "confusion" in metrics:
         matrix = torch.tensor(dense(metrics["confusion"]))
         wanted = torch.zeros(classes, classes, dtype=torch.int64)
         wanted.index_put_((labels, answers), torch.ones_like(labels), accumulate=True)
         assert torch.equal(matrix, wanted)
-    one = task.new_counts("cpu")
-    task.count(one, logits[:1].expand(300, -1), labels, torch.ones_like(labels))
-    assert "one class" in task.doubts(task.metrics(one), names)
+    one = counted(task, logits[:1].expand(300, -1), labels, whole(labels))
+    assert "one class" in task.doubts(task.results(one), names)
+
+
+@pytest.mark.parametrize("classes", [130, 2100])
+def test_of_many_classes_the_surest_mistakes_are_kept_in_room_that_does_not_grow(classes):
+    """Nothing as large as classes times images is made, and the first of a class comes first."""
+    logits, labels = sample(203, classes)
+    task, made = Classification(classes), []
+    assert task.new_examples("cpu").numel() == 512
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in (found,) if torch.is_tensor(x))
+            return found
+
+    answers, kept = logits.argmax(1), task.new_examples("cpu")
+    with Sizes():
+        task.keep(kept, logits.sum(1, keepdim=True), answers, labels, torch.arange(203))
+    assert max(made) <= 2 * (256 + 203)
+    sure = logits.softmax(1).amax(1)
+    wrong = [i for i in sure.argsort(descending=True).tolist() if answers[i] != labels[i]]
+    turns = {i: sum(bool(labels[j] == labels[i]) for j in wrong[:n]) for n, i in enumerate(wrong)}
+    wanted = sorted(wrong, key=lambda i: (turns[i], -float(sure[i])))[:32]
+    found = shown(task, logits, labels, whole(labels))
+    assert [e["index"] for e in found] == wanted
+    assert [e["label"] for e in found] == labels[wanted].tolist()
+    assert [e["answer"] for e in found] == answers[wanted].tolist()
+    for size, processes in ((7, 1), (64, 3)):
+        order = torch.randperm(203, generator=torch.Generator().manual_seed(size))
+        assert shown(task, logits, labels, order.split(size), processes) == found
 
 
 def test_what_is_better():
