@@ -223,7 +223,7 @@ class Logbook(contextlib.AbstractContextManager):
         if self.plan.config.compile and self.clock.steps == 2:
             self.screen.show(f"compiling took {duration(self.clock.leave_out_compiling())}")
             self.world.watch.patient -= {"data", "step"}
-        self.screen.advance((progress.step - 1) % schedule.steps_per_epoch + 1)
+        self.screen.advance(schedule.place(progress.step - 1)[1] + 1)
 
     def row(
         self, numbers: dict[str, float], data: Data, schedule: Schedule, progress: Progress
