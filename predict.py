@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 LATEST = Path("runs/latest")
+PHOTOGRAPHS = {"photographs": True}  # ImageNet evaluates the middle 224 of 256 pixels
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CROP = 224 / 256  # ImageNet evaluates the middle 224 of 256 pixels
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -128,7 +128,7 @@ def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
             f"({str(error).partition(': ')[2]}); for a run of yours type --run FOLDER",
             code="weights-of-other-classes",
         ) from None
-    return model.eval(), {**IMAGENET, "image_size": size, "classes": classes, "crop": CROP}
+    return model.eval(), {**IMAGENET, "image_size": size, "classes": classes, **PHOTOGRAPHS}
 
 
 def pictures(paths: list[str]) -> list[Path]:
@@ -146,26 +146,17 @@ def pictures(paths: list[str]) -> list[Path]:
 
 
 def prepare(path: Path, told: dict) -> "torch.Tensor":
-    """A picture as the run's training saw its own: uint8 (1, 3, S, S), not yet normalised."""
-    import numpy
+    """A picture as the run's evaluation saw its own: uint8 (1, 3, S, S), not yet normalised."""
     import torch
-    from PIL import Image
 
-    from data.files import SMALL, SUFFIXES, decode, square
+    from data.files import SUFFIXES, decode
+    from data.photographs import as_evaluated
 
     if path.is_dir():
         raise ValueError(f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
-    crop = told.get("crop", 1.0)
-    whole = round(told["image_size"] / crop)
     with warnings.catch_warnings(action="ignore"):  # what is too large is an error below
-        pixels = decode(path, whole)  # small squares stay as they are, as in training
-    if pixels.shape[0] != pixels.shape[1]:
-        pixels = numpy.asarray(square(Image.fromarray(pixels), whole))
-    if len(pixels) > SMALL:
-        side = round(len(pixels) * crop)
-        edge = (len(pixels) - side) // 2
-        pixels = pixels[edge : edge + side, edge : edge + side]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        pixels = decode(path)
+    return torch.from_numpy(as_evaluated(pixels, told)).permute(2, 0, 1)[None]
 
 
 def predict(model: "nn.Module", told: dict, path: Path, top: int) -> list[tuple[str, float]]:
@@ -178,7 +169,10 @@ def predict(model: "nn.Module", told: dict, path: Path, top: int) -> list[tuple[
 
     device = next(model.parameters()).device
     Generators(device, [model]).seed(0)  # a model that draws even now answers the same each time
-    augment = Augment("none", told["image_size"], told["mean"], told["std"], seed=0)
+    augment = Augment(
+        "none", told["image_size"], told["mean"], told["std"], seed=0,
+        cut=bool(told.get("photographs")),  # they come in the size that evaluation saw
+    )  # fmt: skip
     with torch.no_grad():
         images = augment.evaluate(prepare(path, told).to(device))
         logits = split_outputs(model(images))[0][0].float()

@@ -167,7 +167,7 @@ class Classification(Task):
         tied_before = (logits == true) & (self._classes(logits) < labels[:, None])
         before = ((logits > true) | tied_before).sum(1)
         broken = logits.isnan().any(1)  # an answer that is no number is wrong everywhere
-        rank = torch.where(broken, self.num_classes, before)
+        rank = before.masked_fill(broken, self.num_classes)
         predicted = torch.where(broken, (labels + 1) % self.num_classes, logits.argmax(1))
         units = (loss / LOSS_UNIT).round().long()
         found = torch.stack([units, rank == 0, rank < 5, weights]) * weights

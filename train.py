@@ -21,7 +21,7 @@ from report.logbook import Logbook
 from report.notebook import Flag, Model, Result, run_as_guest
 from training.best import keep_best_comparable
 from training.checkpoints import Checkpoints
-from training.data import Batch, Data, load_data, resident
+from training.data import Batch, Data, load_data
 from training.features import cache_features
 from training.learner import Learner
 from training.lr_finder import find_lr
@@ -36,7 +36,7 @@ def main(world: World, observer: Observer) -> int:
     """One life of a run, from the plan to the exit status."""
     plan = decide(world)
     log = world.enter(Logbook(plan, world))
-    plan, data = load_data(plan, world)
+    plan, data = load_data(plan, world, log.screen.note)
     config, actions = plan.config, plan.actions
     started = start_model(plan, data, world)
     average = build_average(started.model, config)
@@ -138,9 +138,9 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
     world.phase("evaluate", progress.step, new_beats=True)
     model, augment, task = learner.evaluated_model().eval(), data.augment, learner.task
     results = {}
-    for split, loader in data.test_loaders.items():
+    for split in data.test_loaders:
         counts, kept = task.new_counts(world.device), task.new_examples(world.device)
-        for batch in learner.seeded(loader):
+        for batch in learner.seeded(data.evaluation(split)):
             faults.hit("evaluate", progress.step)
             images = augment.evaluate(batch["images"])
             with world.accelerator.autocast():
@@ -152,7 +152,7 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
                 return None
         counts, kept = world.together(counts, kept)
         results[split] = task.results(counts) | {"examples": task.examples(kept)}
-        assert results[split]["images"] == len(resident(loader)), "an image lost or counted twice"
+        assert results[split]["images"] == data.counted(split, world), "an image lost or doubled"
     return results
 
 

@@ -65,12 +65,13 @@ def speeds(seen: Windows, flags: list[str]) -> list[float]:
 
 def data(place: Place) -> Iterator[Found]:
     """The images of the rows below, read without the package `datasets`, and decoded once."""
+    from data.image_set import in_memory
     from data.sources import load_source
 
     began = time.perf_counter()
     source = load_source(images())
     took = time.perf_counter() - began
-    parts = (source.train, source.test)
+    parts = (in_memory(source.train), in_memory(source.test))
     count, size = sum(map(len, parts)), sum(part.images.numel() for part in parts) / 2**20
     found = f"{count:,} images, {size:.0f} MB, in {took:.1f} s, fingerprint {source.fingerprint}"
     yield Found(images(), found, None, {"seconds": took, "fingerprint": source.fingerprint})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from data.image_set import in_memory
 from data.sources import load_source
 from models import build_model
 
@@ -46,7 +47,7 @@ def train(
             transforms.Normalize(source.mean, source.std),
         ]
     )
-    data = Pictures(source.train.images, source.train.labels, transform)
+    data = Pictures(in_memory(source.train).images, source.train.labels, transform)
     loader = DataLoader(data, batch_size=batch_size, shuffle=True, num_workers=num_workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(model_name, num_classes=len(source.classes), image_size=image_size)

@@ -99,7 +99,7 @@ def bare_steps(
     """Forward, backward and update on one batch that lies there, once for each of `times`."""
     set_lr(learner.optimizer, schedule.lr(0))
     indices = torch.arange(data.batch.micro_batch_size)
-    batch = data.train.__getitems__(indices)
+    batch = data.train.batch(indices)
     images = learner.inputs(data.augment.train(batch["images"], indices, 0))
     labels = batch["labels"].to(images.device)
     learner.model.train()

@@ -9,6 +9,7 @@ Exit status 0: the same run; 1: not.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from bench.preloaded import Interpreter
 from models import lookup
 from training.recorder import read_all
 
@@ -32,21 +34,37 @@ CONTROLS = ("up", "down", "turns")  # of bench/planted.py
 GENTLE = 0.02  # of the recipe's learning rate: at full rate rounding alone grows to percents
 
 
-def launch(folder: Path, name: str, processes: int, plant: str, flags: list[str]) -> Path:
-    """One run of the ordinary trainer; its folder, with what it recorded in `record`."""
-    run = folder / name
-    words = [sys.executable, "-m"]
-    if processes > 1:
-        words += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    words += ["bench.planted", plant, "--", *flags, "--run-dir", str(run)]
-    env = os.environ | {"LOCKSTEP_RECORD": str(folder / f"{name}-record")}
-    env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    log = folder / f"{name}.log"
-    with log.open("w") as file:
-        done = subprocess.run(words, cwd=REPOSITORY, env=env, stdout=file, stderr=file)
-    if done.returncode != 0:
-        raise SystemExit(f"the run on {processes} processes failed:\n{log.read_text()[-3000:]}")
-    return run
+class Launcher:
+    """Starts runs of the ordinary trainer; without a GPU all are forks of one interpreter."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        forks = hasattr(os, "fork") and not torch.cuda.is_available()  # CUDA survives no fork
+        self.interpreter = Interpreter(self.env) if forks else None
+
+    def run(self, name: str, processes: int, plant: str, flags: list[str]) -> Path:
+        """One run; its folder, with what it recorded in `NAME-record` beside it."""
+        run, log = self.folder / name, self.folder / f"{name}.log"
+        words = ["-m", "bench.planted", plant, "--", *flags, "--run-dir", str(run)]
+        env = self.env | {"LOCKSTEP_RECORD": str(self.folder / f"{name}-record")}
+        if self.interpreter:
+            status = self.interpreter.start(words, REPOSITORY, log, processes, env).wait()
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--standalone"]
+            torchrun += ["--nproc-per-node", str(processes)]
+            words = [sys.executable, *(torchrun if processes > 1 else []), *words]
+            with log.open("w") as file:
+                done = subprocess.run(words, cwd=REPOSITORY, env=env, stdout=file, stderr=file)
+            status = done.returncode
+        if status:
+            said = log.read_text()[-3000:]
+            raise SystemExit(f"the run on {processes} processes failed:\n{said}")
+        return run
+
+    def close(self) -> None:
+        if self.interpreter:
+            self.interpreter.close()
 
 
 def relative(a: float, b: float) -> float:
@@ -146,15 +164,17 @@ def verify(
     flags = ["--model", model, "--dataset", "synthetic", "--limit", str(32 * steps), "--seed", "1"]
     flags += ["--batch-size", str(8 * shards), "--shards", str(shards), "--epochs", "2"]
     flags += ["--stop-after", str(steps), "--ema", "0.9", "--threads", "1", "--warmup", "0"]
-    flags += ["--augment", "crop", "--max-time", "1h", "--lr", str(lr), *extra]
+    flags += ["--augment", "crop", "--max-time", "1h", "--no-plots", "--lr", str(lr), *extra]
     status = 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        base = launch(folder, "base", 1, "none", flags)
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        contextlib.closing(Launcher(Path(temporary))) as launcher,
+    ):
+        base = launcher.run("base", 1, "none", flags)
 
         def compare(name: str, processes: int, plant: str) -> tuple[dict[str, list[float]], str]:
             """The distances of one more run, whose folder goes at once: gigabytes for vgg11."""
-            other = launch(folder, name, processes, plant, flags)
+            other = launcher.run(name, processes, plant, flags)
             try:
                 return distances(base, other)
             finally:

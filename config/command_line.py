@@ -226,8 +226,8 @@ def read_yaml(path: Path) -> dict[str, object]:
 
     def switch(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | bool:
         # YAML 1.1 would make false of `mixed_precision: no`
-        words = {"true": True, "false": False}
-        return words.get(node.value.lower(), node.value)
+        word = node.value.lower()
+        return word == "true" if word in ("true", "false") else node.value
 
     Strict.add_constructor("tag:yaml.org,2002:int", whole)
     Strict.add_constructor("tag:yaml.org,2002:bool", switch)

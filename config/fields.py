@@ -94,6 +94,17 @@ class TrainConfig:
         "flip", "random changes to training images", group="images",
         choices=("none", "flip", "crop", "resized_crop", "translate"),
     )  # fmt: skip
+    resize: str = setting(
+        "crop", "photographs that are no squares: cut the ends off, pad, or squash them",
+        group="images", choices=("crop", "pad", "squash"),
+    )  # fmt: skip
+    eval_size: int = setting(
+        0, "pixels a side that evaluation sees; 0: image_size", group="images", low=0
+    )
+    eval_resize: int = setting(
+        0, "what evaluation scales a photograph's shorter side to; 0: its size / 0.875",
+        group="images", low=0,
+    )  # fmt: skip
     cutout: int = setting(0, "side of a square that is blanked, in pixels", group="images", low=0)
     mixup: float = setting(0.0, "mixup's alpha; 0 is off", group="images", low=0.0, high=10.0)
     cutmix: float = setting(0.0, "cutmix's alpha; 0 is off", group="images", low=0.0, high=10.0)
@@ -119,6 +130,9 @@ class TrainConfig:
     skip_bad_images: bool = setting(
         False, "leave out images that cannot be read, and list them", group="images"
     )
+    exclude: str | None = setting(
+        None, "a photograph to leave out, or a .txt with one name on each line", group="images"
+    )
 
     mixed_precision: str = setting(
         "auto", "auto is bf16 to classify where the GPU has it", group="machine",
@@ -134,6 +148,14 @@ class TrainConfig:
     threads: int = setting(
         0, "CPU threads per process; 0: the CPUs shared by the processes", group="machine", low=0
     )
+    decode_threads: int = setting(
+        0, "threads that decode photographs, per process; 0: as many as threads", group="machine",
+        low=0,
+    )  # fmt: skip
+    stage: str | None = setting(
+        None, "local folder of each node that a pack is copied to, once, and read from",
+        group="machine",
+    )  # fmt: skip
     seed: int = setting(
         0, "decides order, augmentation, dropout and weights", group="machine", low=0,
         high=2**63 - 1,
@@ -162,6 +184,7 @@ class TrainConfig:
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
     | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select"}
+    | {"decode_threads", "exclude", "skip_bad_images"}
 )
 DEBUG_PRESET = {
     "epochs": 1, "limit": 512, "compile": False,

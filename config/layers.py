@@ -221,6 +221,8 @@ def check(settings: Settings) -> None:
         wrong(f"--mixup and --cutmix blend classes; {c.model} is for regression", "contradiction")
     if c.mixup and c.cutmix:
         wrong("--mixup and --cutmix: choose one of them", "contradiction")
+    if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
+        wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
     known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *SHARES)
     if c.select not in known:
         wrong(f"--select {c.select}: {c.model} is for {entry.task}: {', '.join(known)}")

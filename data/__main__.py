@@ -1,8 +1,9 @@
 """`python -m data`: look at a data set, count it, or cache it before a job needs it."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,10 @@ from common.parser import Parser
 from common.text import printable
 from data.augment import KINDS, Augment
 from data.cache import cache_dir
+from data.cuts import Cuts, default_resize
+from data.loaders import decoding_of, place
+from data.pack import Count, Form, check, is_pack, pack
+from data.photographs import PHOTOGRAPH, PhotoSet, sizes_in_words
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
 from errors import UserError
 
@@ -26,9 +31,11 @@ PREVIEW_WIDTH = 96  # characters, at most
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one of show, stats, prepare; exit status 2 after an error the user can mend."""
+    """Run one of show, stats, prepare, check; exit status 2 after an error the user can mend."""
     try:
         options = _parser().parse_args(arguments)
+        if options.run is _check:
+            return _check(options)
         name, sentence = choose_dataset(options.dataset, options.data_dir)
         print(sentence)
         source = load_source(
@@ -37,8 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
             image_size=options.image_size,
             skip_bad_images=options.skip_bad_images,
             seed=options.seed,
+            say=print,
         )
         options.run(source, options)
+    except KeyboardInterrupt:
+        print("\nstopped. What is finished stays: the same command goes on.", file=sys.stderr)
+        return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--skip-bad-images", action="store_true", help="leave damaged ones out")
     common.add_argument("--seed", type=_whole(0), default=0)
     parser = Parser("python -m data", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="show|stats|prepare")
+    commands = parser.add_subparsers(required=True, metavar="show|stats|prepare|check")
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -70,18 +81,30 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--epoch", type=_whole(0), default=0, help="the first column (default 0)")
     show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="FILE")
     add("stats", _stats, "count images per class; print mean, std, shape and fingerprint")
-    prepare = add("prepare", _prepare, "decode the data set into the cache")
+    prepare = add("prepare", _prepare, "decode the data set into the cache, or pack photographs")
     prepare.add_argument(
-        "--out", type=_safetensors, metavar="FILE.safetensors",
-        help="also into this file, to carry elsewhere: --dataset FILE, or CIFAR10_DIR=FILE",
+        "--out", type=Path, metavar="FILE.safetensors|FOLDER",
+        help="also into this file, photographs into a pack in this folder, to carry elsewhere: "
+        "--dataset FILE or FOLDER, or CIFAR10_DIR=FILE",
     )  # fmt: skip
+    prepare.add_argument(
+        "--store", choices=("jpeg", "raw"), default="jpeg",
+        help="photographs: encoded, or decoded: larger and faster (default jpeg)",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--short-side", type=_side, default=256, metavar="PIXELS|keep",
+        help="photographs: scale the shorter side to this where it is longer (default 256); keep: "
+        "all of their pixels, and with jpeg the bytes of their files",
+    )  # fmt: skip
+    summary = "compare every byte of a pack with its hashes"
+    checks = commands.add_parser("check", help=summary, description=summary, allow_abbrev=False)
+    checks.add_argument("folder", type=Path, metavar="FOLDER", help="the pack")
+    checks.set_defaults(run=_check)
     return parser
 
 
-def _safetensors(word: str) -> Path:
-    if not word.endswith(".safetensors") or not Path(word).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{word}: cannot be written; try --out data.safetensors")
-    return Path(word)
+def _side(word: str) -> int:
+    return 0 if word == "keep" else _whole(1)(word)
 
 
 def _whole(low: int) -> Callable[[str], int]:
@@ -104,19 +127,27 @@ def _show(source: Source, options: argparse.Namespace) -> None:
         )
     total = len(source.train)
     indices = torch.arange(min(ROWS, total)) * total // min(ROWS, total)  # folders lie by class
-    images = source.train.images[indices]
+    photographs = isinstance(source.train, PhotoSet)
+    size = options.image_size or (
+        PHOTOGRAPH if isinstance(source.train, PhotoSet) else source.train.images.shape[-1]
+    )
+    cuts = Cuts(options.augment, size, size, default_resize(size), "crop", options.seed)
+    cpu = torch.device("cpu")
+    pictures, _ = place(source.train, cpu, decoding_of(cuts, source.mean, 2, cpu))
     augment = Augment(
         kind=options.augment,
-        image_size=options.image_size or images.shape[-1],
+        image_size=size,
         mean=source.mean,
         std=source.std,
         seed=options.seed,
         no_flip=source.no_flip,
+        cut=photographs,
     )
     mean, std = (torch.tensor(values)[:, None, None] for values in (source.mean, source.std))
     columns = []
     for epoch in range(options.epoch, options.epoch + COLUMNS):
-        normalised = augment.train(images, indices, epoch)
+        (batch,) = pictures.in_flight([pictures.__getitems__(indices)], epoch)
+        normalised = augment.train(batch["images"], indices, epoch)
         columns.append(torch.cat(list(normalised * std + mean), dim=1))
     pixels = (torch.cat(columns, dim=2) * 255).round().clamp(0, 255).to(torch.uint8)
     sheet = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -154,7 +185,10 @@ def half_blocks(image: "Image.Image") -> str:
 
 def _stats(source: Source, options: argparse.Namespace) -> None:
     print(f"train {len(source.train)}, test {len(source.test)}, ", end="")
-    print(f"each {tuple(source.train.images.shape[1:])} {source.train.images.dtype}")
+    if isinstance(source.train, PhotoSet):
+        print(sizes_in_words(source.train.sizes))
+    else:
+        print(f"each {tuple(source.train.images.shape[1:])} {source.train.images.dtype}")
     if source.classes:
         train, test = (
             torch.bincount(split.labels, minlength=len(source.classes)).tolist()
@@ -171,11 +205,77 @@ def _stats(source: Source, options: argparse.Namespace) -> None:
 
 
 def _prepare(source: Source, options: argparse.Namespace) -> None:
-    print(f"{len(source.train)} + {len(source.test)} images ready; cache: {printable(cache_dir())}")
+    count = f"{len(source.train)} + {len(source.test)} images"
+    if options.out and isinstance(source.train, PhotoSet) and options.out.suffix != ".safetensors":
+        _pack(source, options)
+        print(f"{count} in a pack: --dataset {printable(options.out)}")
+        return _report_skipped(source)
+    print(f"{count} ready; cache: {printable(cache_dir())}")
     if options.out:
+        if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
+            raise UserError(
+                f"{printable(options.out)}: cannot be written; try --out data.safetensors",
+                code="output-unwritable",
+            )
         save_source(source, options.out, options.image_size)
         print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.0f} MB")
     _report_skipped(source)
+
+
+def _pack(source: Source, options: argparse.Namespace) -> None:
+    dataset = str(Path(options.dataset).absolute()) if Path(options.dataset).exists() else ""
+    given = {
+        "--dataset": dataset or options.dataset, "--data-dir": options.data_dir,
+        "--image-size": options.image_size, "--store": options.store,
+        "--short-side": options.short_side or "keep",
+    }  # fmt: skip
+    command = [str(word) for flag in given.items() if flag[1] for word in flag]
+    command += ["--skip-bad-images"] * options.skip_bad_images
+    with _bar("pictures") as count:
+        pack(
+            source, Form(options.store, options.short_side), options.out, command=command,
+            image_size=options.image_size or PHOTOGRAPH, skip_bad=options.skip_bad_images,
+            say=print, count=count,
+        )  # fmt: skip
+
+
+def _check(options: argparse.Namespace) -> int:
+    if not is_pack(options.folder):
+        raise UserError(f"{printable(options.folder)} is no pack", code="no-pack")
+    with _bar("bytes") as count:
+        files = check(options.folder, count)
+    print(f"{printable(options.folder)}: {files} file{'s' * (files > 1)}, all bytes as written")
+    return 0
+
+
+@contextlib.contextmanager
+def _bar(unit: str) -> Iterator[Count]:
+    """A bar with what is done and the time to come; it appears with the first of it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    text = TextColumn("{task.description}")
+    columns = (BarColumn(), done, text, TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = None
+
+        def count(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = bar.add_task(unit if unit != "bytes" else "", total=total)
+            bar.update(task, completed=done, total=total)
+
+        yield count
 
 
 def _report_skipped(source: Source) -> None:

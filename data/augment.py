@@ -12,6 +12,7 @@ than the device, an epoch's rows are made at once and a step only looks them up.
 import functools
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ class Augment:
     mirrors each image in every second epoch instead of by chance (Jordan, 2024, arXiv:2404.00498).
     no_flip leaves all flips out: mirrored digits are other things. tta is the level of `vote`.
 
+    cut: the images are photographs, cut, scaled and mirrored already (cuts.py): they are only
+    normalised, and blanked by cutout.
+
     samples, where it is not 0, is the number of training images: the choices of an epoch are made
     for all of them when its first batch comes, and are the same bits as those made batch by batch.
 
@@ -62,13 +66,14 @@ class Augment:
         no_flip: bool = False,
         tta: int = 0,
         samples: int = 0,
+        cut: bool = False,
     ) -> None:
         if kind not in KINDS:
             raise UserError(
                 f"{kind!r} is not a kind of augmentation; known: {', '.join(KINDS)}",
                 code="unknown-augmentation",
             )
-        self.kind, self.image_size, self.seed = kind, image_size, seed
+        self.kind, self.image_size, self.seed, self.cut = kind, image_size, seed, cut
         self.mean, self.std = tuple(mean), tuple(std)
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix
         self.alternating_flip, self.no_flip = alternating_flip, no_flip
@@ -80,21 +85,24 @@ class Augment:
         if images.ndim == 2:
             return images
         indices = indices.to(images.device, non_blocking=True)
-        if self.kind == "none" and not self.cutout:
+        if (self.kind == "none" or self.cut) and not self.cutout:
             return self.evaluate(images)
         chosen = self._rows(self.choices, indices, epoch, images)
-        mirrored, corner, place = chosen[:, :1] > 0, chosen[:, 1:3], chosen[:, 3:]
-        if self.kind == "resized_crop":
-            images = resized_crop(self._normalise(images), place, mirrored, self.image_size)
+        flips, corner, place = chosen[:, :1] > 0, chosen[:, 1:3], chosen[:, 3:]
+        if self.cut:
+            images = self.evaluate(images)
+        elif self.kind == "resized_crop":
+            images = resized_crop(self._normalise(images), place, flips, self.image_size)
         else:
-            images = self.evaluate(self._move(images, place, mirrored))
+            images = self.evaluate(self._move(images, place, flips))
         return cut_out(images, corner, self.cutout) if self.cutout else images
 
     def evaluate(self, images: Tensor) -> Tensor:  # (n, C, S, S)
         """Normalised float32 images of image_size from uint8 (n, C, H, W); no randomness."""
         if images.ndim == 2:
             return images
-        return resize(self._normalise(images), self.image_size)
+        images = self._normalise(images)
+        return images if self.cut else resize(images, self.image_size)
 
     def vote(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """The model's logits (n, classes), averaged over views of each image at test time (tta).
@@ -164,19 +172,19 @@ class Augment:
         Columns: 1 if mirrored; top and left of the square cut out; then top, left, height, width
         of the box (float32), or for moves (int64) the row and the column that come first.
         """
-        boxes = self.kind == "resized_crop"
+        boxes = self.kind == "resized_crop" and not self.cut
         draws = uniforms(self.seed, epoch, indices, 5 + 2 * CROP_TRIES * boxes, AUGMENT)
-        mirrored = self._flip(draws[:, 0], indices, epoch).float()
+        flips = mirrored(self, draws[:, 0], indices, epoch).float()
         corner = _start(draws[:, 3:5], self.cutout, self.image_size)
         if boxes:
             place = random_boxes(height, width, draws[:, 1:3], draws[:, 5:])
-            return torch.column_stack([mirrored, corner, *place])
+            return torch.column_stack([flips, corner, *place])
         reach = {"crop": (height // 8, width // 8), "translate": (TRANSLATE_PIXELS,) * 2}
         reach = reach.get(self.kind, (0, 0))
         place = [(draws[:, i + 1] * (2 * reach[i] + 1)).long() for i in (0, 1)]
         if self.kind == "translate":  # a crop begins in the border that it pads with
             place = [first - TRANSLATE_PIXELS for first in place]
-        return torch.column_stack([mirrored.long(), corner.long(), *place])
+        return torch.column_stack([flips.long(), corner.long(), *place])
 
     def mixtures(self, indices: Tensor, epoch: int, height: int, width: int) -> Tensor:
         """How a shard of images (height, width) that begins with each of these indices is mixed.
@@ -211,14 +219,8 @@ class Augment:
         scale = tuple(1 / (255 * std) for std in self.std)
         shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
         scale, shift = _constant(scale, images.device), _constant(shift, images.device)
-        return torch.addcmul(shift[:, None, None], images.float(), scale[:, None, None])
-
-    def _flip(self, draw: Tensor, indices: Tensor, epoch: int) -> Tensor:  # bool (n,)
-        if self.no_flip or self.kind == "none":
-            return torch.zeros_like(draw, dtype=torch.bool)
-        if self.alternating_flip:  # the coin is that of epoch 0 and turns over each epoch
-            return (uniforms(self.seed, 0, indices, 1, FLIP)[:, 0] < 0.5) ^ bool(epoch % 2)
-        return draw < 0.5
+        images = images.to(torch.float32, copy=True)  # fresh memory costs more than the numbers
+        return torch.addcmul(shift[:, None, None], images, scale[:, None, None], out=images)
 
     def _move(self, images: Tensor, first: Tensor, mirrored: Tensor) -> Tensor:
         """The same uint8 images, shifted by whole pixels and mirrored as the kind says.
@@ -239,6 +241,28 @@ class Augment:
         places = torch.add(columns[:, None], rows[:, :, None], alpha=images.shape[3])
         moved = images.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, channels, -1))
         return moved.unflatten(2, (height, width))
+
+
+class Mirrors(Protocol):
+    """What decides whether an image is mirrored."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def no_flip(self) -> bool: ...
+    @property
+    def alternating_flip(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def mirrored(rule: Mirrors, draw: Tensor, indices: Tensor, epoch: int) -> Tensor:  # bool (n,)
+    """Which images are mirrored in an epoch; `draw` (n,) is a uniform of each."""
+    if rule.no_flip or rule.kind == "none":
+        return torch.zeros_like(draw, dtype=torch.bool)
+    if rule.alternating_flip:  # the coin is that of epoch 0 and turns over each epoch
+        return (uniforms(rule.seed, 0, indices, 1, FLIP)[:, 0] < 0.5) ^ bool(epoch % 2)
+    return draw < 0.5
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -262,12 +286,13 @@ def resized_crop(images: Tensor, boxes: Tensor, mirrored: Tensor, size: int) -> 
 
 
 def random_boxes(
-    height: int, width: int, place: Tensor, shape: Tensor
+    height: int | Tensor, width: int | Tensor, place: Tensor, shape: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height, width, float (n,) each, distributed as torchvision's RandomResizedCrop.
 
-    `place` (n, 2) and `shape` (n, 2 * tries) are uniforms. The first of the tries that fits into
-    the image counts; where none does, the largest box of an allowed ratio, for a square all of it.
+    height and width are those of all images, or float (n, 1). `place` (n, 2) and `shape`
+    (n, 2 * tries) are uniforms. The first of the tries that fits into the image counts; where none
+    does, the largest box of an allowed ratio, for a square all of it.
     """
     area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * shape[:, ::2])
     low, high = (math.log(ratio) for ratio in CROP_RATIO)
@@ -276,8 +301,13 @@ def random_boxes(
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
     first = fits.int().argmax(1, keepdim=True)
     found = fits.any(1)
-    widest = min(width, round(height * CROP_RATIO[1]))
-    highest = min(height, round(width / CROP_RATIO[0]))
+    if isinstance(height, Tensor) and isinstance(width, Tensor):
+        widest = torch.minimum(width, (height * CROP_RATIO[1]).round())[:, 0]
+        highest = torch.minimum(height, (width / CROP_RATIO[0]).round())[:, 0]
+        height, width = height[:, 0], width[:, 0]
+    else:
+        widest = min(int(width), round(int(height) * CROP_RATIO[1]))
+        highest = min(int(height), round(int(width) / CROP_RATIO[0]))
     box_width = torch.where(found, widths.gather(1, first)[:, 0], widest)
     box_height = torch.where(found, heights.gather(1, first)[:, 0], highest)
     top = (place[:, 0] * (height - box_height + 1)).floor()

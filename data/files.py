@@ -7,9 +7,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from data.scan import Scanned
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # Pillow's others include programs (EPS)
 MAX_PIXELS = 89_000_000
@@ -28,15 +30,47 @@ SMALL = 64  # pixels: pictures that share a size up to this one are kept as they
 TEST_NAMES = ("test", "validation", "valid", "val", "dev")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A picture that is a part of a file, as of an archive."""
+
+    file: Path
+    start: int
+    length: int
+
+    def read(self, most: int | None = None) -> bytes:
+        """Its bytes, or the first of them."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.length if most is None else min(most, self.length))
+
+
+Item = bytes | Path | Part
+
+
 @dataclass(frozen=True)
 class Records:
-    """Encoded pictures (bytes, or the path of a file) with a name for errors, label and split."""
+    """Encoded pictures, bytes or where they lie, with a name for errors, label and split."""
 
-    items: list[bytes | Path]
+    items: list[Item]
     names: list[str]
     labels: list[int]
     is_test: list[bool]
     classes: tuple[str, ...]
+
+    def part(self, kept: Sequence[int]) -> Self:
+        """Those of these positions; all of them is this itself."""
+        if len(kept) == len(self.items):
+            return self
+        chosen = {
+            name: [getattr(self, name)[index] for index in kept]
+            for name in ("items", "names", "labels", "is_test")
+        }
+        return replace(self, **chosen)
+
+
+class Large(Exception):
+    """Pictures of more than 64 pixels a side, which are not kept decoded."""
 
 
 def keyed_split(keys: Iterable[bytes], labels: Sequence[int]) -> list[bool]:
@@ -55,9 +89,26 @@ def keyed_split(keys: Iterable[bytes], labels: Sequence[int]) -> list[bool]:
     return is_test
 
 
-def decode_records(records: Records, image_size: int | None, skip_bad: bool) -> Decoded:
-    """The pictures of the records that can be read, with what belongs to each."""
-    images, kept, skipped = decode_all(records, image_size, skip_bad)
+def cannot_decode(problem: str) -> UserError:
+    """Of a picture that ends what reads it: its name and what is wrong."""
+    return UserError(
+        f"cannot decode {problem}. Replace or remove that image, or leave such images out with "
+        "--skip-bad-images.",
+        code="bad-image",
+    )
+
+
+def decode_records(records: Records, image_size: int | None, skip_bad: bool) -> "Decoded | Scanned":
+    """The pictures of the records that can be read, with what belongs to each.
+
+    Decoded where all of them are small; photographs are only looked at.
+    """
+    try:
+        images, kept, skipped = decode_all(records, image_size, skip_bad)
+    except Large:
+        from data.scan import scan
+
+        return scan(records, skip_bad)
     labels = [records.labels[index] for index in kept]
     is_test = [records.is_test[index] for index in kept]
     return Decoded(images, labels, is_test, records.classes, skipped)
@@ -69,8 +120,8 @@ def decode_all(
     """All pictures as one tensor (N, 3, H, W) uint8, the indices kept, and those left out.
 
     With `image_size` S each becomes S x S: resized so that the shorter side is S, then cropped at
-    the centre, unless all of them already are squares of one size up to 64 pixels. A picture that
-    cannot be decoded whole, or has more than 89 million pixels, is an error or left out.
+    the centre, unless all of them already are squares of one size. A picture that cannot be decoded
+    whole is an error or left out. Raises Large on one of more than 64 pixels a side.
     """
     from PIL import Image
 
@@ -78,7 +129,9 @@ def decode_all(
         results = []
         for index in chunk:
             try:
-                results.append(decode(records.items[index], image_size))
+                results.append(decode(records.items[index], SMALL))
+            except Large:
+                raise
             except Exception as error:  # Pillow raises many kinds on damaged files
                 results.append(str(error) or type(error).__name__)
         return results
@@ -97,11 +150,7 @@ def decode_all(
                 reason = f"{records.names[index]}: {printable(result).rstrip('.')}"
                 if not skip_bad_images:
                     pool.shutdown(wait=False, cancel_futures=True)
-                    raise UserError(
-                        f"cannot decode {reason}. Replace or remove that image, or leave such "
-                        "images out with --skip-bad-images.",
-                        code="bad-image",
-                    )
+                    raise cannot_decode(reason)
                 skipped.append(reason)
     if not arrays:
         raise UserError(
@@ -128,22 +177,29 @@ def decode_all(
     return torch.from_numpy(images), kept, tuple(skipped)
 
 
-def decode(item: bytes | Path, image_size: int | None) -> np.ndarray:
-    """One picture as upright RGB (H, W, 3) uint8; larger than 64 pixels: cut to `image_size`."""
+def opened(item: bytes | Path) -> "Image.Image":
+    """A picture of which the header was read; to be closed. Raises whatever Pillow raises."""
     from PIL import Image
 
-    with Image.open(
-        io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS
-    ) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
-        side = image_size if max(width, height) > SMALL else None
-        if side is not None:
-            image.draft(None, (2 * side, 2 * side))  # JPEG: decode at 1/2, 1/4, 1/8
+    return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS)
+
+
+def refuse_too_large(image: "Image.Image") -> None:
+    """ValueError where it would take too much memory."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
+
+
+def decode(item: Item, most: int | None = None) -> np.ndarray:
+    """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`."""
+    item = item.read() if isinstance(item, Part) else item
+    with opened(item) as image:
+        if most is not None and max(image.size) > most:
+            raise Large
+        refuse_too_large(image)
         image.load()
-        rgb = upright_rgb(image)
-        return np.asarray(rgb if side is None else square(rgb, side))
+        return np.asarray(upright_rgb(image))
 
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":

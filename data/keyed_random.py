@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # One stream per purpose: draws of different streams never share a counter.
-AUGMENT, FLIP, MIX, ORDER, SPLIT = range(5)
+AUGMENT, FLIP, MIX, ORDER, SPLIT, SAMPLE = range(6)
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF

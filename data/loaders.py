@@ -1,12 +1,21 @@
 """The two DataLoaders that Accelerate prepares, over data that stays where the device reads it."""
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.ahead import Ahead, Threads, Work
+from data.cuts import Cuts
 from data.order import EvaluationBatchSampler, GlobalBatchSampler
+from data.photographs import PhotoSet
 from data.sources import ImageSet
 
+BATCHES_AHEAD = 3  # decoded while one is used: pictures come in uneven sizes
+NOT_COUNTED = -100  # the label that torch's losses leave out
 EVALUATION_BATCH = 128  # images per forward and process: the same shape on any number of them
 LARGEST_EVALUATION_BATCH = 1024  # on a GPU, where a small batch costs the host more than the device
 EVALUATION_PIXELS = (
@@ -37,22 +46,139 @@ class Resident(Dataset):
             "weights": (indices >= 0).long(),
         }
 
+    def seen(self, indices: Tensor) -> Tensor:
+        """Uint8 images (n, 3, H, W) of these, as evaluation is given them."""
+        return self.images[indices.to(self.images.device)]
 
-def place(images: ImageSet, device: torch.device) -> tuple[Resident, torch.device]:
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch of these, in training's form though not in its place."""
+        return self.__getitems__(indices)
+
+    def shown(self, indices: Tensor) -> Tensor:
+        """Uint8 images (n, 3, H, W) of these, also where training is given features."""
+        return self.seen(indices)
+
+    def in_flight(self, batches: Iterable[dict], epoch: int | None) -> Iterator[dict]:
+        """The batches of a loader, whole: these are so already."""
+        yield from batches
+
+
+class Photographs(Dataset):
+    """Photographs, of which the loader hands out who they are, and `in_flight` adds the images.
+
+    A batch is {"labels", "indices", "weights", "rows"}; `rows` is a list of indices on the host,
+    which Accelerate leaves where it is. A picture that cannot be decoded weighs 0: in training its
+    label is -100, which no loss counts, in evaluation it is padding.
+    """
+
+    features = None
+
+    def __init__(self, pictures: PhotoSet, decoding: "Decoding"):
+        self.pictures, self.decoding = pictures, decoding
+        self.labels = pictures.labels
+        self.sizes = pictures.sizes
+        self.ahead = Ahead(BATCHES_AHEAD)
+        self.left_out = 0  # rows of the latest pass that could not be decoded, on this process
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Tensor) -> dict[str, Tensor | list[int]]:
+        return {
+            "labels": self.labels[indices.clamp(min=0)],
+            "indices": indices,
+            "weights": (indices >= 0).long(),
+            "rows": indices.tolist(),
+        }
+
+    def seen(self, indices: Tensor) -> Tensor:
+        """Uint8 images (n, 3, S, S) of these, as evaluation is given them."""
+        (batch,) = self.in_flight([self.__getitems__(indices)], None)
+        return batch["images"]
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch of these, in training's form though not in its place."""
+        (batch,) = self.in_flight([self.__getitems__(indices)], 0)
+        return batch
+
+    def shown(self, indices: Tensor) -> Tensor:
+        """Uint8 images (n, 3, S, S) of these, as training is given them in its first epoch."""
+        return self.batch(indices)["images"]
+
+    def in_flight(self, batches: Iterable[dict], epoch: int | None) -> Iterator[dict[str, Tensor]]:
+        """The batches of a loader with their images; some are decoded while one is used.
+
+        They are cut as in training in this epoch, or, where it is None, as in evaluation.
+        """
+        self.left_out = 0
+        yield from self.ahead.over(batches, partial(self._begin, epoch=epoch))
+
+    def _begin(self, batch: dict, epoch: int | None) -> tuple[Work, Callable[[], dict]]:
+        decoding, rows = self.decoding, torch.tensor(batch.pop("rows"))
+        chosen = rows.clamp(min=0)
+        sizes = self.sizes[chosen]
+        if epoch is None:
+            boxes = decoding.cuts.evaluation(sizes)
+        else:
+            boxes = decoding.cuts.training(sizes, rows, epoch)
+        places = self.pictures.places[chosen].masked_fill(rows < 0, -1).tolist()
+        work, images, bad = self.pictures.photos.batch(
+            places, boxes, decoding.fill, decoding.threads, decoding.device.type == "cuda"
+        )
+
+        def whole() -> dict[str, Tensor]:
+            found = {**batch, "images": images.to(decoding.device, non_blocking=True)}
+            if bad:
+                self.left_out += len(bad)
+                where = torch.tensor(bad, device=batch["labels"].device)
+                nothing = {"weights": 0}
+                nothing |= {"indices": -1} if epoch is None else {"labels": NOT_COUNTED}
+                for key, value in nothing.items():
+                    found[key] = batch[key].index_fill(0, where, value)
+            return found
+
+        return work, whole
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How photographs become batches: the cuts, the fill colour, the threads that work ahead."""
+
+    cuts: Cuts
+    fill: tuple[int, int, int]
+    threads: Threads
+    device: torch.device
+
+
+def decoding_of(
+    cuts: Cuts, mean: tuple[float, ...], threads: int, device: torch.device
+) -> Decoding:
+    """Photographs cut in this way by so many threads; what is empty has the mean colour."""
+    red, green, blue = (round(255 * value) for value in mean)
+    return Decoding(cuts, (red, green, blue), Threads(threads), device)
+
+
+def place(
+    pictures: ImageSet | PhotoSet, device: torch.device, decoding: Decoding | None = None
+) -> tuple[Resident | Photographs, torch.device]:
     """The data set on the device if it takes less than a third of its free memory, else here."""
     home = torch.device("cpu")
+    if isinstance(pictures, PhotoSet):
+        assert decoding is not None  # as it was made for them
+        return Photographs(pictures, decoding), home
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        if images.images.numel() * images.images.element_size() < free / 3:
+        if pictures.images.numel() * pictures.images.element_size() < free / 3:
             home = device
-    return Resident(images.images.to(home), images.labels.to(home)), home
+    return Resident(pictures.images.to(home), pictures.labels.to(home)), home
 
 
 def build_train_loader(
-    images: ImageSet, batch_size: int, seed: int, device: torch.device
-) -> tuple[DataLoader, GlobalBatchSampler]:
+    images: ImageSet | PhotoSet, batch_size: int, seed: int, device: torch.device,
+    decoding: Decoding | None = None,
+) -> tuple[DataLoader, GlobalBatchSampler]:  # fmt: skip
     """Global batches in keyed order; `sampler.start(epoch, step)` before each pass."""
-    data, home = place(images, device)
+    data, home = place(images, device, decoding)
     sampler = GlobalBatchSampler(len(data), batch_size, seed, device=home)
     return _loader(data, sampler, home, device), sampler
 
@@ -70,17 +196,22 @@ def evaluation_batch(num_images: int, image_size: int, device: torch.device) -> 
     return max(EVALUATION_BATCH, most)
 
 
-def build_test_loader(images: ImageSet, batch_size: int, device: torch.device) -> DataLoader:
+def build_test_loader(
+    images: ImageSet | PhotoSet, batch_size: int, device: torch.device,
+    decoding: Decoding | None = None,
+) -> DataLoader:  # fmt: skip
     """Every image once, in equal global batches of batch_size; padding weighs 0."""
-    data, home = place(images, device)
+    data, home = place(images, device, decoding)
     sampler = EvaluationBatchSampler(len(data), batch_size, device=home)
     return _loader(data, sampler, home, device)
 
 
 def _loader(
-    data: Resident, sampler: GlobalBatchSampler | EvaluationBatchSampler, home: torch.device,
+    data: Resident | Photographs,
+    sampler: GlobalBatchSampler | EvaluationBatchSampler,
+    home: torch.device,
     device: torch.device,
-) -> DataLoader:  # fmt: skip
+) -> DataLoader:
     return DataLoader(
         data,
         batch_sampler=sampler,  # pyright: ignore[reportArgumentType] - tensors, no lists

@@ -24,6 +24,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.cuda import nccl
 
+from common.cpus import cpus
 from common.disk import digest
 from config import Settings, host_name, several_nodes, tell
 from errors import UserError
@@ -292,16 +293,8 @@ def choose_precision(wanted: str, cpu: bool, classifies: bool = True) -> tuple[s
 
 
 def cpu_share() -> int:
-    """CPUs this process may use: its affinity and quota, shared with the node's other processes."""
-    have = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-    if hasattr(os, "sched_getaffinity"):
-        have = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        have = min(have, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, have // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """CPUs this process may use, shared with the node's other processes."""
+    return max(1, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def cpu_has_bf16() -> bool:

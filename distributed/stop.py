@@ -21,12 +21,13 @@ import torch.distributed as dist
 SECONDS_PER_ROW = 0.5  # at least, where rows are due by time: on a GPU
 REQUEUE = "requeue"  # in the STOP file of a job that its script puts back into the queue
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-STOP_FILE, TIME_LIMIT, SIGNAL, ORPHAN, SAVE_FAILED, MOVED = 1, 2, 3, 4, 5, 6
+STOP_FILE, TIME_LIMIT, SIGNAL, ORPHAN, DAMAGED, SAVE_FAILED, MOVED = 1, 2, 3, 4, 5, 6, 7
 REASONS = {
     STOP_FILE: "the STOP file",
     TIME_LIMIT: "the time limit (--max-time)",
     SIGNAL: "a stop signal",
     ORPHAN: "the launcher is gone",
+    DAMAGED: "an image that cannot be decoded",
     SAVE_FAILED: "a checkpoint could not be written",
     MOVED: "the run folder was renamed or deleted",
 }

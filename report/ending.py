@@ -8,7 +8,7 @@ from pathlib import Path
 from config import Settings, has_own_terminal
 from distributed.accelerator import leave
 from distributed.checkpoint import Progress
-from distributed.stop import SAVE_FAILED, restarts_left
+from distributed.stop import DAMAGED, SAVE_FAILED, restarts_left
 from distributed.watch import failed_at_start, tell_agent
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
@@ -38,11 +38,16 @@ def finish(
     if failed:
         world.stop.reason, code = SAVE_FAILED, FAILED
     world.phase("end", progress.step)  # the save had a phase of its own
+    damaged = data.damaged(world)
+    if damaged and not log.plan.config.skip_bad_images:
+        if not failed:
+            world.stop.reason, failed = DAMAGED, panels.cannot_decode(damaged)
+        code = FAILED
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         if code == FINISHED and schedule.stops_early:
             reason = f"{panels.STOP_AFTER} {schedule.last_step}"
-        _write(log, checkpoints, learner, data, schedule, progress, world, code, reason)
+        _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)
     if code == STOPPED and restarts_left():
         return FINISHED  # an agent would count any other status as a failure, and restart
     return code
@@ -50,7 +55,7 @@ def finish(
 
 def _write(
     log: Logbook, checkpoints: Checkpoints, learner: Learner, data: Data, schedule: Schedule,
-    progress: Progress, world: World, code: int, reason: str,
+    progress: Progress, world: World, code: int, reason: str, damaged: dict[str, str],
 ) -> None:  # fmt: skip
     """Main process: whatever cannot be written is said, and the rest is."""
     assert log.folder is not None
@@ -68,6 +73,10 @@ def _write(
         )
     except OSError as error:
         screen.warn(f"the run's summary cannot be written ({error})")
+    try:
+        log.folder.write_damaged(damaged)
+    except OSError as error:
+        screen.warn(f"the list of damaged images cannot be written ({error})")
     world.left_behind = not log.finish_trackers(code)
     try:
         if plan.config.plots and code == FINISHED:

@@ -235,6 +235,7 @@ class Logbook(contextlib.AbstractContextManager):
             **numbers,
             "lr": schedule.lr(progress.step - 1),
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
+            **data.waits(),
             **self.world.peak_memory(),
         }
         self._record(row, progress)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
-from common.text import duration, pasted
+from common.text import duration, pasted, printable
 from config import TrainConfig, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
-from distributed.stop import SIGNAL
+from distributed.stop import DAMAGED, SIGNAL
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
@@ -26,6 +26,7 @@ from training.data import Data
 from training.learner import Learner
 from training.lr_finder import Rates
 from training.plan import Plan
+from training.run_dir import DAMAGED as DAMAGED_LIST
 from training.run_dir import SKIPPED, go_on, job
 from training.schedule import Schedule
 from training.schedule import doubts as schedule_doubts
@@ -53,12 +54,13 @@ def show_start(
     )
     amount = f"{config.dataset}: {len(data.train):,} training, {len(data.test):,} test images"
     if world.device.type == "cuda":
-        there = data.train.images.device.type == "cuda"
+        there = data.train.labels.device.type == "cuda"
         amount += f", in {'GPU' if there else 'host'} memory"
     rows = [
         ("model", f"{config.model}, {total:,} parameters{held}"),
         ("weights", weights_shown(plan, started) or "from scratch"),
         ("data", amount),
+        *(("images", words) for words in data.photographs()),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
         ("steps", steps_shown(schedule, progress)),
@@ -162,6 +164,7 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
             "this run began in bf16, which its first device had and this one emulates slowly; "
             "--mixed-precision no --allow-change mixed_precision goes on in float32"
         )
+    notes += data.cut_off()
     if data.source.skipped:
         where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
         notes.append(f"{len(data.source.skipped)} images cannot be read and are left out{where}")
@@ -256,6 +259,13 @@ def write_summary(
         write_text(folder / "confusion.json", matrix + "\n")
 
 
+def cannot_decode(damaged: dict[str, str]) -> str:
+    """Why a run stopped in front of photographs that are damaged: names and reasons."""
+    (name, why), *more = damaged.items()
+    others = f" (and {len(more)} more)" if more else ""
+    return f"cannot decode {printable(name)}: {why}{others}"
+
+
 def show_ending(
     screen: Report, folder: Path, page: Path | None, task: Task, data: Data, progress: Progress,
     model: nn.Module, code: int, reason: str, world: World,
@@ -301,6 +311,11 @@ def show_ending(
         elif job() and world.stop.reason == SIGNAL:
             typed += f"     unless SLURM requeues job {job()} itself (squeue shows it)"
         commands.append(("go on", typed))
+    elif code == FAILED and world.stop.reason == DAMAGED:
+        title = f"saved at step {progress.step}: {reason}"
+        typed = go_on(folder, world.num_processes, world.device.type == "cuda")
+        commands.append(("go on", f"{typed} --exclude {shlex.quote(str(folder / DAMAGED_LIST))}"))
+        rows.append(("or", "--skip-bad-images leaves out all that cannot be read"))
     elif code == FAILED:
         title = f"ended without its last checkpoint: {reason}"
     else:

@@ -31,9 +31,8 @@ def draw_pictures(
     places = torch.tensor([example["index"] for example in examples], dtype=torch.int64)
     if data.source.task == "regression":
         if examples:
-            inputs, targets = (
-                x.cpu()[places].flatten() for x in (data.test.images, data.test.labels)
-            )
+            inputs = data.test.seen(places).cpu().flatten()
+            targets = data.test.labels.cpu()[places].flatten()
             answers = torch.tensor([example["answer"] for example in examples])
             pictures.line_fit(inputs, targets, answers, folder / "line.png")
         return
@@ -42,7 +41,7 @@ def draw_pictures(
         pictures.confusion(dense(best["confusion"]), classes, folder / "confusion.png")
     draw_samples(data, classes, folder / "samples.png")
     if examples:
-        images = data.test.images[places.to(data.test.images.device)].cpu()
+        images = data.test.seen(places).cpu()
         words = [
             f"{classes[e['label']]}\nas {classes[e['answer']]} {percent(e['confidence'])}"
             for e in examples
@@ -53,7 +52,7 @@ def draw_pictures(
 def draw_samples(data: Data, classes: list[str], path: Path) -> None:
     """Training images of each class as the model sees them."""
     chosen = of_each_class(data.train.labels.cpu(), MOST_SAMPLES)
-    images = data.train.images[chosen.to(data.train.images.device)]
+    images = data.train.shown(chosen)
     images = data.augment.train(images, chosen.to(images.device), 0).float().cpu()
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.source.mean, data.source.std))
     shown = ((images * std + mean) * 255).clamp(0, 255).byte()

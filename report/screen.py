@@ -21,6 +21,7 @@ from common.text import duration, percent, printable
 
 CHATTY = ("accelerate", "torch.distributed", "PIL", "matplotlib")
 MOST_CLASSES = 100  # in a table on the screen
+WORTH_TELLING = 0.05  # the share of a step that waits for photographs
 SECONDS_BETWEEN_LINES = 5.0  # in a file; every row is in metrics.jsonl anyway
 
 
@@ -145,9 +146,11 @@ class Report:
 
     def train_line(self, row: dict, total_steps: int, eta: float) -> None:
         """One metrics row of training: beside the bar in a terminal, a plain line in a file."""
+        waited = row.get("data/wait", 0.0)
+        waits = f"  {100 * waited:.0f} % waiting for images" if waited > WORTH_TELLING else ""
         words = (
             f"loss {row['train/loss']:.4f}  lr {row['lr']:.3g}  "
-            f"{row['speed/images_per_second']:,.0f} img/s"
+            f"{row['speed/images_per_second']:,.0f} img/s{waits}"
         )
         words += f"  ETA {duration(eta)}" if eta else ""  # not known from the first steps
         if self._bar is not None:

@@ -1,7 +1,8 @@
 """Real launches of train.py: python, torchrun, accelerate launch; output in files, not pipes.
 
-What does not ask for a launcher comes from one interpreter that has imported torch once
-(bench/preloaded.py); what that one cannot be is started cold, as is all that names its launcher.
+What is started here comes from one interpreter that has imported torch once (bench/preloaded.py),
+a launcher that is named too: it starts its ranks itself, cold. What that interpreter cannot be is
+started cold.
 """
 
 import atexit
@@ -45,8 +46,16 @@ class Done:
 
 
 # Variables that a fork may be given; any other one that differs is read by an import, maybe.
-LATE = ("LOCKSTEP_", "SLURM_", "TORCHELASTIC_RESTART_COUNT", "WANDB_", "PYTEST_")
-LATE += ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_")
+LATE = (
+    "COLUMNS",
+    "LOCKSTEP_",
+    "SLURM_",
+    "SLURMD_",
+    "TORCHELASTIC_RESTART_COUNT",
+    "WANDB_",
+    "PYTEST_",
+)
+LATE += ("PATH", "PYTEST_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_")
 LATE += (
     "CUBLAS_",
     "CUDA_LAUNCH_BLOCKING",
@@ -74,22 +83,15 @@ class Command(list):
         super().__init__([*start, *self.words])
 
 
-def command(arguments, processes: int = 1, launcher: str = "python") -> list[str]:
-    """How to run train.py: cold if the launcher is named (torchrun, accelerate), else a Command."""
+def command(arguments, processes: int = 1, launcher: str = "python") -> Command:
+    """How to run train.py: by the launcher that is named (torchrun, accelerate), or by none."""
     if launcher == "accelerate":
         many = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-        start = [sys.executable, "-m", "accelerate.commands.launch", *many]
-        return [
-            *start,
-            "--mixed_precision",
-            "no",
-            "--num_cpu_threads_per_process",
-            "1",
-            TRAIN,
-            *arguments,
-        ]
-    found = Command([TRAIN, *arguments], processes)
-    return list(found) if launcher == "torchrun" else found
+        many += ["--mixed_precision", "no", "--num_cpu_threads_per_process", "1"]
+        return Command(["-m", "accelerate.commands.launch", *many, TRAIN, *arguments])
+    if launcher == "torchrun":
+        return Command(Command([TRAIN, *arguments], processes)[1:])
+    return Command([TRAIN, *arguments], processes)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -316,11 +316,22 @@ def test_a_resumed_run_keeps_its_settings_and_lists_what_was_typed_otherwise(tmp
 
 def test_what_may_change_may_change(tmp_path):
     folder = saved_run(tmp_path)
-    for name in MAY_CHANGE - {"run_dir", "track", "plots", "tta", "select"}:
+    for name in MAY_CHANGE - {"run_dir", "track", "plots", "tta", "select", "skip_bad_images"}:
         text = TYPES[name] in (str, str | None)
         parse(["--resume", folder, f"--{name}", "9m" if text else "7"])
     parse(["--resume", folder, "--select", "loss"])
-    parse(["--resume", folder, "--no-plots", "--track", "tensorboard", "--tta", "1"])
+    parse(
+        [
+            "--resume",
+            folder,
+            "--no-plots",
+            "--track",
+            "tensorboard",
+            "--tta",
+            "1",
+            "--skip-bad-images",
+        ]
+    )
 
 
 def test_a_changed_yaml_file_is_a_conflict_too(tmp_path):

@@ -2,10 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
-from launches import REPOSITORY, SMALL, newest, python, train
+from launches import SMALL, newest, python, train
 
 
 def doctor(folder) -> tuple[int, str]:
@@ -25,11 +23,8 @@ def test_of_a_job_the_doctor_shows_number_log_and_state_and_what_sbatch_wants(tm
     for state, advice, code in (("", typed.split()[0], 0), ("PENDING (BeginTime)", "nothing:", 0)):
         stub.write_text(f"#!/bin/bash\necho '{state}'\n")
         stub.chmod(0o755)
-        done = subprocess.run(
-            [sys.executable, "-m", "report", "doctor", str(run)], cwd=REPOSITORY, text=True,
-            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "COLUMNS": "300"},
-            capture_output=True, timeout=120,
-        )  # fmt: skip
+        place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COLUMNS": "300"}
+        done = python("-m", "report", "doctor", run, **place)
         assert done.returncode == code, done.stderr
         assert "77_3: " in done.stdout and "/logs/77.log" in done.stdout
         assert f" {advice} " in done.stdout, done.stdout

@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from launches import REPOSITORY, environment, rows, train
+from launches import REPOSITORY, python, rows, train
 from torch import nn
 
 from errors import UserError
@@ -292,10 +291,7 @@ def test_a_class_is_kept_with_all_that_it_uses_and_predicts_elsewhere(tried, cap
     from PIL import Image
 
     Image.new("RGB", (16, 16), "white").save(picture)
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "predict.py", picture, "--run", "run", "--json"],
-        capture_output=True, text=True, env=environment(),
-    )  # fmt: skip
+    done = python(REPOSITORY / "predict.py", picture, "--run", "run", "--json", cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
     [found] = json.loads(done.stdout)
     assert len(found["predictions"]) == 5

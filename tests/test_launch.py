@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launches import linked_repository
+from launches import Command, finish, linked_repository, start
 from refusals import refused
 
 from config import build_parser
@@ -187,7 +187,8 @@ def test_scripts_carry_placement_and_no_setting_of_the_trainer():
         code = [re.sub(r"(^|\s)#.*", "", line) for line in script.read_text().splitlines()]
         words = set(re.findall(r"--[a-z][a-z-]+", "\n".join(code)))
         shown_in_messages = {"--dataset", "--model", "--weights"}
-        assert not (words & flags) - shown_in_messages, script.name
+        of_sbatch = {"--exclude"}  # of nodes there, of a photograph here
+        assert not (words & flags) - shown_in_messages - of_sbatch, script.name
 
 
 def test_every_flag_that_documents_name_is_known():
@@ -204,7 +205,7 @@ def test_every_flag_that_documents_name_is_known():
     known |= {"--gpus-per-task", "--kill-on-bad-exit", "--open-mode", "--jobs", "--config_file"}
     known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--num_processes"}
     known |= {"--batch", "--full"}  # of scancel
-    known.add("--out")  # of python -m data
+    known |= {"--out", "--store", "--short-side"}  # of python -m data
     known |= {
         "--multi_gpu",
         "--gpu-bind",
@@ -720,6 +721,8 @@ def test_submit_warns_where_an_earlier_run_says_the_limit_is_short(tmp_path):
     assert module.warn_of_time({**settings, "epochs": ("2", "flag")}, options, tmp_path) == ""
     few = {**settings, "epochs": ("10", "flag"), "max_steps": ("40", "flag")}
     assert module.warn_of_time(few, options, tmp_path) == ""
+    many = {**settings, "epochs": ("2", "default"), "max_steps": ("1000", "flag")}
+    assert "10.0 h" in module.warn_of_time(many, options, tmp_path)
     assert module.warn_of_time({**settings, "epochs": ("10", "flag")}, options, ROOT / "no") == ""
     # Two steps of 0.1 s and a minute to start: a thousand epochs are not a thousand starts.
     (run / "summary.json").write_text(json.dumps({"seconds": 60, "epoch": 0.02, "step": 2}))
@@ -1000,7 +1003,7 @@ def test_a_gpu_check_that_hangs_or_dies_becomes_a_fact(code, found, monkeypatch)
 
 # What a second node does differently: each line of the table can be made to say no.
 PLANTED = """
-import collections, os, shutil, sys, time
+import collections, os, resource, shutil, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 what = sys.argv.pop(1).split(",")
 import preflight
@@ -1036,7 +1039,8 @@ if "all" in what:
     disk = collections.namedtuple("disk", "free")
     preflight.shutil.disk_usage = lambda path: disk(10)
     preflight.try_trainer = lambda words: (False, "no such data set here", 10**8)
-    os.chdir(os.environ["ELSEWHERE"])
+    os.chdir(os.environ["LOCKSTEP_ELSEWHERE"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 elif "slow" in what:
     preflight.REACH_SECONDS = 3
     preflight.try_trainer = lambda words: (time.sleep(9), (True, "fine", 10**6))[1]
@@ -1046,15 +1050,13 @@ sys.exit(preflight.main(sys.argv[1:]))
 """
 
 
-def preflight_node(rank: int, port: int, what: str, words: list[str], **env: str):
+def preflight_node(rank: int, port: int, what: str, words: list[str], here: Path, **env: str):
+    """A started node; `finish` takes it."""
     place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURMD_NODENAME": f"n{rank}",
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}  # fmt: skip
-    command = [sys.executable, "-c", PLANTED, str(LAUNCH), what, *words]
-    low = ["bash", "-c", 'ulimit -n 200; exec "$@"', "bash"] if what == "all" else []
-    return subprocess.Popen(
-        [*low, *command], env={**os.environ, **place}, cwd=env.get("HERE"), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    program = here.with_name(f"{here.name}-planted.py")
+    program.write_text(PLANTED)
+    return start(Command([program, LAUNCH, what, *words]), here, **place)
 
 
 def verdicts(table: str) -> dict[str, str]:
@@ -1079,17 +1081,14 @@ def free_port() -> int:
 def test_each_line_of_the_preflight_can_say_no_and_names_a_remedy(tmp_path):
     (tmp_path / "here" / "runs").mkdir(parents=True)
     (tmp_path / "there").mkdir()
-    places = {"HERE": str(tmp_path / "here"), "ELSEWHERE": str(tmp_path / "there")}
+    there = str(tmp_path / "there")
     tables = {}
     for what in ("", "all"):
         gpus = ["--gpus", "2"] if what else []
-        port = free_port()
-        both = [
-            preflight_node(rank, port, what if rank else "", [*gpus, "--", *TINY], **places)
-            for rank in (0, 1)
-        ]
-        told = [process.communicate(timeout=120)[0] for process in both]
-        assert [process.returncode for process in both] == ([1, 1] if what else [0, 0]), told
+        status, told = two_nodes(
+            ("", what), [*gpus, "--", *TINY], tmp_path / "here", LOCKSTEP_ELSEWHERE=there
+        )
+        assert status == ([1, 1] if what else [0, 0]), told
         tables[what] = verdicts(told[0])
         assert ("NO GO: 15 findings" if what else "\nGO") in told[0], told
     assert set(tables[""].values()) == {"ok"}, tables
@@ -1104,41 +1103,41 @@ def test_each_line_of_the_preflight_can_say_no_and_names_a_remedy(tmp_path):
     [(0, "", "port {} is taken"), (1, "reach", "cannot reach the head node at 127.0.0.1:{}"),
      (1, "torch missing", "torch cannot be imported")],
 )  # fmt: skip
-def test_preflight_of_a_node_that_cannot_join_still_shows_its_table(rank, what, told):
+def test_preflight_of_a_node_that_cannot_join_still_shows_its_table(rank, what, told, tmp_path):
     with socket.socket() as holder:
         holder.bind(("", 0))
         port = holder.getsockname()[1]
         if rank == 0:
             holder.listen()
-        process = preflight_node(rank, port, what, ["--gpus", "0"])
-        text, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and told.format(port) in text and "NO GO" in text, text
+        done = finish(*preflight_node(rank, port, what, ["--gpus", "0"], tmp_path))
+    text = done.out
+    assert done.status == 1 and told.format(port) in text and "NO GO" in text, text
     assert "Traceback" not in text
     table = verdicts(text)
     assert table["network"] not in ("", "ok") and table["clocks"] == "ok"
 
 
-def two_nodes(what: tuple[str, str], words: list[str], **env: str) -> tuple[list, list[str]]:
+def two_nodes(what: tuple[str, str], words: list[str], here: Path, local="00", **env) -> tuple:
     """Exit statuses and words of two ranks, each with something planted."""
     port = free_port()
-    both = [preflight_node(rank, port, what[rank], words, **env) for rank in (0, 1)]
-    told = [process.communicate(timeout=240)[0] for process in both]
-    return [process.returncode for process in both], told
+    both = [
+        preflight_node(rank, port, what[rank], words, here, LOCAL_RANK=local[rank], **env)
+        for rank in (0, 1)
+    ]
+    done = [finish(*one) for one in both]
+    return [one.status for one in done], [one.out for one in done]
 
 
 @pytest.mark.slow
 def test_preflight_waits_for_a_slow_trial_on_one_node_and_says_go(tmp_path):
     """Rank 0's trial takes three times as long as rank 1 waits for an answer."""
-    port = free_port()
-    both = [preflight_node(rank, port, "slow", ["--", *TINY], HERE=str(tmp_path),
-                           LOCAL_RANK=str(rank)) for rank in (0, 1)]  # fmt: skip
-    told = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0] and "\nGO" in told[0], told
+    status, told = two_nodes(("slow", "slow"), ["--", *TINY], tmp_path, local="01")
+    assert status == [0, 0] and "\nGO" in told[0], told
 
 
 @pytest.mark.slow
 def test_preflight_names_the_node_whose_disk_is_read_only_and_no_firewall(tmp_path):
-    status, told = two_nodes(("", "read only"), ["--", *TINY], HERE=str(tmp_path))
+    status, told = two_nodes(("", "read only"), ["--", *TINY], tmp_path)
     assert status == [1, 1], told
     assert f"rank 1 on n1 cannot write {tmp_path}: Read-only file system" in told[0], told
     assert not any("Traceback" in text or "firewall" in text for text in told), told
@@ -1156,7 +1155,7 @@ def test_preflight_names_the_node_whose_disk_is_read_only_and_no_firewall(tmp_pa
 def test_preflight_with_gpus_computes_and_adds_over_all_or_says_why_not(what, no, tmp_path):
     """The GPUs are faked, and gloo stands for NCCL: what is checked is the way to a verdict."""
     first = what.replace("aborts", "waits")
-    status, told = two_nodes((first, what), ["--gpus", "1"], HERE=str(tmp_path))
+    status, told = two_nodes((first, what), ["--gpus", "1"], tmp_path)
     table = verdicts(told[0])
     assert table["GPU's kernels"] == table["GPU's product"] == "ok", told
     if no:
@@ -1298,23 +1297,14 @@ def tiny(folder: Path) -> list[str]:
             "--threads", "1", "--run-dir", str(folder)]  # fmt: skip
 
 
-def real(command: list[str], cwd: Path, **env: str) -> subprocess.Popen:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ACCELERATE_"))}
-    clean |= {"OMP_NUM_THREADS": "1", "LOCKSTEP_PYTHON": sys.executable, **env}
-    return subprocess.Popen(
-        command, cwd=cwd, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def real(command: list[str], cwd: Path, **env: str) -> tuple:
+    """A started launcher; `finish` takes it."""
+    return start(command, cwd, LOCKSTEP_PYTHON=sys.executable, **env)
 
 
-def accelerate_launch(config: str, *more: str) -> list[str]:
-    program = [sys.executable, "-m", "accelerate.commands.launch"]
-    return [
-        *program,
-        "--config_file",
-        str(LAUNCH / "configs" / config),
-        *more,
-        str(ROOT / "train.py"),
-    ]
+def accelerate_launch(config: str, *more: str) -> Command:
+    program = ["-m", "accelerate.commands.launch", "--config_file", LAUNCH / "configs" / config]
+    return Command([*program, *more])
 
 
 @pytest.mark.slow
@@ -1326,39 +1316,37 @@ def accelerate_launch(config: str, *more: str) -> list[str]:
 def test_accelerate_launches_each_config_without_a_banner(config, more, world, tmp_path):
     """On a machine without GPUs the processes are gloo's; the launch is the same."""
     run = tmp_path / "run"
-    done = real([*accelerate_launch(config, *more), *tiny(run)], tmp_path)
-    told, _ = done.communicate(timeout=180)
-    assert done.returncode == 0, told
+    words = accelerate_launch(config, *more, str(ROOT / "train.py"), *tiny(run))
+    if config == "cpu_2_processes.yaml":
+        words = list(words)  # as a person starts it, cold
+    done = finish(*real(words, tmp_path))
+    assert done.status == 0, done.out
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
-    assert ("2 x " in told.partition("devices")[2].partition("\n")[0]) == (world == 2), told
-    assert "following values were not passed" not in told
+    assert ("2 x " in done.out.partition("devices")[2].partition("\n")[0]) == (world == 2), done.out
+    assert "following values were not passed" not in done.out
 
 
 @pytest.mark.slow
 def test_accelerate_launches_two_machines_by_the_multi_node_config(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    run = tmp_path / "run"
-    where = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    where = ["--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    where += ["--main_process_port", str(free_port())]
+    train = [str(ROOT / "train.py"), *tiny(tmp_path / "run")]
     both = [
-        real([*accelerate_launch("multi_node.yaml", *where, "--machine_rank", str(rank)),
-              *tiny(run)], tmp_path)
+        real(accelerate_launch("multi_node.yaml", *where, "--machine_rank", rank, *train), tmp_path)
         for rank in (0, 1)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=180)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert "2 x " in told[0].partition("devices")[2].partition("\n")[0], told
+    ]
+    done = [finish(*one) for one in both]
+    assert [one.status for one in done] == [0, 0], done
+    assert "2 x " in done[0].out.partition("devices")[2].partition("\n")[0], done
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_kill_and_loses_only_what_was_not_saved(tmp_path):
     words = ["--nproc", "2", "--max-restarts", "1", "--id", "restarts", "--", *tiny(tmp_path / "x")]
     words = [*words[:-2], "--checkpoint-every", "1", "--max-steps", "4"]
-    process = real(["bash", str(LAUNCH / "torchrun.sh"), *words], tmp_path,
-                   LOCKSTEP_FAULT="kill@step=2,rank=1,life=0")  # fmt: skip
-    told, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, told
+    done = finish(*real(["bash", str(LAUNCH / "torchrun.sh"), *words], tmp_path,
+                        LOCKSTEP_FAULT="kill@step=2,rank=1,life=0"))  # fmt: skip
+    assert done.status == 0, done.out
     state = json.loads((tmp_path / "runs" / "launch-restarts" / "status.json").read_text())
     assert (state["status"], state["life"], state["step"]) == ("finished", 1, 4)
     assert state["resumed_at"] > 0
@@ -1379,9 +1367,10 @@ def test_torchrun_on_two_hosts_that_only_a_wire_joins(tmp_path):
                  tmp_path)
             for number in (0, 1)
         ]  # fmt: skip
-        told = [process.communicate(timeout=180)[0] for process in both]
+        done = [finish(*one) for one in both]
     finally:
         hosts.stop()
-    assert [process.returncode for process in both] == [0, 0], told
+    told = [one.out for one in done]
+    assert [one.status for one in done] == [0, 0], told
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
     assert any("2 x " in text.partition("devices")[2].partition("\n")[0] for text in told), told

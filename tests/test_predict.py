@@ -28,16 +28,18 @@ from launches import (
     wait_for,
 )
 from PIL import Image
+from torch import nn
 
-from config import TrainConfig
-from data.files import decode_all
-from data.sources.folder import read_class_folders
+from config import TrainConfig, parse
+from data.sources import load_source
 from models import build_model
 from predict import main as predict_main
+from predict import predict as predict_picture
 from predict import prepare
 from report import page, panels
 from report.screen import Report
 from training import lr_finder
+from training.data import build_data
 
 CANARY = "canary0123456789abcdef0123456789abcdef012345"
 
@@ -176,25 +178,43 @@ def test_a_wrong_word_is_one_sentence(words, says, weights, monkeypatch, capsys)
     assert says in told.err and told.err.count("\n") == 1 and not told.out
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 96])  # of the run
-@pytest.mark.parametrize("shape", [(8, 8), (32, 32), (64, 64), (40, 60), (100, 60), (300, 300)])
-def test_a_picture_is_seen_as_the_trainer_sees_it(tmp_path, size, shape):
-    height, width = shape
-    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("shape", [(8, 8), (64, 64), (40, 60), (100, 60), (300, 500), (80, 80)])
+@pytest.mark.parametrize("words", ["--image-size 16", "--image-size 48", "--image-size 64"
+    " --resize pad", "--image-size 32 --eval-size 48", "--image-size 32 --resize squash",
+    "--image-size 96 --eval-resize 96"])  # fmt: skip
+def test_a_picture_is_seen_as_the_evaluation_sees_it(tmp_path, words, shape):
+    (height, width), cpu = shape, torch.device("cpu")
+    draw = torch.Generator().manual_seed(0)
     for folder in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / folder).mkdir(parents=True)
-        Image.fromarray(pixels.byte().numpy()).save(tmp_path / folder / "x.png")
-    records = read_class_folders(tmp_path)
-    trained, *_ = decode_all(records, size, skip_bad_images=False)
-    seen = prepare(tmp_path / "test" / "a" / "x.png", {"image_size": size})
-    assert torch.equal(seen, trained[:1])
+        pixels = torch.randint(256, (height, width, 3), generator=draw).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / folder / "x.png")
+    settings = parse([*words.split(), "--batch-size", "1", "--model", "my_cnn"])
+    source = load_source(str(tmp_path), image_size=settings.config.image_size)
+    data = build_data(settings, source, 1, cpu)
+    told = {"image_size": settings.config.image_size, "mean": source.mean, **data.cut_as()}
+    for place, name in enumerate("ab"):
+        (batch, *_) = data.evaluation("test")
+        seen = prepare(tmp_path / "test" / name / "x.png", told)
+        assert torch.equal(seen[0], batch["images"][place])
+    given = []
+
+    class Net(nn.Linear):
+        def forward(self, images):
+            given.append(images)
+            return super().forward(images.mean((2, 3)))
+
+    told |= {"std": source.std, "classes": source.classes}
+    predict_picture(Net(3, 2).eval(), told, tmp_path / "test" / "b" / "x.png", 1)
+    assert torch.equal(given[0][0], data.augment.evaluate(batch["images"])[1])
 
 
 def test_imagenet_sees_the_middle_224_of_256(tmp_path):
     pixels = torch.zeros(512, 768, 3, dtype=torch.uint8)
     pixels[32:480, 160:608] = 200  # the middle 448 of 512
     Image.fromarray(pixels.numpy()).save(tmp_path / "x.png")
-    seen = prepare(tmp_path / "x.png", {"image_size": 224, "crop": 224 / 256})
+    told = {"image_size": 224, "photographs": True, "mean": (0.485, 0.456, 0.406)}
+    seen = prepare(tmp_path / "x.png", told)
     assert seen.shape == (1, 3, 224, 224) and seen[..., 3:-3, 3:-3].eq(200).all()
     assert seen.float().mean() > 195
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageFile
 from config import HINTS, build_parser
 from data import cache, files, sources
 from data.__main__ import main
+from data.photographs import PhotoSet
 from data.sources import choose_dataset, cifar_batches, folder, hub, load_source
 from data.sources.cifar10 import CIFAR10
 from data.sources.published import Published
@@ -148,9 +149,9 @@ def test_all_layouts_of_cifar10_give_the_same_tensors(tmp_path):
 
 def test_a_carried_folder_is_that_folder_at_the_size_it_was_decoded_for(pictures, tmp_path):
     carried = str(tmp_path / "pictures.safetensors")
-    for size, wrong in (("8", None), ("96", 224)):
-        for file in pictures.rglob("*.png") if size == "96" else ():
-            Image.open(file).resize((120, 100)).save(file)
+    for size, wrong in (("8", None), ("48", 32)):
+        for file in pictures.rglob("*.png") if size == "48" else ():
+            Image.open(file).resize((60, 50)).save(file)
         words = ["prepare", "--dataset", str(pictures), "--image-size", size]
         assert main([*words, "--out", carried]) == 0
         assert same(
@@ -158,7 +159,7 @@ def test_a_carried_folder_is_that_folder_at_the_size_it_was_decoded_for(pictures
             load_source(carried, image_size=int(size)),
         )
         if wrong:
-            with pytest.raises(UserError, match="decoded for --image-size 96"):
+            with pytest.raises(UserError, match="decoded for --image-size 48"):
                 load_source(carried, image_size=wrong)
     with pytest.raises(UserError, match="not CIFAR-10; type --dataset"):
         load_source("cifar10", data_dir=carried)
@@ -345,13 +346,21 @@ def test_a_picture_taken_sideways_stands_upright():
     assert (decoded(lying, "png", exif=exif) == top_red).all()
 
 
-def test_large_pictures_become_squares_and_small_equal_ones_stay(pictures):
+def test_small_equal_pictures_stay_others_become_squares_and_one_large_makes_all_photographs(
+    pictures,
+):
     assert load_source(str(pictures), image_size=32).train.images.shape[1:] == (3, 8, 8)
-    Image.new("RGB", (300, 200), "blue").save(pictures / "cat" / "big.jpg")
+    Image.new("RGB", (60, 40), "blue").save(pictures / "cat" / "big.jpg")
     with pytest.raises(UserError, match=r"differ in size.*--image-size"):
         load_source(str(pictures))
     source = load_source(str(pictures), image_size=32)
     assert source.train.images.shape[1:] == source.test.images.shape[1:] == (3, 32, 32)
+    Image.new("RGB", (300, 200), "blue").save(pictures / "cat" / "big.jpg")
+    photographs = load_source(str(pictures), image_size=32)
+    assert isinstance(photographs.train, PhotoSet) and isinstance(photographs.test, PhotoSet)
+    assert len(photographs.train) + len(photographs.test) == len(source.train) + len(source.test)
+    sizes = photographs.train.photos.sizes.tolist()
+    assert sorted(map(tuple, sizes))[-1] == (200, 300) and (8, 8) in map(tuple, sizes)
 
 
 def test_a_truncated_jpeg_stops_the_run_or_is_left_out_and_listed(pictures):

@@ -183,7 +183,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         self._compare_classes()
         own = self.facts.get("own code")
-        if facts.get("own code", own) != own and "code" not in allowed:
+        other_code = bool(own and facts.get("own code")) and facts["own code"] != own
+        if other_code and "code" not in allowed:  # a class in memory has no files to compare
             files = digests_of(self.plan.config.model)
             kept = Path(str(self.folder)) / CODE
             other = [n for n, value in files.items() if not holds(kept, {n: value})]
@@ -195,7 +196,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         if facts.get("order", self.facts["order"]) != self.facts["order"]:
             warn("the order of the samples is no longer that of this checkpoint")
-        if facts.get("code") != self.facts["code"] or facts.get("own code", own) != own:
+        if facts.get("code") != self.facts["code"] or other_code:
             warn(
                 "the code changed since this checkpoint: the run goes on, but no longer bit for bit"
             )

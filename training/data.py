@@ -1,32 +1,47 @@
 """All that a run reads: the data set, the batch that is possible, loaders, augmentation."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from config import BatchPlan, Settings, plan_batch
+from common.disk import Json
+from config import HINTS, BatchPlan, Settings, TrainConfig, plan_batch
 from data.augment import Augment
+from data.cuts import Cuts, default_resize, lost
+from data.files import SMALL
 from data.image_set import numbered_as
-from data.loaders import Resident, build_test_loader, build_train_loader, evaluation_batch
+from data.loaders import (
+    Decoding,
+    Photographs,
+    Resident,
+    build_test_loader,
+    build_train_loader,
+    decoding_of,
+    evaluation_batch,
+)  # fmt: skip
 from data.order import GlobalBatchSampler, split_validation
-from data.sources import ImageSet, Source, limited, load_source
+from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
+from data.sources import Source, limited, load_source
 from distributed import faults
+from distributed.stop import DAMAGED
 from distributed.world import World
 from errors import UserError
 from models import lookup
 from training.plan import Plan, classes_of_run
 
 Batch = dict[str, Tensor]
+MOST_CUT_OFF = 0.7  # of a side, in the mean: a photograph of 3 x 2 loses 0.4
 
 
-def resident(loader: DataLoader) -> Resident:
-    """The images that a loader hands out, also after Accelerate prepared it."""
-    return cast(Resident, loader.dataset)
+def pictures_of(loader: DataLoader) -> Resident | Photographs:
+    """What a loader hands out, also after Accelerate prepared it."""
+    return cast(Resident | Photographs, loader.dataset)
 
 
 @dataclass(frozen=True)
@@ -45,12 +60,12 @@ class Data:
     note: str = ""
 
     @property
-    def train(self) -> Resident:
-        return resident(self.train_loader)
+    def train(self) -> Resident | Photographs:
+        return pictures_of(self.train_loader)
 
     @property
-    def test(self) -> Resident:
-        return resident(self.test_loaders["test"])
+    def test(self) -> Resident | Photographs:
+        return pictures_of(self.test_loaders["test"])
 
     @property
     def classes(self) -> list[str]:
@@ -79,7 +94,69 @@ class Data:
     def rest_of_epoch(self, epoch: int, first_step: int) -> Iterator[Batch]:
         """This process's slice of each global batch of an epoch, from one of its steps on."""
         self.sampler.start(epoch, first_step)
-        yield from self.train_loader
+        yield from self.train.in_flight(self.train_loader, epoch)
+
+    def evaluation(self, split: str) -> Iterator[Batch]:
+        """This process's slice of each batch of a split."""
+        loader = self.test_loaders[split]
+        yield from pictures_of(loader).in_flight(loader, None)
+
+    def photographs(self) -> list[str]:
+        """How large photographs are, what is seen of them and who decodes them, if these are."""
+        if isinstance(self.train, Resident):
+            return []
+        pictures, decoding = self.train.pictures, self.train.decoding
+        cuts, store, count = decoding.cuts, pictures.photos.store, decoding.threads.count
+        seen = f"{cuts.eval_size} pixels of {cuts.eval_resize}"
+        if cuts.resize != "crop":
+            seen = f"{cuts.eval_size} pixels ({cuts.resize})"
+        return [
+            f"{sizes_in_words(pictures.sizes)}; evaluated at {seen}; {store.words} by {count} "
+            f"thread{'s' * (count > 1)} ({decoder()})"
+        ]
+
+    def cut_as(self) -> dict[str, Json]:
+        """How predict.py comes from a picture to what evaluation saw (photographs.as_evaluated)."""
+        if isinstance(self.test, Resident):
+            images = self.test.images
+            return {"picture_size": list(images.shape[2:])} if images.ndim == 4 else {}
+        cuts = self.test.decoding.cuts
+        return {
+            "photographs": True, "eval_size": cuts.eval_size, "eval_resize": cuts.eval_resize,
+            "resize": cuts.resize,
+        }  # fmt: skip
+
+    def cut_off(self) -> list[str]:
+        """What to tell where most of each photograph is never seen."""
+        if isinstance(self.test, Resident):
+            return []
+        gone = lost(self.test.sizes, self.test.decoding.cuts)
+        if gone < MOST_CUT_OFF:
+            return []
+        return [
+            f"{100 * gone:.0f} % of the longer side of these wide or high images is cut off when "
+            "they are evaluated; --resize squash or --resize pad keeps all of it"
+        ]
+
+    def waits(self) -> dict[str, float]:
+        """The share of the training time that waited for photographs, for a row."""
+        train = self.train
+        return {} if isinstance(train, Resident) else {"data/wait": train.ahead.take_wait()}
+
+    def damaged(self, world: World) -> dict[str, str]:
+        """Names and reasons of photographs that could not be decoded so far, on any process."""
+        if isinstance(self.train, Resident):
+            return {}
+        photos = self.train.pictures.photos
+        found = {photos.names[place]: why for place, why in sorted(photos.damage.found.items())}
+        return {name: why for part in world.everyones(found) for name, why in part.items()}
+
+    def counted(self, split: str, world: World) -> int:
+        """How many images of a split count: all but those that could not be decoded just now."""
+        pictures = pictures_of(self.test_loaders[split])
+        if isinstance(pictures, Resident):
+            return len(pictures)
+        return len(pictures) - sum(world.everyones(pictures.left_out))
 
     def endless(self) -> Iterator[Batch]:
         """Epoch after epoch, for trials that are no run."""
@@ -92,10 +169,10 @@ class Data:
         return next(iter(self.sampler)).tolist()
 
 
-def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
+def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> tuple[Plan, Data]:
     """The data set of a plan, the same on every process, with its loaders and augmentation.
 
-    The plan comes back with the batch that the data allow.
+    The plan comes back with the batch that the data allow. `say` hears of work that takes long.
 
     Raises UserError where it cannot be had, and where batch, shards and processes do not fit.
     """
@@ -104,15 +181,62 @@ def load_data(plan: Plan, world: World) -> tuple[Plan, Data]:
     source = world.all_or_none(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed,
+        keep_decoded=True, stage=config.stage, say=say if world.is_main else print,
     ))  # fmt: skip
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
     known = world.main_decides(lambda: classes_of_run(plan))
     numbered = numbered_as(source, known)
+    if isinstance(source.train, PhotoSet):
+        watch_damage(source.train.photos, config, world)
     data = build_data(plan.settings, numbered, world.num_processes, world.device)
-    if numbered is not source:
-        data = replace(data, note="the data name the run's classes in another order: by name")
+    notes = ["the data name the run's classes in another order: by name"]
+    notes = (numbered is not source) * notes + without_effect(config, source)
+    data = replace(data, note="; ".join(notes))
     return plan.with_batch(data.batch), data
+
+
+def without_effect(config: TrainConfig, source: Source) -> list[str]:
+    """What to tell of settings that concern photographs, where the pictures are none."""
+    names = ("resize", "eval_size", "eval_resize", "exclude", "decode_threads")
+    asked = [n for n in names if getattr(config, n) != HINTS[n].default]
+    if isinstance(source.train, PhotoSet) or not asked:
+        return []
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    return [f"no effect: {flags}; no picture has more than {SMALL} pixels a side, so none is cut"]
+
+
+def watch_damage(photos: Photos, config: TrainConfig, world: World) -> None:
+    """Leave out what the user excludes; a picture that turns out damaged stops the run, or not."""
+    photos.damage.excluded = excluded(photos, config.exclude)
+    if not config.skip_bad_images:
+        photos.damage.notice = lambda: world.stop.request(DAMAGED)
+
+
+def excluded(photos: Photos, names: str | None) -> frozenset[int]:
+    """Places of the pictures that --exclude names, itself or line by line in a text file."""
+    if not names:
+        return frozenset()
+    path = Path(names).expanduser()
+    if names.endswith(".txt"):
+        try:
+            wanted = set(filter(None, path.read_text("utf-8", "surrogateescape").splitlines()))
+        except OSError as error:
+            raise UserError(
+                f"--exclude {names}: {error.strerror}; give a picture's name in the data set, or "
+                "a text file with a name on each line",
+                code="exclude-unreadable",
+            ) from None
+    else:
+        wanted = {names, photos.store.name_of(path)}
+    found = {place for place, name in enumerate(photos.names) if name in wanted}
+    if not found:
+        raise UserError(
+            f"--exclude {names}: the data have no picture of that name; give its path below the "
+            "data set's folder, or the damaged.txt of a run",
+            code="exclude-unknown",
+        )
+    return frozenset(found)
 
 
 def build_data(
@@ -123,6 +247,7 @@ def build_data(
     Raises UserError where the batch, the shards and the processes do not fit together.
     """
     config = settings.config
+    decoding = cutting(config, source, device)
     entry = lookup(config.model)
     if entry.task != source.task:
         fits = "--dataset line" if entry.task == "regression" else "an image data set"
@@ -132,24 +257,42 @@ def build_data(
             code="data-of-another-task",
         )
     train, test = limited(source.train, config.limit), limited(source.test, config.limit)
-    test_batch = evaluation_batch(len(test), config.image_size, device) * num_processes
+    seen = config.image_size if decoding is None else decoding.cuts.eval_size
+    test_batch = evaluation_batch(len(test), seen, device) * num_processes
     if settings.actions.dry_run:
         test = limited(test, 2 * test_batch)
     tests = {"test": test}
     if config.val_fraction:
         kept, held_out = split_validation(len(train), config.val_fraction, config.seed)
-        validation = ImageSet(train.images[held_out], train.labels[held_out])
-        train = ImageSet(train.images[kept], train.labels[kept])
+        validation, train = train.part(held_out), train.part(kept)
         tests = {"val": validation, "test": test}
     batch = plan_batch(settings, num_processes, len(train))
-    train_loader, sampler = build_train_loader(train, batch.batch_size, config.seed, device)
+    train_loader, sampler = build_train_loader(
+        train, batch.batch_size, config.seed, device, decoding
+    )
     augment = Augment(
         config.augment, config.image_size, source.mean, source.std, config.seed,
         cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
         alternating_flip=config.alternating_flip, no_flip=source.no_flip,
         tta=config.tta, samples=0 if device.type == "cpu" else len(train),
+        cut=decoding is not None,
     )  # fmt: skip
     test_loaders = {
-        split: build_test_loader(images, test_batch, device) for split, images in tests.items()
+        split: build_test_loader(images, test_batch, device, decoding)
+        for split, images in tests.items()
     }
     return Data(source, batch, augment, sampler, train_loader, test_loaders)
+
+
+def cutting(config: TrainConfig, source: Source, device: torch.device) -> Decoding | None:
+    """How the photographs of a source become batches; None for pictures in memory."""
+    if not isinstance(source.train, PhotoSet):
+        return None
+    eval_size = config.eval_size or config.image_size
+    cuts = Cuts(
+        config.augment, config.image_size, eval_size,
+        config.eval_resize or default_resize(eval_size), config.resize, config.seed,
+        source.no_flip, config.alternating_flip,
+    )  # fmt: skip
+    threads = config.decode_threads or torch.get_num_threads()
+    return decoding_of(cuts, source.mean, threads, device)

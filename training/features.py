@@ -11,7 +11,7 @@ from data.loaders import EVALUATION_BATCH, Resident
 from distributed.world import World
 from models.weights import head_prefixes
 from tasks import split_outputs
-from training.data import Data, resident
+from training.data import Data, pictures_of
 from training.learner import Learner
 from training.plan import Plan
 
@@ -33,16 +33,19 @@ def cache_features(learner: Learner, data: Data, plan: Plan, world: World) -> st
     ]
     if len(names) > 1:  # auxiliary heads hang on other features
         return ""
-    parts = [resident(loader) for loader in data.loaders]
+    parts = [pictures_of(loader) for loader in data.loaders]
+    resident = [part for part in parts if isinstance(part, Resident)]
+    if len(resident) < len(parts):  # photographs may turn out to be damaged
+        return ""
     model.eval()
-    given, answer = features_of(learner, data, names[0], data.train.images[:EVALUATION_BATCH])
+    given, answer = features_of(learner, data, names[0], resident[0].images[:EVALUATION_BATCH])
     with torch.no_grad(), learner.accelerator.autocast():
         alone = model.get_submodule(names[0])(given)
     if given.ndim != 2 or not torch.equal(alone.float(), answer.float()):
         return ""
-    if not all(world.everyones(fits(parts, given))):
+    if not all(world.everyones(fits(resident, given))):
         return ""
-    for part in parts:
+    for part in resident:
         chunks = part.images.split(EVALUATION_BATCH)
         part.features = torch.cat(
             [

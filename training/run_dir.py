@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,7 @@ except ImportError:  # Windows
 
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
+DAMAGED = "damaged.txt"  # names of photographs, as --exclude reads them
 MOST_DIFF = 1_000_000  # characters of uncommitted changes that a run keeps
 WRITTEN_ON = ("lock", "train.log", "metrics.jsonl", "checkpoints", "crash", CODE)
 MOST_OWNER = 4096  # bytes of a lock
@@ -318,6 +319,18 @@ class RunDir:
         write_json(self.folder / "classes.json", content)
         if source.skipped:
             write_text(self.folder / SKIPPED, "\n".join(source.skipped) + "\n")
+
+    def write_damaged(self, names: Iterable[str]) -> None:
+        """damaged.txt: these photographs too, which could not be decoded while the run went on."""
+        path = self.folder / DAMAGED
+        try:
+            known = path.read_text("utf-8", "surrogateescape").splitlines()
+        except OSError:
+            known = []
+        if new := [name for name in names if name not in known]:
+            text = "".join(f"{name}\n" for name in [*known, *new])
+            with whole(path) as partial:
+                partial.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     def write_metrics(self, metrics: Sequence[Metric], best_is: str) -> None:
         """metrics.json: what the numbers in metrics.jsonl are, for those who have this folder."""

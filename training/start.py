@@ -117,7 +117,7 @@ def _start_from_data(model: nn.Module, data: Data, world: World) -> None:
     A resumed run overwrites them with those of its checkpoint.
     """
     if world.is_main:
-        images = data.train.images[:2000].cpu()
+        images = data.train.seen(torch.arange(min(2000, len(data.train)))).cpu()
         cast(StartsFromData, model).start_from_data(data.augment.evaluate(images))
     load_whole_state(model, world.broadcast(whole_state(model) if world.is_main else {}))
 
@@ -136,7 +136,7 @@ def settle_buckets(learner: Learner, data: Data) -> None:
     before = packed(shards.buffers)
     shards.generators.seed(shards.seed_of(0, 0))  # which layers run may be left to chance
     indices = torch.arange(data.batch.micro_batch_size, device=data.train.labels.device)
-    batch = data.train.__getitems__(indices)
+    batch = data.train.batch(indices)
     images = learner.inputs(data.augment.train(batch["images"], batch["indices"], 0))
     loss = learner.task.loss(learner.model.train()(images), batch["labels"].to(images.device))
     shards.weighed(loss).backward()  # not the accelerator's: under fp16 it would need a scale
@@ -160,6 +160,7 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
     State that a model hides makes the number of processes one of them: `hidden_state` names it.
     """
     own_file = Path(settings.config.model.partition(".py:")[0] + ".py")
+    own_files = digests_of(settings.config.model)
     facts = {
         "data": data.source.fingerprint,
         "model": model_fingerprint(started.model),
@@ -167,7 +168,7 @@ def agreed_facts(settings: Settings, data: Data, started: Started, world: World)
         "code": code_fingerprint(own_file),
         "hidden_state": ", ".join(started.trial.hidden),
         "processes": str(world.num_processes),
-        "own code": digest(json.dumps(digests_of(settings.config.model))),
+        "own code": digest(json.dumps(own_files)) if own_files else "",
     }
     world.refuse_disagreement({**facts, "settings": digest(to_json(settings))})
     return facts
@@ -179,5 +180,5 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
     return {
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
-        "dataset": plan.config.dataset, "code": digests_of(plan.config.model),
+        "dataset": plan.config.dataset, "code": digests_of(plan.config.model), **data.cut_as(),
     }  # fmt: skip

@@ -69,7 +69,7 @@ class Tried:
 
     def batch(self, first: int, size: int) -> dict[str, Tensor]:
         indices = (torch.arange(size) + first) % len(self.data.train)
-        return self.data.train.__getitems__(indices.to(self.data.train.labels.device))
+        return self.data.train.batch(indices.to(self.data.train.labels.device))
 
     def trains(self, batch: dict[str, Tensor]) -> Tensor:
         """A forward and backward: the numbers that it answered."""
@@ -137,7 +137,7 @@ def try_model(
                 "of models/pooling.py does not, or train without --deterministic",
                 code="not-deterministic",
             ) from None
-        shape = tuple(data.train.images[:size].shape)
+        shape = tuple(data.train.seen(torch.arange(size) % len(data.train)).shape)
         raise UserError(
             f"--model {config.model}: fails on {size} images {shape} at --image-size "
             f"{config.image_size}: {place_in(config.model, error)}"

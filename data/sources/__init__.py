@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,13 @@ NAMES = ("auto", *SOURCES, "folder")  # folder: the one that --data-dir names
 
 # How a copy may lie on a disk, in the order in which a path is asked; "hub" lies elsewhere.
 LAYOUTS = {
+    "pack": "pack:PACK",
     "batches": "cifar_batches:BATCHES",
     "archive": "cifar_batches:ARCHIVE",
     "tables": "tables:TABLES",
     "tensors": "carried:TENSORS",
+    "imagenet": "archives:IMAGENET",
+    "webdataset": "archives:WEBDATASET",
     "folder": "folder:FOLDER",
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -162,7 +166,7 @@ def choose_dataset(dataset: str, data_dir: str | None = None) -> tuple[str, str]
 
 
 def _choose_automatically(data_dir: str | None) -> tuple[str, str]:
-    if data_dir and kind_of(_existing(data_dir, "--data-dir")) == "folder":
+    if data_dir and kind_of(_existing(data_dir, "--data-dir")) in ("folder", "pack"):
         return choose_dataset(data_dir)
     first, second = AUTOMATIC
     copy = locate(first, data_dir)
@@ -183,37 +187,67 @@ def load_source(
     image_size: int | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
+    keep_decoded: bool = False,
+    stage: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
     Safe to call from all processes of a node at once: one decodes, the others wait for its file.
     `image_size` applies to folders and tables (see `files.decode_all`), `seed` to `line` alone.
+    `keep_decoded`: photographs that many epochs will read are decoded once, where they are few.
+    `stage`: a folder of this node that a pack is copied to, once, and read from.
+    `say` hears of work that takes long, before it begins.
     """
     if name in SOURCES and SOURCES[name].made:
+        if stage:
+            raise _nothing_to_stage(name)
         return find(SOURCES[name].target)(f"Data: {SOURCES[name].summary}.", seed)
     from data.cache import cached
-    from data.sources.describe import source_of
+    from data.sources.describe import at_hand, in_pack, source_of
 
     copy = locate(name, data_dir)
+    if stage:
+        copy = _staged(copy, Path(stage).expanduser(), say)
     if copy.published:
         image_size = None  # its pictures share one small size
-    if copy.layout and not copy.layout.read:
-        entry = build(copy, image_size, skip_bad_images)  # a cached one already
+    if copy.layout and copy.layout.entry:
+        entry = build(copy, image_size, skip_bad_images, say)  # a cached one already
     else:
         key = copy.key(image_size, skip_bad_images)
-        entry = cached(key, lambda: build(copy, image_size, skip_bad_images))
+        make = partial(build, copy, image_size, skip_bad_images, say)
+        entry = in_pack(key, cached(key, make), make, image_size)
+        if keep_decoded:
+            entry = at_hand(copy.key(None, skip_bad_images), entry, say)
     return source_of(name, entry, copy.origin)
 
 
-def build(copy: Copy, image_size: int | None, skip_bad: bool) -> Entry:
+def _staged(copy: Copy, folder: Path, say: Callable[[str], None]) -> Copy:
+    from data.pack import staged
+
+    if copy.kind != "pack":
+        raise _nothing_to_stage(copy.where)
+    return replace(copy, where=str(staged(Path(copy.where), folder, say)))
+
+
+def _nothing_to_stage(name: str) -> UserError:
+    return UserError(
+        f"--stage copies a pack, and {printable(name)} is none: make one with python -m data "
+        "prepare --out FOLDER, or leave --stage out",
+        code="nothing-to-stage",
+    )
+
+
+def build(copy: Copy, image_size: int | None, skip_bad: bool, say: Callable[[str], None]) -> Entry:
     """Read and decode a data set that is not in the cache."""
+    from data.cache import entry_path
     from data.sources import hub
     from data.sources.describe import entry_of
 
     layout = copy.layout
-    if layout and not layout.read:
+    if layout and layout.entry:
         known = {name: find(e.target) for name, e in SOURCES.items() if not e.made}
-        return find("carried:read")(Path(copy.where), image_size, known, copy.name)
+        return layout.entry(Path(copy.where), image_size, known, copy.name)
     if layout and layout.read:
         found = layout.read(Path(copy.where), image_size, skip_bad)
     else:
@@ -224,7 +258,8 @@ def build(copy: Copy, image_size: int | None, skip_bad: bool) -> Entry:
         found = hub.read(copy.where, image_size, skip_bad)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
-    return entry_of(found, printable(copy.where))
+    folder = entry_path(copy.key(None, skip_bad)).with_suffix(".pack")  # whatever the size
+    return entry_of(found, printable(copy.where), image_size, folder, say)
 
 
 def save_source(source: Source, path: Path, image_size: int | None) -> None:
@@ -303,6 +338,7 @@ def kind_of(path: Path) -> str:
     raise UserError(
         f"{printable(path)} holds no pictures this program can read: give a folder with one "
         "subfolder of images per class, a parquet file or a folder of them, a save_to_disk "
-        "folder, or the cifar-10-batches-py folder.",
+        "folder, WebDataset's tar files, ImageNet's archives, a pack, or the "
+        "cifar-10-batches-py folder.",
         code="unknown-layout",
     )

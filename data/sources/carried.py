@@ -6,7 +6,7 @@ from pathlib import Path
 from common.text import printable
 from data.cache import Entry, read_entry, write_entry
 from data.files import SMALL
-from data.image_set import Source
+from data.image_set import Source, in_memory
 from data.sources.layout import Layout
 from data.sources.published import Published
 from errors import UserError
@@ -18,8 +18,9 @@ def save(source: Source, path: Path, image_size: int | None) -> None:
     It needs no decoder and none of the packages that read tables. image_size is what the pictures
     were decoded for.
     """
-    tensors = {"train_images": source.train.images, "train_labels": source.train.labels}
-    tensors |= {"test_images": source.test.images, "test_labels": source.test.labels}
+    train, test = in_memory(source.train), in_memory(source.test)
+    tensors = {"train_images": train.images, "train_labels": train.labels}
+    tensors |= {"test_images": test.images, "test_labels": test.labels}
     names = ("name", "classes", "mean", "std", "fingerprint", "skipped")
     meta = {name: getattr(source, name) for name in names} | {"image_size": image_size}
     if not write_entry(path, tensors, meta):
@@ -63,5 +64,6 @@ TENSORS = Layout(
     "decoded tensors",
     lambda path: path.is_file() and path.suffix == ".safetensors",
     lambda path: [path],
-    None,  # decoded before: `read` gives what the cache would give
+    None,
+    read,
 )

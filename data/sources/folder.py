@@ -6,6 +6,7 @@ from pathlib import Path
 from common.text import class_name, printable
 from data.files import SUFFIXES, TEST_NAMES, Records, decode_records, keyed_split
 from data.image_set import Decoded
+from data.scan import Scanned
 from data.sources.layout import Layout
 from errors import UserError
 
@@ -84,7 +85,7 @@ def _inside(path: Path, root: Path) -> bool:
     return not path.is_symlink() or path.resolve().is_relative_to(root)
 
 
-def read(path: Path, image_size: int | None, skip_bad: bool) -> Decoded:
+def read(path: Path, image_size: int | None, skip_bad: bool) -> Decoded | Scanned:
     """The pictures of a folder, decoded; the folder's names are the classes."""
     return decode_records(read_class_folders(path), image_size, skip_bad)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from common.text import printable
 from data.files import Records, decode_records
 from data.image_set import Decoded
+from data.scan import Scanned
 from data.sources.tables import read_tables, records_of_tables, split_of, table_files
 from errors import UserError
 
@@ -70,7 +71,7 @@ def folder_of(repository: str) -> Path | None:
     return None
 
 
-def read(repository: str, image_size: int | None, skip_bad: bool) -> Decoded:
+def read(repository: str, image_size: int | None, skip_bad: bool) -> Decoded | Scanned:
     """From the hub's caches, else from the hub, which has been asked before."""
     return decode_records(read_records(repository), image_size, skip_bad)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from common.text import places, printable
 from data.image_set import Decoded
+from data.scan import Scanned
 from errors import UserError
 
 
@@ -17,13 +18,17 @@ class Published:
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
 
-    def recognised(self, found: Decoded, where: str) -> Decoded:
+    def recognised(self, found: Decoded | Scanned, where: str) -> Decoded:
         """The same pictures, with the names of the classes; UserError where they are others."""
-        shape = tuple(found.images.shape[1:])
-        if shape != self.shape or len(found.classes) > len(self.classes):
+        if isinstance(found, Scanned):
+            classes, images = found.records.classes, "photographs"
+        else:
+            classes, images = found.classes, f"images of {tuple(found.images.shape[1:])}"
+        same_shape = isinstance(found, Decoded) and tuple(found.images.shape[1:]) == self.shape
+        if not isinstance(found, Decoded) or not same_shape or len(classes) > len(self.classes):
             raise UserError(
-                f"what lies at {printable(where)} is not {self.title}: {len(found.classes)} "
-                f"classes, images of {shape}; type --dataset {printable(where)} to train on it.",
+                f"what lies at {printable(where)} is not {self.title}: {len(classes)} "
+                f"classes, {images}; type --dataset {printable(where)} to train on it.",
                 code="other-data-set",
             )
         numbers = tuple(map(str, range(len(found.classes))))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from common.text import both_sides, class_name, places, printable
 from data.files import TEST_NAMES, Records, decode_records, keyed_split
 from data.image_set import Decoded
+from data.scan import Scanned
 from data.sources.layout import Layout
 from errors import UserError
 
@@ -96,7 +97,7 @@ def records_of_tables(splits: dict[str, list["pyarrow.Table"]], origin: str) -> 
     if not any(is_test):
         keys = (item if isinstance(item, bytes) else os.fsencode(item.name) for item in items)
         is_test = keyed_split(keys, labels)
-    return Records(items, names, labels, is_test, classes)
+    return Records([*items], names, labels, is_test, classes)
 
 
 def _by_name(
@@ -225,7 +226,7 @@ def _rows(
     return items, labels, lists
 
 
-def read(path: Path, image_size: int | None, skip_bad: bool) -> Decoded:
+def read(path: Path, image_size: int | None, skip_bad: bool) -> Decoded | Scanned:
     """The pictures of tables on the disk, decoded."""
     return decode_records(read_tables(path), image_size, skip_bad)
 

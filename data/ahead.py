@@ -1,0 +1,131 @@
+"""Work for the batches to come, by threads, in the order of the batches."""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Piece = Callable[[], None]
+
+
+class Threads:
+    """Daemon threads that do pieces of work: a read that hangs keeps no process from ending."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pieces: queue.SimpleQueue[tuple[Work, Piece] | None] = queue.SimpleQueue()
+        self._started = False
+
+    def do(self, pieces: list[Piece]) -> "Work":
+        """Begin with these pieces, after all that were given before."""
+        if not self._started:  # with the first batch: a fork may come before it
+            self._started = True
+            self._start()
+        work = Work(len(pieces))
+        for piece in pieces:
+            self._pieces.put((work, piece))
+        return work
+
+    def _start(self) -> None:
+        ready = threading.Barrier(self.count + 1)
+        for number in range(self.count):
+            name = f"decode-{number}"
+            threading.Thread(target=self._run, args=(ready,), name=name, daemon=True).start()
+        mine = torch.get_num_threads()
+        ready.wait()  # each has told torch that it works alone: a team of its own would be slower,
+        torch.set_num_threads(mine)  # and what it told would hold for later threads too
+
+    def end(self) -> None:
+        """No more work comes: the threads leave when they have done what there is."""
+        if self._started:
+            for _ in range(self.count):
+                self._pieces.put(None)
+        self._started = False
+
+    def _run(self, ready: threading.Barrier) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # only a reading in this thread makes it hold
+        ready.wait()
+        while (one := self._pieces.get()) is not None:
+            work, piece = one
+            try:
+                if not work.dropped:
+                    piece()
+            except BaseException as error:
+                work.error = work.error or error
+            work.count_one()
+
+
+class Work:
+    """Pieces of work that somebody waits for; the first error among them is raised there."""
+
+    def __init__(self, pieces: int) -> None:
+        self.dropped = False
+        self.error: BaseException | None = None
+        self._left = pieces
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        if not pieces:
+            self._done.set()
+
+    def count_one(self) -> None:
+        """One piece is done."""
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._done.set()
+
+    def wait(self) -> None:
+        """Until all pieces are done; in short turns, so that a signal is heard."""
+        while not self._done.wait(0.2):
+            pass
+        if self.error is not None:
+            raise self.error
+
+
+class Ahead(Generic[T, R]):
+    """Begins what later items need while earlier ones are used; counts the seconds waited."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self._waited = self._used = 0.0
+
+    def take_wait(self) -> float:
+        """The share of the time that was spent waiting, since this was last asked."""
+        total = self._waited + self._used
+        share = self._waited / total if total else 0.0
+        self._waited = self._used = 0.0
+        return share
+
+    def over(
+        self, items: Iterable[T], begin: Callable[[T], tuple[Work, Callable[[], R]]]
+    ) -> Iterator[R]:
+        """What begin(item) gives once its work is done, item by item, `depth` of them in flight."""
+        flying: deque[tuple[Work, Callable[[], R]]] = deque()
+        source = iter(items)
+        try:
+            for item in source:
+                flying.append(begin(item))
+                if len(flying) > self.depth:
+                    yield from self._landed(flying.popleft())
+            while flying:
+                yield from self._landed(flying.popleft())
+        finally:
+            for work, _ in flying:  # left in mid-epoch: nobody will ask for them
+                work.dropped = True
+
+    def _landed(self, one: tuple[Work, Callable[[], R]]) -> Iterator[R]:
+        work, result = one
+        began = time.perf_counter()
+        work.wait()
+        ready = time.perf_counter()
+        self._waited += ready - began
+        yield result()
+        self._used += time.perf_counter() - ready

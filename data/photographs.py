@@ -1,0 +1,332 @@
+"""Photographs: an index of what lies where, and pixels that are decoded when a batch needs them.
+
+Whole pictures stay encoded on the disk. Each is decoded, and its part that is seen cut out and
+scaled, by one of the threads that work ahead of the step; never more than a few batches are there.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.text import printable
+from data.ahead import Piece, Threads, Work
+from data.cuts import Boxes, Cuts, default_resize
+from data.files import decode, opened, refuse_too_large
+
+PLAIN = 16  # in a picture's kind: a JPEG whose colours need no thought; below it: its orientation
+RETRIES = (1.0, 3.0, 6.0)  # seconds before a picture that cannot be read is tried once more
+PIECE = 4  # pictures that a thread takes at a time
+PHOTOGRAPH = 224  # pixels a side, where nobody says how large photographs are seen
+
+
+class Store(Protocol):
+    """Where whole pictures lie, by place; all of it may be asked from any thread."""
+
+    @property
+    def words(self) -> str:
+        """How pictures come from there, for a person."""
+        ...
+
+    def encoded(self, place: int) -> bytes:
+        """The bytes of a picture's file; OSError where they cannot be read."""
+        ...
+
+    def raw(self, place: int) -> np.ndarray | None:
+        """The upright pixels (H, W, 3) uint8, where they lie decoded."""
+        ...
+
+    def name_of(self, path: Path) -> str:
+        """The name that a file of the data set has in it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Names:
+    """Many names in one tensor of bytes: a million strings would cost a hundred megabytes."""
+
+    text: Tensor  # uint8
+    ends: Tensor  # int64 (n,)
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Self:
+        """These names, packed."""
+        parts = [name.encode("utf-8", "surrogateescape") for name in names]
+        text = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
+        return cls(text, torch.tensor([len(part) for part in parts]).cumsum(0))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[place] for place in range(len(self)))
+
+    def __getitem__(self, place: int) -> str:
+        start = int(self.ends[place - 1]) if place else 0
+        part = self.text[start : int(self.ends[place])]
+        return part.numpy().tobytes().decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class FileStore:
+    """Pictures that stay the files that they are."""
+
+    root: Path
+    names: Names
+    words: str = "decoded from their files"
+
+    def encoded(self, place: int) -> bytes:
+        """See Store."""
+        return (self.root / self.names[place]).read_bytes()
+
+    def raw(self, place: int) -> np.ndarray | None:
+        """See Store."""
+        return None
+
+    def name_of(self, path: Path) -> str:
+        """See Store."""
+        return Path(os.path.relpath(path, self.root)).as_posix()
+
+
+@dataclass
+class Damage:
+    """Pictures that could not be decoded; each weighs nothing, whoever meets it."""
+
+    excluded: frozenset[int] = frozenset()  # places that the user wants left out
+    found: dict[int, str] = field(default_factory=dict)  # place: why; what was met stays left out
+    notice: Callable[[], None] | None = None  # called, from any thread, when one was met
+
+    def add(self, place: int, why: str) -> None:
+        """A picture that was met for the first time."""
+        self.found[place] = why
+        if self.notice is not None:
+            self.notice()
+
+
+@dataclass(frozen=True)
+class Photos:
+    """N photographs: where they lie, their names, and height and width, int32 (N, 2), upright."""
+
+    store: Store
+    names: Names
+    sizes: Tensor
+    kinds: Tensor  # (N,) uint8: EXIF's orientation, and whether it is a PLAIN JPEG
+    damage: Damage = field(default_factory=Damage)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def pixels(self, place: int) -> np.ndarray:
+        """A whole picture, upright RGB (H, W, 3) uint8, as its size was when it was scanned."""
+        found = self.store.raw(place)
+        if found is None:
+            found = decoded(self._read(place), int(self.kinds[place]))
+        height, width = self.sizes[place].tolist()
+        if found.shape != (height, width, 3):
+            raise ValueError(
+                f"is {found.shape[1]} x {found.shape[0]} now, was {width} x {height} when the "
+                "folder was scanned"
+            )
+        return found
+
+    def _read(self, place: int) -> bytes:
+        for pause in RETRIES:  # a network disk has bad seconds
+            try:
+                return self.store.encoded(place)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                time.sleep(pause)
+        return self.store.encoded(place)
+
+    def batch(
+        self, places: list[int], boxes: Boxes, fill: tuple[int, int, int], threads: Threads,
+        pinned: bool = False,
+    ) -> tuple[Work, Tensor, list[int]]:  # fmt: skip
+        """The work that cuts these pictures; their images, (n, 3, S, S) uint8, once it is done.
+
+        The last are the rows that turned out to be damaged: those are all of the fill colour.
+        Place -1 is padding.
+        """
+        shape = (len(places), boxes.size, boxes.size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        pixels, bad = images.numpy(), []
+
+        def piece(rows: range) -> None:
+            for row in rows:
+                place = places[row]
+                if place < 0 or not self._cut(place, row, boxes, pixels[row], fill):
+                    pixels[row] = fill
+                    if place >= 0:
+                        bad.append(row)
+
+        ranges = (range(i, min(i + PIECE, len(places))) for i in range(0, len(places), PIECE))
+        pieces: list[Piece] = [functools.partial(piece, rows) for rows in ranges]
+        return threads.do(pieces), images.permute(0, 3, 1, 2), bad
+
+    def _cut(
+        self, place: int, row: int, boxes: Boxes, out: np.ndarray, fill: tuple[int, int, int]
+    ) -> bool:
+        if place in self.damage.excluded or place in self.damage.found:
+            return False
+        try:
+            cut(self.pixels(place), boxes.rows[row], out, fill)
+        except MemoryError:
+            raise  # says nothing of the picture
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            self.damage.add(place, reason(error))
+            return False
+        return True
+
+
+def reason(error: Exception) -> str:
+    """Why a picture could not be decoded, in words."""
+    if isinstance(error, FileNotFoundError):
+        return "it is no longer there"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(str(error) or type(error).__name__).rstrip(".")
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """Some of the photographs, by place, with their labels, int64 (n,) both."""
+
+    photos: Photos
+    places: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, chosen: Tensor) -> Self:
+        """Those of these positions."""
+        return replace(self, places=self.places[chosen], labels=self.labels[chosen])
+
+    @property
+    def sizes(self) -> Tensor:
+        """Height and width of each, int32 (n, 2)."""
+        return self.photos.sizes[self.places]
+
+
+def sizes_in_words(sizes: Tensor) -> str:
+    """Height and width, int32 (n, 2), as "300x200 to 4000x3000 pixels", the smallest first."""
+    area = sizes.long().prod(dim=1)
+    (low, high) = (sizes[int(place)].tolist() for place in (area.argmin(), area.argmax()))
+    small, large = (f"{width}x{height}" for height, width in (low, high))
+    return f"{small} pixels" if small == large else f"{small} to {large} pixels"
+
+
+def decoder() -> str:
+    """What decodes plain JPEGs here, with its version: a part of a run's fingerprint."""
+    jpeg = _simplejpeg()
+    if jpeg is not None:
+        from importlib.metadata import version
+
+        return f"simplejpeg {version('simplejpeg')}"
+    from PIL import features
+
+    return f"Pillow with libjpeg-turbo {features.version('libjpeg_turbo')}"
+
+
+@functools.cache
+def _simplejpeg() -> Callable[..., np.ndarray] | None:
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError:  # no wheel for this platform: Pillow has the same pixels, more slowly
+        return None
+    return decode_jpeg
+
+
+def decoded(encoded: bytes, kind: int) -> np.ndarray:
+    """A whole picture, upright RGB (H, W, 3) uint8."""
+    jpeg = _simplejpeg()
+    if not kind & PLAIN or jpeg is None:
+        return decode(encoded, None)
+    return upright(jpeg(encoded, "RGB"), kind % PLAIN)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels (H, W, 3) turned as EXIF's orientation 1 to 8 says; a view."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def cut(pixels: np.ndarray, row: list[int], out: np.ndarray, fill: tuple[int, int, int]) -> None:
+    """Put what a row of Boxes takes of a picture (H, W, 3) into `out`, (size, size, 3).
+
+    Scaled by torch's antialiased bilinear filter in whole numbers, as torchvision's transforms are.
+    """
+    left, top, right, bottom, height, width, y, x, flips = row
+    part = np.ascontiguousarray(pixels[top:bottom, left:right])
+    part = torch.from_numpy(part if part.flags.writeable else part.copy())  # a page of a pack
+    if part.shape[:2] != (height, width):
+        part = torch.nn.functional.interpolate(
+            part.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True
+        )[0].permute(1, 2, 0)
+    size = len(out)
+    seen = part[max(0, -y) : size - y, max(0, -x) : size - x].numpy()
+    if seen.shape != out.shape:
+        out[:] = fill
+    y, x = max(0, y), max(0, x)
+    inside = out[:, ::-1] if flips else out
+    inside[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
+
+
+def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
+    """A picture (H, W, 3) as the evaluation of a run saw its own, (S, S, 3) uint8.
+
+    `told` is what the run's weights say of themselves: image_size, and how photographs were cut or
+    the size of small pictures that were kept as they were; older ones kept small squares so.
+    """
+    from PIL import Image
+
+    from data.files import SMALL, square
+
+    size = told["image_size"]
+    height, width, _ = pixels.shape
+    older = "dataset" in told and not told.keys() & {"picture_size", "photographs"}
+    if [height, width] == told.get("picture_size") or (older and height == width <= SMALL):
+        return pixels.copy()
+    if not told.get("photographs") and max(pixels.shape[:2]) <= SMALL:
+        return np.asarray(square(Image.fromarray(pixels), size)).copy()
+    # Small pictures that a run was trained on were not cut; nor were those of older runs.
+    margin = default_resize(size) if told.get("photographs") else size
+    cuts = Cuts(
+        "none", size, told.get("eval_size", size), told.get("eval_resize", margin),
+        told.get("resize", "crop"), 0,
+    )  # fmt: skip
+    boxes = cuts.evaluation(torch.tensor([pixels.shape[:2]]))
+    out = np.empty((boxes.size, boxes.size, 3), np.uint8)
+    red, green, blue = (round(255 * value) for value in told["mean"])
+    cut(pixels, boxes.rows[0], out, (red, green, blue))
+    return out
+
+
+def header(encoded: bytes | Path) -> tuple[int, int, int]:
+    """Height, width, upright, and kind of a picture, of which only the header is read.
+
+    Raises whatever Pillow raises where it is none; ValueError where it has too many pixels.
+    """
+    with opened(encoded) as image:
+        refuse_too_large(image)
+        width, height = image.size
+        orientation = image.getexif().get(0x0112, 1)
+        kind = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+        if kind >= 5:
+            width, height = height, width
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            kind |= PLAIN
+    return height, width, kind
