@@ -254,11 +254,7 @@ SWITCH_WORDS = {"yes": True, "on": True, "no": False, "off": False}  # as YAML 1
 # What other programs call it, and what it is here. Names are without --, with _.
 MEANT = {
     "pretrained": "type --weights imagenet, or a file of weights",
-    "loss": "a task has its loss: cross entropy of classes (--label-smoothing), squared error of "
-    "numbers",
-    "patience": "no run ends before its length: the best weights are kept, and a run can go on "
-    "with more --epochs",
-    "early_stopping": "no run ends before its length: the best weights are kept",
+    "early_stopping": "type --patience and the evaluations without a better value",
     "scheduler": "type --schedule",
     "learning_rate": "type --lr",
     "wd": "type --weight-decay",

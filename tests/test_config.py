@@ -555,7 +555,6 @@ def test_words_that_yaml_turns_into_switches_mean_what_stands_there(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--loss", "cross entropy"), ("--patience", "the best weights are kept"),
         ("--learning_rate", "--lr"), ("--device", "CUDA_VISIBLE_DEVICES"),
         ("--batchsize", "--batch-size"),
     ],
