@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.text import nearest, seconds
-from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
+from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert
 from errors import UserError, all_of
 from models import Recipe, lookup, told_by_weights
 from models.own_file import (
@@ -228,12 +228,26 @@ def check(settings: Settings) -> None:
     asked = [f"--{n.replace('_', '-')}" for n in of_classes if getattr(c, n) != HINTS[n].default]
     if asked and entry.task == "regression":
         wrong(f"{', '.join(asked)}: of classes; {c.model} is for regression", "contradiction")
-    for name in ("loss",):
+    for name in ("loss", "optimizer"):
         if is_own_file(getattr(c, name)) and not settings.actions.eval_only:
             try:
                 check_own_file(getattr(c, name), f"--{name}")
             except UserError as error:
                 problems.append(error)
+    for name, takers in TAKEN_BY.items():
+        other = c.optimizer not in takers and not is_own_file(c.optimizer)
+        if other and getattr(c, name) not in (None, False):
+            wrong(f"--{name}: {c.optimizer} has none; {', '.join(takers)}", "contradiction")
+    if c.nesterov and not c.momentum:
+        wrong("--nesterov: needs a --momentum above 0", "contradiction")
+    if c.betas is not None:
+        try:
+            if [0 <= float(beta) < 1 for beta in c.betas.split(",")] != [True, True]:
+                raise ValueError
+        except ValueError:
+            wrong(f"--betas {c.betas}: must be two numbers from 0 to below 1, as 0.9,0.95")
+    if c.ema and c.optimizer == "schedule_free":
+        wrong("--ema: schedule_free averages its weights itself: drop one", "contradiction")
     if c.schedule == "one_cycle" and c.warmup:
         wrong("--warmup: --schedule one_cycle has a rise of its own: drop one", "contradiction")
     if is_own_file(c.loss) and c.label_smoothing:
