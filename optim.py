@@ -34,7 +34,7 @@ def lr_at(
     torch's OneCycleLR as it comes, without the momentum's cycle. `plateau` is constant here: what
     has been evaluated decides when it falls (Schedule.lr).
     """
-    if step < warmup_steps:
+    if step < warmup_steps and schedule != "one_cycle":
         return peak * (step + 1) / (warmup_steps + 1)
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule in ("constant", "plateau"):

@@ -247,11 +247,11 @@ def check(settings: Settings) -> None:
         except ValueError:
             wrong(f"--betas {c.betas}: must be two numbers from 0 to below 1, as 0.9,0.95")
     if c.ema and c.optimizer == "schedule_free":
-        wrong("--ema: schedule_free averages its weights itself: drop one", "contradiction")
-    if c.schedule == "one_cycle" and c.warmup:
+        wrong("schedule_free averages its weights itself: type --ema 0", "contradiction")
+    if c.schedule == "one_cycle" and c.warmup and settings.asked("warmup"):
         wrong("--warmup: --schedule one_cycle has a rise of its own: drop one", "contradiction")
     if is_own_file(c.loss) and c.label_smoothing:
-        wrong("--label-smoothing: a loss of your own smooths for itself: drop it", "contradiction")
+        wrong("a loss of your own smooths for itself: type --label-smoothing 0", "contradiction")
     if c.class_weights not in ("none", "balanced"):
         try:
             if not all(0 < float(word) < 1e6 for word in c.class_weights.split(",")):
