@@ -4,11 +4,23 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.sgd import sgd
 
 from config import TrainConfig
 from models.hooks import HasMuonGroups
+from models.own_file import is_own_file
 from models.state import has_extra_state, twin
+from optimizers import (
+    InRows,
+    Lamb,
+    Lion,
+    NAdamW,
+    RMSprop,
+    ScheduleFreeAdamW,
+    Waiting,
+    build_own,
+)
 
 
 def lr_at(
@@ -22,7 +34,7 @@ def lr_at(
     torch's OneCycleLR as it comes, without the momentum's cycle. `plateau` is constant here: what
     has been evaluated decides when it falls (Schedule.lr).
     """
-    if step < warmup_steps:
+    if step < warmup_steps and schedule != "one_cycle":
         return peak * (step + 1) / (warmup_steps + 1)
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule in ("constant", "plateau"):
@@ -52,13 +64,24 @@ def _one_cycle(step: int, peak: float, total_steps: int) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * done))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: weights decay, biases and norms (1-D) do not."""
+def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict]:
+    """Trainable parameters in two groups: weights decay, biases and norms (1-D) only if asked."""
     trainable = [p for p in model.parameters() if p.requires_grad]
+    others = weight_decay if decay_all else 0.0
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": others},
     ]
+
+
+# By name: what updates a group in a row, its usual betas, its usual eps.
+IN_ROWS: dict[str, tuple[type[InRows], tuple[float, float], float]] = {
+    "lion": (Lion, (0.9, 0.99), 0.0),
+    "nadamw": (NAdamW, (0.9, 0.999), 1e-8),
+    "lamb": (Lamb, (0.9, 0.999), 1e-6),
+    "rmsprop": (RMSprop, (0.0, 0.0), 1e-8),
+    "schedule_free": (ScheduleFreeAdamW, (0.9, 0.999), 1e-8),
+}
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -68,15 +91,29 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     is 1 it leaves weights and state alone, the first step too, once `start_state` was called; a
     step that was left out leaves no trace in later ones.
     """
-    groups = [g for g in parameter_groups(model, config.weight_decay) if g["params"]]
+    groups = parameter_groups(model, config.weight_decay, config.decay_all)
+    groups = [group for group in groups if group["params"]]
+    betas = tuple(map(float, config.betas.split(","))) if config.betas else None
+    eps = config.eps
+    if config.optimizer in IN_ROWS:
+        kind, usual_betas, usual_eps = IN_ROWS[config.optimizer]
+        for group in groups:
+            group["adapts"] = group["params"][0].ndim > 1  # lamb's step is as long as the weights
+        defaults = {"lr": config.lr, "momentum": config.momentum, "betas": betas or usual_betas}
+        return kind(groups, defaults | {"eps": usual_eps if eps is None else eps})
+    if is_own_file(config.optimizer):
+        known = {"lr": config.lr, "momentum": config.momentum, "betas": betas, "eps": eps}
+        return build_own(config.optimizer, groups, known | {"nesterov": config.nesterov or None})
     fused = not any(p.is_complex() for p in model.parameters())
     adamw, plain = (torch.optim.AdamW, torch.optim.SGD) if fused else (WaitingAdamW, WaitingSGD)
     if config.optimizer == "adamw":
-        return adamw(groups, lr=config.lr, fused=fused)
+        adam = {"betas": betas or (0.9, 0.999), "eps": 1e-8 if eps is None else eps}
+        return adamw(groups, lr=config.lr, fused=fused, **adam)
     if config.optimizer == "muon":
-        groups = muon_groups(model, config.weight_decay)
+        groups = muon_groups(model, config.weight_decay, config.decay_all)
         return Muon(groups, lr=config.lr, momentum=config.momentum)
-    return plain(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    momentum, nesterov = config.momentum, config.nesterov
+    return plain(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
 
 def start_state(optimizer: torch.optim.Optimizer) -> None:
@@ -85,24 +122,12 @@ def start_state(optimizer: torch.optim.Optimizer) -> None:
     To be called once all have wrapped the model and its weights lie where they will. Without it
     torch's fused SGD would make its momentum of whatever a first step that is left out had.
     """
+    if isinstance(optimizer, InRows):
+        optimizer.begin()
+        return
     for group in optimizer.param_groups:
         for p in group["params"] if group.get("momentum") else ():
             optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-
-
-class Waiting(torch.optim.Optimizer):
-    """Asks on the host whether the update must be left out.
-
-    Torch fuses no complex parameters, and an optimizer that is not fused knows no `found_inf`.
-    """
-
-    found_inf: torch.Tensor | None = None
-    _step_supports_amp_scaling = True
-
-    def step(self, closure: None = None) -> None:
-        found, self.found_inf, self.grad_scale = self.found_inf, None, None  # torch's own names
-        if found is None or found == 0:
-            super().step(closure)
 
 
 class WaitingSGD(Waiting, torch.optim.SGD):
@@ -119,7 +144,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def muon_groups(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict]:
     """Groups for Muon: those that the model declares, else filters, other weights and 1-D ones.
 
     Where a group's rate is scaled, its weight decay shrinks the weights as much as in the others.
@@ -127,7 +152,7 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     if isinstance(model, HasMuonGroups):
         groups = model.muon_groups()
     else:
-        weights, others = parameter_groups(model, weight_decay)
+        weights, others = parameter_groups(model, weight_decay, decay_all)
         filters = [p for p in weights["params"] if p.ndim > 2]
         matrices = [p for p in weights["params"] if p.ndim == 2]
         groups = [{"params": filters, "orthogonal": True}, {"params": matrices}, others]
@@ -306,6 +331,8 @@ def orthogonal_stacks(stacks: list[torch.Tensor], steps: int = 3) -> list[torch.
 
 def build_average(model: nn.Module, config: TrainConfig) -> "WeightAverage | None":
     """The averaged weights of --ema; to be made before Accelerate wraps the model's forward."""
+    if config.optimizer == "schedule_free":
+        return ScheduleFreeWeights(model)
     return WeightAverage(model, config.ema) if config.ema else None
 
 
@@ -330,6 +357,10 @@ class WeightAverage:
         torch._foreach_mul_(change, weight if skipped is None else weight * (1 - skipped))
         torch._foreach_add_(mine, change)
 
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Whatever must be right before it is evaluated or saved."""
+        self.copy_buffers(model)
+
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:
         """Also what modules answer to get_extra_state, and buffers that forward made anew."""
@@ -345,3 +376,31 @@ class WeightAverage:
         for path, module in model.named_modules():
             if has_extra_state(module):
                 self.model.get_submodule(path).set_extra_state(module.get_extra_state())
+
+
+class ScheduleFreeWeights(WeightAverage):
+    """The mean of all steps that the optimizer schedule_free keeps, made when it is needed.
+
+    No batch was trained with them: the statistics of norm layers are measured for each evaluation
+    (training/norms.py), and stay until the next one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, 0.0)
+
+    def update(self, *_: nn.Module | torch.Tensor | int | None) -> None:
+        """The optimizer's own step did."""
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        assert isinstance(optimizer, ScheduleFreeAdamW)
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+        measured = [b for norm in norms for b in norm.buffers(recurse=False)]
+        kept = [b.clone() for b in measured]
+        self.copy_buffers(model)
+        for buffer, value in zip(measured, kept, strict=True):
+            buffer.copy_(value)
+        averaged = optimizer.averaged()
+        for mine, p in zip(self.model.parameters(), model.parameters(), strict=True):
+            if p in averaged:
+                mine.copy_(averaged[p])

@@ -136,7 +136,7 @@ def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int
 def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> dict | None:
     """Metrics of each split, every image counted once; None if the run was told to stop."""
     world.phase("evaluate", progress.step, new_beats=True)
-    model, augment, task = learner.evaluated_model().eval(), data.augment, learner.task
+    model, augment, task = learner.evaluated_model(data).eval(), data.augment, learner.task
     results = {}
     for split in data.test_loaders:
         counts, kept = task.new_counts(world.device), task.new_examples(world.device)

@@ -72,13 +72,28 @@ class TrainConfig:
     )  # fmt: skip
 
     optimizer: str = setting(
-        "sgd", "how weights are updated", group="optimizer", choices=("sgd", "adamw", "muon")
-    )
+        "sgd", "how weights are updated", group="optimizer", own=True,
+        choices=(
+            "sgd", "adamw", "muon", "lion", "nadamw", "lamb", "rmsprop", "schedule_free",
+        ),
+    )  # fmt: skip
     lr: float = setting(0.05, "peak learning rate", group="optimizer", low=0.0)
-    momentum: float = setting(0.9, "momentum of sgd and muon", group="optimizer", low=0.0, high=1.0)
+    momentum: float = setting(
+        0.9, "momentum of sgd, muon and rmsprop", group="optimizer", low=0.0, high=1.0
+    )
+    nesterov: bool = setting(False, "sgd looks ahead along its momentum", group="optimizer")
+    betas: str | None = setting(
+        None, "the two of adamw, lion, nadamw, lamb, schedule_free, as 0.9,0.95; none: its usual",
+        group="optimizer",
+    )  # fmt: skip
+    eps: float | None = setting(
+        None, "beside the length that adamw, nadamw, lamb, rmsprop, schedule_free divide by",
+        group="optimizer", low=0.0,
+    )  # fmt: skip
     weight_decay: float = setting(
         5e-4, "weight decay (not on biases and norms)", group="optimizer", low=0.0
     )
+    decay_all: bool = setting(False, "weight decay on biases and norms, too", group="optimizer")
     schedule: str = setting(
         "cosine", "how the learning rate falls", group="optimizer",
         choices=(
@@ -230,6 +245,12 @@ class TrainConfig:
         return self.model, self.loss, self.optimizer
 
 
+# Which optimizers a setting is for; one's own take what their __init__ does.
+TAKEN_BY = {
+    "nesterov": ("sgd",),
+    "betas": ("adamw", "lion", "nadamw", "lamb", "schedule_free"),
+    "eps": ("adamw", "nadamw", "lamb", "rmsprop", "schedule_free"),
+}
 # What a resumed run may change without being asked twice: length, placement and reporting.
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}

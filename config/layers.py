@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.text import nearest, seconds
-from config.fields import HINTS, MAY_CHANGE, NUMBER, TrainConfig, convert
+from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert
 from data.policy import parse_policy
 from errors import UserError, all_of
 from models import Recipe, lookup, told_by_weights
@@ -230,16 +230,30 @@ def check(settings: Settings) -> None:
     asked = [f"--{n.replace('_', '-')}" for n in of_classes if getattr(c, n) != HINTS[n].default]
     if asked and entry.task == "regression":
         wrong(f"{', '.join(asked)}: of classes; {c.model} is for regression", "contradiction")
-    for name in ("loss",):
+    for name in ("loss", "optimizer"):
         if is_own_file(getattr(c, name)) and not settings.actions.eval_only:
             try:
                 check_own_file(getattr(c, name), f"--{name}")
             except UserError as error:
                 problems.append(error)
-    if c.schedule == "one_cycle" and c.warmup:
+    for name, takers in TAKEN_BY.items():
+        other = c.optimizer not in takers and not is_own_file(c.optimizer)
+        if other and getattr(c, name) not in (None, False):
+            wrong(f"--{name}: {c.optimizer} has none; {', '.join(takers)}", "contradiction")
+    if c.nesterov and not c.momentum:
+        wrong("--nesterov: needs a --momentum above 0", "contradiction")
+    if c.betas is not None:
+        try:
+            if [0 <= float(beta) < 1 for beta in c.betas.split(",")] != [True, True]:
+                raise ValueError
+        except ValueError:
+            wrong(f"--betas {c.betas}: must be two numbers from 0 to below 1, as 0.9,0.95")
+    if c.ema and c.optimizer == "schedule_free":
+        wrong("schedule_free averages its weights itself: type --ema 0", "contradiction")
+    if c.schedule == "one_cycle" and c.warmup and settings.asked("warmup"):
         wrong("--warmup: --schedule one_cycle has a rise of its own: drop one", "contradiction")
     if is_own_file(c.loss) and c.label_smoothing:
-        wrong("--label-smoothing: a loss of your own smooths for itself: drop it", "contradiction")
+        wrong("a loss of your own smooths for itself: type --label-smoothing 0", "contradiction")
     if c.class_weights not in ("none", "balanced"):
         try:
             if not all(0 < float(word) < 1e6 for word in c.class_weights.split(",")):

@@ -33,6 +33,7 @@ Files = dict[str, dict[str, Tensor]]  # name of a file without its suffix -> ten
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+NUMBER = "#"  # behind the name of a state that is no tensor but a number of Python's
 REQUIRED = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 
@@ -92,6 +93,25 @@ class Progress:
         return summed
 
 
+def _exact(value: float) -> torch.dtype:
+    """A tensor that holds a Python number as it is."""
+    return torch.float64 if isinstance(value, float) else torch.int64
+
+
+def _group_numbers(optimizer: Optimizer) -> list[tuple[int, str, float]]:
+    """What an optimizer of one's own counts in its groups beside its settings: group, key, number.
+
+    The rates and the like of our own are settings, all of them.
+    """
+    ours = getattr(optimizer, "set_by_us", None)
+    return [
+        (number, key, value)
+        for number, group in enumerate(optimizer.param_groups if ours is not None else ())
+        for key, value in group.items()
+        if isinstance(value, int | float) and key not in (ours or ())
+    ]
+
+
 # --- what is saved: plain CPU tensors, taken in one go -------------------------------------------
 
 
@@ -108,10 +128,15 @@ def capture(
 
     files = {"model": {k: host(v) for k, v in whole_state(model).items()}}
     files["optimizer"] = {
-        f"{name}|{key}": host(value if torch.is_tensor(value) else torch.tensor(value))
+        f"{name}|{key}" if torch.is_tensor(value) else f"{name}|{key}{NUMBER}":
+            host(value if torch.is_tensor(value) else torch.tensor(value, dtype=_exact(value)))
         for name, p in model.named_parameters()
         for key, value in optimizer.state.get(p, {}).items()
         if value is not None
+    }  # fmt: skip
+    files["optimizer"] |= {
+        f"|{number}|{key}": torch.tensor(value, dtype=_exact(value))
+        for number, key, value in _group_numbers(optimizer)
     }
     files["optimizer"][f"|{type(optimizer).__name__}"] = torch.zeros(1)  # whose state this is
     if average is not None:
@@ -150,8 +175,14 @@ def restore(
     for key, value in files["optimizer"].items():
         name, _, field_name = key.partition("|")
         if not name:
+            number, of_group, entry = field_name.partition("|")
+            if of_group:
+                optimizer.param_groups[int(number)][entry] = value.item()
             continue
         p = parameters[name]
+        if field_name.endswith(NUMBER):
+            optimizer.state[p][field_name.removesuffix(NUMBER)] = value.item()
+            continue
         if value.shape == p.shape:
             value = torch.empty_like(p, dtype=value.dtype).copy_(value)
         else:

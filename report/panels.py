@@ -19,6 +19,7 @@ from distributed.stop import DAMAGED, SIGNAL
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
+from models.own_file import is_own_file
 from report import pictures
 from report.screen import Report
 from tasks import Task, never_found
@@ -171,6 +172,15 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
             "--mixed-precision no --allow-change mixed_precision goes on in float32"
         )
     notes += data.cut_off()
+    if config.optimizer == "schedule_free" and config.schedule != "constant":
+        notes.append(
+            "schedule_free averages where others let the rate fall: --schedule constant is its own"
+        )
+    if is_own_file(config.optimizer) and world.device.type != "cpu":
+        notes.append(
+            f"{config.optimizer}: the host waits for the device in each step, to leave out what is "
+            "not finite; a class with _step_supports_amp_scaling = True reads self.found_inf itself"
+        )
     if data.sampler.balance and config.class_weights != "none":
         notes.append(
             "--sampler balanced and --class-weights even the classes out twice: one is enough"

@@ -15,9 +15,15 @@ WAYS = {
     "focal-given-weights": "--loss focal --class-weights 1,2,3,4,5,1,2,3,4,5",
     "own-loss": f"--loss {OWN_LOSS} --class-weights balanced",
     "balanced-order": "--sampler balanced",
+    **{
+        name: f"--optimizer {name} --lr 0.002 --weight-decay 0.1"
+        for name in ("lion", "nadamw", "lamb", "rmsprop")
+    },
+    "schedule-free": "--optimizer schedule_free --lr 0.004 --schedule constant --warmup 1",
+    "own-optimizer": "--optimizer my_optim.py:Counts --lr 0.02 --schedule one_cycle",
     "plateau-and-patience": "--schedule plateau --plateau 1 --patience 2 --lr 1e-9 --epochs 9",
 }
-FAST = {"bce-weights-mixup"}
+FAST = {"bce-weights-mixup", "schedule-free"}
 CODE = """
 from torch import nn
 from torch.nn import functional as F
@@ -27,10 +33,27 @@ class Each(nn.Module):
         return F.cross_entropy(logits, labels, reduction="none").sqrt()
 """
 
+OPTIMIZER = """
+import torch
+
+class Counts(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "seen": 0})
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["seen"] += 1
+            for p in group["params"]:
+                state = self.state[p]
+                state["kept"] = state.get("kept", 1.0) * 0.9
+                p.sub_(p.grad, alpha=group["lr"] * (1 + 1 / group["seen"] + state["kept"]))
+"""
+
 
 @pytest.fixture
 def folder(nets):
     (nets / "my_loss.py").write_text(CODE)
+    (nets / "my_optim.py").write_text(OPTIMIZER)
     return nets
 
 

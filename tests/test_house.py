@@ -18,7 +18,7 @@ FLOORS = [
     {"errors"},
     {"common"},
     {"models", "data"},
-    {"config", "losses"},
+    {"config", "losses", "optimizers"},
     {"tasks", "optim", "distributed"},
     {"training"},
     {"report"},

@@ -65,7 +65,10 @@ def test_loss_guard_and_average_are_few_operations(device, speednet):
     assert launches.undoing(device, speednet)
 
 
-@pytest.mark.parametrize(("name", "most"), [("sgd", 6), ("adamw", 10), ("muon", 60)])
+@pytest.mark.parametrize(("name", "most"), [
+    ("sgd", 6), ("adamw", 10), ("muon", 60), ("lion", 40), ("nadamw", 120), ("lamb", 80),
+    ("rmsprop", 50), ("schedule_free", 120),
+])  # fmt: skip
 def test_an_optimizer_is_few_operations(device, speednet, name, most):
     assert 0 < len(launches.updating(device, speednet, name)) <= most
 

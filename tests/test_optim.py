@@ -5,11 +5,22 @@ from itertools import pairwise
 
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
-from config import HINTS, TrainConfig
+from config import HINTS, TrainConfig, parse
+from distributed.checkpoint import capture, restore
 from distributed.shards import Guard
-from optim import WeightAverage, build_optimizer, lr_at, parameter_groups, set_lr, start_state
+from errors import UserError
+from optim import (
+    WeightAverage,
+    build_average,
+    build_optimizer,
+    lr_at,
+    parameter_groups,
+    set_lr,
+    start_state,
+)
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "exponential", "plateau")  # never rise
 RISE = ("one_cycle", "cosine_restarts")
@@ -201,6 +212,176 @@ def test_a_gradient_that_is_not_finite_changes_nothing_at_the_first_or_a_later_s
             twin_optimizer.step()
     # As if the two bad updates had never been asked for.
     assert equal(state(model, optimizer), state(twin, twin_optimizer))
+
+
+# --- optimizers of our own, and one's own ---------------------------------------------------------
+
+
+def trained(model: nn.Module, optimizer, steps: int = 7) -> list[torch.Tensor]:
+    for step in range(steps):
+        set_lr(optimizer, 0.01 * (step + 1))
+        gradients(model)
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def in_groups(model: nn.Module, decay: float) -> list[dict]:
+    return parameter_groups(model, decay)
+
+
+def alike(ours, theirs) -> bool:
+    # But for a bias before batch norm: its gradient is 0 but for roundings.
+    pairs = [pair for place, pair in enumerate(zip(ours, theirs, strict=True)) if place != 1]
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
+
+
+def test_nadamw_and_rmsprop_are_torchs():
+    for name, kind, more in (
+        ("nadamw", torch.optim.NAdam, {"decoupled_weight_decay": True, "betas": (0.8, 0.95)}),
+        ("rmsprop", torch.optim.RMSprop, {"momentum": 0.9}),
+    ):
+        ours, theirs = net(), net()
+        betas = "0.8,0.95" if name == "nadamw" else None
+        config = TrainConfig(optimizer=name, weight_decay=0.1, betas=betas, eps=1e-6)
+        mine = trained(ours, build_optimizer(ours, config))
+        assert alike(mine, trained(theirs, kind(in_groups(theirs, 0.1), eps=1e-6, **more)))
+
+
+def plain(name: str, model: nn.Module, decay: float, steps: int = 7) -> list[torch.Tensor]:
+    """Weight by weight, as the papers have it: the update of an optimizer for gradients()."""
+    kept = [
+        {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "z": p.detach().clone(), "s": 0.0}
+        for p in model.parameters()
+    ]
+    high = 0.0
+    for step in range(1, steps + 1):
+        lr = 0.01 * step
+        high = max(high, lr)
+        gradients(model)
+        for p, k in zip(model.parameters(), kept, strict=True):
+            w, g, wd = p.detach().clone(), p.grad, decay if p.ndim > 1 else 0.0
+            if name == "lion":
+                u = (0.9 * k["m"] + 0.1 * g).sign()
+                k["m"] = 0.99 * k["m"] + 0.01 * g
+                w = w - lr * (u + wd * w)
+            else:
+                k["m"] = 0.9 * k["m"] + 0.1 * g
+                k["v"] = 0.999 * k["v"] + 0.001 * g * g
+                root = (k["v"] / (1 - 0.999**step)).sqrt()
+            if name == "lamb":
+                u = k["m"] / (1 - 0.9**step) / (root + 1e-4) + wd * w
+                w = w - lr * (w.norm() / u.norm() if p.ndim > 1 else 1.0) * u
+            if name == "schedule_free":
+                u = g / (root + 1e-4) + wd * w
+                k["s"] += high**2
+                x, c = (w - 0.1 * k["z"]) / 0.9, high**2 / k["s"]
+                k["z"] = k["z"] - lr * u
+                w = 0.1 * k["z"] + 0.9 * ((1 - c) * x + c * k["z"])
+            with torch.no_grad():
+                p.copy_(w)
+    if name == "schedule_free":
+        return [
+            (p.detach() - 0.1 * k["z"]) / 0.9 for p, k in zip(model.parameters(), kept, strict=True)
+        ]
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["lion", "lamb", "schedule_free"])
+def test_an_optimizer_in_rows_is_its_formula_weight_by_weight(name):
+    ours, theirs = net(), net()
+    optimizer = build_optimizer(ours, TrainConfig(optimizer=name, weight_decay=0.1, eps=1e-4))
+    mine = trained(ours, optimizer)
+    if name == "schedule_free":  # what is evaluated
+        averaged = build_average(ours, TrainConfig(optimizer=name))
+        averaged.follow(ours, optimizer)
+        mine = [p.detach() for p in averaged.model.parameters()]
+        assert not alike(mine, [p.detach() for p in ours.parameters()])
+    assert alike(mine, plain(name, theirs, 0.1))
+
+
+def test_nesterov_betas_eps_and_decay_reach_torch():
+    model = net()
+    sgd = build_optimizer(model, TrainConfig(nesterov=True, decay_all=True, weight_decay=0.1))
+    assert all(g["nesterov"] and g["weight_decay"] == 0.1 for g in sgd.param_groups)
+    adamw = build_optimizer(model, TrainConfig(optimizer="adamw", betas="0.9,0.95", eps=1e-6))
+    assert {(g["betas"], g["eps"]) for g in adamw.param_groups} == {((0.9, 0.95), 1e-6)}
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("--optimizer adamw --nesterov", "--nesterov: adamw has none; sgd"),
+        ("--nesterov --momentum 0", "needs a --momentum"),
+        ("--optimizer sgd --betas 0.9,0.95", "--betas: sgd has none; adamw"),
+        ("--optimizer adamw --betas 0.9", "two numbers from 0 to below 1"),
+        ("--optimizer lion --betas 0.9,1", "two numbers from 0 to below 1"),
+        ("--optimizer muon --eps 1e-6", "--eps: muon has none"),
+        ("--optimizer schedule_free --ema 0.9", "averages its weights itself"),
+        ("--schedule one_cycle --warmup 1", "a rise of its own"),
+        ("--optimizer adamv", "did you mean adamw.*FILE.py:Class"),
+        ("--optimizer my.py:Opt", "--optimizer my.py:Opt: there is no file"),
+        ("--loss focal --model linear_regression --sampler balanced", "--loss, --sampler: of"),
+    ],
+)  # fmt: skip
+def test_settings_that_an_optimizer_lacks_are_a_sentence(words, match):
+    with pytest.raises(UserError, match=match):
+        parse(words.split())
+
+
+OWN = """
+import torch
+
+class Counts(torch.optim.Optimizer):
+    def __init__(self, params, lr, momentum=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "seen": 0})
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["seen"] += 1
+            for p in group["params"]:
+                state = self.state[p]
+                state["count"] = state.get("count", 0) + 1
+                state["kept"] = state.get("kept", 1.0) * 0.9
+                p.sub_(p.grad, alpha=group["lr"] * (1 + 1 / group["seen"] + state["kept"]))
+
+class Keeps(Counts):
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["names"] = ["a"]
+
+class Closes(Counts):
+    def step(self, closure):
+        return closure()
+"""
+
+
+def test_an_optimizer_of_ones_own_waits_is_tried_and_goes_on_with_its_numbers(tmp_path):
+    path = tmp_path / "my_optim.py"
+    path.write_text(OWN)
+    config = TrainConfig(optimizer=f"{path}:Counts", lr=0.1)
+    model, other = net(), net()
+    optimizer = build_optimizer(model, config)
+    trained(model, optimizer, 3)
+    files = capture(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.found_inf = torch.tensor(1.0)
+    gradients(model)
+    optimizer.step()
+    assert equal(before, list(model.parameters()))
+    theirs = build_optimizer(other, config)
+    restore(files, other, theirs)
+    assert [g["seen"] for g in theirs.param_groups] == [3, 3]
+    assert theirs.state[other[0].weight] == {"count": 3, "kept": 0.9 * 0.9 * 0.9}
+    assert equal(trained(model, optimizer, 2), trained(other, theirs, 2))
+    for name, code, match in (
+        ("Keeps", "optimizer-state", "keeps names; a checkpoint holds tensors and numbers"),
+        ("Closes", "optimizer-fails", "without a closure"),
+        ("Cunts", "unknown-class", "did you mean Counts"),
+    ):
+        with refused(code, match=match):
+            build_optimizer(net(), TrainConfig(optimizer=f"{path}:{name}"))
 
 
 # --- averaged weights ----------------------------------------------------------------------------

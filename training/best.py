@@ -86,16 +86,12 @@ def _evaluated(
     tensors: dict[str, torch.Tensor], learner: Learner, data: Data, world: World,
     progress: Progress, evaluate: Evaluate,
 ) -> dict[str, dict] | None:  # fmt: skip
-    """What other weights come to; the learner has its own again afterwards.
-
-    Both models get them: an average takes its buffers from the model that is trained.
-    """
-    models = [m for m in (learner.bare, learner.averaged_model) if m is not None]
-    own = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
+    """What other weights come to; the learner has its own, and its average, again afterwards."""
+    average, learner.average = learner.average, None
+    own = {k: v.clone() for k, v in learner.bare.state_dict().items()}
     try:
-        for model in models:
-            copy_state(model, tensors, "model")
+        copy_state(learner.bare, tensors, "model")
         return evaluate(learner, data, world, progress)
     finally:
-        for model, state in zip(models, own, strict=True):
-            copy_state(model, state, "model")
+        copy_state(learner.bare, own, "model")
+        learner.average = average

@@ -22,8 +22,10 @@ from distributed.world import World
 from losses import WEIGHT_UNIT
 from models import lookup
 from models.state import beside_state_dict, whole_state
-from optim import WeightAverage, start_state
+from optim import ScheduleFreeWeights, WeightAverage, start_state
 from tasks import split_outputs
+from training.data import Data
+from training.norms import measure
 
 if TYPE_CHECKING:
     from training.start import Started
@@ -159,7 +161,7 @@ class Learner:
             refuse_difference(dict(self.bare.named_parameters()), self._made_of_them())
         self.shards.broadcast_buffers()
         if self.average is not None:
-            self.average.copy_buffers(self.bare)
+            self.average.follow(self.bare, self.optimizer.optimizer)
 
     def _made_of_them(self) -> dict[str, Tensor]:
         """What belongs to parameters: the optimizer's state and averages, by name."""
@@ -180,9 +182,11 @@ class Learner:
         """What is evaluated and kept: the averaged weights if there are any, else the model's."""
         return self.averaged_model or self.bare
 
-    def evaluated_model(self) -> nn.Module:
+    def evaluated_model(self, data: Data) -> nn.Module:
         """`kept_model`, once all processes have the same buffers."""
         self.agree_on_buffers()
+        if isinstance(self.average, ScheduleFreeWeights):
+            measure(self.average.model, self, data)
         return self.kept_model
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,285 @@
+"""Optimizers beside SGD, AdamW and Muon: arithmetic on one long row, and one's own.
+
+Each of these keeps the law of optim.build_optimizer: where `found_inf` is 1, nothing changes.
+"""
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from models.own_file import load_own_class
+
+Row = dict[str, Tensor]  # what is kept beside the weights, by name
+
+
+class Waiting(torch.optim.Optimizer):
+    """Asks on the host whether the update must be left out.
+
+    Torch fuses no complex parameters, and an optimizer that is not fused knows no `found_inf`.
+    """
+
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True
+
+    def step(self, closure: None = None) -> None:
+        found, self.found_inf, self.grad_scale = self.found_inf, None, None  # torch's own names
+        if found is None or found == 0:
+            super().step()
+
+
+class InRows(torch.optim.Optimizer):
+    """The weights of a group are updated as one long row: few operations, however many there are.
+
+    `update` says what becomes of a row; `rows` names what is kept of each weight, `numbers` what is
+    kept of a group (0-dim, one copy with each of its parameters, for a checkpoint). Gradients come
+    without a gradient scaler's factor: unscale them before.
+    """
+
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # else a gradient scaler would read found_inf, and wait
+    rows: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ("step",)
+
+    def begin(self) -> None:
+        """The state of a beginning, once the weights lie where they will."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                for name in (*self.rows, *self.numbers):
+                    if name not in state:
+                        state[name] = self.first(name, p)
+
+    def first(self, name: str, p: Tensor) -> Tensor:
+        """What is kept of a weight, or of its group, before the first update."""
+        return torch.zeros_like(p) if name in self.rows else torch.zeros((), device=p.device)
+
+    def update(
+        self, weights: Tensor, gradients: Tensor, kept: Row, group: dict, sizes: list[int]
+    ) -> tuple[Tensor, Row]:
+        """The row of weights and what is kept after an update; nothing is changed in place."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Every trainable weight has a gradient: zero where no image used it."""
+        self.begin()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            kinds = dict.fromkeys((p.dtype, p.device) for p in parameters)
+            for kind in kinds:
+                self._step_row([p for p in parameters if (p.dtype, p.device) == kind], group)
+
+    def _step_row(self, parameters: list[Tensor], group: dict) -> None:
+        states = [self.state[p] for p in parameters]
+        weights = _row(parameters, parameters)
+        gradients = _row([p.grad for p in parameters if p.grad is not None], parameters)
+        kept = {name: _row([s[name] for s in states], parameters) for name in self.rows}
+        kept |= {name: states[0][name] for name in self.numbers}
+        sizes = [_real(p).numel() for p in parameters]
+        moved, now = self.update(weights, gradients, kept, group, sizes)
+        if self.found_inf is not None:
+            bad = self.found_inf > 0
+            moved = torch.where(bad, weights, moved)
+            now = {name: torch.where(bad, kept[name], value) for name, value in now.items()}
+        _put(parameters, moved, parameters)
+        for name in self.rows:
+            _put([s[name] for s in states], now[name], parameters)
+        for name in self.numbers:
+            torch._foreach_copy_([s[name] for s in states], [now[name]] * len(states))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _as_stored(tensor: Tensor, weight: Tensor) -> Tensor:
+    """The axes in the order in which those of the weight lie in memory: then a row is no copy."""
+    channels_last = weight.ndim == 4 and not weight.is_contiguous()
+    return _real(tensor).movedim(1, 3) if channels_last else _real(tensor)
+
+
+def _row(tensors: list[Tensor], weights: list[Tensor]) -> Tensor:
+    return torch.cat([_as_stored(t, w).flatten() for t, w in zip(tensors, weights, strict=True)])
+
+
+def _put(tensors: list[Tensor], row: Tensor, weights: list[Tensor]) -> None:
+    mine = [_as_stored(t, w) for t, w in zip(tensors, weights, strict=True)]
+    parts = row.split([m.numel() for m in mine])
+    torch._foreach_copy_(mine, [part.view(m.shape) for part, m in zip(parts, mine, strict=True)])
+
+
+@functools.cache
+def _lengths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(sizes, device=device)
+
+
+class Lion(InRows):
+    """The sign of a momentum (Chen et al., 2023), with decoupled weight decay."""
+
+    rows = ("momentum",)
+    numbers = ()
+
+    def update(
+        self, weights: Tensor, gradients: Tensor, kept: Row, group: dict, sizes: list[int]
+    ) -> tuple[Tensor, Row]:
+        (first, second), lr = group["betas"], group["lr"]
+        momentum = kept["momentum"]
+        change = momentum.lerp(gradients, 1 - first).sign()
+        moved = (weights * (1 - lr * group["weight_decay"])).sub(change, alpha=lr)
+        return moved, {"momentum": momentum.lerp(gradients, 1 - second)}
+
+
+def _moments(gradients: Tensor, kept: Row, group: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam's step count and running means of gradients and of their squares."""
+    first, second = group["betas"]
+    mean = kept["mean"].lerp(gradients, 1 - first)
+    square = (kept["square"] * second).addcmul(gradients, gradients, value=1 - second)
+    return kept["step"] + 1, mean, square
+
+
+class NAdamW(InRows):
+    """AdamW with Nesterov's momentum (Dozat, 2016), as torch's NAdam with decoupled decay."""
+
+    rows = ("mean", "square")
+    numbers = ("step", "product")
+    DECAY = 0.004  # of the momentum, as torch has it
+
+    def first(self, name: str, p: Tensor) -> Tensor:
+        return super().first(name, p) + (name == "product")
+
+    def update(
+        self, weights: Tensor, gradients: Tensor, kept: Row, group: dict, sizes: list[int]
+    ) -> tuple[Tensor, Row]:
+        (first, second), lr = group["betas"], group["lr"]
+        step, mean, square = _moments(gradients, kept, group)
+        now, following = (
+            first * (1 - 0.5 * 0.96 ** (n * self.DECAY)) for n in (step, step + 1)
+        )  # fmt: skip
+        product = kept["product"] * now
+        length = (square / (1 - second**step)).sqrt() + group["eps"]
+        change = gradients * ((1 - now) / (1 - product))
+        change = (change + mean * (following / (1 - product * following))) / length
+        moved = (weights * (1 - lr * group["weight_decay"])).sub(change, alpha=lr)
+        return moved, {"mean": mean, "square": square, "step": step, "product": product}
+
+
+class Lamb(InRows):
+    """Adam whose update of each weight tensor is as long as the tensor (You et al., ICLR 2020).
+
+    Biases and norms take Adam's own step, as in the large-batch recipes that use it.
+    """
+
+    rows = ("mean", "square")
+
+    def update(
+        self, weights: Tensor, gradients: Tensor, kept: Row, group: dict, sizes: list[int]
+    ) -> tuple[Tensor, Row]:
+        first, second = group["betas"]
+        step, mean, square = _moments(gradients, kept, group)
+        length = (square / (1 - second**step)).sqrt() + group["eps"]
+        change = mean / (1 - first**step) / length + weights * group["weight_decay"]
+        if group["adapts"]:
+            norms = [torch.stack(torch._foreach_norm(x.split(sizes))) for x in (weights, change)]
+            ratio = torch.where((norms[0] > 0) & (norms[1] > 0), norms[0] / norms[1], 1.0)
+            parts = _lengths(tuple(sizes), weights.device)
+            change = change * ratio.repeat_interleave(parts, output_size=len(change))
+        moved = weights.sub(change, alpha=group["lr"])
+        return moved, {"mean": mean, "square": square, "step": step}
+
+
+class RMSprop(InRows):
+    """Gradients over their running length (Hinton, 2012), with momentum; torch's RMSprop."""
+
+    rows = ("square", "momentum")
+    numbers = ()
+    DECAY = 0.99
+
+    def update(
+        self, weights: Tensor, gradients: Tensor, kept: Row, group: dict, sizes: list[int]
+    ) -> tuple[Tensor, Row]:
+        gradients = gradients.add(weights, alpha=group["weight_decay"])
+        square = (kept["square"] * self.DECAY).addcmul(gradients, gradients, value=1 - self.DECAY)
+        change = gradients / (square.sqrt() + group["eps"])
+        momentum = kept["momentum"] * group["momentum"] + change
+        moved = weights.sub(momentum, alpha=group["lr"])
+        return moved, {"square": square, "momentum": momentum}
+
+
+class ScheduleFreeAdamW(InRows):
+    """AdamW whose averaged weights need no falling rate (Defazio et al., 2024).
+
+    Trained is y, between z, which takes the steps, and x, the mean of all z so far, which is
+    evaluated: `averaged`. A z weighs as the square of the highest rate so far.
+    """
+
+    rows = ("z", "square")
+    numbers = ("step", "highest", "sum")
+
+    def first(self, name: str, p: Tensor) -> Tensor:
+        return p.detach().clone() if name == "z" else super().first(name, p)
+
+    def update(
+        self, weights: Tensor, gradients: Tensor, kept: Row, group: dict, sizes: list[int]
+    ) -> tuple[Tensor, Row]:
+        (first, second), lr = group["betas"], group["lr"]
+        step = kept["step"] + 1
+        square = (kept["square"] * second).addcmul(gradients, gradients, value=1 - second)
+        change = gradients / ((square / (1 - second**step)).sqrt() + group["eps"])
+        change = change.add(weights, alpha=group["weight_decay"])
+        highest = kept["highest"].clamp(min=lr)
+        total = kept["sum"] + highest**2
+        part = torch.where(total > 0, highest**2 / total, 0.0)
+        moved = weights.lerp(kept["z"], part) + change * (lr * (first * (1 - part) - 1))
+        z = kept["z"].sub(change, alpha=lr)
+        return moved, {"z": z, "square": square, "step": step, "highest": highest, "sum": total}
+
+    @torch.no_grad()
+    def averaged(self) -> dict[Tensor, Tensor]:
+        """x by its parameter, of those that are trained."""
+        return {
+            p: p.lerp(self.state[p]["z"], 1 - 1 / group["betas"][0])
+            for group in self.param_groups
+            for p in group["params"]
+        }
+
+
+OURS = ("lr", "weight_decay", "momentum", "eps", "nesterov", "betas")  # settings of a group
+
+
+def build_own(name: str, groups: list[dict], known: dict) -> torch.optim.Optimizer:
+    """The optimizer FILE.py:Class, given what it takes of lr, momentum, betas and the like.
+
+    One that does not read `found_inf` itself is made to wait: the host reads one number from the
+    device in each step. It is tried on two weights first.
+    """
+    made = load_own_class(name, "--optimizer")
+    takes = inspect.signature(made).parameters
+    given = {key: value for key, value in known.items() if key in takes and value is not None}
+    if not getattr(made, "_step_supports_amp_scaling", False):
+        made = type(made.__name__, (Waiting, made), {})
+    try:
+        p = nn.Parameter(torch.ones(2, 2))
+        tried = made([{"params": [p], "weight_decay": 0.0}], **given)
+        p.grad = torch.ones(2, 2)
+        tried.step()
+        optimizer = made(groups, **given)
+    except Exception as error:  # whatever a learner's code may raise
+        raise UserError(
+            f"--optimizer {name}: fails: {type(error).__name__}: {error}; it is made with groups "
+            "of parameters and what its __init__ takes of lr, momentum, betas, eps, nesterov, and "
+            "step() is called without a closure",
+            code="optimizer-fails",
+        ) from error
+    other = [k for k, v in tried.state[p].items() if not isinstance(v, Tensor | int | float)]
+    other += [k for k, v in tried.param_groups[0].items() if isinstance(v, Tensor)]
+    if other:
+        raise UserError(
+            f"--optimizer {name}: keeps {', '.join(map(str, other))}; a checkpoint holds tensors "
+            "and numbers in self.state[p], and numbers in self.param_groups",
+            code="optimizer-state",
+        )
+    optimizer.set_by_us = OURS  # pyright: ignore[reportAttributeAccessIssue] - the rest is state
+    return optimizer
