@@ -61,12 +61,14 @@ class Task:
 
     `metrics` declares each number of an evaluation, and nothing else need know it: rows, screen,
     page, plots and the best weights follow. The loss is always among them, as "loss". `best_is` is
-    the key of the one that decides which weights are the best.
+    the key of the one that decides which weights are the best, `right_is` that of the one whose
+    name the share of right answers has in training, if answers can be right.
     """
 
     name: str
     metrics: tuple[Metric, ...]
     best_is: str
+    right_is = ""
 
     def __init__(self, num_classes: int = 1, label_smoothing: float = 0.0, auxiliary: float = 0.3):
         self.num_classes = num_classes
@@ -81,6 +83,10 @@ class Task:
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the batch."""
         raise NotImplementedError
+
+    def right(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
+        """How many answers of a training batch are right; on the device, read with a row."""
+        return 0
 
     def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters, all zero, which processes may add up in any order."""
@@ -135,7 +141,7 @@ class Classification(Task):
             higher_is_better=True, shown=("best",),
         ),
     )  # fmt: skip
-    best_is = "accuracy"
+    best_is = right_is = "accuracy"
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
@@ -148,6 +154,12 @@ class Classification(Task):
                 head.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
             )
         return loss
+
+    def right(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
+        """Of a mixture of two images the class that it holds more of is the right answer."""
+        logits = split_outputs(outputs)[0].detach()
+        labels = labels.argmax(1) if labels.ndim == 2 else labels
+        return (logits.argmax(1) == labels).sum()
 
     def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`.

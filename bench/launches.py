@@ -208,14 +208,16 @@ def averaging(device: torch.device, model: nn.Module) -> list[str]:
 
 
 def losing(device: torch.device, soft: bool = False) -> list[str]:
-    """The loss of a batch, and its sum kept on the device."""
+    """The loss of a batch and the right answers, and their sums kept on the device."""
     task, sums = Classification(CLASSES), torch.zeros(1, device=device)
+    right = torch.zeros((), dtype=torch.int64, device=device)
     logits = torch.empty(BATCH, CLASSES, device=device, dtype=torch.bfloat16)
     labels = training_batch(device)["labels"]
     labels = torch.empty(BATCH, CLASSES, device=device) if soft else labels
 
     def piece() -> None:
         sums[0] += task.loss(logits, labels)
+        right.add_(task.right(logits, labels))
 
     return count(piece)
 

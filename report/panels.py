@@ -185,13 +185,13 @@ def on_line(task: Task) -> list[Metric]:
 def show_epoch(
     screen: Report, plan: Plan, task: Task, data: Data,
     schedule: Schedule, progress: Progress, row: dict, better: bool, left: float, stopping: bool,
-    train_loss: float | None = None,
+    trained: dict[str, float],
 ) -> None:  # fmt: skip
     """One line that can be read from across the room; long runs show one in so many."""
     epochs, epoch = schedule.epochs, row["epoch"]
     words = [f"epoch {epoch}/{epochs}"]
-    words += [f"train loss {train_loss:.4f}"] if train_loss is not None else []
-    for split in ("val", "test"):
+    row = row | trained
+    for split in ("train", "val", "test"):
         told = [
             m.named(row[f"{split}/{m.key}"]) for m in on_line(task) if f"{split}/{m.key}" in row
         ]

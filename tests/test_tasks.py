@@ -141,6 +141,16 @@ def test_millions_of_images_do_not_overflow():
 # --- examples -------------------------------------------------------------------------------------
 
 
+def test_right_answers_in_training_are_those_of_a_plain_search():
+    logits, labels = sample()
+    task, wanted = Classification(7), sum(map(int, logits.argmax(1) == labels))
+    soft = 0.6 * torch.eye(7)[labels] + 0.4 * torch.eye(7)[labels.flip(0)]
+    for outputs in (logits, (logits, logits.flip(0)), {"logits": logits}):
+        for target in (labels, soft):
+            assert int(task.right(outputs, target)) == wanted > 0
+    assert Regression().right(logits[:, :1], logits[:, :1]) == 0 and not Regression.right_is
+
+
 def shown(task, logits, labels, parts, processes=1):
     """The examples of an evaluation in such parts, dealt out to so many processes."""
     everyones = [task.new_examples("cpu") for _ in range(processes)]
