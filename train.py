@@ -147,7 +147,7 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
                 logits = augment.vote(lambda view: learner.logits(model, view), images)
             labels, weights = (batch[name].to(logits.device) for name in ("labels", "weights"))
             answers = task.count(counts, logits, labels, weights)
-            task.keep(kept, logits, answers, labels, batch["indices"].to(logits.device))
+            task.keep(kept, answers, labels, batch["indices"].to(logits.device))
             if world.beat(progress.step):
                 return None
         counts, kept = world.together(counts, kept)

@@ -135,8 +135,8 @@ def evaluating(device: torch.device, image_size: int, tta: int = 0) -> tuple[lis
     def piece() -> None:
         batch = data.__getitems__(indices)
         answer = augment.vote(model, augment.evaluate(batch["images"]))
-        classes = task.count(counts, answer, batch["labels"], batch["weights"])
-        task.keep(kept, answer, classes, batch["labels"], batch["indices"])
+        answers = task.count(counts, answer, batch["labels"], batch["weights"])
+        task.keep(kept, answers, batch["labels"], batch["indices"])
 
     return count(piece), -(-10_000 // size)
 
