@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from common.confusion import MOST, WHOLE, totals
 from common.metric import Metric
+from common.text import counted
 from models.hooks import WeighsAuxiliaryHeads
 
 # Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
@@ -52,8 +53,8 @@ def balanced_accuracy(results: dict) -> float:
 def never_found(results: dict, classes: Sequence[str]) -> str:
     """The classes of which no image is recognised, in a sentence; "" where there are none."""
     images, _, right = totals(results)
-    counted = zip(classes, images, right, strict=False)  # nothing is known after a damage
-    missed = [f"{name} ({count} images)" for name, count, found in counted if count and not found]
+    each = zip(classes, images, right, strict=False)  # nothing is known after a damage
+    missed = [f"{name} ({counted(n, 'image')})" for name, n, found in each if n and not found]
     if not missed:
         return ""
     more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.parser import Parser
-from common.text import printable
+from common.text import counted, printable
 from data.augment import KINDS, Augment
 from data.cache import cache_dir
 from data.cuts import Cuts, default_resize
@@ -244,7 +244,7 @@ def _check(options: argparse.Namespace) -> int:
         raise UserError(f"{printable(options.folder)} is no pack", code="no-pack")
     with _bar("bytes") as count:
         files = check(options.folder, count)
-    print(f"{printable(options.folder)}: {files} file{'s' * (files > 1)}, all bytes as written")
+    print(f"{printable(options.folder)}: {counted(files, 'file')}, all bytes as written")
     return 0
 
 
@@ -280,7 +280,8 @@ def _bar(unit: str) -> Iterator[Count]:
 
 def _report_skipped(source: Source) -> None:
     if source.skipped:
-        print(f"{len(source.skipped)} images left out:", *source.skipped[:10], sep="\n  ")
+        left_out = counted(len(source.skipped), "image")
+        print(f"{left_out} left out:", *source.skipped[:10], sep="\n  ")
 
 
 if __name__ == "__main__":
