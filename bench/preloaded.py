@@ -38,7 +38,7 @@ from pathlib import Path
 from types import FrameType
 
 PACKAGES = ("torch", "torch._dynamo", "torch.distributed", "accelerate", "sklearn.datasets", "rich")
-PACKAGES += ("torchvision",)
+PACKAGES += ("torchvision", "matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2")
 PACKAGES += ("datasets",)  # Accelerate asks for it where it is installed
 DECIDING = ("torch", "numpy", "accelerate", "scikit-learn")  # whose versions may move a bit
 PATIENCE = 30  # seconds that ranks have after TERM, as torchrun gives them

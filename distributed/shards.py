@@ -17,9 +17,11 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import Node
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import BatchPlan
 from distributed.generators import Generators
@@ -194,8 +196,10 @@ class Shards:
         self.bitwise = bitwise
         self.first = accelerator.process_index * plan.shards_per_process
         self.mine = slice(self.first, self.first + plan.shards_per_process)
+        # A launcher brings DDP even where it starts one process.
+        self.wrapped = accelerator.distributed_type != DistributedType.NO
         # DDP adds up the processes where neither an exact sum does nor a reentrant backward.
-        self.by_ddp = not (bitwise or nature.reentrant)
+        self.by_ddp = self.wrapped and not (bitwise or nature.reentrant)
         self.last = True  # whether the shard that was handed out is the last one of the step
         # What a loss summed over a shard is multiplied by before backward: DDP divides by its
         # number of processes, and every image of the global batch weighs the same.
@@ -227,8 +231,8 @@ class Shards:
             if index > 0:
                 unpack(self.before, self.buffers)
             self.generators.seed(self.seed_of(step, self.first + index))
-            quiet = not (self.by_ddp and self.last)
-            sync = self.accelerator.no_sync(self.model) if quiet else contextlib.nullcontext()
+            quiet = self.wrapped and not (self.by_ddp and self.last)
+            sync = cast(DDP, self.model).no_sync() if quiet else contextlib.nullcontext()
             with sync:
                 part = slice(index * size, (index + 1) * size)
                 yield {name: values[part] for name, values in batch.items()}
@@ -246,7 +250,7 @@ class Shards:
     def weighed(self, loss: Tensor) -> Tensor:
         """The share in the step's loss of a loss that is summed over the shard handed out."""
         loss = loss * self.scale
-        if self.by_ddp and self.last and self.accelerator.num_processes > 1:
+        if self.by_ddp and self.last:
             return EveryParameter.apply(loss, *self.parameters)
         return loss
 

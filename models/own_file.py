@@ -131,21 +131,54 @@ def place_in(name: str, error: BaseException) -> str:
 
 
 def sources_of(name: str) -> dict[str, Path]:
-    """The file of a loaded model and the modules it uses below its folder, by place in there."""
+    """The file of a loaded model and the modules it imports below its folder, by place in there.
+
+    What else the process has loaded from there (a program that calls fit(), another model) is not
+    the model's: the next process would not load it, and the files would seem to have changed.
+    """
     path = _split(name)[0].resolve()
     if not path.is_file():
         return {}
-    found = {path.name: path}
-    for module_name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)  # of an import that is blocked the value is None
-        if not file or not file.endswith(".py") or module_name.partition(".")[0] in OURS:
-            continue
-        place = Path(file).resolve()
-        installed = any(place.is_relative_to(p) for p in {sys.prefix, sys.base_prefix})
-        real = place.is_file() and "site-packages" not in file  # torch has modules without a file
-        if real and place.is_relative_to(path.parent) and not installed:
-            found[place.relative_to(path.parent).as_posix()] = place
+    found, todo = {path.name: path}, [("", path)]
+    while todo:
+        for module_name in _imported(*todo.pop()):
+            file = getattr(sys.modules.get(module_name), "__file__", None)
+            if not file or not file.endswith(".py") or module_name.partition(".")[0] in OURS:
+                continue
+            place = Path(file).resolve()
+            installed = any(place.is_relative_to(p) for p in {sys.prefix, sys.base_prefix})
+            real = place.is_file() and "site-packages" not in file  # torch has some without a file
+            if not real or installed or not place.is_relative_to(path.parent):
+                continue
+            if place not in found.values():
+                found[place.relative_to(path.parent).as_posix()] = place
+                package = (
+                    module_name if place.name == "__init__.py" else module_name.rpartition(".")[0]
+                )
+                todo.append((package, place))
     return dict(sorted(found.items()))
+
+
+def _imported(package: str, file: Path) -> set[str]:
+    """Every module that a file of a package names in an import, at whatever depth it stands."""
+    names: set[str] = set()
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # edited since it was loaded
+        return names
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join(filter(None, [*above, node.module]))
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args:  # importlib.import_module("parts.inner")
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            first = node.args[0]
+            if called in ("import_module", "__import__") and isinstance(first, ast.Constant):
+                names.add(str(first.value))
+    return {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
 
 
 def digests_of(name: str) -> dict[str, str]:

@@ -187,7 +187,7 @@ PartitionName=lowest PriorityTier=1 GraceTime=0
             time.sleep(0.3)
 
     def daemon(self, command: list[str]) -> None:
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise RuntimeError(f"{command}: {done.stdout}{done.stderr}\n{self.logs()}")
 
@@ -219,7 +219,7 @@ PartitionName=lowest PriorityTier=1 GraceTime=0
 
     def run(self, *command: str, check: bool = True, **more) -> str:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120,
+            command, capture_output=True, text=True, timeout=600,
             env={**self.env, **more.pop("env", {})}, **more,
         )  # fmt: skip
         if check and done.returncode:
@@ -231,7 +231,7 @@ PartitionName=lowest PriorityTier=1 GraceTime=0
         shown = self.run("scontrol", "show", "job", job, check=False)
         return shown.partition("JobState=")[2].split()[0] if "JobState=" in shown else "GONE"
 
-    def wait(self, job: str, *states: str, seconds: float = 120) -> str:
+    def wait(self, job: str, *states: str, seconds: float = 600) -> str:
         """Wait for one of these states (default: an end)."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         deadline = time.monotonic() + seconds

@@ -126,6 +126,19 @@ def test_a_parameter_that_nobody_used_decays_and_keeps_its_momentum(folder):
     assert torch.allclose(long, short * (1 - 0.01 * 0.1) ** 5, rtol=1e-5)
 
 
+def test_a_launcher_of_one_process_trains_as_no_launcher_does(folder):
+    """It brings DDP, which wants a gradient of every parameter, where one process has none."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, world in (("plain", {}), ("launched", alone)):
+        words = ["--model", f"{folder}/nets.py:Net", *SHORT, "--run-dir", name]
+        done = train([*words, *OPTIMIZERS["adamw"]], folder, **world)
+        assert done.status == 0, done.out
+    launched = weights(folder, "launched")
+    for key, value in weights(folder, "plain").items():
+        assert torch.allclose(value, launched[key], rtol=1e-3, atol=1e-5), key
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_gradient_that_arrives_twice_in_a_backward_is_noticed(reentrant):
     layer, other = nn.Linear(3, 3), nn.Linear(3, 3)

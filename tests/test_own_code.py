@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,13 @@ FILES = ["blocks.py", "net.py", "parts/__init__.py", "parts/inner.py"]
 
 def test_the_files_of_a_model_are_those_it_imports_below_its_folder(loaded, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "not_to_be_imported", None)
-    monkeypatch.chdir(Path(own_file._split(loaded)[0]).parent)  # where torch._classes seems to lie
+    mine = Path(own_file._split(loaded)[0]).parent
+    monkeypatch.chdir(mine)  # where torch._classes seems to lie
+    # What the calling program has loaded from there is not the model's.
+    for name in ("__mp_main__", "unused", "own_other"):
+        program = types.ModuleType(name)
+        program.__file__ = str(mine / "unused.py")
+        monkeypatch.setitem(sys.modules, name, program)
     assert list(digests_of(loaded)) == FILES
     kept = [p for p in (run / "code").rglob("*") if p.is_file()]
     assert sorted(p.relative_to(run / "code").as_posix() for p in kept) == FILES

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -28,12 +29,12 @@ class FakeAccelerator:
     def __init__(self, process_index=0, num_processes=1):
         self.process_index, self.num_processes = process_index, num_processes
         self.device, self.scaler = torch.device("cpu"), None
+        several = num_processes > 1
+        self.distributed_type = DistributedType.MULTI_CPU if several else DistributedType.NO
 
     def unwrap_model(self, model):
+        model.no_sync = contextlib.nullcontext  # as DDP's
         return model
-
-    def no_sync(self, model):
-        return contextlib.nullcontext()
 
 
 def plain() -> nn.Module:

@@ -131,7 +131,7 @@ def settle_buckets(learner: Learner, data: Data) -> None:
     has other bits than the same step of a run that was not interrupted.
     """
     shards = learner.shards
-    if learner.accelerator.num_processes == 1 or not shards.by_ddp:
+    if not shards.by_ddp:
         return
     before = packed(shards.buffers)
     shards.generators.seed(shards.seed_of(0, 0))  # which layers run may be left to chance
