@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.confusion import dense, totals
+from common.text import counted as say
 from tasks import LARGEST_LOSS, LOSS_UNIT, Classification, Regression, build_task, never_found
 
 
@@ -261,7 +262,7 @@ def test_what_is_kept_of_many_classes_grows_with_the_mistakes_not_with_their_squ
     missed = [c for c in range(classes) if there[c] and not hits[c]]
     told = never_found(metrics, names)
     assert bool(told) == bool(missed)
-    assert all(f"{c} ({there[c]} images)" in told for c in missed[:5])
+    assert all(f"{c} ({say(int(there[c]), 'image')})" in told for c in missed[:5])
     if "confusion" in metrics:
         matrix = torch.tensor(dense(metrics["confusion"]))
         wanted = torch.zeros(classes, classes, dtype=torch.int64)
