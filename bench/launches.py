@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -182,6 +182,7 @@ def undoing(device: torch.device, model: nn.Module) -> list[str]:
     """The buffers of a model put back where a step is left out, with the copy made before it."""
     alone = SimpleNamespace(
         unwrap_model=lambda model: model, process_index=0, num_processes=1,
+        distributed_type=DistributedType.NO,
         device=torch.device("cpu"),  # whose generator is seeded for dropout
     )  # fmt: skip
     plan = BatchPlan(batch_size=BATCH, num_processes=1, shards=1)

@@ -131,7 +131,9 @@ def test_what_is_odd_about_a_length_is_told():
         return " | ".join(doubts(config, plan, progress, bound))
 
     assert told(epochs=3) == told(epochs=3, warmup=1.0, ema=0.9) == ""
-    assert "the warm-up of 5 epochs (35 steps) is longer than the run" in told(epochs=3, warmup=5.0)
+    assert "the warm-up of --warmup 5 (35 steps) is longer than the run" in told(
+        epochs=3, warmup=5.0
+    )
     assert "spans 1,000 updates, the run has 21" in told(epochs=3, ema=0.999)
     assert "--epochs 3 ends the run at step 21" in told(epochs=3, max_steps=50, bound=True)
     done = Progress(step=21, evaluated=21, lr=1e-4)
