@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from common.confusion import MOST, WHOLE, totals
 from common.metric import Metric
+from common.text import counted
 from losses import Criterion
 from models.hooks import WeighsAuxiliaryHeads
 
@@ -21,6 +22,13 @@ LARGEST_LOSS = 2.0**20
 Outputs = Tensor | tuple | list | dict  # what a model answers, with its auxiliary heads if any
 MOST_EXAMPLES = 32  # mistakes in all; of a class not so many, where there are several
 MOST_POINTS = 200  # answers of a regression that are kept
+
+
+class Answers(NamedTuple):
+    """What a model answers to a batch, (n,): classes or numbers, and how sure it is, 0 to 1."""
+
+    given: Tensor
+    sure: Tensor
 
 
 def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -46,8 +54,8 @@ def balanced_accuracy(results: dict) -> float:
 def never_found(results: dict, classes: Sequence[str]) -> str:
     """The classes of which no image is recognised, in a sentence; "" where there are none."""
     images, _, right = totals(results)
-    counted = zip(classes, images, right, strict=False)  # nothing is known after a damage
-    missed = [f"{name} ({count} images)" for name, count, found in counted if count and not found]
+    each = zip(classes, images, right, strict=False)  # nothing is known after a damage
+    missed = [f"{name} ({counted(n, 'image')})" for name, n, found in each if n and not found]
     if not missed:
         return ""
     more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
@@ -62,12 +70,14 @@ class Task:
 
     `metrics` declares each number of an evaluation, and nothing else need know it: rows, screen,
     page, plots and the best weights follow. The loss is always among them, as "loss". `best_is` is
-    the key of the one that decides which weights are the best.
+    the key of the one that decides which weights are the best, `right_is` that of the one whose
+    name the share of right answers has in training, if answers can be right.
     """
 
     name: str
     metrics: tuple[Metric, ...]
     best_is: str
+    right_is = ""
 
     def __init__(
         self, num_classes: int = 1, label_smoothing: float = 0.0, auxiliary: float = 0.3,
@@ -90,15 +100,16 @@ class Task:
         """What samples weigh together in the loss, in units of WEIGHT_UNIT; None: 1 each."""
         return None
 
+    def right(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
+        """How many answers of a training batch are right; on the device, read with a row."""
+        return 0
+
     def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters, all zero, which processes may add up in any order."""
         raise NotImplementedError
 
-    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Tensor:
-        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding.
-
-        Returns what the model answers, (n,): classes or numbers.
-        """
+    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Answers:
+        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
         raise NotImplementedError
 
     def results(self, counts: Tensor) -> dict:
@@ -109,12 +120,10 @@ class Task:
         """What an evaluation keeps to be shown, int64, all zero: no larger for more images."""
         raise NotImplementedError
 
-    def keep(
-        self, kept: Tensor, outputs: Outputs, answers: Tensor, labels: Tensor, indices: Tensor
-    ) -> None:
-        """Keep what is worth showing of a batch, without a wait of the host.
+    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
+        """Keep what is worth showing of a batch that was counted, without a wait of the host.
 
-        `answers` are those of `count`, indices (n,) int64 the samples' numbers, -1 for padding.
+        indices (n,) int64 are the samples' numbers, -1 for padding.
         """
         raise NotImplementedError
 
@@ -143,7 +152,7 @@ class Classification(Task):
             higher_is_better=True, shown=("best",),
         ),
     )  # fmt: skip
-    best_is = "accuracy"
+    best_is = right_is = "accuracy"
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
@@ -156,6 +165,12 @@ class Classification(Task):
     def weight(self, labels: Tensor) -> Tensor | None:
         return self.criterion.total(labels)
 
+    def right(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
+        """Of a mixture of two images the class that it holds more of is the right answer."""
+        logits = split_outputs(outputs)[0].detach()
+        labels = labels.argmax(1) if labels.ndim == 2 else labels
+        return (logits.argmax(1) == labels).sum()
+
     def new_counts(self, device: torch.device) -> Tensor:
         """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`.
 
@@ -165,9 +180,10 @@ class Classification(Task):
         cells = self.num_classes if self.num_classes <= MOST else 3
         return torch.zeros(4 + self.num_classes * cells, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Tensor:
+    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Answers:
         logits = split_outputs(outputs)[0].float()
-        loss = F.cross_entropy(logits, labels, reduction="none").clamp(max=LARGEST_LOSS)
+        chances = logits.log_softmax(1)  # most of the work where there are many classes
+        loss = F.nll_loss(chances, labels, reduction="none").clamp(max=LARGEST_LOSS)
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
         # The rank of the true class, ties by class number; the same for every batch shape.
         true = logits.gather(1, labels[:, None])
@@ -179,15 +195,16 @@ class Classification(Task):
         units = (loss / LOSS_UNIT).round().long()
         found = torch.stack([units, rank == 0, rank < 5, weights]) * weights
         counts[:4].add_(found.sum(1))
+        answers = Answers(predicted, chances.gather(1, predicted[:, None])[:, 0].exp())
         if self.num_classes > MOST:
-            images, answers, right = counts[4:].view(3, self.num_classes)
+            images, given, right = counts[4:].view(3, self.num_classes)
             images.scatter_add_(0, labels, weights)
-            answers.scatter_add_(0, predicted, weights)
+            given.scatter_add_(0, predicted, weights)
             right.scatter_add_(0, labels, weights * (predicted == labels))
-            return predicted
+            return answers
         cells = torch.add(predicted, labels, alpha=self.num_classes)
         counts[4:].scatter_add_(0, cells, weights)
-        return predicted
+        return answers
 
     def _classes(self, logits: Tensor) -> Tensor:
         return torch.arange(logits.shape[1], device=logits.device)[None]
@@ -224,20 +241,17 @@ class Classification(Task):
         places = max(MOST_EXAMPLES // 4, MOST_EXAMPLES // self.num_classes)
         return torch.zeros(2, self.num_classes, places, dtype=torch.int64, device=device)
 
-    def keep(
-        self, kept: Tensor, outputs: Outputs, answers: Tensor, labels: Tensor, indices: Tensor
-    ) -> None:
+    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
         """Of a mistake its key, label and answer; neither batches nor processes decide which.
 
         The key is how sure it is in units of 2**-20, times 2**32, less its index: no two are equal.
         """
-        sure = split_outputs(outputs)[0].float().softmax(1).amax(1).nan_to_num(0.0)
-        keys = (sure * 2**20).long() * 2**32 - indices
-        keys = keys * ((answers != labels) & (indices >= 0))
+        keys = (answers.sure.nan_to_num(0.0) * 2**20).long() * 2**32 - indices
+        keys = keys * ((answers.given != labels) & (indices >= 0))
         rows = torch.arange(kept.shape[1], device=labels.device)[:, None]
         mine = labels == rows if len(rows) == self.num_classes else labels >= rows
         keys = torch.cat([kept[0], keys * mine], 1)
-        cells = torch.add(answers, labels, alpha=self.num_classes)
+        cells = torch.add(answers.given, labels, alpha=self.num_classes)
         cells = torch.cat([kept[1], cells.expand(kept.shape[1], -1)], 1)
         best, places = keys.topk(kept.shape[2])
         torch.stack([best, cells.gather(1, places)], out=kept)
@@ -337,7 +351,7 @@ class Regression(Task):
     def new_counts(self, device: torch.device) -> Tensor:
         return torch.zeros(4, dtype=torch.int64, device=device)
 
-    def count(self, counts: Tensor, outputs: Outputs, targets: Tensor, weights: Tensor) -> Tensor:
+    def count(self, counts: Tensor, outputs: Outputs, targets: Tensor, weights: Tensor) -> Answers:
         predictions = split_outputs(outputs)[0].float()
         if predictions.shape != targets.shape:
             self.loss(outputs, targets)
@@ -346,7 +360,7 @@ class Regression(Task):
         units = (torch.stack(values) / LOSS_UNIT).round().long() * weights
         counts[:3].add_(units.sum(1))
         counts[3].add_(weights.sum())
-        return predictions[:, 0]
+        return Answers(predictions[:, 0], torch.ones_like(predictions[:, 0]))
 
     def results(self, counts: Tensor) -> dict:
         squares, total, total_squares = (x * LOSS_UNIT for x in counts[:3].tolist())
@@ -362,12 +376,10 @@ class Regression(Task):
         """By the sample's index, int64 (MOST_POINTS + 1, 2): its answer's bits, 1 where it is."""
         return torch.zeros(MOST_POINTS + 1, 2, dtype=torch.int64, device=device)
 
-    def keep(
-        self, kept: Tensor, outputs: Outputs, answers: Tensor, targets: Tensor, indices: Tensor
-    ) -> None:
+    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
         shown = (indices >= 0) & (indices < MOST_POINTS)
         places = torch.where(shown, indices, MOST_POINTS)  # the last is for all others
-        bits = answers.view(torch.int32).long()
+        bits = answers.given.view(torch.int32).long()
         kept.index_copy_(0, places, torch.stack([bits, torch.ones_like(bits)], 1))
 
     def examples(self, kept: Tensor) -> list[dict]:

@@ -124,7 +124,7 @@ def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int
         logits = model(images)
         loss = task.loss(logits, labels)  # summed over the shard
         learner.accelerator.backward(shards.weighed(loss))
-        learner.sums[shard] += loss.detach()  # on the device: reading it each step would wait
+        learner.add(shard, loss.detach(), task.right(logits, labels))
     skipped = learner.check_gradients(step)
     optimizer.step()
     optimizer.zero_grad()
@@ -147,7 +147,7 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
                 logits = augment.vote(lambda view: learner.logits(model, view), images)
             labels, weights = (batch[name].to(logits.device) for name in ("labels", "weights"))
             answers = task.count(counts, logits, labels, weights)
-            task.keep(kept, logits, answers, labels, batch["indices"].to(logits.device))
+            task.keep(kept, answers, labels, batch["indices"].to(logits.device))
             if world.beat(progress.step):
                 return None
         counts, kept = world.together(counts, kept)

@@ -12,8 +12,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -140,8 +139,8 @@ def evaluating(device: torch.device, image_size: int, tta: int = 0) -> tuple[lis
     def piece() -> None:
         batch = data.__getitems__(indices)
         answer = augment.vote(model, augment.evaluate(batch["images"]))
-        classes = task.count(counts, answer, batch["labels"], batch["weights"])
-        task.keep(kept, answer, classes, batch["labels"], batch["indices"])
+        answers = task.count(counts, answer, batch["labels"], batch["weights"])
+        task.keep(kept, answers, batch["labels"], batch["indices"])
 
     return count(piece), -(-10_000 // size)
 
@@ -214,14 +213,16 @@ def averaging(device: torch.device, model: nn.Module) -> list[str]:
 
 
 def losing(device: torch.device, soft: bool = False) -> list[str]:
-    """The loss of a batch, and its sum kept on the device."""
+    """The loss of a batch and the right answers, and their sums kept on the device."""
     task, sums = Classification(CLASSES), torch.zeros(1, device=device)
+    right = torch.zeros((), dtype=torch.int64, device=device)
     logits = torch.empty(BATCH, CLASSES, device=device, dtype=torch.bfloat16)
     labels = training_batch(device)["labels"]
     labels = torch.empty(BATCH, CLASSES, device=device) if soft else labels
 
     def piece() -> None:
         sums[0] += task.loss(logits, labels)
+        right.add_(task.right(logits, labels))
 
     return count(piece)
 

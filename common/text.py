@@ -46,6 +46,12 @@ def some(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(map(printable, names[:most])) + more
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 epoch`, `2,000 images`, `3 classes`: a count and what is counted."""
+    several = thing + ("es" if thing.endswith("s") else "s")
+    return f"{count:,} {thing if count == 1 else several}"
+
+
 def both_sides(one: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:
     """Two lists of classes that do not match, and what only one of them has."""
     only = [name for name in names if name not in set(others)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.parser import Parser
-from common.text import printable
+from common.text import counted, printable
 from data.augment import Augment
 from data.cache import cache_dir, kept, size_limit, trim
 from data.cuts import Cuts, default_resize
@@ -313,7 +313,7 @@ def _check(options: argparse.Namespace) -> int:
         raise UserError(f"{printable(options.folder)} is no pack", code="no-pack")
     with _bar("bytes") as count:
         files = check(options.folder, count)
-    print(f"{printable(options.folder)}: {files} file{'s' * (files > 1)}, all bytes as written")
+    print(f"{printable(options.folder)}: {counted(files, 'file')}, all bytes as written")
     return 0
 
 
@@ -351,7 +351,8 @@ def _tell(source: Source) -> None:
     if source.tally:
         print(f"files {source.tally}")
     if source.skipped:
-        print(f"{len(source.skipped)} images cannot be read:", *source.skipped[:10], sep="\n  ")
+        left_out = counted(len(source.skipped), "image")
+        print(f"{left_out} cannot be read:", *source.skipped[:10], sep="\n  ")
     for note in source.notes:
         print(f"warning: {printable(note)}")
 

@@ -66,6 +66,7 @@ class Progress:
     seconds: float = 0.0  # of training and evaluation, over all lives
     last: dict = field(default_factory=dict)  # the latest evaluation's metrics
     sums: list[float] = field(default_factory=list)  # what the next metrics row adds up
+    right: int = 0  # and the right answers
     summed: int = 0  # steps in those sums
 
     def settle(self, batch_size: int, steps_per_epoch: int) -> None:

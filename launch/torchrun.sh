@@ -11,6 +11,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${LOCKSTEP_PYTHON:-python}
 usage() { sed -n '2,7s/^# *//p' "${BASH_SOURCE[0]}"; }
 die() { echo "lockstep: $*" >&2 && exit 2; }
+counted() { if [ "$1" = 1 ]; then echo "$1 $2"; else echo "$1 $3"; fi; }
 
 nproc="" nnodes=1 head="" id="" restarts=0 local_addr=""
 while [ $# -gt 0 ]; do
@@ -82,7 +83,8 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds to save
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else torchrun says so, in a banner; see --threads
-echo "lockstep: $nnodes nodes x $nproc processes, id $id, ${rdzv[*]}" >&2
+echo "lockstep: $(counted "$nnodes" node nodes) x $(counted "$nproc" process processes)," \
+    "id $id, ${rdzv[*]}" >&2
 # USR1 would kill an agent that does not expect it, and orphan its processes.
 exec ${meet[@]+"${meet[@]}"} "$python" -m torch.distributed.run \
     --nnodes="$nnodes" --nproc-per-node="$nproc" "${rdzv[@]}" --rdzv-id="$id" \

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from common.text import counted
 from errors import UserError
 from models import MODELS, build_model, lookup
 from models.own_file import is_own_file
@@ -60,7 +61,7 @@ def table_of_models(num_classes: int) -> "Table":
             f"{count(model.parameters()):,}",
             f"{entry.min_image_size} px" if entry.task == "classification" else "-",
             f"{images}{recipe['optimizer']} {recipe['lr']:g}, "
-            f"batch {recipe['batch_size']}, {recipe['epochs']} epochs",
+            f"batch {recipe['batch_size']}, {counted(int(recipe['epochs']), 'epoch')}",
             entry.summary,
         )
     return table

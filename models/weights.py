@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.text import both_sides, places, some
+from common.text import both_sides, counted, places, some
 from errors import UserError
 from models import lookup, told_by_weights
 from models.hooks import NamesAuxiliaryHeads
@@ -93,8 +93,8 @@ def load_weights(
     if fresh and as_they_are:
         theirs = loaded[_head_key(fresh[0], own)].shape[0]
         raise UserError(
-            f"--weights {weights}: they know {theirs} classes, and the data have {num_classes}: "
-            "the head would be a new one, which knows nothing",
+            f"--weights {weights}: they know {counted(theirs, 'class')}, and the data have "
+            f"{num_classes}: the head would be a new one, which knows nothing",
             code="other-classes",
         )
     given = {k: v for k, v in loaded.items() if not k.startswith(tuple(fresh))}
@@ -141,7 +141,9 @@ def load_weights(
         return f"{origin}, all {len(given)} tensors{doubt}"
     heads = ", ".join(head.removesuffix(".") or "all of it" for head in fresh)
     theirs = loaded[_head_key(fresh[0], own)].shape[0]
-    which = f"{theirs} other classes ({some(known, 4)})" if rows else f"{theirs} classes"
+    which = counted(theirs, "class")
+    if rows:
+        which = f"{counted(theirs, 'other class')} ({some(known, 4)})"
     return f"{origin}; they know {which}, so the head for {num_classes} is new ({heads})"
 
 

@@ -63,7 +63,7 @@ class Logbook(contextlib.AbstractContextManager):
         self.trackers: list[Tracker] = []
         self._row_problem = ""
         self._begun = False
-        self._epoch: list[tuple[int, float]] = []  # steps and mean loss of its rows, in this life
+        self._epoch: list[tuple[int, dict]] = []  # steps and numbers of its rows, in this life
         self._row_step = 0
         if plan.folder is not None:
             self.life, owner = world.main_decides(partial(self._enter_folder, plan.folder))
@@ -239,7 +239,7 @@ class Logbook(contextlib.AbstractContextManager):
             **self.world.peak_memory(),
         }
         self._record(row, progress)
-        self._epoch.append((progress.step - self._row_step, row["train/loss"]))
+        self._epoch.append((progress.step - self._row_step, numbers))
         self._row_step = progress.step
         left = self.clock.left(schedule.last_step - progress.step)
         self.screen.train_line(row, schedule.last_step, left)
@@ -247,11 +247,14 @@ class Logbook(contextlib.AbstractContextManager):
             self._tell_time_limit(schedule, progress)
             panels.advise_on_time(self.screen, self.plan, self.world, left)
 
-    @property
-    def epoch_loss(self) -> float | None:
-        """The mean training loss of an image in the epoch, as far as this life trained it."""
+    def _epoch_means(self) -> dict[str, float]:
+        """Of an image of the epoch the mean of each number, as far as this life trained it."""
         steps = sum(count for count, _ in self._epoch)
-        return math.fsum(count * loss for count, loss in self._epoch) / steps if steps else None
+        names = self._epoch[0][1] if steps else ()
+        return {
+            name: math.fsum(count * row[name] for count, row in self._epoch) / steps
+            for name in names
+        }
 
     def _tell_time_limit(self, schedule: Schedule, progress: Progress) -> None:
         """Once, from the speed so far: where --max-time will end this life, and at which rate."""
@@ -299,7 +302,7 @@ class Logbook(contextlib.AbstractContextManager):
         stopping = bool(self.world.stop.reason)
         panels.show_epoch(
             self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping,
-            self.epoch_loss,
+            self._epoch_means(),
         )  # fmt: skip
         if falls:
             rate = schedule.lr(progress.step, progress.drops)

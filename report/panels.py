@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
-from common.text import duration, pasted, printable
+from common.text import counted, duration, pasted, printable
 from config import TrainConfig, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
@@ -49,9 +49,8 @@ def show_start(
     trainable = sum(p.numel() for p in learner.parameters)
     held = "" if trainable == total else f", {trainable:,} of them train"
     equation = (
-        f"{batch.batch_size} = {batch.num_processes} process{'es' * (batch.num_processes > 1)} x "
-        f"{batch.shards_per_process} shard{'s' * (batch.shards_per_process > 1)} x "
-        f"{batch.micro_batch_size} images"
+        f"{batch.batch_size} = {counted(batch.num_processes, 'process')} x "
+        f"{counted(batch.shards_per_process, 'shard')} x {counted(batch.micro_batch_size, 'image')}"
     )
     validation = f"{len(data.places['val']):,} validation, " if "val" in data.places else ""
     amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
@@ -81,7 +80,7 @@ def show_start(
         best, metric = progress.best, learner.task.best
         shown = f", best {metric.show(best)}" if best is not None and metric.has("best") else ""
         epoch = schedule.place(progress.step)[0]
-        ahead = f" ({progress.images:,} images seen)" if schedule.ahead else ""
+        ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
         rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{ahead}{shown}"))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
     changed = [
@@ -118,7 +117,7 @@ def advise_on_time(screen: Report, plan: Plan, world: World, left: float) -> Non
 def steps_shown(schedule: Schedule, progress: Progress) -> str:
     """The length of the run in steps and epochs, and where --stop-after ends this command."""
     total, epochs = schedule.total_steps - schedule.ahead, schedule.epochs
-    words = f"{total} ({schedule.steps_per_epoch} an epoch, {epochs} epoch{'s' * (epochs > 1)})"
+    words = f"{total} ({schedule.steps_per_epoch} an epoch, {counted(epochs, 'epoch')})"
     return f"{words}, stops after {schedule.last_step}" if schedule.stops_early else words
 
 
@@ -187,7 +186,8 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
         )
     if data.source.skipped:
         where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
-        notes.append(f"{len(data.source.skipped)} images cannot be read and are left out{where}")
+        left_out = counted(len(data.source.skipped), "image")
+        notes.append(f"left out, as it cannot be read: {left_out}{where}")
     notes += data.source.notes
     usual = recipe_of(config.model, config.weights).get("optimizer", TrainConfig.optimizer)
     if config.optimizer != usual and plan.settings.origin("lr") in ("recipe", "default"):
@@ -206,13 +206,13 @@ def on_line(task: Task) -> list[Metric]:
 def show_epoch(
     screen: Report, plan: Plan, task: Task, data: Data,
     schedule: Schedule, progress: Progress, row: dict, better: bool, left: float, stopping: bool,
-    train_loss: float | None = None,
+    trained: dict[str, float],
 ) -> None:  # fmt: skip
     """One line that can be read from across the room; long runs show one in so many."""
     epochs, epoch = schedule.epochs, row["epoch"]
     words = [f"epoch {epoch}/{epochs}"]
-    words += [f"train loss {train_loss:.4f}"] if train_loss is not None else []
-    for split in ("val", "test"):
+    row = row | trained
+    for split in ("train", "val", "test"):
         told = [
             m.named(row[f"{split}/{m.key}"]) for m in on_line(task) if f"{split}/{m.key}" in row
         ]
@@ -240,7 +240,7 @@ def show_evaluation(
     rows = []
     for split, found in results.items():
         numbers = (f"{m.key} {found[m.key]:.6g}" for m in started.task.metrics)
-        rows.append((split, f"{found['images']} images: {', '.join(numbers)}"))
+        rows.append((split, f"{counted(found['images'], 'image')}: {', '.join(numbers)}"))
     if "confusion" in results["test"]:
         screen.class_table(data.classes, dense(results["test"]["confusion"]))
     screen.end_panel(f"evaluated {weights_shown(plan, started)}", rows, good=True)
@@ -300,7 +300,7 @@ def show_ending(
         )
     if best and metric.has("best"):
         split = "validation part" if data.chosen_on == "val" else "test split"
-        images = metric.about(f"{last['images']} test images")
+        images = metric.about(counted(last["images"], "test image"))
         rows.append(("last", f"{metric.show(last[metric.key])} {images}"))
         if missed := never_found(best, data.classes):
             screen.warn(missed)
@@ -317,7 +317,7 @@ def show_ending(
         what = f"those of step {kept}" if kept else "none"
         lack = f"model.safetensors holds {what}: the best, of step {progress.best_step}, are not on"
         rows.append(("WEIGHTS", f"{lack} the disk"))
-    rows.append(("time", f"{duration(progress.seconds)}, {progress.step} steps"))
+    rows.append(("time", f"{duration(progress.seconds)}, {counted(progress.step, 'step')}"))
     rows.append(("folder", str(folder)))
     if page is not None:
         rows.append(("page", str(page)))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from common import disk
-from common.text import did_you_mean, file_name, seconds
+from common.text import counted, did_you_mean, file_name, seconds
 from errors import UserError, all_of
 
 
@@ -63,3 +63,9 @@ def test_words():
     assert did_you_mean("alexnt", ["alexnet", "vgg"]) == " (did you mean alexnet?)"
     assert did_you_mean("zzz", ["alexnet"]) == ""
     assert [file_name(n) for n in ("a/b c", "net.py:Net", "user/set")] == ["b_c", "Net", "set"]
+
+
+def test_one_thing_is_said_in_the_singular():
+    said = [counted(n, thing) for n, thing in ((1, "epoch"), (0, "image"), (2000, "other class"))]
+    assert said == ["1 epoch", "0 images", "2,000 other classes"]
+    assert [counted(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]

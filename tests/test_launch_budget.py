@@ -58,7 +58,7 @@ def test_a_step_of_a_policy_has_its_budget(device, name):
 
 
 def test_loss_guard_and_average_are_few_operations(device, speednet):
-    assert len(launches.losing(device)) <= 6 and len(launches.losing(device, soft=True)) <= 10
+    assert len(launches.losing(device)) <= 10 and len(launches.losing(device, soft=True)) <= 14
     for skip in (True, False):
         assert len(launches.guarding(device, skip)) <= 40
     assert len(launches.averaging(device, speednet)) <= 6
@@ -92,10 +92,12 @@ def test_batches_of_either_sampler_are_indexed_where_the_images_are(device):
 def test_a_regression_is_counted_on_the_device(device):
     task = Regression()
     counts, weights = task.new_counts(device), torch.ones(8, dtype=torch.int64, device=device)
-    answers = torch.empty(8, 1, device=device)
-    assert count(lambda: task.count(counts, answers, answers, weights))
-    kept = task.new_examples(device)
-    assert count(lambda: task.keep(kept, answers, answers[:, 0], answers, weights))
+    targets, kept = torch.empty(8, 1, device=device), task.new_examples(device)
+
+    def piece() -> None:
+        task.keep(kept, task.count(counts, targets, targets, weights), targets, weights)
+
+    assert count(piece)
 
 
 def test_the_counter_notices_what_waits_and_what_mixes_devices(device):

@@ -131,7 +131,9 @@ def test_what_is_odd_about_a_length_is_told():
         return " | ".join(doubts(config, plan, progress, bound))
 
     assert told(epochs=3) == told(epochs=3, warmup=1.0, ema=0.9) == ""
-    assert "the warm-up of 5 epochs (35 steps) is longer than the run" in told(epochs=3, warmup=5.0)
+    assert "the warm-up of --warmup 5 (35 steps) is longer than the run" in told(
+        epochs=3, warmup=5.0
+    )
     assert "spans 1,000 updates, the run has 21" in told(epochs=3, ema=0.999)
     assert "--epochs 3 ends the run at step 21" in told(epochs=3, max_steps=50, bound=True)
     done = Progress(step=21, evaluated=21, lr=1e-4)
@@ -263,12 +265,14 @@ def test_a_row_has_the_norm_of_the_gradients_before_clipping_in_the_same_read(
         for p in learner.parameters:
             p.grad = torch.full_like(p, 2.0)
         learner.sums += torch.tensor([3.0, 5.0])
+        learner.right += 4
         count = sum(p.numel() for p in learner.parameters)
         learner.check_gradients(0)
         monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or read(t))
         row = learner.take_row(16)
         assert len(reads) == 1
-    assert row == {"train/loss": 0.5, "train/grad_norm": pytest.approx(2 * count**0.5)}
+    norm = pytest.approx(2 * count**0.5)
+    assert row == {"train/loss": 0.5, "train/accuracy": 0.25, "train/grad_norm": norm}
     assert learner.parameters[0].grad.max() < 0.5
 
 
@@ -321,6 +325,7 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
         plan = Plan(world.settings, world.settings.config, tmp_path, goes_on=False)
         learner, progress = learner_of(world), Progress(step=4, summed=2)
         learner.sums += torch.tensor([1.5, 2.5])
+        learner.right += 6
         args = (plan, FACTS, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints:
             checkpoints.save(learner, progress)
@@ -328,8 +333,10 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
         with Checkpoints(*args) as checkpoints:
             found = checkpoints.resume(other, lambda text: None)
         assert found.step == 4 and found.summed == 2
-        assert other.loss_sums() == [1.5, 2.5]
-        assert other.take_row(8)["train/loss"] == 0.5 and other.loss_sums() == [0, 0]
+        assert other.summed() == ([1.5, 2.5], 6)
+        row = other.take_row(8)
+        assert (row["train/loss"], row["train/accuracy"]) == (0.5, 0.75)
+        assert other.summed() == ([0, 0], 0)
         for name, tensor in learner.bare.state_dict().items():
             assert torch.equal(tensor, other.bare.state_dict()[name])
         args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
@@ -356,10 +363,10 @@ def test_a_time_limit_says_once_at_which_step_and_rate_it_will_stop_and_only_whe
     assert len(told) == 1
 
 
-def test_the_loss_of_an_epoch_weighs_each_row_by_its_steps():
-    log = SimpleNamespace(_epoch=[(3, 1.0), (1, 2.0)])
-    assert Logbook.epoch_loss.fget(log) == 1.25
-    assert Logbook.epoch_loss.fget(SimpleNamespace(_epoch=[])) is None
+def test_the_means_of_an_epoch_weigh_each_row_by_its_steps():
+    log = SimpleNamespace(_epoch=[(3, {"train/loss": 1.0}), (1, {"train/loss": 2.0})])
+    assert Logbook._epoch_means(log) == {"train/loss": 1.25}
+    assert Logbook._epoch_means(SimpleNamespace(_epoch=[])) == {}
 
 
 def test_no_bar_is_drawn_over_a_debuggers_prompt(settings, monkeypatch):

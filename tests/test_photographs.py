@@ -290,7 +290,8 @@ def test_a_kill_and_a_move_of_the_folder_change_nothing(place):
 
 def test_another_batch_goes_on_at_the_same_place_and_the_surest_mistakes_are_shown(place):
     cache = {"LOCKSTEP_CACHE_SIZE": "0", "LOCKSTEP_CACHE": str(place / "cache")}
-    train([*RUN, "--run-dir", "looked", "--stop-after", "3"], place, **cache)
+    look = ["--run-dir", "looked", "--stop-after", "3", "--lr", "1e-6"]  # learns nothing
+    train([*RUN, *look], place, **cache)
     words = ["--resume", "looked", "--batch-size", "6", "--allow-change", "batch_size", "--plots"]
     done = train(words, place, **cache)
     assert done.status == 0 and "could be drawn" not in done.out, done.out
@@ -300,8 +301,8 @@ def test_another_batch_goes_on_at_the_same_place_and_the_surest_mistakes_are_sho
     assert (progress["step"], progress["images"]) == (3 + steps, 36 + 6 * steps)
     assert [row["epoch"] for row in rows(place / "looked") if "test/loss" in row][-1] == 2
     best = progress["best_metrics"]
-    assert len(best["examples"]) == round((1 - best["accuracy"]) * best["images"])
-    assert (place / "looked/mistakes.png").is_file() == bool(best["examples"])
+    assert len(best["examples"]) == round((1 - best["accuracy"]) * best["images"]) > 0
+    assert (place / "looked/mistakes.png").is_file()
 
 
 def damage(path) -> None:

@@ -396,7 +396,7 @@ def test_preflight_stops_a_job_whose_gpus_torch_does_not_see(slurm):
     job = sbatch(slurm, "--nodes=1", "--gpus-per-node=2", LOCKSTEP_PREFLIGHT="1")
     assert slurm.wait(job) == "FAILED"
     told = log(slurm, job)
-    assert "1 nodes x 2 processes" in told, told
+    assert "1 node x 2 processes" in told, told
     assert "2 GPUs asked for, torch sees 0" in told and "nothing was trained" in told, told
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.confusion import dense, totals
+from common.text import counted as say
 from tasks import LARGEST_LOSS, LOSS_UNIT, Classification, Regression, build_task, never_found
 
 
@@ -141,6 +142,16 @@ def test_millions_of_images_do_not_overflow():
 # --- examples -------------------------------------------------------------------------------------
 
 
+def test_right_answers_in_training_are_those_of_a_plain_search():
+    logits, labels = sample()
+    task, wanted = Classification(7), sum(map(int, logits.argmax(1) == labels))
+    soft = 0.6 * torch.eye(7)[labels] + 0.4 * torch.eye(7)[labels.flip(0)]
+    for outputs in (logits, (logits, logits.flip(0)), {"logits": logits}):
+        for target in (labels, soft):
+            assert int(task.right(outputs, target)) == wanted > 0
+    assert Regression().right(logits[:, :1], logits[:, :1]) == 0 and not Regression.right_is
+
+
 def shown(task, logits, labels, parts, processes=1):
     """The examples of an evaluation in such parts, dealt out to so many processes."""
     everyones = [task.new_examples("cpu") for _ in range(processes)]
@@ -149,7 +160,7 @@ def shown(task, logits, labels, parts, processes=1):
         part = torch.cat([part, torch.tensor([0])])  # padding: the first sample once more
         indices = torch.cat([part[:-1], torch.tensor([-1])])
         answers = task.count(counts, logits[part], labels[part], weights[part])
-        task.keep(everyones[number % processes], logits[part], answers, labels[part], indices)
+        task.keep(everyones[number % processes], answers, labels[part], indices)
     return task.examples(torch.stack(everyones))
 
 
@@ -251,7 +262,7 @@ def test_what_is_kept_of_many_classes_grows_with_the_mistakes_not_with_their_squ
     missed = [c for c in range(classes) if there[c] and not hits[c]]
     told = never_found(metrics, names)
     assert bool(told) == bool(missed)
-    assert all(f"{c} ({there[c]} images)" in told for c in missed[:5])
+    assert all(f"{c} ({say(int(there[c]), 'image')})" in told for c in missed[:5])
     if "confusion" in metrics:
         matrix = torch.tensor(dense(metrics["confusion"]))
         wanted = torch.zeros(classes, classes, dtype=torch.int64)
@@ -274,9 +285,10 @@ def test_of_many_classes_the_surest_mistakes_are_kept_in_room_that_does_not_grow
             made.extend(x.numel() for x in (found,) if torch.is_tensor(x))
             return found
 
-    answers, kept = logits.argmax(1), task.new_examples("cpu")
+    counts, kept = task.new_counts("cpu"), task.new_examples("cpu")
+    found, answers = task.count(counts, logits, labels, torch.ones_like(labels)), logits.argmax(1)
     with Sizes():
-        task.keep(kept, logits.sum(1, keepdim=True), answers, labels, torch.arange(203))
+        task.keep(kept, found, labels, torch.arange(203))
     assert max(made) <= 2 * (256 + 203)
     sure = logits.softmax(1).amax(1)
     wrong = [i for i in sure.argsort(descending=True).tolist() if answers[i] != labels[i]]

@@ -163,6 +163,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         else:
             mine = learner.shards.mine
             learner.sums[mine] = torch.tensor(progress.sums[mine], device=learner.device)
+            learner.right += progress.right if self.world.is_main else 0
 
     def go_on_in(self, folder: Path) -> None:
         """The run folder is another one from here on."""
@@ -234,7 +235,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         self.world.phase("save", progress.step)
         learner.agree_on_buffers()
-        progress.sums = learner.loss_sums()
+        progress.sums, progress.right = learner.summed()
         if self.writer is not None:
             self.writer.wait()
             self.write_waiting()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.disk import Json
+from common.text import counted
 from config import HINTS, BatchPlan, Settings, TrainConfig, plan_batch
 from data.augment import Augment
 from data.cuts import Cuts, default_resize, lost
@@ -115,8 +116,8 @@ class Data:
         if cuts.resize != "crop":
             seen = f"{cuts.eval_size} pixels ({cuts.resize})"
         return [
-            f"{sizes_in_words(pictures.sizes)}; evaluated at {seen}; {store.words} by {count} "
-            f"thread{'s' * (count > 1)} ({decoder()})"
+            f"{sizes_in_words(pictures.sizes)}; evaluated at {seen}; {store.words} by "
+            f"{counted(count, 'thread')} ({decoder()})"
         ]
 
     def cut_as(self) -> dict[str, Json]:

@@ -47,8 +47,9 @@ class Learner:
     """Holds what an update changes; knows neither disk nor screen.
 
     `model` and `optimizer` are what Accelerate prepared, `bare` the module itself; `average` is
-    None without --ema. `sums` are loss sums, one per shard of the global batch, and `grad_norm` is
-    that of the last step before it was clipped, both on the device.
+    None without --ema. `sums` are loss sums, one per shard of the global batch, `right` counts this
+    process's right answers, and `grad_norm` is that of the last step before it was clipped, all on
+    the device.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Learner:
         self.guard = Guard(self.device, optimizer.optimizer, skip, most)
         self.shards.undoes = skip
         self.sums = torch.zeros(batch.shards, device=self.device)
+        self.right = torch.zeros((), dtype=torch.int64, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
 
     @property
@@ -136,21 +138,30 @@ class Learner:
             report["bad_step"], [rank for rank, bad in enumerate(everyone) if bad >= 0]
         )
 
-    def loss_sums(self) -> list[float]:
-        """Each shard's loss sum since they were last taken: the same list on every process."""
-        return self._summed().tolist()
+    def add(self, shard: int, loss: Tensor, right: Tensor | int) -> None:
+        """What a row will tell of a shard; on the device: reading it each step would wait."""
+        self.sums[shard] += loss
+        self.right += right
+
+    def summed(self) -> tuple[list[float], int]:
+        """Each shard's loss sum and all right answers since a row took them: alike on all."""
+        *sums, right = self._summed().tolist()
+        return sums, int(right)
 
     def _summed(self) -> Tensor:
+        numbers = torch.cat([self.sums, self.right.to(self.sums).view(1)])
         if self.accelerator.num_processes == 1:
-            return self.sums
-        return cast(Tensor, self.accelerator.reduce(self.sums.clone(), reduction="sum"))
+            return numbers
+        return cast(Tensor, self.accelerator.reduce(numbers, reduction="sum"))
 
     def take_row(self, images: int) -> dict[str, float]:
         """The numbers of a row about so many images; the sums begin anew. One host wait."""
         numbers = [self._summed(), self.grad_norm.to(self.sums).view(1)]
-        *sums, norm = torch.cat(numbers).tolist()
+        *sums, right, norm = torch.cat(numbers).tolist()
         self.sums.zero_()
-        return {"train/loss": math.fsum(sums) / images, "train/grad_norm": norm}
+        self.right.zero_()
+        row = {"train/loss": math.fsum(sums) / images, "train/grad_norm": norm}
+        return row | ({f"train/{name}": right / images} if (name := self.task.right_is) else {})
 
     def agree_on_buffers(self) -> None:
         """Every process, and the average, get the main process's buffers.

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from common.text import counted
 from config import TrainConfig
 from distributed.checkpoint import Progress
 from optim import lr_at
@@ -141,8 +142,9 @@ def doubts(config: TrainConfig, schedule: Schedule, progress: Progress, bound: b
     seen = progress.step + schedule.ahead
     if schedule.warmup_steps >= total:
         found.append(
-            f"the warm-up of {config.warmup:g} epochs ({schedule.warmup_steps} steps) is longer "
-            f"than the run ({total} steps): the rate never reaches --lr {config.lr:g}"
+            f"the warm-up of --warmup {config.warmup:g} ({counted(schedule.warmup_steps, 'step')}) "
+            f"is longer than the run ({counted(total, 'step')}): the rate never reaches --lr "
+            f"{config.lr:g}"
         )
     if config.ema and 1 / (1 - config.ema) > total:
         found.append(
@@ -165,7 +167,7 @@ def doubts(config: TrainConfig, schedule: Schedule, progress: Progress, bound: b
         if not rises and seen > schedule.warmup_steps:
             found.append(
                 f"the learning rate jumps up from {progress.lr:.3g} to {now:.3g}: the schedule is "
-                f"now that of a run of {schedule.epochs} epochs; a new run with --weights and a "
-                "lower --lr goes on more gently"
+                f"now that of a run of {counted(schedule.epochs, 'epoch')}; a new run with "
+                "--weights and a lower --lr goes on more gently"
             )
     return found
