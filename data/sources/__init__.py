@@ -10,7 +10,7 @@ import importlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from data.image_set import ImageSet, Source, limited
 from errors import UserError
 
 if TYPE_CHECKING:
+    from common.disk import Json
     from data.cache import Entry
     from data.files import Records
     from data.sources.layout import Layout
@@ -137,6 +138,7 @@ class Copy:
         which = True if which == "cifar10" else which  # as in caches of old
         by_name = self.kind in ("tables", "hub") and not self.published
         meaning = ["labels by name"] if by_name else []  # not so in entries of old
+        meaning += [] if self.published else ["16 bits by their range"]
         meaning += wanted.key() if wanted else []
         return [which, self.kind, self.where, image_size, skip_bad, status, *meaning]
 
@@ -231,6 +233,8 @@ def load_source(
     keep_decoded: bool = False,
     stage: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    before: Entry | None = None,
+    excluded: Collection[str] = (),
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
@@ -240,6 +244,7 @@ def load_source(
     `keep_decoded`: photographs that many epochs will read are decoded once, where they are few.
     `stage`: a folder of this node that a pack is copied to, once, and read from.
     `say` hears of work that takes long, before it begins.
+    `before`: the index that a run began with; what is `excluded` since may be gone or another file.
     """
     if name in SOURCES and SOURCES[name].made:
         if stage:
@@ -247,7 +252,7 @@ def load_source(
         _refuse_splitting(name, split, group_by)
         return find(SOURCES[name].target)(f"Data: {SOURCES[name].summary}.", seed)
     from data.cache import cached, landed
-    from data.sources.describe import at_hand, in_pack, source_of
+    from data.sources.describe import at_hand, in_pack, source_of, without
     from data.splits import Wanted
 
     copy, wanted, records = locate(name, data_dir), Wanted(split, group_by), None
@@ -262,12 +267,25 @@ def load_source(
         return source_of(name, entry, copy.origin)
     if copy.layout and copy.layout.listing:
         records = copy.layout.listing(Path(copy.where), wanted)
-    key = copy.key(image_size, skip_bad_images, wanted, records)
-    make = partial(build, copy, image_size, skip_bad_images, wanted, records, say)
-    entry = in_pack(key, cached(key, make), make, image_size)
-    if keep_decoded:
+
+    def found(skip_bad: bool) -> tuple[Json, Entry]:
+        key = copy.key(image_size, skip_bad, wanted, records)
+        make = partial(build, copy, image_size, skip_bad, wanted, records, say)
+        return key, in_pack(key, cached(key, make), make, image_size)
+
+    try:
+        key, entry = found(skip_bad_images)
+    except UserError as error:
+        if before is None or error.code != "bad-image":
+            raise
+        key, entry = found(True)
+    index = entry if "root" in entry[1] else None
+    if before and index and before[1]["content"] != index[1]["content"]:
+        entry = without(index, before, excluded) or entry
+    elif keep_decoded:
         entry = at_hand(copy.key(None, skip_bad_images, wanted, records), entry, say)
-    return source_of(name, entry, copy.origin, records, notes=landed(key, entry))
+    source = source_of(name, entry, copy.origin, records, notes=landed(key, entry))
+    return replace(source, index=index)
 
 
 def _refuse_splitting(name: str, split: str | None, group_by: str | None) -> None:
