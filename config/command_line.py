@@ -10,7 +10,16 @@ from pathlib import Path
 from common.parser import Parser
 from common.streams import steady_streams
 from common.text import did_you_mean
-from config.fields import DEBUG_PRESET, GROUPS, HINTS, MAY_CHANGE, TYPES, TrainConfig, convert
+from config.fields import (
+    DEBUG_PRESET,
+    GROUPS,
+    HINTS,
+    MAY_CHANGE,
+    OTHER_DATA,
+    TYPES,
+    TrainConfig,
+    convert,
+)
 from config.layers import (
     Actions,
     Settings,
@@ -85,7 +94,12 @@ def parse(argv: list[str]) -> Settings:
         typed = {**file_layer, **flag_layer}
         if "model" not in typed and is_own_file(str(saved.get("model", ""))):
             saved["model"] = own_code(str(saved["model"]), folder, actions)
-        refuse_conflicts(typed, saved, folder, actions.allow_change)
+        allowed = actions.allow_change
+        if actions.eval_only:  # on any data; what concerned the run's own is not asked of others
+            allowed += OTHER_DATA
+            if any(typed.get(name, saved.get(name)) != saved.get(name) for name in OTHER_DATA[:2]):
+                saved = {name: v for name, v in saved.items() if name not in OTHER_DATA[1:]}
+        refuse_conflicts(typed, saved, folder, allowed)
     if folder is not None:
         saved["run_dir"] = str(folder)
     layers: dict[str, dict] = {}

@@ -76,6 +76,7 @@ class Records:
     left_out: Reasons = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     root: Path | None = None
+    hashed: bool = False  # what tests was chosen by a hash
 
     def part(self, kept: Sequence[int]) -> Self:
         """Those of these positions; all of them is this itself."""
@@ -101,13 +102,16 @@ def cannot_decode(problem: str) -> UserError:
     )
 
 
-def decode_records(records: Records, image_size: int | None, skip_bad: bool) -> "Decoded | Scanned":
+def decode_records(
+    records: Records, image_size: int | None, skip_bad: bool, levels: Levels | None = None
+) -> "Decoded | Scanned":
     """The pictures of the records that can be read, with what belongs to each.
 
-    Decoded where all of them are small; photographs are only looked at.
+    Decoded where all of them are small; photographs are only looked at. levels: of pictures of 16
+    bits, by default those of a sample of them.
     """
     _refuse_heic(records, skip_bad)
-    levels, clipped = levels_of(records), []
+    levels, clipped = levels or levels_of(records), []
     try:
         images, kept, skipped = decode_all(records, image_size, skip_bad, levels, clipped)
     except Large:

@@ -117,6 +117,7 @@ class Source:
     content: str = ""  # the fingerprint of photographs before somebody decodes them
     decoder: str = ""  # what decoded them, where their pixels lie on the disk
     levels: Levels | None = None  # None: no training image of 16 bits was seen
+    hashed: bool = False  # what tests was chosen by a hash, and not by who made the data set
     index: Entry | None = None  # of photographs that are files: what was found of them
 
 
@@ -127,7 +128,7 @@ def kept_beside(source: Source) -> tuple[dict[str, torch.Tensor], dict]:
         for name in ("held_out", "groups")
         if (tensor := getattr(source, name)) is not None
     }
-    facts: dict = {"notes": source.notes, "levels": source.levels}
+    facts: dict = {name: getattr(source, name) for name in ("notes", "levels", "hashed")}
     if source.tally:
         reasons = source.tally.left_out  # those of `skipped` are counted when it is read
         facts["left_out"] = {why: of for why, of in reasons.items() if why not in UNREADABLE}

@@ -27,6 +27,7 @@ from data.loaders import (
     evaluation_batch,
 )  # fmt: skip
 from data.order import GlobalBatchSampler
+from data.pack import levels_in
 from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.sources import Source, limited, load_source
 from data.splits import SPLIT_FILE, divided
@@ -35,6 +36,7 @@ from distributed.stop import DAMAGED
 from distributed.world import World
 from errors import UserError
 from models import lookup
+from training.elsewhere import as_the_run_sees, card_of_run
 from training.plan import Plan, classes_of_run
 from training.run_dir import PICTURES
 
@@ -196,13 +198,19 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     split = config.split
     if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
         split = config.run_dir  # what it named at the run's birth may have changed or gone
+    card = world.main_decides(lambda: card_of_run(plan))
     source = world.all_or_none(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
-        group_by=config.group_by, keep_decoded=True, stage=config.stage,
+        group_by=config.group_by, keep_decoded=not card, stage=config.stage,
+        levels=levels_in(card),
         say=say if world.is_main else print, before=_index_of_run(plan),
         excluded=excluded_names(config.exclude),
     ))  # fmt: skip
+    if card:
+        source = as_the_run_sees(source, card)
+        plan = _cut_as_the_run(plan, source, card)
+        config = plan.config
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
     known = world.main_decides(lambda: classes_of_run(plan))
@@ -212,8 +220,21 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     data = build_data(plan.settings, numbered, world.num_processes, world.device)
     notes = ["the data name the run's classes in another order: by name"]
     notes = (numbered is not source) * notes + without_effect(config, source)
+    if card.get("photographs") and not isinstance(source.train, PhotoSet):
+        notes.append(
+            "the run saw photographs, of which evaluation cuts a margin; these are seen whole"
+        )
     data = replace(data, note="; ".join(notes))
     return plan.with_batch(data.batch), data
+
+
+def _cut_as_the_run(plan: Plan, source: Source, card: dict) -> Plan:
+    """Photographs, for a run that saw small pictures whole, lose no margin: as in predict.py."""
+    if not isinstance(source.train, PhotoSet) or card.get("photographs"):
+        return plan
+    side = plan.config.eval_size or plan.config.image_size
+    settings = plan.settings.with_layer("the run's images", {"eval_resize": side})
+    return replace(plan, settings=settings, config=settings.config)
 
 
 def _index_of_run(plan: Plan) -> Entry | None:

@@ -21,9 +21,9 @@ from data.image_set import ImageSet, Source, limited
 from errors import UserError
 
 if TYPE_CHECKING:
-    from common.disk import Json
     from data.cache import Entry
     from data.files import Records
+    from data.image_set import Levels
     from data.sources.layout import Layout
     from data.sources.published import Published
     from data.splits import Wanted
@@ -235,6 +235,7 @@ def load_source(
     say: Callable[[str], None] = lambda _: None,
     before: Entry | None = None,
     excluded: Collection[str] = (),
+    levels: Levels | None = None,
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
@@ -244,6 +245,7 @@ def load_source(
     `keep_decoded`: photographs that many epochs will read are decoded once, where they are few.
     `stage`: a folder of this node that a pack is copied to, once, and read from.
     `say` hears of work that takes long, before it begins.
+    `levels`: what becomes of 16 bits, where that was decided before.
     `before`: the index that a run began with; what is `excluded` since may be gone or another file.
     """
     if name in SOURCES and SOURCES[name].made:
@@ -268,9 +270,10 @@ def load_source(
     if copy.layout and copy.layout.listing:
         records = copy.layout.listing(Path(copy.where), wanted)
 
-    def found(skip_bad: bool) -> tuple[Json, Entry]:
+    def found(skip_bad: bool) -> tuple[list, Entry]:
         key = copy.key(image_size, skip_bad, wanted, records)
-        make = partial(build, copy, image_size, skip_bad, wanted, records, say)
+        key += [f"16 bits from {levels}"] if levels else []
+        make = partial(build, copy, image_size, skip_bad, wanted, records, say, levels)
         return key, in_pack(key, cached(key, make), make, image_size)
 
     try:
@@ -319,7 +322,7 @@ def _nothing_to_stage(name: str) -> UserError:
 
 def build(
     copy: Copy, image_size: int | None, skip_bad: bool, wanted: Wanted, records: Records | None,
-    say: Callable[[str], None],
+    say: Callable[[str], None], levels: Levels | None = None,
 ) -> Entry:  # fmt: skip
     """Read and decode a data set that is not in the cache; `records` where they were listed."""
     from data.cache import entry_path
@@ -342,10 +345,11 @@ def build(
                 if not reached:
                     raise copy.refuse(why)
             records = hub.read_records(copy.where, wanted)
-        found = decode_records(records, image_size, skip_bad)
+        found = decode_records(records, image_size, skip_bad, levels)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
-    folder = entry_path(copy.key(None, skip_bad, wanted)).with_suffix(".pack")  # whatever the size
+    key = [*copy.key(None, skip_bad, wanted), levels]  # whatever the size
+    folder = entry_path(key).with_suffix(".pack")
     return entry_of(found, printable(copy.where), image_size, folder, say)
 
 

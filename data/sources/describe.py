@@ -170,7 +170,8 @@ def at_hand(key: Json, entry: Entry, say: Say) -> Entry:
             if error.code not in ("disk-full", "output-unwritable"):
                 raise
             return entry
-    names = ("mean", "std", "levels", "skipped", "at", "notes", "record_notes", "left_out")
+    names = ("mean", "std", "levels", "skipped", "at", "notes", "record_notes", "left_out",
+             "hashed")  # fmt: skip
     facts = {name: meta[name] for name in names if name in meta}
     return found[0], found[1] | facts | {"came_from": meta["root"]}
 
@@ -261,7 +262,7 @@ def with_records(entry: Entry, records: Records | None, at: str, told: Sequence[
         tensors["groups"] = groups[~is_test]
     notes = [*told, *_lacking(tensors, meta["classes"]), *told_twice(records)]
     meta |= {"notes": notes, "record_notes": records.notes, "left_out": records.left_out}
-    return tensors, meta
+    return tensors, meta | {"hashed": records.hashed}
 
 
 def packed(names: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
@@ -352,6 +353,7 @@ def described(
         held_out=tensors.get("held_out"),
         groups=tensors.get("groups"),
         levels=levels_in(meta),
+        hashed=meta.get("hashed", False),
         tally=Tally(len(train) + len(test), left.reasons) if "left_out" in meta else None,
         notes=(*meta.get("record_notes", ()), *meta.get("notes", ())),
     )
