@@ -155,7 +155,7 @@ def prepare(path: Path, told: dict) -> "torch.Tensor":
     if path.is_dir():
         raise ValueError(f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
     with warnings.catch_warnings(action="ignore"):  # what is too large is an error below
-        pixels = decode(path)
+        pixels = decode(path, levels=told.get("levels"))
     return torch.from_numpy(as_evaluated(pixels, told)).permute(2, 0, 1)[None]
 
 

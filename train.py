@@ -54,7 +54,7 @@ def main(world: World, observer: Observer) -> int:
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     if actions.eval_only:
         results = evaluate(learner, data, world, progress)
-        return panels.show_evaluation(log.screen, results, plan, started, data)
+        return panels.show_evaluation(log.screen, results, plan, started, data, world)
     keep_best_comparable(checkpoints, learner, data, world, progress, evaluate, log.screen.warn)
     log.screen.note(cache_features(learner, data, plan, world))
     settle_buckets(learner, data)

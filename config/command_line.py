@@ -17,6 +17,7 @@ from config.fields import (
     HINTS,
     MAY_CHANGE,
     NUMBER,
+    OTHER_DATA,
     TYPES,
     TrainConfig,
     convert,
@@ -100,7 +101,12 @@ def parse(argv: list[str]) -> Settings:
         for name in ("model", "loss", "optimizer"):
             if name not in typed and is_own_file(str(saved.get(name, ""))):
                 saved[name] = own_code(name, str(saved[name]), folder, actions)
-        refuse_conflicts(typed, saved, folder, actions.allow_change)
+        allowed = actions.allow_change
+        if actions.eval_only:  # on any data; what concerned the run's own is not asked of others
+            allowed += OTHER_DATA
+            if any(typed.get(name, saved.get(name)) != saved.get(name) for name in OTHER_DATA[:2]):
+                saved = {name: v for name, v in saved.items() if name not in OTHER_DATA[1:]}
+        refuse_conflicts(typed, saved, folder, allowed)
         if typed.keys() & lengths:  # the length is what was typed last
             asked = {name: value for name, value in asked.items() if name not in lengths}
             saved["max_steps"] = None

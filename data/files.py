@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 
+from common.cpus import cpus
 from common.text import printable
-from data.image_set import Decoded, Reasons
+from data.image_set import Decoded, Levels, Reasons
+from data.keyed_random import SAMPLE, permutation
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ FORMATS = (  # Pillow's others include programs (EPS)
     *(name for name, module in OPTIONAL.items() if importlib.util.find_spec(module)),
 )
 MAX_PIXELS = 89_000_000
+SAMPLED = 2048  # training pictures that what takes pixels is taken from, before the first step
 SMALL = 64  # pixels: pictures that share a size up to this one are kept as they are
 
 
@@ -73,6 +76,7 @@ class Records:
     left_out: Reasons = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     root: Path | None = None
+    hashed: bool = False  # what tests was chosen by a hash
 
     def part(self, kept: Sequence[int]) -> Self:
         """Those of these positions; all of them is this itself."""
@@ -98,22 +102,73 @@ def cannot_decode(problem: str) -> UserError:
     )
 
 
-def decode_records(records: Records, image_size: int | None, skip_bad: bool) -> "Decoded | Scanned":
+def decode_records(
+    records: Records, image_size: int | None, skip_bad: bool, levels: Levels | None = None
+) -> "Decoded | Scanned":
     """The pictures of the records that can be read, with what belongs to each.
 
-    Decoded where all of them are small; photographs are only looked at.
+    Decoded where all of them are small; photographs are only looked at. levels: of pictures of 16
+    bits, by default those of a sample of them.
     """
     _refuse_heic(records, skip_bad)
+    levels, clipped = levels or levels_of(records), []
     try:
-        images, kept, skipped = decode_all(records, image_size, skip_bad)
+        images, kept, skipped = decode_all(records, image_size, skip_bad, levels, clipped)
     except Large:
         from data.scan import scan
 
-        return scan(records, skip_bad)
+        return scan(records, skip_bad, levels)
     records = records.part(kept)
     return Decoded(
-        images, records.labels, records.is_test, records.classes, skipped, records=records
+        images, records.labels, records.is_test, records.classes, skipped, records, levels,
+        tuple(clipped),
+    )  # fmt: skip
+
+
+def levels_of(records: Records) -> Levels | None:
+    """The least and the largest value of those images of a sample that have 16 bits, if any has.
+
+    The sample is of training images, and the same in every run.
+    """
+    places = [place for place, tests in enumerate(records.is_test) if not tests]
+    chosen = permutation(0, 0, len(places), SAMPLE)[:SAMPLED].tolist() if places else []
+    with ThreadPoolExecutor(cpus()) as pool:
+        found = pool.map(lambda place: _levels(records.items[places[place]]), chosen)
+        known = [levels for levels in found if levels]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
+def _levels(item: Item) -> Levels | None:
+    try:
+        with opened(item.read() if isinstance(item, Part) else item) as image:
+            if not image.mode.startswith("I"):
+                return None
+            refuse_too_large(image)
+            values = np.asarray(image)
+            return int(values.min()), int(values.max())
+    except MemoryError:
+        raise
+    except Exception:  # told when it is decoded
+        return None
+
+
+def told_levels(levels: Levels | None, clipped: Sequence[int] = ()) -> list[str]:
+    """A sentence on what becomes of images of 16 bits, if there are any."""
+    if levels is None:
+        return []
+    step = round((levels[1] - levels[0]) / 255)
+    merged = f" ({step:,} levels become one)" if step > 1 else ""
+    told = (
+        f"16-bit images: the values {levels[0]:,} to {levels[1]:,}, as training images have them, "
+        f"become 0 to 255{merged}"
     )
+    return [f"{told}; {clipped_in_words(clipped)}" if clipped else told]
+
+
+def clipped_in_words(clipped: Sequence[int]) -> str:
+    """How many values lie outside of the levels, of so many in each of some images."""
+    images = "one image" if len(clipped) == 1 else f"{len(clipped):,} images"
+    return f"{sum(clipped):,} values of {images} lie outside and are clipped"
 
 
 def _refuse_heic(records: Records, skip_bad: bool) -> None:
@@ -130,13 +185,15 @@ def _refuse_heic(records: Records, skip_bad: bool) -> None:
 
 
 def decode_all(
-    records: Records, image_size: int | None, skip_bad_images: bool
-) -> tuple[torch.Tensor, list[int], tuple[str, ...]]:
+    records: Records, image_size: int | None, skip_bad_images: bool, levels: Levels | None = None,
+    clipped: list[int] | None = None,
+) -> tuple[torch.Tensor, list[int], tuple[str, ...]]:  # fmt: skip
     """All pictures as one tensor (N, 3, H, W) uint8, the indices kept, and those left out.
 
     With `image_size` S each becomes S x S: resized so that the shorter side is S, then cropped at
     the centre, unless all of them already are squares of one size. A picture that cannot be decoded
-    whole is an error or left out. Raises Large on one of more than 64 pixels a side.
+    whole is an error or left out. Raises Large on one of more than 64 pixels a side. `levels` and
+    `clipped` are as of `decode`.
     """
     from PIL import Image
 
@@ -144,7 +201,7 @@ def decode_all(
         results = []
         for index in chunk:
             try:
-                results.append(decode(records.items[index], SMALL))
+                results.append(decode(records.items[index], SMALL, levels, clipped))
             except Large:
                 raise
             except Exception as error:  # Pillow raises many kinds on damaged files
@@ -213,24 +270,36 @@ def refuse_too_large(image: "Image.Image") -> None:
         raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
 
 
-def decode(item: Item, most: int | None = None) -> np.ndarray:
-    """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`."""
+def decode(
+    item: Item, most: int | None = None, levels: Levels | None = None,
+    clipped: list[int] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`.
+
+    levels: of a picture of 16 bits; `clipped` gets how many of its values lie outside, if some do.
+    """
     item = item.read() if isinstance(item, Part) else item
     with opened(item) as image:
         if most is not None and max(image.size) > most:
             raise Large
         refuse_too_large(image)
         image.load()
-        return np.asarray(upright_rgb(image))
+        return np.asarray(upright_rgb(image, levels, clipped))
 
 
-def upright_rgb(image: "Image.Image") -> "Image.Image":
+def upright_rgb(
+    image: "Image.Image", levels: Levels | None = None, clipped: list[int] | None = None
+) -> "Image.Image":
     """Any mode -> RGB: EXIF rotation applied, transparency laid on white, 16 bit scaled to 8."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
-        wide = np.asarray(image).astype(np.float32) / 257
+        values, (low, high) = np.asarray(image), levels or (0, 65535)
+        outside = int(((values < low) | (values > high)).sum())
+        if outside and clipped is not None:
+            clipped.append(outside)
+        wide = (values.astype(np.float32) - low) / (max(high - low, 1) / 255)
         image = Image.fromarray(wide.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

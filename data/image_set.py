@@ -15,10 +15,12 @@ from errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from data.cache import Entry
     from data.files import Records
     from data.photographs import PhotoSet
 
 UNREADABLE = ("damaged", "may not be read")  # why a picture that was found is left out
+Levels = tuple[int, int]  # of images of 16 bits: what becomes 0, and what becomes 255
 Reasons = dict[str, tuple[int, str]]  # why files are left out -> how many, and one of them
 
 
@@ -114,6 +116,9 @@ class Source:
     notes: tuple[str, ...] = ()  # sentences to be told
     content: str = ""  # the fingerprint of photographs before somebody decodes them
     decoder: str = ""  # what decoded them, where their pixels lie on the disk
+    levels: Levels | None = None  # None: no training image of 16 bits was seen
+    hashed: bool = False  # what tests was chosen by a hash, and not by who made the data set
+    index: Entry | None = None  # of photographs that are files: what was found of them
 
 
 def kept_beside(source: Source) -> tuple[dict[str, torch.Tensor], dict]:
@@ -123,7 +128,7 @@ def kept_beside(source: Source) -> tuple[dict[str, torch.Tensor], dict]:
         for name in ("held_out", "groups")
         if (tensor := getattr(source, name)) is not None
     }
-    facts: dict = {"notes": source.notes}
+    facts: dict = {name: getattr(source, name) for name in ("notes", "levels", "hashed")}
     if source.tally:
         reasons = source.tally.left_out  # those of `skipped` are counted when it is read
         facts["left_out"] = {why: of for why, of in reasons.items() if why not in UNREADABLE}
@@ -140,6 +145,8 @@ class Decoded:
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()  # cannot be read, with the reason
     records: Records | None = None  # what they were made of
+    levels: Levels | None = None
+    clipped: tuple[int, ...] = ()  # how many values of images lie outside of the levels
 
 
 def numbered_as(source: Source, classes: tuple[str, ...]) -> Source:

@@ -28,7 +28,7 @@ from common.text import duration, printable
 from data.ahead import Ahead, Threads, Work
 from data.cache import Entry, cached, read_entry, write_entry
 from data.files import Part, cannot_decode
-from data.image_set import Source, kept_beside
+from data.image_set import Levels, Source, kept_beside
 from data.photographs import PLAIN, FileStore, Names, Photos, PhotoSet, Store, decoder, reason
 from errors import UserError
 
@@ -207,6 +207,18 @@ def store_of(tensors: dict[str, Tensor], meta: dict) -> PackStore:
     )  # fmt: skip
 
 
+def photos_of(tensors: dict[str, Tensor], meta: dict, store: Store) -> Photos:
+    """The pictures of an index, which lie in this store."""
+    names = Names(tensors["names"], tensors["name_ends"])
+    return Photos(store, names, tensors["sizes"], tensors["kinds"], levels_in(meta))
+
+
+def levels_in(meta: dict) -> Levels | None:
+    """As JSON gives them back, if they are there."""
+    low, high = meta.get("levels") or (None, None)
+    return None if low is None or high is None else (low, high)
+
+
 def _index(path: Path) -> Entry:
     entry = read_entry(path / INDEX)
     if entry is not None and "pack_format" in entry[1]:
@@ -244,8 +256,7 @@ def _mean_and_std(
 ) -> tuple[list[float], list[float]]:
     from data.scan import mean_and_std_of
 
-    names = Names(tensors["names"], tensors["name_ends"])
-    photos = Photos(store_of(tensors, meta), names, tensors["sizes"], tensors["kinds"])
+    photos = photos_of(tensors, meta, store_of(tensors, meta))
     return mean_and_std_of(
         PhotoSet(photos, tensors["train_places"], tensors["train_labels"]), image_size
     )
@@ -504,7 +515,7 @@ class _Packing:
         rows = self.shards[number]
         parts = [self.form.store, self.form.short_side, rows.start, rows.stop, self.skip_bad]
         if not self.form.as_it_is:
-            parts += [self.decoder, encoder()]
+            parts += [self.decoder, encoder(), *(self.source.levels or ())]
         states = self.states[rows.start : rows.stop].numpy().tobytes()
         return digest(json.dumps(parts).encode() + states, 16)
 

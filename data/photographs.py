@@ -20,6 +20,7 @@ from common.text import printable
 from data.ahead import Piece, Threads, Work
 from data.cuts import Boxes, Cuts, default_resize
 from data.files import decode, opened, refuse_too_large
+from data.image_set import Levels
 
 PLAIN = 16  # in a picture's kind: a JPEG whose colours need no thought; below it: its orientation
 RETRIES = (1.0, 3.0, 6.0)  # seconds before a picture that cannot be read is tried once more
@@ -121,7 +122,9 @@ class Photos:
     names: Names
     sizes: Tensor
     kinds: Tensor  # (N,) uint8: EXIF's orientation, and whether it is a PLAIN JPEG
+    levels: Levels | None = None  # of those of 16 bits
     damage: Damage = field(default_factory=Damage)
+    clipped: dict[int, int] = field(default_factory=dict)  # place: values outside of the levels
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -130,7 +133,10 @@ class Photos:
         """A whole picture, upright RGB (H, W, 3) uint8, as its size was when it was scanned."""
         found = self.store.raw(place)
         if found is None:
-            found = decoded(self._read(place), int(self.kinds[place]))
+            outside: list[int] = []
+            found = decoded(self._read(place), int(self.kinds[place]), self.levels, outside)
+            if outside:
+                self.clipped[place] = sum(outside)
         height, width = self.sizes[place].tolist()
         if found.shape != (height, width, 3):
             raise ValueError(
@@ -254,11 +260,13 @@ def _simplejpeg() -> Callable[..., np.ndarray] | None:
     return decode_jpeg
 
 
-def decoded(encoded: bytes, kind: int) -> np.ndarray:
-    """A whole picture, upright RGB (H, W, 3) uint8."""
+def decoded(
+    encoded: bytes, kind: int, levels: Levels | None = None, clipped: list[int] | None = None
+) -> np.ndarray:
+    """A whole picture, upright RGB (H, W, 3) uint8; levels and clipped are as of `decode`."""
     jpeg = _simplejpeg()
     if not kind & PLAIN or jpeg is None:
-        return decode(encoded, None)
+        return decode(encoded, None, levels, clipped)
     return upright(jpeg(encoded, "RGB"), kind % PLAIN)
 
 

@@ -14,14 +14,14 @@ from common.cpus import cpus
 from common.text import printable
 from data.ahead import Threads
 from data.cuts import Cuts, default_resize
-from data.files import Item, Part, Records, cannot_decode
+from data.files import SAMPLED, Item, Part, Records, cannot_decode
+from data.image_set import Levels
 from data.keyed_random import SAMPLE, permutation
 from data.photographs import PhotoSet, header, reason
 from errors import UserError
 
 PART_HEAD = 65536  # bytes of a part of a file, in which its header is looked for
 HEAD = 4096  # bytes of a file that its fingerprint is made of, beside its length
-SAMPLED = 2048  # training pictures that mean and std are taken from
 CHUNK = 256  # pictures that a thread looks at before it asks for more
 MOST_THREADS = 16  # on a network disk most of the time is waiting
 
@@ -35,10 +35,11 @@ class Scanned:
     kinds: Tensor  # uint8 (N,), as in Photos
     heads: tuple[str, ...]  # a digest of length and first bytes of each
     skipped: tuple[str, ...] = ()
+    levels: Levels | None = None
 
 
-def scan(records: Records, skip_bad: bool) -> Scanned:
-    """Sizes and kinds of all records that are pictures.
+def scan(records: Records, skip_bad: bool, levels: Levels | None = None) -> Scanned:
+    """Sizes and kinds of all records that are pictures; `levels` of those that have 16 bits.
 
     Raises UserError on the first that is none, or leaves such out.
     """
@@ -69,7 +70,7 @@ def scan(records: Records, skip_bad: bool) -> Scanned:
     numbers = torch.tensor(rows)
     return Scanned(
         records.part(kept), numbers[:, :2].int(), numbers[:, 2].to(torch.uint8), tuple(heads),
-        tuple(skipped),
+        tuple(skipped), levels,
     )  # fmt: skip
 
 

@@ -246,7 +246,7 @@ def arranged(
             "none can test; choose smaller groups.",
             code="bad-group",
         )
-    return replace(records, is_test=is_test)
+    return replace(records, is_test=is_test, hashed=True)
 
 
 def _groups(names: Sequence[str], group_by: str, column: Column) -> list[str]:

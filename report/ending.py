@@ -38,6 +38,8 @@ def finish(
     if failed:
         world.stop.reason, code = SAVE_FAILED, FAILED
     world.phase("end", progress.step)  # the save had a phase of its own
+    for sentence in data.clipped(world):
+        log.screen.warn(sentence)
     damaged = data.damaged(world)
     if damaged and not log.plan.config.skip_bad_images:
         if not failed:

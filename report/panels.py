@@ -24,6 +24,7 @@ from report import pictures
 from report.screen import Report
 from tasks import Task, never_found
 from training.data import Data
+from training.elsewhere import write_evaluation
 from training.learner import Learner
 from training.lr_finder import Rates
 from training.plan import Plan
@@ -232,9 +233,10 @@ def show_epoch(
 
 
 def show_evaluation(
-    screen: Report, results: dict[str, dict] | None, plan: Plan, started: Started, data: Data
-) -> int:
-    """What --eval-only prints; nothing is written. The exit status."""
+    screen: Report, results: dict[str, dict] | None, plan: Plan, started: Started, data: Data,
+    world: World,
+) -> int:  # fmt: skip
+    """What --eval-only prints, and writes into the run folder. The exit status."""
     if results is None:
         return STOPPED
     rows = []
@@ -243,6 +245,11 @@ def show_evaluation(
         rows.append((split, f"{counted(found['images'], 'image')}: {', '.join(numbers)}"))
     if "confusion" in results["test"]:
         screen.class_table(data.classes, dense(results["test"]["confusion"]))
+    if world.is_main and plan.config.run_dir:
+        try:
+            rows.append(("written", str(write_evaluation(plan, data.source, results))))
+        except OSError as error:
+            screen.warn(f"the evaluation cannot be written ({error})")
     screen.end_panel(f"evaluated {weights_shown(plan, started)}", rows, good=True)
     screen.warn_once(started.task.doubts(results["test"], data.classes))
     return FINISHED

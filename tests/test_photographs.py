@@ -339,6 +339,28 @@ def test_a_picture_damaged_in_the_middle_stops_the_run_with_its_name_and_excludi
     )
 
 
+def test_what_is_gone_or_another_file_in_a_later_life_can_be_excluded_and_nothing_else(place):
+    shutil.copytree(place / "photos", place / "leaking")
+    names = ["ant/002.jpeg", "bee/003.jpeg", "cow/007.jpeg"]
+    (place / "gone.txt").write_text("\n".join(names))
+    words = [*RUN, "--dataset", "leaking", "--epochs", "3", "--checkpoint-every", "2"]
+    cache = {"LOCKSTEP_CACHE": str(place / "leaking-cache")}  # with decoded pixels
+    killed = train([*words, "--run-dir", "leaked"], place, LOCKSTEP_FAULT="kill@step=5", **cache)
+    assert killed.status != 0
+    shutil.copytree(place / "leaked", place / "whole")
+    whole = train(["--resume", "whole", "--exclude", "gone.txt"], place, **cache)
+    assert whole.status == 0, whole.out
+    (place / "leaking" / names[0]).unlink()
+    damage(place / "leaking" / names[1])
+    (place / "leaking" / names[2]).write_bytes(b"no picture")
+    for out in ([], ["--exclude", names[0]]):
+        refused = train(["--resume", "leaked", *out], place, **cache)
+        assert refused.status == 2, refused.out
+    done = train(["--resume", "leaked", "--exclude", "gone.txt"], place, 2, **cache)
+    assert done.status == 0, done.out
+    assert numbers(place / "leaked") == numbers(place / "whole")
+
+
 def test_a_damaged_test_picture_counts_for_nothing_on_any_number_of_processes(place):
     shutil.copytree(place / "photos", place / "broken-test")
     source = load_source(str(place / "broken-test"), image_size=48)

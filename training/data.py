@@ -14,8 +14,9 @@ from common.disk import Json
 from common.text import counted
 from config import HINTS, BatchPlan, Settings, TrainConfig, plan_batch
 from data.augment import Augment
+from data.cache import Entry, read_entry
 from data.cuts import Cuts, default_resize, lost
-from data.files import SMALL
+from data.files import SMALL, clipped_in_words
 from data.image_set import numbered_as
 from data.loaders import (
     Decoding,
@@ -27,6 +28,7 @@ from data.loaders import (
     evaluation_batch,
 )  # fmt: skip
 from data.order import GlobalBatchSampler
+from data.pack import levels_in
 from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.policy import parse_policy
 from data.sources import Source, limited, load_source
@@ -36,7 +38,9 @@ from distributed.stop import DAMAGED
 from distributed.world import World
 from errors import UserError
 from models import lookup
+from training.elsewhere import as_the_run_sees, card_of_run
 from training.plan import Plan, classes_of_run
+from training.run_dir import PICTURES
 
 Batch = dict[str, Tensor]
 MOST_CUT_OFF = 0.7  # of a side, in the mean: a photograph of 3 x 2 loses 0.4
@@ -122,11 +126,12 @@ class Data:
 
     def cut_as(self) -> dict[str, Json]:
         """How predict.py comes from a picture to what evaluation saw (photographs.as_evaluated)."""
+        levels: dict[str, Json] = {"levels": self.source.levels} if self.source.levels else {}
         if isinstance(self.test, Resident):
             images = self.test.images
-            return {"picture_size": list(images.shape[2:])} if images.ndim == 4 else {}
+            return {"picture_size": list(images.shape[2:]), **levels} if images.ndim == 4 else {}
         cuts = self.test.decoding.cuts
-        return {
+        return levels | {
             "photographs": True, "eval_size": cuts.eval_size, "eval_resize": cuts.eval_resize,
             "resize": cuts.resize,
         }  # fmt: skip
@@ -155,6 +160,14 @@ class Data:
         photos = self.train.pictures.photos
         found = {photos.names[place]: why for place, why in sorted(photos.damage.found.items())}
         return {name: why for part in world.everyones(found) for name, why in part.items()}
+
+    def clipped(self, world: World) -> list[str]:
+        """What to tell of values of 16-bit photographs that no training image of a sample had."""
+        if isinstance(self.train, Resident) or self.source.levels is None:
+            return []
+        parts = world.everyones(dict(self.train.pictures.photos.clipped))
+        met = {place: count for part in parts for place, count in part.items()}
+        return [f"16-bit images: {clipped_in_words(list(met.values()))}"] if met else []
 
     def counted(self, split: str, world: World) -> int:
         """How many images of a split count: all but those that could not be decoded just now."""
@@ -186,12 +199,19 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     split = config.split
     if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
         split = config.run_dir  # what it named at the run's birth may have changed or gone
+    card = world.main_decides(lambda: card_of_run(plan))
     source = world.all_or_none(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
-        group_by=config.group_by, keep_decoded=True, stage=config.stage,
-        say=say if world.is_main else print,
+        group_by=config.group_by, keep_decoded=not card, stage=config.stage,
+        levels=levels_in(card),
+        say=say if world.is_main else print, before=_index_of_run(plan),
+        excluded=excluded_names(config.exclude),
     ))  # fmt: skip
+    if card:
+        source = as_the_run_sees(source, card)
+        plan = _cut_as_the_run(plan, source, card)
+        config = plan.config
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
     known = world.main_decides(lambda: classes_of_run(plan))
@@ -201,8 +221,29 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     data = build_data(plan.settings, numbered, world.num_processes, world.device)
     notes = ["the data name the run's classes in another order: by name"]
     notes = (numbered is not source) * notes + without_effect(config, source)
+    if card.get("photographs") and not isinstance(source.train, PhotoSet):
+        notes.append(
+            "the run saw photographs, of which evaluation cuts a margin; these are seen whole"
+        )
     data = replace(data, note="; ".join(notes))
     return plan.with_batch(data.batch), data
+
+
+def _cut_as_the_run(plan: Plan, source: Source, card: dict) -> Plan:
+    """Photographs, for a run that saw small pictures whole, lose no margin: as in predict.py."""
+    if not isinstance(source.train, PhotoSet) or card.get("photographs"):
+        return plan
+    side = plan.config.eval_size or plan.config.image_size
+    settings = plan.settings.with_layer("the run's images", {"eval_resize": side})
+    return replace(plan, settings=settings, config=settings.config)
+
+
+def _index_of_run(plan: Plan) -> Entry | None:
+    """What the run to go on with found of its photographs, where some are excluded since."""
+    config = plan.config
+    if not (config.exclude and plan.goes_on and config.run_dir):
+        return None
+    return read_entry(Path(config.run_dir) / PICTURES)
 
 
 def without_effect(config: TrainConfig, source: Source) -> list[str]:
@@ -227,22 +268,28 @@ def watch_damage(photos: Photos, config: TrainConfig, world: World) -> None:
         photos.damage.notice = lambda: world.stop.request(DAMAGED)
 
 
+def excluded_names(names: str | None) -> set[str]:
+    """The names that --exclude gives, itself or line by line in a text file."""
+    if not names or not names.endswith(".txt"):
+        return {names} if names else set()
+    try:
+        text = Path(names).expanduser().read_text("utf-8", "surrogateescape")
+    except OSError as error:
+        raise UserError(
+            f"--exclude {names}: {error.strerror}; give a picture's name in the data set, or "
+            "a text file with a name on each line",
+            code="exclude-unreadable",
+        ) from None
+    return set(filter(None, text.splitlines()))
+
+
 def excluded(photos: Photos, names: str | None) -> frozenset[int]:
-    """Places of the pictures that --exclude names, itself or line by line in a text file."""
+    """Places of the pictures that --exclude names."""
     if not names:
         return frozenset()
-    path = Path(names).expanduser()
-    if names.endswith(".txt"):
-        try:
-            wanted = set(filter(None, path.read_text("utf-8", "surrogateescape").splitlines()))
-        except OSError as error:
-            raise UserError(
-                f"--exclude {names}: {error.strerror}; give a picture's name in the data set, or "
-                "a text file with a name on each line",
-                code="exclude-unreadable",
-            ) from None
-    else:
-        wanted = {names, photos.store.name_of(path)}
+    wanted = excluded_names(names)
+    if not names.endswith(".txt"):
+        wanted.add(photos.store.name_of(Path(names).expanduser()))
     found = {place for place, name in enumerate(photos.names) if name in wanted}
     if not found:
         raise UserError(

@@ -24,6 +24,7 @@ from torch import Tensor
 from common.disk import Json, parse_object, read_json, whole, write_json, write_text
 from common.metric import Metric
 from common.text import file_name, found_from_here, pasted
+from data.cache import write_entry
 from data.image_set import Source
 from data.splits import SPLIT_FILE, rows_of, write_split
 from errors import UserError
@@ -36,6 +37,7 @@ except ImportError:  # Windows
 
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
+PICTURES = "pictures.safetensors"  # of photographs: names, sizes, a digest of each
 DAMAGED = "damaged.txt"  # names of photographs, as --exclude reads them
 MOST_DIFF = 1_000_000  # characters of uncommitted changes that a run keeps
 WRITTEN_ON = ("lock", "train.log", "metrics.jsonl", "checkpoints", "crash", CODE)
@@ -317,11 +319,13 @@ class RunDir:
             write_text(self.folder / "uncommitted.diff", text[:MOST_DIFF] + "\n")
 
     def write_source(self, source: Source, places: dict[str, Tensor]) -> None:
-        """classes.json, with what images are normalised by, split.csv, and what was left out."""
+        """classes.json, with what images are normalised by; the pictures, in and out."""
         content = {"classes": source.classes, "mean": source.mean, "std": source.std}
         write_json(self.folder / "classes.json", content)
         if rows := rows_of(source, places):
             write_split(self.folder / SPLIT_FILE, rows)
+        if source.index is not None:
+            write_entry(self.folder / PICTURES, *source.index)
         if source.skipped or (source.tally and source.tally.left_out):
             lines = [str(source.tally)] * bool(source.tally) + list(source.skipped)
             write_text(self.folder / SKIPPED, "\n".join(lines) + "\n")

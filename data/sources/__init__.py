@@ -10,7 +10,7 @@ import importlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from errors import UserError
 if TYPE_CHECKING:
     from data.cache import Entry
     from data.files import Records
+    from data.image_set import Levels
     from data.sources.layout import Layout
     from data.sources.published import Published
     from data.splits import Wanted
@@ -137,6 +138,7 @@ class Copy:
         which = True if which == "cifar10" else which  # as in caches of old
         by_name = self.kind in ("tables", "hub") and not self.published
         meaning = ["labels by name"] if by_name else []  # not so in entries of old
+        meaning += [] if self.published else ["16 bits by their range"]
         meaning += wanted.key() if wanted else []
         return [which, self.kind, self.where, image_size, skip_bad, status, *meaning]
 
@@ -231,6 +233,9 @@ def load_source(
     keep_decoded: bool = False,
     stage: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    before: Entry | None = None,
+    excluded: Collection[str] = (),
+    levels: Levels | None = None,
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
@@ -240,6 +245,8 @@ def load_source(
     `keep_decoded`: photographs that many epochs will read are decoded once, where they are few.
     `stage`: a folder of this node that a pack is copied to, once, and read from.
     `say` hears of work that takes long, before it begins.
+    `levels`: what becomes of 16 bits, where that was decided before.
+    `before`: the index that a run began with; what is `excluded` since may be gone or another file.
     """
     if name in SOURCES and SOURCES[name].made:
         if stage:
@@ -247,7 +254,7 @@ def load_source(
         _refuse_splitting(name, split, group_by)
         return find(SOURCES[name].target)(f"Data: {SOURCES[name].summary}.", seed)
     from data.cache import cached, landed
-    from data.sources.describe import at_hand, in_pack, source_of
+    from data.sources.describe import at_hand, in_pack, source_of, without
     from data.splits import Wanted
 
     copy, wanted, records = locate(name, data_dir), Wanted(split, group_by), None
@@ -262,12 +269,26 @@ def load_source(
         return source_of(name, entry, copy.origin)
     if copy.layout and copy.layout.listing:
         records = copy.layout.listing(Path(copy.where), wanted)
-    key = copy.key(image_size, skip_bad_images, wanted, records)
-    make = partial(build, copy, image_size, skip_bad_images, wanted, records, say)
-    entry = in_pack(key, cached(key, make), make, image_size)
-    if keep_decoded:
+
+    def found(skip_bad: bool) -> tuple[list, Entry]:
+        key = copy.key(image_size, skip_bad, wanted, records)
+        key += [f"16 bits from {levels}"] if levels else []
+        make = partial(build, copy, image_size, skip_bad, wanted, records, say, levels)
+        return key, in_pack(key, cached(key, make), make, image_size)
+
+    try:
+        key, entry = found(skip_bad_images)
+    except UserError as error:
+        if before is None or error.code != "bad-image":
+            raise
+        key, entry = found(True)
+    index = entry if "root" in entry[1] else None
+    if before and index and before[1]["content"] != index[1]["content"]:
+        entry = without(index, before, excluded) or entry
+    elif keep_decoded:
         entry = at_hand(copy.key(None, skip_bad_images, wanted, records), entry, say)
-    return source_of(name, entry, copy.origin, records, notes=landed(key, entry))
+    source = source_of(name, entry, copy.origin, records, notes=landed(key, entry))
+    return replace(source, index=index)
 
 
 def _refuse_splitting(name: str, split: str | None, group_by: str | None) -> None:
@@ -301,7 +322,7 @@ def _nothing_to_stage(name: str) -> UserError:
 
 def build(
     copy: Copy, image_size: int | None, skip_bad: bool, wanted: Wanted, records: Records | None,
-    say: Callable[[str], None],
+    say: Callable[[str], None], levels: Levels | None = None,
 ) -> Entry:  # fmt: skip
     """Read and decode a data set that is not in the cache; `records` where they were listed."""
     from data.cache import entry_path
@@ -324,10 +345,11 @@ def build(
                 if not reached:
                     raise copy.refuse(why)
             records = hub.read_records(copy.where, wanted)
-        found = decode_records(records, image_size, skip_bad)
+        found = decode_records(records, image_size, skip_bad, levels)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
-    folder = entry_path(copy.key(None, skip_bad, wanted)).with_suffix(".pack")  # whatever the size
+    key = [*copy.key(None, skip_bad, wanted), levels]  # whatever the size
+    folder = entry_path(key).with_suffix(".pack")
     return entry_of(found, printable(copy.where), image_size, folder, say)
 
 

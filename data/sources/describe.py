@@ -4,7 +4,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +12,10 @@ import torch
 from common.disk import Json, digest
 from common.text import class_name, some
 from data.cache import Entry, cached, digest_of, entry_path, size_limit, trim, use
-from data.files import Part, Records
+from data.files import Part, Records, told_levels
 from data.image_set import UNREADABLE, Decoded, ImageSet, LeftOut, Reasons, Source, Tally
-from data.pack import Form, Say, open_pack, pack, silent, store_of
-from data.photographs import PHOTOGRAPH, FileStore, Names, Photos, PhotoSet, Store, decoder
+from data.pack import Form, Say, levels_in, open_pack, pack, photos_of, silent, store_of
+from data.photographs import PHOTOGRAPH, FileStore, Names, PhotoSet, Store, decoder
 from data.scan import RowStore, Scanned, mean_and_std_of, root_and_names
 from data.sources.twice import told_twice
 from errors import UserError
@@ -75,7 +75,8 @@ def entry_of(
     train = (found.images[~is_test], labels[~is_test])
     test = (found.images[is_test], labels[is_test])
     entry = describe(train, test, found.classes, found.skipped)
-    return with_records(entry, found.records, at)
+    entry[1]["levels"] = found.levels
+    return with_records(entry, found.records, at, told_levels(found.levels, found.clipped))
 
 
 def entry_of_photographs(found: Scanned, at: str, image_size: int, folder: Path, say: Say) -> Entry:
@@ -94,12 +95,15 @@ def entry_of_photographs(found: Scanned, at: str, image_size: int, folder: Path,
     for split, chosen in (("train", ~is_test), ("test", is_test)):
         places = chosen.nonzero()[:, 0]
         tensors |= {f"{split}_places": places, f"{split}_labels": labels[places]}
-    train, test = photographs_of(tensors, store)
+    facts["levels"] = found.levels
+    if "root" in facts:
+        tensors["heads"] = torch.tensor([[*bytes.fromhex(head)] for head in found.heads]).byte()
+    train, test = photographs_of((tensors, facts), store)
     mean, std = mean_and_std_of(train, image_size)
     rows = [records.classes, records.labels, records.is_test, records.ids, found.heads]
     facts |= {"classes": records.classes, "mean": mean, "std": std, "skipped": found.skipped}
     facts |= {"content": digest(json.dumps(rows))}
-    tensors, facts = with_records((tensors, facts), records, at)
+    tensors, facts = with_records((tensors, facts), records, at, told_levels(found.levels))
     if not isinstance(store, RowStore):
         return tensors, facts
     source = described("", train, test, (tensors, facts), "")
@@ -166,9 +170,29 @@ def at_hand(key: Json, entry: Entry, say: Say) -> Entry:
             if error.code not in ("disk-full", "output-unwritable"):
                 raise
             return entry
-    names = ("mean", "std", "skipped", "at", "notes", "record_notes", "left_out")
+    names = ("mean", "std", "levels", "skipped", "at", "notes", "record_notes", "left_out",
+             "hashed")  # fmt: skip
     facts = {name: meta[name] for name in names if name in meta}
     return found[0], found[1] | facts | {"came_from": meta["root"]}
+
+
+def without(now: Entry, before: Entry, excluded: Collection[str]) -> Entry | None:
+    """What there was before, if nothing but pictures that are excluded is gone or has changed.
+
+    These keep their places, so the order stays; nobody reads them.
+    """
+    (tensors, meta), (old_tensors, old_meta) = now, before
+    if "root" not in meta:
+        return None
+    found, known = (
+        dict(zip(Names(t["names"], t["name_ends"]), map(bytes, t["heads"].numpy()), strict=True))
+        for t in (tensors, old_tensors)
+    )
+    paths = {Path(os.path.relpath(name, meta["root"])).as_posix() for name in excluded}
+    other = {name for name, head in known.items() if found.get(name) != head}
+    if not found.keys() <= known.keys() or not other <= {*excluded, *paths}:
+        return None
+    return old_tensors, old_meta | {"root": meta["root"]}
 
 
 def memory() -> int:
@@ -206,10 +230,10 @@ def where_they_lie(records: Records) -> tuple[dict[str, torch.Tensor], dict, Sto
     return tensors, facts, store_of(tensors, facts)
 
 
-def photographs_of(tensors: dict[str, torch.Tensor], store: Store) -> tuple[PhotoSet, PhotoSet]:
+def photographs_of(entry: Entry, store: Store) -> tuple[PhotoSet, PhotoSet]:
     """Training and test pictures of an index."""
-    names = Names(tensors["names"], tensors["name_ends"])
-    photos = Photos(store, names, tensors["sizes"], tensors["kinds"])
+    tensors, meta = entry
+    photos = photos_of(tensors, meta, store)
     train, test = (
         PhotoSet(photos, tensors[f"{split}_places"], tensors[f"{split}_labels"])
         for split in ("train", "test")
@@ -217,7 +241,7 @@ def photographs_of(tensors: dict[str, torch.Tensor], store: Store) -> tuple[Phot
     return train, test
 
 
-def with_records(entry: Entry, records: Records | None, at: str) -> Entry:
+def with_records(entry: Entry, records: Records | None, at: str, told: Sequence[str] = ()) -> Entry:
     """The entry with the names of its pictures, and with what only a look at all of them tells."""
     tensors, meta = entry
     meta = {**meta, "at": at}
@@ -236,9 +260,9 @@ def with_records(entry: Entry, records: Records | None, at: str) -> Entry:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(records.groups))}
         groups = torch.tensor([numbers[name] for name in records.groups])
         tensors["groups"] = groups[~is_test]
-    notes = [*_lacking(tensors, meta["classes"]), *told_twice(records)]
+    notes = [*told, *_lacking(tensors, meta["classes"]), *told_twice(records)]
     meta |= {"notes": notes, "record_notes": records.notes, "left_out": records.left_out}
-    return tensors, meta
+    return tensors, meta | {"hashed": records.hashed}
 
 
 def packed(names: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
@@ -287,9 +311,9 @@ def source_of(
     if "root" in meta:
         which = ("paths", "path_ends") if "paths" in tensors else ("names", "name_ends")
         paths = Names(*(tensors[name] for name in which))
-        train, test = photographs_of(tensors, FileStore(Path(meta["root"]), paths))
+        train, test = photographs_of(entry, FileStore(Path(meta["root"]), paths))
     elif "files" in meta:
-        train, test = photographs_of(tensors, store_of(tensors, meta))
+        train, test = photographs_of(entry, store_of(tensors, meta))
     else:
         train = ImageSet(tensors["train_images"], tensors["train_labels"])
         test = ImageSet(tensors["test_images"], tensors["test_labels"])
@@ -328,6 +352,8 @@ def described(
         names=_unpacked(tensors),
         held_out=tensors.get("held_out"),
         groups=tensors.get("groups"),
+        levels=levels_in(meta),
+        hashed=meta.get("hashed", False),
         tally=Tally(len(train) + len(test), left.reasons) if "left_out" in meta else None,
         notes=(*meta.get("record_notes", ()), *meta.get("notes", ())),
     )
