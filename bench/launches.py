@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -183,6 +184,7 @@ def undoing(device: torch.device, model: nn.Module) -> list[str]:
     alone = SimpleNamespace(
         unwrap_model=lambda model: model, process_index=0, num_processes=1,
         device=torch.device("cpu"),  # whose generator is seeded for dropout
+        distributed_type=DistributedType.NO,
     )  # fmt: skip
     plan = BatchPlan(batch_size=BATCH, num_processes=1, shards=1)
     shards = Shards(cast(Accelerator, alone), model, plan, lambda step, shard: 0, False)

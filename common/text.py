@@ -81,6 +81,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near}?)" if near else ""
 
 
+def not_permitted(path: Path | str) -> UserError:
+    """The sentence for a folder that this user may not look into."""
+    where = printable(path)
+    return UserError(
+        f"the folder {where} may not be read (permission): ask its owner, or type chmod -R u+rX "
+        f"{where} if it is yours.",
+        code="not-permitted",
+    )
+
+
 def percent(fraction: float) -> str:
     """0.4567 as `45.67 %`."""
     return f"{100 * fraction:.2f} %"

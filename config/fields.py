@@ -161,6 +161,14 @@ class TrainConfig:
         0.0, "part of the training images that chooses the best epoch", group="images",
         low=0.0, high=0.9,
     )  # fmt: skip
+    split: str | None = setting(
+        None, "train, validate and test on the same pictures as a run, or as its split.csv says",
+        group="images",
+    )  # fmt: skip
+    group_by: str | None = setting(
+        None, "pictures of one patient, video, place stay on one side: a column, or a regular "
+        "expression (its first group) on their paths", group="images",
+    )  # fmt: skip
     select: str = setting(
         "auto", "the metric that chooses the best epoch (auto: accuracy; of a regression, loss)",
         group="images",

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,14 +13,16 @@ import torch
 from common.parser import Parser
 from common.text import printable
 from data.augment import KINDS, Augment
-from data.cache import cache_dir
+from data.cache import cache_dir, kept, size_limit, trim
 from data.cuts import Cuts, default_resize
 from data.loaders import decoding_of, place
 from data.pack import Count, Form, check, is_pack, pack
 from data.photographs import PHOTOGRAPH, PhotoSet, sizes_in_words
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
+from data.splits import divided, rows_of, split_text, write_split
 from errors import UserError
 
+CACHE = "show what the cache of decoded data sets holds, or empty it"
 Command = Callable[[Source, argparse.Namespace], None]
 
 if TYPE_CHECKING:
@@ -31,19 +34,21 @@ PREVIEW_WIDTH = 96  # characters, at most
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one of show, stats, prepare, check; exit status 2 after an error the user can mend."""
+    """Run one of the commands; exit status 2 after an error the user can mend."""
     try:
         options = _parser().parse_args(arguments)
-        if options.run is _check:
-            return _check(options)
+        if options.run in (_check, _cache):
+            return options.run(options)
         name, sentence = choose_dataset(options.dataset, options.data_dir)
-        print(sentence)
+        print(sentence, file=sys.stderr if options.run is _list else sys.stdout)
         source = load_source(
             name,
             data_dir=options.data_dir,
             image_size=options.image_size,
             skip_bad_images=options.skip_bad_images,
             seed=options.seed,
+            split=options.split,
+            group_by=options.group_by,
             say=print,
         )
         options.run(source, options)
@@ -66,8 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--image-size", type=_whole(1), metavar="PIXELS", help="side of the images")
     common.add_argument("--skip-bad-images", action="store_true", help="leave damaged ones out")
     common.add_argument("--seed", type=_whole(0), default=0)
+    common.add_argument("--split", metavar="FILE|RUN", help="splits as in a list or in a run")
+    common.add_argument("--group-by", metavar="COLUMN|REGEX", help="what stays on one side")
     parser = Parser("python -m data", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="show|stats|prepare|check")
+    commands = parser.add_subparsers(required=True, metavar="show|stats|list|prepare|check|cache")
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -100,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     checks = commands.add_parser("check", help=summary, description=summary, allow_abbrev=False)
     checks.add_argument("folder", type=Path, metavar="FOLDER", help="the pack")
     checks.set_defaults(run=_check)
+    which = add("list", _list, "print which picture is in which split and class, as csv")
+    which.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
+    cache = commands.add_parser("cache", help=CACHE, description=CACHE, allow_abbrev=False)
+    cache.add_argument("--empty", action="store_true", help="remove all that no process uses")
+    cache.set_defaults(run=_cache)
     return parser
 
 
@@ -184,24 +196,74 @@ def half_blocks(image: "Image.Image") -> str:
 
 
 def _stats(source: Source, options: argparse.Namespace) -> None:
-    print(f"train {len(source.train)}, test {len(source.test)}, ", end="")
+    held = 0 if source.held_out is None else len(source.held_out)
+    validation = f"validation {held}, " if held else ""
+    print(f"train {len(source.train) - held}, {validation}test {len(source.test)}, ", end="")
     if isinstance(source.train, PhotoSet):
         print(sizes_in_words(source.train.sizes))
     else:
         print(f"each {tuple(source.train.images.shape[1:])} {source.train.images.dtype}")
     if source.classes:
-        train, test = (
-            torch.bincount(split.labels, minlength=len(source.classes)).tolist()
-            for split in (source.train, source.test)
-        )
+        places = divided(source, 0, 0.0, 0)
+        counts = [
+            torch.bincount(
+                (source.test if split == "test" else source.train).labels[chosen],
+                minlength=len(source.classes),
+            ).tolist()
+            for split, chosen in places.items()
+        ]
         names = [printable(name) for name in source.classes]
         width = max(map(len, names))
-        for name, in_train, in_test in zip(names, train, test, strict=True):
-            print(f"  {name:<{width}} {in_train:>8} {in_test:>8}")
+        for name, *numbers in zip(names, *counts, strict=True):
+            print(f"  {name:<{width}}", *(f"{number:>8}" for number in numbers))
         print("mean", *(f"{value:.4f}" for value in source.mean))
         print("std ", *(f"{value:.4f}" for value in source.std))
     print(f"fingerprint {source.fingerprint}")
-    _report_skipped(source)
+    _tell(source)
+
+
+def _list(source: Source, options: argparse.Namespace) -> None:
+    rows = rows_of(source, divided(source, 0, 0.0, 0))
+    if not rows:
+        raise UserError(
+            f"the pictures of {source.name} have no names to list: they are made, or lie in one "
+            "file.",
+            code="no-names",
+        )
+    if options.out:
+        try:
+            write_split(options.out, rows)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {printable(options.out)}: {error}; try --out split.csv",
+                code="output-unwritable",
+            ) from None
+        return print(f"{printable(options.out)}: {len(rows):,} pictures", file=sys.stderr)
+    if sys.stdout.isatty():
+        rows = [(printable(name), split, printable(of)) for name, split, of in rows]
+    sys.stdout.flush()
+    sys.stdout.buffer.write(split_text(rows).encode("utf-8", "surrogateescape"))
+    return None
+
+
+def _cache(options: argparse.Namespace) -> int:
+    entries, most = kept(), size_limit()
+    total = sum(one.size for one in entries)
+    print(f"{printable(cache_dir())}: {_bytes(total)} of at most {_bytes(most)}")
+    if options.empty:
+        freed = trim(0)
+        stay = f", {_bytes(total - freed)} in use stay" if freed < total else ""
+        print(f"removed {_bytes(freed)}{stay}")
+        return 0
+    for one in reversed(entries):
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
+        print(f"  {_bytes(one.size):>9}  used {used}  {printable(one.about or one.path.name)}")
+    print("LOCKSTEP_CACHE=FOLDER puts it elsewhere, LOCKSTEP_CACHE_SIZE=50GB limits it")
+    return 0
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
 
 
 def _prepare(source: Source, options: argparse.Namespace) -> None:
@@ -209,7 +271,7 @@ def _prepare(source: Source, options: argparse.Namespace) -> None:
     if options.out and isinstance(source.train, PhotoSet) and options.out.suffix != ".safetensors":
         _pack(source, options)
         print(f"{count} in a pack: --dataset {printable(options.out)}")
-        return _report_skipped(source)
+        return _tell(source)
     print(f"{count} ready; cache: {printable(cache_dir())}")
     if options.out:
         if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
@@ -219,13 +281,15 @@ def _prepare(source: Source, options: argparse.Namespace) -> None:
             )
         save_source(source, options.out, options.image_size)
         print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.0f} MB")
-    _report_skipped(source)
+    _tell(source)
 
 
 def _pack(source: Source, options: argparse.Namespace) -> None:
     dataset = str(Path(options.dataset).absolute()) if Path(options.dataset).exists() else ""
     given = {
         "--dataset": dataset or options.dataset, "--data-dir": options.data_dir,
+        "--split": options.split and str(Path(options.split).absolute()),
+        "--group-by": options.group_by,
         "--image-size": options.image_size, "--store": options.store,
         "--short-side": options.short_side or "keep",
     }  # fmt: skip
@@ -278,9 +342,13 @@ def _bar(unit: str) -> Iterator[Count]:
         yield count
 
 
-def _report_skipped(source: Source) -> None:
+def _tell(source: Source) -> None:
+    if source.tally:
+        print(f"files {source.tally}")
     if source.skipped:
-        print(f"{len(source.skipped)} images left out:", *source.skipped[:10], sep="\n  ")
+        print(f"{len(source.skipped)} images cannot be read:", *source.skipped[:10], sep="\n  ")
+    for note in source.notes:
+        print(f"warning: {printable(note)}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,42 @@
-"""Decoded tensors on disk: one checksummed file per data set, built by one process of a node."""
+"""Data sets on disk: one checksummed file for each, built by one process of a node; and packs.
+
+The folder keeps to a size: the entries that were used longest ago go first, never one that a
+process uses.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
 from common.disk import Json, digest, whole
+from errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which removes no file that is open
+    fcntl = None
 
 Entry = tuple[dict[str, torch.Tensor], dict]  # tensors, and what is known about them (JSON)
 
 FORMAT = 1  # raise it when the meaning of an entry changes: older files are then rebuilt
+LIMIT = "20GB"  # what the folder may take; LOCKSTEP_CACHE_SIZE says otherwise
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+LARGE = 10**9  # bytes of one entry that are told where they land in the home folder
+STALE = 86400.0  # seconds after which a half-written file is nobody's any more
+STARTED = time.time()
+ENTRY = re.compile(r"[0-9a-f]{32}\.\w+")  # of the names in the folder, what is ours to remove
 PATIENCE = 1800.0  # seconds to wait for another process's build before building for oneself
 
 
@@ -54,11 +73,14 @@ def cached(key: Json, build: Callable[[], Entry]) -> Entry:
         seen = _signature(path)
         entry = read_entry(path)
         if entry is not None:
+            use(path)
             return entry
         with _node_lock(path, seen) as mine:
             if mine and _signature(path) == seen:
                 tensors, meta = build()
-                write_entry(path, tensors, meta)
+                if write_entry(path, tensors, meta):
+                    use(path)
+                    trim()
                 return tensors, meta
 
 
@@ -93,6 +115,135 @@ def write_entry(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> boo
     except (OSError, SafetensorError):
         return False
     return True
+
+
+# --- how much it takes ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An entry of the cache: a file, or a folder of several."""
+
+    path: Path
+    size: int
+    used: float  # seconds since 1970
+
+    @property
+    def about(self) -> str:
+        """Which data set it is of, as far as it says so."""
+        from safetensors import SafetensorError, safe_open
+
+        path = next(self.path.glob("*.safetensors"), self.path)  # of a folder
+        try:
+            with safe_open(path, framework="pt") as file:
+                return json.loads((file.metadata() or {})["lockstep"])["meta"].get("at", "")
+        except (OSError, SafetensorError, KeyError, ValueError, AttributeError):
+            return ""
+
+
+def size_limit() -> int:
+    """LOCKSTEP_CACHE_SIZE in bytes (20GB, 500M; 0 keeps nothing that no process uses)."""
+    text = os.environ.get("LOCKSTEP_CACHE_SIZE") or LIMIT
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
+    if not found:
+        raise UserError(
+            f"LOCKSTEP_CACHE_SIZE={text}: no size; write 20GB or 500MB.", code="bad-cache-size"
+        )
+    return round(float(found[1]) * UNITS[found[2]])
+
+
+def kept() -> list[Kept]:
+    """The entries of the cache, the one that was used longest ago first."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in cache_dir().iterdir():
+            if ENTRY.fullmatch(path.name) and path.suffix != ".lock":
+                with contextlib.suppress(OSError):
+                    found.append(Kept(path, _size(path), path.stat().st_atime))
+    return sorted(found, key=lambda one: one.used)
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
+    return path.stat().st_size
+
+
+_in_use: dict[Path, int] = {}  # entries this process uses -> the descriptor that says so
+
+
+def use(path: Path) -> None:
+    """Note that an entry is used now, and keep it from being removed while this process lives."""
+    with contextlib.suppress(OSError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # atime alone: see _signature
+        if fcntl and _held_file(_in_use.get(path)) != path.stat().st_ino:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if (old := _in_use.pop(path, None)) is not None:
+                os.close(old)
+            _in_use[path] = descriptor
+
+
+def _held_file(descriptor: int | None) -> int | None:
+    return None if descriptor is None else os.fstat(descriptor).st_ino
+
+
+def trim(most: int | None = None) -> int:
+    """Remove what was used longest ago until the folder keeps to `most` bytes; how many went.
+
+    Entries in use stay. What a killed process left half-written goes after a day.
+    """
+    most = size_limit() if most is None else most
+    entries = kept()
+    total, freed = sum(one.size for one in entries), 0
+    for one in entries:
+        if total - freed <= most:
+            break
+        if _remove(one.path):
+            freed += one.size
+    with contextlib.suppress(OSError):
+        for path in cache_dir().glob("*.partial"):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                if time.time() - status.st_mtime > STALE:
+                    path.unlink()
+                    freed += status.st_size
+    return freed
+
+
+def _remove(path: Path) -> bool:
+    """Remove an entry unless some process uses it."""
+    descriptor = None
+    try:
+        if fcntl:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError:  # in use, or not ours to remove
+        return False
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    return True
+
+
+def landed(key: Json, entry: Entry) -> list[str]:
+    """A sentence where an entry of this life took more than a gigabyte of the home folder."""
+    path = Path(entry[1].get("pack", entry_path(key)))
+    try:
+        size, made = _size(path), path.stat().st_mtime
+        inside = path.resolve().is_relative_to(Path.home().resolve())
+    except (OSError, RuntimeError):  # nothing there, or no home
+        return []
+    if size < LARGE or made < STARTED or not inside:
+        return []
+    return [
+        f"the images took {size / 1e9:.1f} GB of the home folder ({cache_dir()}): "
+        "LOCKSTEP_CACHE=FOLDER puts them elsewhere, python -m data cache --empty frees it"
+    ]
 
 
 def digest_of(tensor: torch.Tensor) -> str:

@@ -1,13 +1,14 @@
 """Pictures: encoded in files or rows -> upright RGB, uint8, of one size."""
 
-import hashlib
+import functools
+import importlib
+import importlib.util
 import io
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from common.text import printable
-from data.image_set import Decoded
+from data.image_set import Decoded, Reasons
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
 
     from data.scan import Scanned
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # Pillow's others include programs (EPS)
+HEIC = {".heic", ".heif"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", *HEIC}
+OPTIONAL = {"AVIF": "PIL.AvifImagePlugin", "HEIF": "pillow_heif"}  # format -> who reads it
+FORMATS = (  # Pillow's others include programs (EPS)
+    *("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"),
+    *(name for name, module in OPTIONAL.items() if importlib.util.find_spec(module)),
+)
 MAX_PIXELS = 89_000_000
 SMALL = 64  # pixels: pictures that share a size up to this one are kept as they are
-TEST_NAMES = ("test", "validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,43 +55,38 @@ Item = bytes | Path | Part
 
 @dataclass(frozen=True)
 class Records:
-    """Encoded pictures, bytes or where they lie, with a name for errors, label and split."""
+    """Encoded pictures, bytes or where they lie, with a name for errors, label and split.
+
+    What validates counts as training, too: `is_val` says which of it. `ids` are the names that a
+    list of the splits has: split/row, or paths below `root` where that is given. `left_out`: why
+    how many other files are not among them, and one of those; `notes`: sentences to be told.
+    """
 
     items: list[Item]
     names: list[str]
     labels: list[int]
     is_test: list[bool]
     classes: tuple[str, ...]
+    ids: list[str]
+    is_val: list[bool]
+    groups: list[str] = field(default_factory=list)  # [] where none were asked for
+    left_out: Reasons = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    root: Path | None = None
 
     def part(self, kept: Sequence[int]) -> Self:
         """Those of these positions; all of them is this itself."""
         if len(kept) == len(self.items):
             return self
-        chosen = {
-            name: [getattr(self, name)[index] for index in kept]
-            for name in ("items", "names", "labels", "is_test")
-        }
-        return replace(self, **chosen)
+        each = ("items", "names", "labels", "is_test", "ids", "is_val", "groups")
+        lists = {name: getattr(self, name) for name in each}
+        return replace(
+            self, **{name: [of[index] for index in kept] for name, of in lists.items() if of}
+        )
 
 
 class Large(Exception):
     """Pictures of more than 64 pixels a side, which are not kept decoded."""
-
-
-def keyed_split(keys: Iterable[bytes], labels: Sequence[int]) -> list[bool]:
-    """True for the fifth that tests, by a hash of each key; every class keeps one for training."""
-    words = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") for key in keys]
-    is_test = [word < 2**64 // 5 for word in words]
-    members = defaultdict(list)
-    for index, label in enumerate(labels):
-        members[label].append(index)
-    for indices in members.values():
-        is_test[max(indices, key=words.__getitem__)] = False
-    if not any(is_test):  # a handful of pictures: one of each class that can spare it
-        for indices in members.values():
-            if len(indices) > 1:
-                is_test[min(indices, key=words.__getitem__)] = True
-    return is_test
 
 
 def cannot_decode(problem: str) -> UserError:
@@ -103,15 +103,30 @@ def decode_records(records: Records, image_size: int | None, skip_bad: bool) -> 
 
     Decoded where all of them are small; photographs are only looked at.
     """
+    _refuse_heic(records, skip_bad)
     try:
         images, kept, skipped = decode_all(records, image_size, skip_bad)
     except Large:
         from data.scan import scan
 
         return scan(records, skip_bad)
-    labels = [records.labels[index] for index in kept]
-    is_test = [records.is_test[index] for index in kept]
-    return Decoded(images, labels, is_test, records.classes, skipped)
+    records = records.part(kept)
+    return Decoded(
+        images, records.labels, records.is_test, records.classes, skipped, records=records
+    )
+
+
+def _refuse_heic(records: Records, skip_bad: bool) -> None:
+    """UserError on the first HEIC picture where nothing reads it."""
+    if skip_bad or "HEIF" in FORMATS:
+        return
+    for item in records.items:
+        if isinstance(item, Path) and item.suffix.lower() in HEIC:
+            raise UserError(
+                f"{printable(item)} is HEIC, which takes a package of its own: pip install "
+                "pillow-heif, or leave such images out with --skip-bad-images.",
+                code="no-heic",
+            )
 
 
 def decode_all(
@@ -181,7 +196,14 @@ def opened(item: bytes | Path) -> "Image.Image":
     """A picture of which the header was read; to be closed. Raises whatever Pillow raises."""
     from PIL import Image
 
+    if "HEIF" in FORMATS:
+        _let_pillow_read_heic()
     return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS)
+
+
+@functools.cache
+def _let_pillow_read_heic() -> None:
+    importlib.import_module("pillow_heif").register_heif_opener()
 
 
 def refuse_too_large(image: "Image.Image") -> None:

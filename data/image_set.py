@@ -5,16 +5,52 @@ This file imports no torch, so that the command line can read the table of data 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from common.text import places
+from common.text import places, printable
 from errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from data.files import Records
     from data.photographs import PhotoSet
+
+UNREADABLE = ("damaged", "may not be read")  # why a picture that was found is left out
+Reasons = dict[str, tuple[int, str]]  # why files are left out -> how many, and one of them
+
+
+class LeftOut:
+    """Files that are left out, counted as they are found."""
+
+    def __init__(self, reasons: Reasons | None = None) -> None:
+        self.reasons: Reasons = dict(reasons or {})
+        self.linked: set[str] = set()  # pictures that are links, or lie behind one
+
+    def add(self, reason: str, example: str) -> None:
+        """One more, for this reason."""
+        count, first = self.reasons.get(reason, (0, example))
+        self.reasons[reason] = (count + 1, first)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Every file of a data set, in or out."""
+
+    used: int
+    left_out: Reasons
+
+    def __str__(self) -> str:
+        if not self.left_out:
+            return f"{self.used:,} pictures found, all used"
+        found = self.used + sum(count for count, _ in self.left_out.values())
+        parts = (
+            f"{count:,} {reason} ({printable(example)})"
+            for reason, (count, example) in self.left_out.items()
+        )
+        return f"{found:,} found, {self.used:,} used; left out: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -69,10 +105,29 @@ class Source:
     std: tuple[float, float, float]
     fingerprint: str  # of classes, shapes, labels and pixels
     origin: str  # a sentence
-    skipped: tuple[str, ...] = ()  # images left out, with the reason
+    skipped: tuple[str, ...] = ()  # images that cannot be read, with the reason
     no_flip: bool = False  # mirrored digits are no digits
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of "train" and "test"
+    held_out: torch.Tensor | None = None  # places in `train` of the data set's own validation split
+    groups: torch.Tensor | None = None  # a number for each of `train`, where groups were asked for
+    tally: Tally | None = None  # of files; None where the pictures are none
+    notes: tuple[str, ...] = ()  # sentences to be told
     content: str = ""  # the fingerprint of photographs before somebody decodes them
     decoder: str = ""  # what decoded them, where their pixels lie on the disk
+
+
+def kept_beside(source: Source) -> tuple[dict[str, torch.Tensor], dict]:
+    """What a file of a data set keeps beside its pictures: tensors, and what JSON can write."""
+    tensors = {
+        name: tensor
+        for name in ("held_out", "groups")
+        if (tensor := getattr(source, name)) is not None
+    }
+    facts: dict = {"notes": source.notes}
+    if source.tally:
+        reasons = source.tally.left_out  # those of `skipped` are counted when it is read
+        facts["left_out"] = {why: of for why, of in reasons.items() if why not in UNREADABLE}
+    return tensors, facts
 
 
 @dataclass(frozen=True)
@@ -83,7 +138,8 @@ class Decoded:
     labels: list[int]
     is_test: list[bool]
     classes: tuple[str, ...]
-    skipped: tuple[str, ...] = ()  # left out, with the reason
+    skipped: tuple[str, ...] = ()  # cannot be read, with the reason
+    records: Records | None = None  # what they were made of
 
 
 def numbered_as(source: Source, classes: tuple[str, ...]) -> Source:

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from data.keyed_random import ORDER, SPLIT, permutation
-from errors import UserError
+from data.keyed_random import ORDER, permutation
 
 MORE, MIXED = 16, 17  # streams of a balanced order, beside those of keyed_random.py
 
@@ -133,16 +132,3 @@ class EvaluationBatchSampler:
         indices = torch.arange(len(self) * self.batch_size, device=self.device)
         indices[self.n :] = -1
         yield from indices.split(self.batch_size)
-
-
-def split_validation(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Sorted indices (training, validation): `fraction` of the n samples, rounded, is held out."""
-    held_out = round(n * fraction)
-    if not 0 < held_out < n:
-        raise UserError(
-            f"a validation fraction of {fraction} holds out {held_out} of {n} samples; "
-            "choose one between 0 and 1 that leaves samples on both sides, e.g. 0.1",
-            code="bad-split",
-        )
-    order = permutation(seed, 0, n, SPLIT)
-    return order[held_out:].sort().values, order[:held_out].sort().values

@@ -28,7 +28,7 @@ from common.text import duration, printable
 from data.ahead import Ahead, Threads, Work
 from data.cache import Entry, cached, read_entry, write_entry
 from data.files import Part, cannot_decode
-from data.image_set import Source
+from data.image_set import Source, kept_beside
 from data.photographs import PLAIN, FileStore, Names, Photos, PhotoSet, Store, decoder, reason
 from errors import UserError
 
@@ -644,6 +644,8 @@ class _Packing:
             "lengths": torch.cat(lengths),
             "checksums": torch.tensor([crc for note in notes for crc in note["checksums"]]),
         }  # fmt: skip
+        beside, facts = kept_beside(self.source)
+        tensors |= beside
         hashes = [note["hash"] for note in notes]
         content, levels = self.source.content, (self.source.mean, self.source.std)
         meta = {
@@ -660,7 +662,7 @@ class _Packing:
             rows = [tensors[f"{split}_labels"].tolist() for split in ("train", "test")]
             content = digest(json.dumps([self.source.classes, rows, hashes]))
             levels = _mean_and_std(tensors, meta | {"pack": str(self.out)}, self.image_size)
-        meta |= {"content": content, "mean": levels[0], "std": levels[1]}
+        meta |= {"content": content, "mean": levels[0], "std": levels[1], **facts}
         if not write_entry(self.out / INDEX, tensors, meta):
             raise OSError(errno.EIO, "the index cannot be written")
         shutil.copymode(self.out / BEGUN, self.out / INDEX)  # whoever may read one may read both

@@ -66,7 +66,10 @@ class Names:
         return len(self.ends)
 
     def __iter__(self) -> Iterator[str]:
-        return (self[place] for place in range(len(self)))
+        text, start = self.text.numpy().tobytes(), 0
+        for end in self.ends.tolist():
+            yield text[start:end].decode("utf-8", "surrogateescape")
+            start = end
 
     def __getitem__(self, place: int) -> str:
         start = int(self.ends[place - 1]) if place else 0
@@ -209,6 +212,12 @@ class PhotoSet:
     def part(self, chosen: Tensor) -> Self:
         """Those of these positions."""
         return replace(self, places=self.places[chosen], labels=self.labels[chosen])
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each, in the data set."""
+        names = list(self.photos.names)
+        return [names[place] for place in self.places.tolist()]
 
     @property
     def sizes(self) -> Tensor:

@@ -103,7 +103,7 @@ def _header_or_all(item: Part, head: bytes) -> bytes:
 
 def root_and_names(records: Records) -> tuple[Path, list[str]]:
     """The folder that holds all files of the records, and their names below it."""
-    paths = [item for item in records.items if isinstance(item, Path)]
+    paths = [item.absolute() for item in records.items if isinstance(item, Path)]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     return root, [path.relative_to(root).as_posix() for path in paths]
 

@@ -12,7 +12,7 @@ from distributed.stop import DAMAGED, SAVE_FAILED, restarts_left
 from distributed.watch import failed_at_start, tell_agent
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
-from report import page, panels
+from report import panels
 from report.logbook import Logbook
 from report.samples import draw_pictures
 from report.screen import quiet_libraries, show_tracebacks
@@ -85,6 +85,8 @@ def _write(
         screen.warn(f"not all pictures could be drawn: {type(error).__name__}: {error}")
     written: Path | None = None
     try:
+        from report import page  # its templates cost a start nothing
+
         written = page.write_page(folder)
     except Exception as error:  # nor is its page
         screen.warn(f"report.html cannot be written: {type(error).__name__}: {error}")

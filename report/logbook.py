@@ -156,7 +156,7 @@ class Logbook(contextlib.AbstractContextManager):
         else:
             folder.write_config(to_json(settings))
             if progress.step == 0:  # nothing was kept of a life before: the data may be others
-                folder.write_source(data.source)
+                folder.write_source(data.source, data.places)
         folder.write_metrics(task.metrics, task.best_is)
         try:
             if problem := keep_code(folder.folder, *self.plan.config.may_be_files):
@@ -178,7 +178,7 @@ class Logbook(contextlib.AbstractContextManager):
         about = describe_environment({**machine, **facts})
         assert self.folder is not None  # the main process's
         self.folder.write_birth(to_json(settings), command, about)
-        self.folder.write_source(data.source)
+        self.folder.write_source(data.source, data.places)
 
     def _refuse_crash_loop(self, folder: RunDir, step: int) -> None:
         """Automatic restarts end where lives die without getting further."""

@@ -55,7 +55,9 @@ def show_start(
     per_test = started.trial.seconds_per_image * len(data.test) / 3 / batch.num_processes
     evaluations = math.ceil(left / per_epoch / config.eval_every)
     expected = left * per_step + evaluations * per_test
-    amount = f"{config.dataset}: {len(data.train):,} training, {len(data.test):,} test images"
+    validation = f"{len(data.places['val']):,} validation, " if "val" in data.places else ""
+    amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
+    amount += f"{len(data.test):,} test images"
     if world.device.type == "cuda":
         there = data.train.labels.device.type == "cuda"
         amount += f", in {'GPU' if there else 'host'} memory"
@@ -63,6 +65,7 @@ def show_start(
         ("model", f"{config.model}, {total:,} parameters{held}"),
         ("weights", weights_shown(plan, started) or "from scratch"),
         ("data", amount),
+        *([("files", str(data.source.tally))] if data.source.tally else []),
         *(("images", words) for words in data.photographs()),
         *started.task.criterion.in_words(data.classes),
         *(("sampler", b.in_words(data.classes)) for b in (data.sampler.balance,) if b),
@@ -174,6 +177,7 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
     if data.source.skipped:
         where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
         notes.append(f"{len(data.source.skipped)} images cannot be read and are left out{where}")
+    notes += data.source.notes
     usual = recipe_of(config.model, config.weights).get("optimizer", TrainConfig.optimizer)
     if config.optimizer != usual and plan.settings.origin("lr") in ("recipe", "default"):
         notes.append(

@@ -21,9 +21,10 @@ from data.augment import Augment
 from data.files import decode
 from data.keyed_random import permutation, uniforms
 from data.loaders import build_test_loader, build_train_loader
-from data.order import EvaluationBatchSampler, GlobalBatchSampler, split_validation
+from data.order import EvaluationBatchSampler, GlobalBatchSampler
 from data.sources import load_source
 from data.sources.folder import read_class_folders
+from data.splits import split_validation
 from errors import UserError
 from models import build_model
 from models.__main__ import table_of_layers
@@ -212,7 +213,7 @@ def test_question_02_no_step_sees_a_test_image_nor_one_of_the_validation_part():
     assert loader.dataset.images.data_ptr() != test.dataset.images.data_ptr()
     seen = torch.cat(list(sampler))
     assert set(seen.tolist()) <= set(range(1442))
-    keep, held_out = split_validation(1442, 0.1, 0)
+    keep, held_out = split_validation(source.train.labels, 0.1, 0)
     assert not set(keep.tolist()) & set(held_out.tolist()) and len(held_out) == 144
 
 

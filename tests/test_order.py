@@ -3,11 +3,10 @@
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from refusals import refused
 from torch.utils.data import DataLoader
 
 from data.loaders import Resident
-from data.order import Balance, EvaluationBatchSampler, GlobalBatchSampler, split_validation
+from data.order import Balance, EvaluationBatchSampler, GlobalBatchSampler
 
 
 def test_an_epoch_is_full_batches_of_different_samples():
@@ -118,22 +117,6 @@ def test_an_evaluation_counts_each_sample_once_and_fills_up_with_minus_one(n):
     everything = torch.cat(batches)
     assert everything[everything >= 0].tolist() == list(range(n))
     assert everything[n:].eq(-1).all() and len(everything) - n < 8
-
-
-def test_a_validation_split_is_sorted_disjoint_whole_and_keyed_by_the_seed():
-    training, validation = split_validation(1000, 0.1, seed=0)
-    assert len(validation) == 100
-    for part in (training, validation):
-        assert torch.equal(part, part.sort().values)
-    assert torch.equal(torch.cat([training, validation]).sort().values, torch.arange(1000))
-    assert torch.equal(split_validation(1000, 0.1, seed=0)[1], validation)
-    assert not torch.equal(split_validation(1000, 0.1, seed=1)[1], validation)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 0.01])
-def test_a_split_that_leaves_one_side_empty_is_refused(fraction):
-    with refused("bad-split", match="leaves samples on both sides"):
-        split_validation(10, fraction, seed=0)
 
 
 # --- a balanced order -----------------------------------------------------------------------------

@@ -25,9 +25,10 @@ from data.loaders import (
     decoding_of,
     evaluation_batch,
 )  # fmt: skip
-from data.order import GlobalBatchSampler, split_validation
+from data.order import GlobalBatchSampler
 from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.sources import Source, limited, load_source
+from data.splits import SPLIT_FILE, divided
 from distributed import faults
 from distributed.stop import DAMAGED
 from distributed.world import World
@@ -49,6 +50,7 @@ class Data:
     """Training and evaluation batches; knows nothing of the model. `note`: what is to be told.
 
     `test_loaders` are by split: "val", where a part of the training images is held out, and "test".
+    `places` are those of each split's images in the source, "val" among its training images.
     """
 
     source: Source
@@ -57,6 +59,7 @@ class Data:
     sampler: GlobalBatchSampler
     train_loader: DataLoader
     test_loaders: dict[str, DataLoader]
+    places: dict[str, Tensor]
     note: str = ""
 
     @property
@@ -179,10 +182,14 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     """
     faults.hit("data")
     config = plan.config
+    split = config.split
+    if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
+        split = config.run_dir  # what it named at the run's birth may have changed or gone
     source = world.all_or_none(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images, seed=config.seed,
-        keep_decoded=True, stage=config.stage, say=say if world.is_main else print,
+        skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
+        group_by=config.group_by, keep_decoded=True, stage=config.stage,
+        say=say if world.is_main else print,
     ))  # fmt: skip
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
@@ -233,8 +240,8 @@ def excluded(photos: Photos, names: str | None) -> frozenset[int]:
     found = {place for place, name in enumerate(photos.names) if name in wanted}
     if not found:
         raise UserError(
-            f"--exclude {names}: the data have no picture of that name; give its path below the "
-            "data set's folder, or the damaged.txt of a run",
+            f"--exclude {names}: the data have no picture of that name; python -m data list "
+            "prints the names, and the damaged.txt of a run has some",
             code="exclude-unknown",
         )
     return frozenset(found)
@@ -257,16 +264,18 @@ def build_data(
             f"{source.task}; give it {fits}",
             code="data-of-another-task",
         )
-    train, test = limited(source.train, config.limit), limited(source.test, config.limit)
+    places = divided(source, config.limit, config.val_fraction, config.seed)
+    sets = {
+        split: images if len(chosen) == len(images) else images.part(chosen)
+        for split, chosen in places.items()
+        for images in [source.test if split == "test" else source.train]
+    }
+    train, test = sets.pop("train"), sets["test"]
     seen = config.image_size if decoding is None else decoding.cuts.eval_size
     test_batch = evaluation_batch(len(test), seen, device) * num_processes
     if settings.actions.dry_run:
         test = limited(test, 2 * test_batch)
-    tests = {"test": test}
-    if config.val_fraction:
-        kept, held_out = split_validation(len(train), config.val_fraction, config.seed)
-        validation, train = train.part(held_out), train.part(kept)
-        tests = {"val": validation, "test": test}
+    tests = {**sets, "test": test}
     batch = plan_batch(settings, num_processes, len(train))
     train_loader, sampler = build_train_loader(
         train, batch.batch_size, config.seed, device, decoding, config.sampler == "balanced"
@@ -282,7 +291,7 @@ def build_data(
         split: build_test_loader(images, test_batch, device, decoding)
         for split, images in tests.items()
     }
-    return Data(source, batch, augment, sampler, train_loader, test_loaders)
+    return Data(source, batch, augment, sampler, train_loader, test_loaders, places)
 
 
 def cutting(config: TrainConfig, source: Source, device: torch.device) -> Decoding | None:

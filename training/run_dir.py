@@ -19,10 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
+from torch import Tensor
+
 from common.disk import Json, parse_object, read_json, whole, write_json, write_text
 from common.metric import Metric
 from common.text import file_name, found_from_here, pasted
 from data.image_set import Source
+from data.splits import SPLIT_FILE, rows_of, write_split
 from errors import UserError
 from models.own_file import CODE
 
@@ -313,12 +316,15 @@ class RunDir:
         if environment.get("uncommitted_changes") and (text := git("diff", "HEAD", "--", ".")):
             write_text(self.folder / "uncommitted.diff", text[:MOST_DIFF] + "\n")
 
-    def write_source(self, source: Source) -> None:
-        """classes.json, with what images are normalised by, and the list of unreadable images."""
+    def write_source(self, source: Source, places: dict[str, Tensor]) -> None:
+        """classes.json, with what images are normalised by, split.csv, and what was left out."""
         content = {"classes": source.classes, "mean": source.mean, "std": source.std}
         write_json(self.folder / "classes.json", content)
-        if source.skipped:
-            write_text(self.folder / SKIPPED, "\n".join(source.skipped) + "\n")
+        if rows := rows_of(source, places):
+            write_split(self.folder / SPLIT_FILE, rows)
+        if source.skipped or (source.tally and source.tally.left_out):
+            lines = [str(source.tally)] * bool(source.tally) + list(source.skipped)
+            write_text(self.folder / SKIPPED, "\n".join(lines) + "\n")
 
     def write_damaged(self, names: Iterable[str]) -> None:
         """damaged.txt: these photographs too, which could not be decoded while the run went on."""

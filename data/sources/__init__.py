@@ -5,7 +5,9 @@ This file imports no torch, so that the command line can read the tables at once
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -14,14 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.text import nearest, printable
+from common.text import nearest, not_permitted, printable
 from data.image_set import ImageSet, Source, limited
 from errors import UserError
 
 if TYPE_CHECKING:
     from data.cache import Entry
+    from data.files import Records
     from data.sources.layout import Layout
     from data.sources.published import Published
+    from data.splits import Wanted
 
 __all__ = [
     "NAMES", "SOURCES", "ImageSet", "Source", "choose_dataset", "limited", "load_source",
@@ -74,6 +78,7 @@ LAYOUTS = {
     "tensors": "carried:TENSORS",
     "imagenet": "archives:IMAGENET",
     "webdataset": "archives:WEBDATASET",
+    "listed": "listed:LISTED",
     "folder": "folder:FOLDER",
 }
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -103,23 +108,36 @@ class Copy:
         return find(LAYOUTS[self.kind]) if self.kind in LAYOUTS else None
 
     @property
+    def can_be_split(self) -> bool:
+        """Whether its pictures have names to be split by."""
+        return not self.layout or bool(self.layout.listing or self.layout.rows)
+
+    @property
     def origin(self) -> str:
         if not self.layout:
             return f"Data: {printable(self.where)} from the Hugging Face hub."
         label = self.published.title if self.published else "images"
         return f"Data: {label} from {self.layout.words} at {printable(self.where)}."
 
-    def key(self, image_size: int | None, skip_bad: bool) -> list:
-        """What a cached entry depends on; a hub data set is kept as it was first fetched."""
+    def key(
+        self, image_size: int | None, skip_bad: bool, wanted: Wanted | None = None,
+        records: Records | None = None,
+    ) -> list:  # fmt: skip
+        """What a cached entry depends on; a hub data set is kept as it was first fetched.
+
+        A file is another one when its size, its time, its inode or the time of its last move
+        differs: pictures that change places keep the first two.
+        """
         status = []
-        if self.layout:
-            paths = self.layout.files(Path(self.where))
-            found = [(path, path.stat()) for path in paths]
-            status = [(str(path), seen.st_size, seen.st_mtime_ns) for path, seen in found]
+        if records is not None:
+            status = [_marks_of(records)]
+        elif self.layout and self.layout.files:
+            status = [_mark(path) for path in self.layout.files(Path(self.where))]
         which = self.name if self.published else False
         which = True if which == "cifar10" else which  # as in caches of old
         by_name = self.kind in ("tables", "hub") and not self.published
         meaning = ["labels by name"] if by_name else []  # not so in entries of old
+        meaning += wanted.key() if wanted else []
         return [which, self.kind, self.where, image_size, skip_bad, status, *meaning]
 
     def refuse(self, why: str) -> UserError:
@@ -146,6 +164,27 @@ class Copy:
         if self.published and entry_path(self.key(None, False)).exists():
             return True, ""
         return (True, "") if hub.folder_of(self.where) else hub.reach(self.where)
+
+
+def _mark(path: Path) -> tuple[str, int, int, int, int]:
+    try:
+        seen = path.stat()
+    except PermissionError:
+        raise not_permitted(path.parent) from None
+    return str(path), seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_ctime_ns
+
+
+def _marks_of(records: Records) -> str:
+    """A digest of which files there are, where each belongs, and whether one is another one."""
+    state = hashlib.blake2b(repr(records.classes).encode("utf-8", "surrogatepass"), digest_size=16)
+    sides = zip(
+        records.items, records.labels, records.is_test, records.is_val,
+        records.groups or itertools.repeat(""), strict=False,
+    )  # fmt: skip
+    for item, *belongs in sides:
+        assert isinstance(item, Path)  # of a listing
+        state.update(repr((*_mark(item), *belongs)).encode("utf-8", "surrogatepass"))
+    return state.hexdigest()
 
 
 def choose_dataset(dataset: str, data_dir: str | None = None) -> tuple[str, str]:
@@ -187,6 +226,8 @@ def load_source(
     image_size: int | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
+    split: str | None = None,
+    group_by: str | None = None,
     keep_decoded: bool = False,
     stage: str | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -195,6 +236,7 @@ def load_source(
 
     Safe to call from all processes of a node at once: one decodes, the others wait for its file.
     `image_size` applies to folders and tables (see `files.decode_all`), `seed` to `line` alone.
+    `split` and `group_by` are as in `splits.Wanted`.
     `keep_decoded`: photographs that many epochs will read are decoded once, where they are few.
     `stage`: a folder of this node that a pack is copied to, once, and read from.
     `say` hears of work that takes long, before it begins.
@@ -202,24 +244,43 @@ def load_source(
     if name in SOURCES and SOURCES[name].made:
         if stage:
             raise _nothing_to_stage(name)
+        _refuse_splitting(name, split, group_by)
         return find(SOURCES[name].target)(f"Data: {SOURCES[name].summary}.", seed)
-    from data.cache import cached
+    from data.cache import cached, landed
     from data.sources.describe import at_hand, in_pack, source_of
+    from data.splits import Wanted
 
-    copy = locate(name, data_dir)
+    copy, wanted, records = locate(name, data_dir), Wanted(split, group_by), None
     if stage:
         copy = _staged(copy, Path(stage).expanduser(), say)
     if copy.published:
         image_size = None  # its pictures share one small size
+    if not copy.can_be_split:
+        _refuse_splitting(copy.kind if copy.kind == "pack" else name, split, group_by)
     if copy.layout and copy.layout.entry:
-        entry = build(copy, image_size, skip_bad_images, say)  # a cached one already
-    else:
-        key = copy.key(image_size, skip_bad_images)
-        make = partial(build, copy, image_size, skip_bad_images, say)
-        entry = in_pack(key, cached(key, make), make, image_size)
-        if keep_decoded:
-            entry = at_hand(copy.key(None, skip_bad_images), entry, say)
-    return source_of(name, entry, copy.origin)
+        entry = build(copy, image_size, skip_bad_images, wanted, None, say)  # a cached one already
+        return source_of(name, entry, copy.origin)
+    if copy.layout and copy.layout.listing:
+        records = copy.layout.listing(Path(copy.where), wanted)
+    key = copy.key(image_size, skip_bad_images, wanted, records)
+    make = partial(build, copy, image_size, skip_bad_images, wanted, records, say)
+    entry = in_pack(key, cached(key, make), make, image_size)
+    if keep_decoded:
+        entry = at_hand(copy.key(None, skip_bad_images, wanted, records), entry, say)
+    return source_of(name, entry, copy.origin, records, notes=landed(key, entry))
+
+
+def _refuse_splitting(name: str, split: str | None, group_by: str | None) -> None:
+    for flag, value in (("--split", split), ("--group-by", group_by)):
+        if value is not None:
+            why = "its pictures have no names; drop the flag. It is for folders and tables."
+            if name == "pack":
+                why = "keeps it; drop the flag, and give it to python -m data prepare instead."
+            raise UserError(
+                f"{flag} {printable(value)}: {printable(name)} comes with a split of its own and "
+                f"{why}",
+                code="no-names",
+            )
 
 
 def _staged(copy: Copy, folder: Path, say: Callable[[str], None]) -> Copy:
@@ -238,27 +299,35 @@ def _nothing_to_stage(name: str) -> UserError:
     )
 
 
-def build(copy: Copy, image_size: int | None, skip_bad: bool, say: Callable[[str], None]) -> Entry:
-    """Read and decode a data set that is not in the cache."""
+def build(
+    copy: Copy, image_size: int | None, skip_bad: bool, wanted: Wanted, records: Records | None,
+    say: Callable[[str], None],
+) -> Entry:  # fmt: skip
+    """Read and decode a data set that is not in the cache; `records` where they were listed."""
     from data.cache import entry_path
+    from data.files import decode_records
     from data.sources import hub
     from data.sources.describe import entry_of
 
-    layout = copy.layout
+    layout, where = copy.layout, Path(copy.where)
     if layout and layout.entry:
         known = {name: find(e.target) for name, e in SOURCES.items() if not e.made}
-        return layout.entry(Path(copy.where), image_size, known, copy.name)
+        return layout.entry(where, image_size, known, copy.name)
     if layout and layout.read:
-        found = layout.read(Path(copy.where), image_size, skip_bad)
+        found = layout.read(where)
     else:
-        if not hub.folder_of(copy.where):
-            reached, why = hub.reach(copy.where)
-            if not reached:
-                raise copy.refuse(why)
-        found = hub.read(copy.where, image_size, skip_bad)
+        if layout and layout.rows:
+            records = layout.rows(where, wanted)
+        elif records is None:
+            if not hub.folder_of(copy.where):
+                reached, why = hub.reach(copy.where)
+                if not reached:
+                    raise copy.refuse(why)
+            records = hub.read_records(copy.where, wanted)
+        found = decode_records(records, image_size, skip_bad)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
-    folder = entry_path(copy.key(None, skip_bad)).with_suffix(".pack")  # whatever the size
+    folder = entry_path(copy.key(None, skip_bad, wanted)).with_suffix(".pack")  # whatever the size
     return entry_of(found, printable(copy.where), image_size, folder, say)
 
 
@@ -304,7 +373,7 @@ def locate(name: str, data_dir: str | None) -> Copy:
         path = _existing(data_dir, "--data-dir")
         return Copy(name, kind_of(path), str(path))
     path = Path(name).expanduser()
-    if path.exists():
+    if _exists(path):
         return Copy(name, kind_of(path), str(path.absolute()))
     if HUB_NAME.fullmatch(name) and not name.startswith("."):
         return Copy(name, "hub", name)
@@ -320,9 +389,16 @@ def locate(name: str, data_dir: str | None) -> Copy:
     )
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        raise not_permitted(path.parent) from None
+
+
 def _existing(path: str, said_by: str) -> Path:
     found = Path(path).expanduser()
-    if not found.exists():
+    if not _exists(found):
         raise UserError(
             f"{said_by} names {printable(path)}, which does not exist: check the path.",
             code="no-such-path",
@@ -333,12 +409,15 @@ def _existing(path: str, said_by: str) -> Path:
 def kind_of(path: Path) -> str:
     """What lies there: the kind of the first layout that knows its files."""
     for kind, target in LAYOUTS.items():
-        if find(target).holds(path):
-            return kind
+        try:
+            if find(target).holds(path):
+                return kind
+        except PermissionError:
+            raise not_permitted(path) from None
     raise UserError(
         f"{printable(path)} holds no pictures this program can read: give a folder with one "
-        "subfolder of images per class, a parquet file or a folder of them, a save_to_disk "
-        "folder, WebDataset's tar files, ImageNet's archives, a pack, or the "
-        "cifar-10-batches-py folder.",
+        "subfolder of images per class or with a metadata.csv (file_name, label), a parquet file "
+        "or a folder of them, a save_to_disk folder, WebDataset's tar files, ImageNet's archives, "
+        "a pack, or the cifar-10-batches-py folder.",
         code="unknown-layout",
     )

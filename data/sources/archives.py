@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.text import class_name, printable
-from data.files import SUFFIXES, TEST_NAMES, Part, Records, decode_records, keyed_split
-from data.image_set import Decoded
-from data.scan import Scanned
+from data.files import SUFFIXES, Part, Records
+from data.image_set import LeftOut
 from data.sources.layout import Layout
 from data.sources.tables import split_of
+from data.splits import AS_IT_IS, Wanted, arranged, test_and_val
 from errors import UserError
 
 MOST_TEXT = 2**20  # bytes of a label or of a table of names
@@ -52,10 +52,10 @@ def shards(path: Path) -> list[Path]:
     return sorted([*path.glob("*.tar"), *path.glob("*/*.tar")]) if path.is_dir() else []
 
 
-def read_webdataset(path: Path) -> Records:
+def read_webdataset(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     """KEY.jpg beside KEY.cls (a number or a name) or KEY.json (`label`, `cls` or `class`)."""
     base = path if path.is_dir() else path.parent
-    items, names, values, splits = [], [], [], []
+    items, names, values, splits, left = [], [], [], [], LeftOut()
     for shard in shards(path):
         pictures: dict[str, Part] = {}
         labels: dict[str, str | int] = {}
@@ -64,12 +64,16 @@ def read_webdataset(path: Path) -> Records:
             key, _, kind = last.partition(".")
             key, suffix = f"{folder}/{key}", "." + kind.lower().rpartition(".")[2]
             part = Part(shard, start, length)
-            if suffix in SUFFIXES:
-                pictures.setdefault(key, part)
-            elif suffix in (".cls", ".json") and key not in labels and length <= MOST_TEXT:
-                label = _label(part, suffix)
+            if suffix in SUFFIXES and key not in pictures:
+                pictures[key] = part
+            elif suffix in (".cls", ".json"):
+                label = _label(part, suffix) if length <= MOST_TEXT else None
                 if label is not None:
-                    labels[key] = label
+                    labels.setdefault(key, label)
+            else:
+                again = suffix in SUFFIXES
+                reason = "second pictures of a key" if again else "of another suffix"
+                left.add(reason, f"{shard.name}/{name}")
         for key, part in pictures.items():
             if key not in labels:
                 raise UserError(
@@ -78,7 +82,7 @@ def read_webdataset(path: Path) -> Records:
                     code="no-label",
                 )
             items.append(part)
-            names.append(printable(f"{shard.relative_to(base).as_posix()}/{key.strip('/')}"))
+            names.append(f"{shard.relative_to(base).as_posix()}/{key.strip('/')}")
             values.append(labels[key])
             splits.append(split_of(shard.relative_to(base)))
     texts = {isinstance(value, str) for value in values}
@@ -89,13 +93,14 @@ def read_webdataset(path: Path) -> Records:
         )
     known = sorted(set(values))
     numbers = {value: number for number, value in enumerate(known)}
-    labels_of = [numbers[value] for value in values]
-    test = next((name for name in TEST_NAMES if name in splits), None)
-    keep = [place for place, split in enumerate(splits) if split in ("train", "", test)]
-    is_test = [split == test for split in splits]
-    if test is None:
-        is_test = keyed_split([name.encode() for name in names], labels_of)
-    return Records(items, names, labels_of, is_test, tuple(map(class_name, known))).part(keep)
+    which = test_and_val(splits)
+    sides = [which.get(split) for split in splits]
+    records = Records(
+        items, list(map(printable, names)), [numbers[value] for value in values],
+        [side == "test" for side in sides], tuple(map(class_name, known)), names,
+        [side == "val" for side in sides], left_out=left.reasons,
+    )  # fmt: skip
+    return arranged(records, wanted)
 
 
 def _label(part: Part, suffix: str) -> str | int | None:
@@ -116,7 +121,7 @@ def _label(part: Part, suffix: str) -> str | int | None:
 # --- ImageNet -----------------------------------------------------------------------------------
 
 
-def read_imagenet(path: Path) -> Records:
+def read_imagenet(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     """The folder with the archives of 2012: a tar of a tar per class, 50,000 files of validation.
 
     The development kit tells what `n01440764` is called, and the classes of the validation files;
@@ -132,7 +137,7 @@ def read_imagenet(path: Path) -> Records:
         synsets.append(synset)
         for inner, inner_start, inner_length in members(path / TRAIN, start):
             items.append(Part(path / TRAIN, inner_start, inner_length))
-            names.append(f"{synset}/{printable(Path(inner).name)}")
+            names.append(f"{synset}/{Path(inner).name}")
             labels.append(synset)
             is_test.append(False)
     number_of = {synset: number for number, synset in enumerate(sorted(synsets))}
@@ -155,7 +160,11 @@ def read_imagenet(path: Path) -> Records:
             code="imagenet-incomplete",
         )
     classes = _called([words.get(synset) or synset for synset in number_of], list(number_of))
-    return Records(items, names, [number_of[s] for s in labels], is_test, classes)
+    records = Records(
+        items, list(map(printable, names)), [number_of[s] for s in labels], is_test, classes, names,
+        [False] * len(names),
+    )  # fmt: skip
+    return arranged(records, wanted)
 
 
 def _called(words: list[str], synsets: list[str]) -> tuple[str, ...]:
@@ -227,20 +236,13 @@ def _is_webdataset(path: Path) -> bool:
     return {True, False} in found.values()
 
 
-def _webdataset(path: Path, image_size: int | None, skip_bad: bool) -> Decoded | Scanned:
-    return decode_records(read_webdataset(path), image_size, skip_bad)
-
-
-def _imagenet(path: Path, image_size: int | None, skip_bad: bool) -> Decoded | Scanned:
-    return decode_records(read_imagenet(path), image_size, skip_bad)
-
-
 def _imagenet_files(path: Path) -> list[Path]:
     archives = [file for name in (TRAIN, DEVKIT, VAL) if (file := path / name).is_file()]
     return [*archives, *([] if (path / VAL).is_file() else _flat(path))]
 
 
-WEBDATASET = Layout("WebDataset's tar files", _is_webdataset, shards, _webdataset)
+WEBDATASET = Layout("WebDataset's tar files", _is_webdataset, files=shards, rows=read_webdataset)
 IMAGENET = Layout(
-    "ImageNet's archives", lambda path: (path / TRAIN).is_file(), _imagenet_files, _imagenet
-)
+    "ImageNet's archives", lambda path: (path / TRAIN).is_file(), files=_imagenet_files,
+    rows=read_imagenet,
+)  # fmt: skip

@@ -6,7 +6,8 @@ from pathlib import Path
 from common.text import printable
 from data.cache import Entry, read_entry, write_entry
 from data.files import SMALL
-from data.image_set import Source, in_memory
+from data.image_set import Source, in_memory, kept_beside
+from data.sources.describe import packed
 from data.sources.layout import Layout
 from data.sources.published import Published
 from errors import UserError
@@ -21,9 +22,11 @@ def save(source: Source, path: Path, image_size: int | None) -> None:
     train, test = in_memory(source.train), in_memory(source.test)
     tensors = {"train_images": train.images, "train_labels": train.labels}
     tensors |= {"test_images": test.images, "test_labels": test.labels}
+    beside, facts = kept_beside(source)
+    tensors |= packed(source.names) | beside
     names = ("name", "classes", "mean", "std", "fingerprint", "skipped")
     meta = {name: getattr(source, name) for name in names} | {"image_size": image_size}
-    if not write_entry(path, tensors, meta):
+    if not write_entry(path, tensors, meta | facts):
         raise UserError(
             f"{printable(path)} cannot be written; try --out data.safetensors",
             code="output-unwritable",
@@ -63,7 +66,5 @@ def read(path: Path, image_size: int | None, known: Mapping[str, Published], nam
 TENSORS = Layout(
     "decoded tensors",
     lambda path: path.is_file() and path.suffix == ".safetensors",
-    lambda path: [path],
-    None,
-    read,
+    entry=read,
 )

@@ -18,7 +18,7 @@ ARCHIVE_NAME = "cifar-10-python.tar.gz"
 BATCH_NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
-def read(path: Path, image_size: int | None = None, skip_bad: bool = False) -> Decoded:
+def read(path: Path) -> Decoded:
     """The batches folder or archive -> 32x32 pictures.
 
     The pickles are read without running anything they ask for, and the archive without unpacking.
@@ -102,6 +102,9 @@ def _is_archive(path: Path) -> bool:
 
 
 BATCHES = Layout(
-    "Python batches", lambda path: path.is_dir() and bool(_batch_folder(path)), _batch_files, read
+    "Python batches",
+    lambda path: path.is_dir() and bool(_batch_folder(path)),
+    files=_batch_files,
+    read=read,
 )
-ARCHIVE = Layout("the archive", _is_archive, lambda path: [_archive(path)], read)
+ARCHIVE = Layout("the archive", _is_archive, files=lambda path: [_archive(path)], read=read)

@@ -1,21 +1,23 @@
 """From decoded pictures to a data set: checked, split, with its mean, std and fingerprint."""
 
 import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from common.disk import Json, digest
-from common.text import class_name
-from data.cache import Entry, cached, digest_of, entry_path
-from data.files import Part
-from data.image_set import Decoded, ImageSet, Source
+from common.text import class_name, some
+from data.cache import Entry, cached, digest_of, entry_path, size_limit, trim, use
+from data.files import Part, Records
+from data.image_set import UNREADABLE, Decoded, ImageSet, LeftOut, Reasons, Source, Tally
 from data.pack import Form, Say, open_pack, pack, silent, store_of
 from data.photographs import PHOTOGRAPH, FileStore, Names, Photos, PhotoSet, Store, decoder
 from data.scan import RowStore, Scanned, mean_and_std_of, root_and_names
+from data.sources.twice import told_twice
 from errors import UserError
 
 
@@ -72,7 +74,8 @@ def entry_of(
     check(labels, is_test, found.classes, at)
     train = (found.images[~is_test], labels[~is_test])
     test = (found.images[is_test], labels[is_test])
-    return describe(train, test, found.classes, found.skipped)
+    entry = describe(train, test, found.classes, found.skipped)
+    return with_records(entry, found.records, at)
 
 
 def entry_of_photographs(found: Scanned, at: str, image_size: int, folder: Path, say: Say) -> Entry:
@@ -83,8 +86,8 @@ def entry_of_photographs(found: Scanned, at: str, image_size: int, folder: Path,
     records = found.records
     labels, is_test = torch.tensor(records.labels), torch.tensor(records.is_test)
     check(labels, is_test, records.classes, at)
-    tensors, facts, store, below = where_they_lie(found)
-    names = Names.of(below)
+    tensors, facts, store = where_they_lie(records)
+    names = Names.of(records.ids)
     tensors |= {
         "sizes": found.sizes, "kinds": found.kinds, "names": names.text, "name_ends": names.ends
     }  # fmt: skip
@@ -93,16 +96,29 @@ def entry_of_photographs(found: Scanned, at: str, image_size: int, folder: Path,
         tensors |= {f"{split}_places": places, f"{split}_labels": labels[places]}
     train, test = photographs_of(tensors, store)
     mean, std = mean_and_std_of(train, image_size)
-    rows = [records.classes, records.labels, records.is_test, below, found.heads]
+    rows = [records.classes, records.labels, records.is_test, records.ids, found.heads]
     facts |= {"classes": records.classes, "mean": mean, "std": std, "skipped": found.skipped}
     facts |= {"content": digest(json.dumps(rows))}
+    tensors, facts = with_records((tensors, facts), records, at)
     if not isinstance(store, RowStore):
         return tensors, facts
+    source = described("", train, test, (tensors, facts), "")
+    _pack_in_cache(source, Form("jpeg"), folder, image_size, ["--dataset", at], say)
+    return {"none": torch.zeros(1)}, {"packed": str(folder), "at": at}
+
+
+def _pack_in_cache(
+    source: Source, form: Form, folder: Path, image_size: int, command: list[str], say: Say,
+    skip_bad: bool = False,
+) -> None:  # fmt: skip
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    use(folder)  # nobody shall remove what is half there
     pack(
-        described("", train, test, facts, ""), Form("jpeg"), folder, image_size=image_size,
-        command=["--dataset", at], wait=True, say=say,
+        source, form, folder, image_size=image_size, command=command, skip_bad=skip_bad, wait=True,
+        say=say,
     )  # fmt: skip
-    return {"none": torch.zeros(1)}, {"packed": str(folder)}
+    trim()
 
 
 def in_pack(key: Json, entry: Entry, make: Callable[[], Entry], image_size: int | None) -> Entry:
@@ -110,8 +126,10 @@ def in_pack(key: Json, entry: Entry, make: Callable[[], Entry], image_size: int 
     for _ in range(2):
         if "packed" not in entry[1]:
             break
+        folder = Path(entry[1]["packed"])
+        use(folder)
         try:
-            return open_pack(Path(entry[1]["packed"]), image_size)
+            return open_pack(folder, image_size)
         except UserError:
             entry_path(key).unlink(missing_ok=True)
             entry = cached(key, make)
@@ -122,15 +140,16 @@ def at_hand(key: Json, entry: Entry, say: Say) -> Entry:
     """The entry; of a folder that is small enough, that of its decoded pixels in the cache.
 
     Nobody decodes the same small folder in every epoch. What is read there are the same pixels, so
-    it depends on the machine alone: a quarter of its memory, and room on the disk of the cache.
+    it depends on the machine alone: a quarter of its memory, and room in the cache.
     """
     tensors, meta = entry
     if "root" not in meta:
         return entry
     total = 3 * int(tensors["sizes"].long().prod(dim=1).sum())
     folder = entry_path([key, decoder()]).with_suffix(".pack")
-    if total > memory() / 4 or os.environ.get("LOCKSTEP_CACHE_SIZE") == "0":
+    if total > min(memory() / 4, size_limit()):
         return entry
+    use(folder)
     try:
         found = open_pack(folder, None)
     except UserError:
@@ -139,18 +158,17 @@ def at_hand(key: Json, entry: Entry, say: Say) -> Entry:
             f"{len(tensors['sizes']):,} photographs are decoded once, into the cache: later epochs "
             "read their pixels"
         )
+        command = ["--dataset", meta["root"], "--store", "raw"]
         try:
-            pack(
-                source, Form("raw"), folder, image_size=PHOTOGRAPH, skip_bad=True, wait=True,
-                command=["--dataset", meta["root"], "--store", "raw"], say=say,
-            )  # fmt: skip
+            _pack_in_cache(source, Form("raw"), folder, PHOTOGRAPH, command, say, skip_bad=True)
             found = open_pack(folder, None)
         except UserError as error:
             if error.code not in ("disk-full", "output-unwritable"):
                 raise
             return entry
-    levels = {name: meta[name] for name in ("mean", "std", "skipped")}
-    return found[0], found[1] | levels | {"came_from": meta["root"]}
+    names = ("mean", "std", "skipped", "at", "notes", "record_notes", "left_out")
+    facts = {name: meta[name] for name in names if name in meta}
+    return found[0], found[1] | facts | {"came_from": meta["root"]}
 
 
 def memory() -> int:
@@ -165,17 +183,19 @@ def memory() -> int:
     return found
 
 
-def where_they_lie(
-    found: Scanned,
-) -> tuple[dict[str, torch.Tensor], dict, Store, list[str]]:
-    """What tells where photographs lie: tensors and facts for an index, the store; their names."""
-    items = found.records.items
+def where_they_lie(records: Records) -> tuple[dict[str, torch.Tensor], dict, Store]:
+    """What tells where photographs lie: tensors and facts for an index; and the store."""
+    items = records.items
     if all(isinstance(item, Path) for item in items):
-        root, below = root_and_names(found.records)
-        return {}, {"root": str(root)}, FileStore(root, Names.of(below)), below
+        if records.root is not None:  # their ids are their paths
+            return {}, {"root": str(records.root)}, FileStore(records.root, Names.of(records.ids))
+        root, below = root_and_names(records)
+        paths = Names.of(below)
+        tensors = {"paths": paths.text, "path_ends": paths.ends}
+        return tensors, {"root": str(root)}, FileStore(root, paths)
     parts = [item for item in items if isinstance(item, Part)]
     if len(parts) < len(items):
-        return {}, {}, RowStore(items), found.records.names
+        return {}, {}, RowStore(items)
     files = {file: number for number, file in enumerate(dict.fromkeys(p.file for p in parts))}
     tensors = {
         "which": torch.tensor([files[part.file] for part in parts]),
@@ -183,7 +203,7 @@ def where_they_lie(
         "lengths": torch.tensor([part.length for part in parts]),
     }
     facts = {"parts": "", "files": list(map(str, files))}
-    return tensors, facts, store_of(tensors, facts), found.records.names
+    return tensors, facts, store_of(tensors, facts)
 
 
 def photographs_of(tensors: dict[str, torch.Tensor], store: Store) -> tuple[PhotoSet, PhotoSet]:
@@ -197,26 +217,100 @@ def photographs_of(tensors: dict[str, torch.Tensor], store: Store) -> tuple[Phot
     return train, test
 
 
-def source_of(name: str, entry: Entry, origin: str, no_flip: bool = False) -> Source:
-    """A data set of a cached entry, described and ready to be trained on."""
+def with_records(entry: Entry, records: Records | None, at: str) -> Entry:
+    """The entry with the names of its pictures, and with what only a look at all of them tells."""
+    tensors, meta = entry
+    meta = {**meta, "at": at}
+    if records is None:
+        return tensors, meta
+    is_test = torch.tensor(records.is_test)
+    if "names" not in tensors:  # of photographs
+        pairs = list(zip(records.ids, records.is_test, strict=True))
+        train = [name for name, test in pairs if not test]
+        tensors = {**tensors, **packed({"train": train, "test": [n for n, test in pairs if test]})}
+    if any(records.is_val):  # they may change without a pixel: the run is another one then
+        tensors["held_out"] = torch.tensor(records.is_val)[~is_test].nonzero().flatten()
+        key = "content" if "content" in meta else "fingerprint"
+        meta[key] = digest(json.dumps([meta[key], digest_of(tensors["held_out"])]))
+    if records.groups:
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(records.groups))}
+        groups = torch.tensor([numbers[name] for name in records.groups])
+        tensors["groups"] = groups[~is_test]
+    notes = [*_lacking(tensors, meta["classes"]), *told_twice(records)]
+    meta |= {"notes": notes, "record_notes": records.notes, "left_out": records.left_out}
+    return tensors, meta
+
+
+def packed(names: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
+    """The names of each part as the bytes of a text: no name holds a zero."""
+    found = {}
+    for split, those in names.items():
+        content = bytearray("\0".join(those).encode("utf-8", "surrogateescape"))
+        found[f"{split}_names"] = torch.frombuffer(content, dtype=torch.uint8)
+    return found
+
+
+def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for split in ("train", "test"):
+        if (packed := tensors.get(f"{split}_names")) is not None:
+            text = packed.numpy().tobytes().decode("utf-8", "surrogateescape")
+            found[split] = tuple(text.split("\0"))
+    return found
+
+
+def _lacking(tensors: dict[str, torch.Tensor], classes: tuple[str, ...]) -> list[str]:
+    """A sentence on the classes that have no picture to learn from, and on those without a test."""
+    told = []
+    held, train = tensors.get("held_out"), tensors["train_labels"]
+    if held is not None:
+        train = train[~torch.isin(torch.arange(len(train)), held)]
+    for word, labels, what in (
+        ("training", train, "it cannot be learned"),
+        ("test", tensors["test_labels"], "nothing tells how well it is known"),
+    ):
+        counts = torch.bincount(labels, minlength=len(classes)).tolist()
+        if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
+            told.append(f"no {word} picture that can be read is of class {some(missing)}: {what}")
+    return told
+
+
+def source_of(
+    name: str, entry: Entry, origin: str, records: Records | None = None, *,
+    no_flip: bool = False, notes: Sequence[str] = (),
+) -> Source:  # fmt: skip
+    """A data set of a cached entry, described and ready to be trained on.
+
+    `records` are those of a listing made just now: what is beside the pictures may have changed.
+    """
     tensors, meta = entry
     if "root" in meta:
-        names = Names(tensors["names"], tensors["name_ends"])
-        train, test = photographs_of(tensors, FileStore(Path(meta["root"]), names))
+        which = ("paths", "path_ends") if "paths" in tensors else ("names", "name_ends")
+        paths = Names(*(tensors[name] for name in which))
+        train, test = photographs_of(tensors, FileStore(Path(meta["root"]), paths))
     elif "files" in meta:
         train, test = photographs_of(tensors, store_of(tensors, meta))
     else:
         train = ImageSet(tensors["train_images"], tensors["train_labels"])
         test = ImageSet(tensors["test_images"], tensors["test_labels"])
-    return described(name, train, test, meta, origin, no_flip)
+    if records is not None:
+        meta = {**meta, "record_notes": records.notes, "left_out": records.left_out}
+    meta = {**meta, "notes": (*meta.get("notes", ()), *notes)}
+    return described(name, train, test, (tensors, meta), origin, no_flip)
 
 
 def described(
-    name: str, train: ImageSet | PhotoSet, test: ImageSet | PhotoSet, meta: dict, origin: str,
+    name: str, train: ImageSet | PhotoSet, test: ImageSet | PhotoSet, entry: Entry, origin: str,
     no_flip: bool = False,
 ) -> Source:  # fmt: skip
     """The data set of these pictures; what photographs look like depends on who decodes them."""
+    tensors, meta = entry
     content, by = meta.get("content", ""), meta.get("decoder", "")
+    left = LeftOut(_reasons(meta))
+    for line in meta["skipped"]:
+        denied = os.strerror(errno.EACCES) in line
+        place = line.partition(": ")[0].split("/")
+        left.add(UNREADABLE[denied], "/".join(place[-2:]))
     return Source(
         name=name,
         task="classification",
@@ -231,7 +325,18 @@ def described(
         no_flip=no_flip,
         content=content,
         decoder=by,
+        names=_unpacked(tensors),
+        held_out=tensors.get("held_out"),
+        groups=tensors.get("groups"),
+        tally=Tally(len(train) + len(test), left.reasons) if "left_out" in meta else None,
+        notes=(*meta.get("record_notes", ()), *meta.get("notes", ())),
     )
+
+
+def _reasons(meta: dict) -> Reasons:
+    """Why files were left out, as JSON gives it back."""
+    found = meta.get("left_out", {})
+    return {reason: (count, example) for reason, (count, example) in found.items()}
 
 
 def fingerprint_of(classes: tuple[str, ...], checksums: dict[str, str]) -> str:

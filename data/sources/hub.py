@@ -4,14 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from common.text import printable
-from data.files import Records, decode_records
-from data.image_set import Decoded
-from data.scan import Scanned
+from data.files import Records
 from data.sources.tables import read_tables, records_of_tables, split_of, table_files
+from data.splits import AS_IT_IS, Wanted, split_word
 from errors import UserError
 
 PATIENCE = 4.0  # seconds; a blocked name resolution would otherwise take minutes
@@ -71,15 +70,10 @@ def folder_of(repository: str) -> Path | None:
     return None
 
 
-def read(repository: str, image_size: int | None, skip_bad: bool) -> Decoded | Scanned:
-    """From the hub's caches, else from the hub, which has been asked before."""
-    return decode_records(read_records(repository), image_size, skip_bad)
-
-
-def read_records(repository: str) -> Records:
+def read_records(repository: str, wanted: Wanted = AS_IT_IS) -> Records:
     """The rows of all splits of a data set on the hub, or in its local cache."""
     if folder := folder_of(repository):
-        return read_tables(folder)
+        return read_tables(folder, wanted)
     from datasets import load_dataset
 
     try:
@@ -89,8 +83,8 @@ def read_records(repository: str) -> Records:
         raise UserError(
             f"the hub's {repository} cannot be loaded: {first_line}", code="hub-refused"
         ) from None
-    tables = {
-        str(split): [part.data.table.replace_schema_metadata(part.features.arrow_schema.metadata)]
-        for split, part in splits.items()
-    }
-    return records_of_tables(tables, f"the hub's {repository}")
+    tables = defaultdict(list)
+    for split, part in splits.items():
+        table = part.data.table.replace_schema_metadata(part.features.arrow_schema.metadata)
+        tables[split_word(str(split)) or str(split)].append((table, None))
+    return records_of_tables(dict(tables), f"the hub's {repository}", wanted)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.text import printable
 from data.cache import Entry
-from data.pack import INDEX, is_pack, open_pack
+from data.pack import is_pack, open_pack
 from data.sources.layout import Layout
 from data.sources.published import Published
 from errors import UserError
@@ -22,4 +22,4 @@ def read(path: Path, image_size: int | None, known: Mapping[str, Published], nam
     return open_pack(path, image_size)
 
 
-PACK = Layout("a pack", is_pack, lambda path: [path / INDEX], None, read)
+PACK = Layout("a pack", is_pack, entry=read)

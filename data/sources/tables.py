@@ -9,33 +9,99 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.text import both_sides, class_name, places, printable
-from data.files import TEST_NAMES, Records, decode_records, keyed_split
-from data.image_set import Decoded
-from data.scan import Scanned
+from data.files import Records
+from data.image_set import LeftOut
 from data.sources.layout import Layout
+from data.splits import AS_IT_IS, Column, Wanted, arranged, split_word, test_and_val
 from errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
+
+IMAGES = ("img", "image", "file_name")  # columns of pictures, or of the paths of files
+Placed = tuple["pyarrow.Table", Path | None]  # a table, and the folder that its paths are seen from
 
 
 def table_files(path: Path) -> list[Path]:
     """The parquet files below a path, else the arrow files of `save_to_disk` or the hub's cache."""
     if path.is_file():
         return [path]
-    arrow = (p for p in path.rglob("*.arrow") if not p.name.startswith("cache-"))
-    return sorted(path.rglob("*.parquet")) or sorted(arrow)
+    ends = (".parquet", ".arrow")
+    found = [
+        Path(base, name)
+        for base, _, names in os.walk(path)
+        for name in names
+        if name.endswith(ends)
+    ]
+    arrow = (p for p in found if p.suffix == ".arrow" and not p.name.startswith("cache-"))
+    return sorted(p for p in found if p.suffix == ".parquet") or sorted(arrow)
+
+
+def watched_files(path: Path) -> list[Path]:
+    """The tables, and the files that their rows point to."""
+    found = []
+    for file in table_files(path):
+        found += [file, *_pointed(file)]
+    return found
+
+
+def _pointed(file: Path) -> list[Path]:
+    """The files that a table names in place of holding them; few bytes of it are read."""
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    try:
+        if file.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(file)
+            schema = table.schema_arrow
+            column = next((name for name in IMAGES if name in schema.names), None)
+            if column is None:
+                return []
+            kind = schema.field(column).type
+            if pyarrow.types.is_struct(kind):
+                if not _lacks_bytes(table, column):
+                    return []
+                cells = table.read(columns=[column])[column]
+            elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+                cells = table.read(columns=[column])[column]
+            else:
+                return []
+        else:
+            with pyarrow.memory_map(str(file)) as source:
+                whole = pyarrow.ipc.open_stream(source).read_all()
+            column = next((name for name in IMAGES if name in whole.schema.names), None)
+            if column is None or pyarrow.types.is_binary(whole[column].type):
+                return []
+            cells = whole[column]
+        return [p for p in _cells(cells, file.parent) if isinstance(p, Path) and p.is_file()]
+    except (pyarrow.ArrowException, OSError):
+        return []  # told when it is read
+
+
+def _lacks_bytes(table: "pyarrow.parquet.ParquetFile", column: str) -> bool:
+    """Whether some row of a struct (bytes, path) may hold no bytes, by what the file says of it."""
+    meta = table.metadata
+    for group in range(meta.num_row_groups):
+        parts = [meta.row_group(group).column(i) for i in range(meta.num_columns)]
+        part = next((p for p in parts if p.path_in_schema == f"{column}.bytes"), None)
+        if part is None or part.statistics is None or not part.statistics.has_null_count:
+            return True
+        if part.statistics.null_count:
+            return True
+    return False
 
 
 def split_of(relative: Path) -> str:
-    """The split ("train", "test", "") of a file's name, else from its folders, innermost first."""
+    """The split ("train", "val", "test", "") of a file's name, else of its folders, inner first."""
     for word in reversed(re.split("[^a-z]+", relative.as_posix().lower())):
-        if word == "train" or word in TEST_NAMES:
-            return word
+        if found := split_word(word):
+            return found
     return ""
 
 
-def read_tables(path: Path) -> Records:
+def read_tables(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     """Rows of (image, label) from the table files below a path; splits by file or folder name."""
     import pyarrow
     import pyarrow.parquet
@@ -58,46 +124,96 @@ def read_tables(path: Path) -> Records:
             raise UserError(
                 f"{printable(file)} is damaged or no table: {error}", code="bad-table"
             ) from None
-        splits[split].append(table)
+        splits[split].append((table, file.parent))
     if len(folders) > 1:
         names = ", ".join(sorted(printable(folder) for folder in folders))
         raise UserError(
             f"{printable(path)} holds several data sets ({names}): give one of them.",
             code="several-data-sets",
         )
-    return records_of_tables(dict(splits), printable(path))
+    return records_of_tables(dict(splits), printable(path), wanted)
 
 
-def records_of_tables(splits: dict[str, list["pyarrow.Table"]], origin: str) -> Records:
-    """Records of tables by split name; image and label columns found by name, else by type.
+def records_of_tables(
+    splits: dict[str, list[Placed]], origin: str, wanted: Wanted = AS_IT_IS
+) -> Records:
+    """Records of tables by split; image and label columns found by name, else by type.
 
     Each table may name its classes in an order of its own: labels are matched by name.
     """
-    train = splits.pop("train", None) or (splits.popitem()[1] if len(splits) == 1 else None)
-    if not train:
+    if "train" not in splits and len(splits) == 1:
+        splits = {"train": next(iter(splits.values()))}
+    if "train" not in splits:
         raise UserError(
             f"{origin} has no train split, only {', '.join(map(repr, splits))}.",
             code="no-train-split",
         )
-    image, label = _columns(train[0].schema, origin)
-    items, values, lists = _rows(train, image, label, origin)
-    is_test = [False] * len(items)
-    names = [f"row {row} of train in {origin}" for row in range(len(items))]
-    for split in (name for name in TEST_NAMES if name in splits):
-        more_items, more_values, more_lists = _rows(splits[split], image, label, origin)
-        if all(value in (-1, None) for value in more_values):  # a competition keeps them secret
+    image, label = _columns(splits["train"][0][0].schema, origin)
+    left, items, values, lists, places = LeftOut(), [], [], [], []
+    order = ("train", *(word for word in ("test", "val") if word in splits))
+    for split in order:
+        more, more_values, more_lists = _rows(splits[split], image, label, origin)
+        if split != "train" and all(value in (-1, None) for value in more_values):
+            for row in range(len(more)):  # a competition keeps them secret
+                left.add("without a label", f"row {row} of {split}")
             continue
-        items += more_items
+        items += more
         values += more_values
         lists += more_lists
-        is_test += [True] * len(more_items)
-        names += [f"row {row} of {split} in {origin}" for row in range(len(more_items))]
-        break
+        places += [(split, row) for row in range(len(more))]
+    for split in (word for word in splits if word not in order):
+        left.add("in no split that is used", f"the rows of {split or 'another table'}")
+    names = [f"row {row} of {split} in {origin}" for split, row in places]
     classes, labels = _by_name(values, lists, names, label)
-    if not any(is_test):
-        keys = (item if isinstance(item, bytes) else os.fsencode(item.name) for item in items)
-        is_test = keyed_split(keys, labels)
-    return Records([*items], names, labels, is_test, classes)
+    which = test_and_val(split for split, _ in places)
+    sides = [which.get(split) for split, _ in places]
+    keys = [item if isinstance(item, bytes) else os.fsencode(item.name) for item in items]
+    records = Records(
+        [*items], names, labels, [side == "test" for side in sides], classes,
+        _ids(splits, image, places), [side == "val" for side in sides], left_out=left.reasons,
+    )  # fmt: skip
+    return arranged(records, wanted, keys, _values(splits, places))
+
+
+def _ids(splits: dict[str, list[Placed]], image: str, places: list[tuple[str, int]]) -> list[str]:
+    """What a list calls the rows: their paths where the tables have them, else split/row."""
+    import pyarrow
+
+    def path_of(cell: dict | str | None) -> str:
+        path = cell.get("path") if isinstance(cell, dict) else cell
+        return path if isinstance(path, str) else ""
+
+    paths = {}
+    for split, parts in splits.items():
+        cells = []
+        for table, _ in parts:
+            column = table[image]
+            if pyarrow.types.is_struct(column.type) and "path" in [f.name for f in column.type]:
+                cells += _field(column, "path").to_pylist()
+            else:
+                strings = pyarrow.types.is_string(column.type)
+                cells += column.to_pylist() if strings else [None] * len(column)
+        paths[split] = [path_of(cell) for cell in cells]
+    names = [paths[split][row] for split, row in places]
+    if all(names) and len(set(names)) == len(names):
+        return names
+    return [f"{split}/{row}" for split, row in places]
+
+
+def _values(splits: dict[str, list[Placed]], places: list[tuple[str, int]]) -> Column:
+    """The cells of any column, by its name."""
+
+    def column(name: str) -> list | None:
+        parts = [table for split in splits.values() for table, _ in split]
+        if not all(name in table.schema.names for table in parts):
+            return None
+        cells = {
+            split: [cell for table, _ in tables for cell in table[name].to_pylist()]
+            for split, tables in splits.items()
+        }
+        return [cells[split][row] for split, row in places]
+
+    return column
 
 
 def _by_name(
@@ -188,35 +304,20 @@ def _columns(schema: "pyarrow.Schema", origin: str) -> tuple[str, str]:
             code="no-such-column",
         )
 
-    image = pick(("img", "image"), "Image")
+    image = pick(IMAGES, "Image")
     label = pick(("label", "labels", "fine_label"), "ClassLabel")
     return image, label
 
 
 def _rows(
-    tables: list["pyarrow.Table"], image: str, label: str, origin: str
+    parts: list[Placed], image: str, label: str, origin: str
 ) -> tuple[list[bytes | Path], list, list[tuple[str, ...] | None]]:
     """Pictures, values of the label column, and for each row the classes that its table names."""
-    import pyarrow
-    import pyarrow.compute
-
     items, labels, lists = [], [], []
-    for table in tables:
-        column = table[image]
-        if not pyarrow.types.is_struct(column.type):
-            items += column.to_pylist()
-        else:
-            of = pyarrow.compute.struct_field  # pyright: ignore[reportAttributeAccessIssue] - made
-            field = {f.name: of(column, f.name) for f in column.type}
-            nothing = [None] * len(column)
-            blobs = field["bytes"].to_pylist() if "bytes" in field else nothing
-            paths = field["path"].to_pylist() if "path" in field else nothing
-            items += [
-                blob if blob or not path else Path(path)
-                for blob, path in zip(blobs, paths, strict=True)
-            ]
+    for table, folder in parts:
+        items += _cells(table[image], folder)
         labels += table[label].to_pylist()
-        lists += itertools.repeat(_class_names(table.schema, label), len(column))
+        lists += itertools.repeat(_class_names(table.schema, label), len(table))
     for row, item in enumerate(items):
         # A path may name a device or a pipe, which would never end.
         if not (item if isinstance(item, bytes) else isinstance(item, Path) and item.is_file()):
@@ -226,9 +327,30 @@ def _rows(
     return items, labels, lists
 
 
-def read(path: Path, image_size: int | None, skip_bad: bool) -> Decoded | Scanned:
-    """The pictures of tables on the disk, decoded."""
-    return decode_records(read_tables(path), image_size, skip_bad)
+def _cells(column: "pyarrow.ChunkedArray", folder: Path | None) -> list[bytes | Path | None]:
+    """Bytes, or the path of a file, seen from the table's folder; neither: None."""
+    import pyarrow
+
+    if not pyarrow.types.is_struct(column.type):
+        blobs, paths = column.to_pylist(), [None] * len(column)
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            blobs, paths = paths, blobs
+    else:
+        names = [field.name for field in column.type]
+        nothing = [None] * len(column)
+        blobs = _field(column, "bytes").to_pylist() if "bytes" in names else nothing
+        paths = _field(column, "path").to_pylist() if "path" in names else nothing
+    below = Path() if folder is None else folder
+    return [
+        blob or (below / path if path else None) for blob, path in zip(blobs, paths, strict=True)
+    ]
+
+
+def _field(column: "pyarrow.ChunkedArray", name: str) -> "pyarrow.ChunkedArray":
+    import pyarrow.compute
+
+    of = pyarrow.compute.struct_field  # pyright: ignore[reportAttributeAccessIssue] - made
+    return of(column, name)
 
 
 def _holds(path: Path) -> bool:
@@ -237,4 +359,4 @@ def _holds(path: Path) -> bool:
     return bool(table_files(path))
 
 
-TABLES = Layout("tables", _holds, table_files, read)
+TABLES = Layout("tables", _holds, files=watched_files, rows=read_tables)

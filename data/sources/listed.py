@@ -1,0 +1,237 @@
+"""Pictures with a list of their labels: metadata.csv, labels.csv, train.csv, or the same as .jsonl.
+
+As `datasets` reads an image folder: a column file_name, seen from the list's own folder, and label.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.disk import Json, parse_object
+from common.text import class_name, printable, some
+from data.files import Records
+from data.image_set import LeftOut
+from data.sources.folder import subfolders
+from data.sources.layout import Layout
+from data.sources.walk import entries, is_folder, once, walk
+from data.splits import AS_IT_IS, Wanted, arranged, class_names, split_word, test_and_val
+from errors import UserError
+
+SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # and what parts the columns
+STEMS = ("metadata", "labels", "annotations")
+FILE = ("file_name", "filename", "file", "image", "image_path", "path", "image_id", "id")
+LABEL = ("label", "class", "target", "category", "labels")
+SPLIT = ("split", "set", "subset")
+FEW = 20  # rows are tried for a picture
+
+
+@dataclass(frozen=True)
+class List:
+    """A list that was read: its columns, its rows, and what the columns mean ("" for none)."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[dict[str, str]]
+    file: str
+    label: str
+    split: str
+
+
+def lists_of(root: Path) -> list[Path]:
+    """The lists in a folder and in its split folders: by their known names, else the only one."""
+    if root.is_file():
+        return [root]
+    folders = [root, *(f for f in subfolders(root) if split_word(f.name))]
+    found = sorted(p for f in folders for p in entries(f) if p.suffix.lower() in SUFFIXES)
+    found = [path for path in found if path.is_file()]
+    known = [p for p in found if p.stem.casefold() in STEMS or split_word(p.stem)]
+    best = [path for path in known if path.stem.casefold() == "metadata"] or known
+    return best or (found if len(found) == 1 else [])
+
+
+def read_list(path: Path) -> List:
+    """A list as text, without a guess what its cells are. UserError where it is none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".jsonl":
+            found = [parse_object(line) for line in text.splitlines() if line.strip()]
+            if None in found:
+                number = found.index(None) + 1
+                raise ValueError(f"entry {number} is no JSON object")
+            rows = [{k: _cell(v) for k, v in row.items()} for row in found if row is not None]
+            columns = tuple(dict.fromkeys(name for row in rows for name in row))
+        else:
+            head = text.partition("\n")[0]
+            parted = ";" if head.count(";") > head.count(",") else SUFFIXES[path.suffix.lower()]
+            reader = csv.DictReader(text.splitlines(), delimiter=parted, restval="")
+            rows, columns = list(reader), tuple(reader.fieldnames or ())
+    except PermissionError:
+        raise UserError(
+            f"{printable(path)} may not be read (permission): ask its owner.", code="not-permitted"
+        ) from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{printable(path)} cannot be read as a list: {printable(error)}; save it as UTF-8, a "
+            "line for each picture, with the columns file_name and label.",
+            code="bad-list",
+        ) from None
+    by_word = {name.strip().casefold(): name for name in reversed(columns) if name is not None}
+
+    def pick(known: Sequence[str]) -> str:
+        return next((by_word[word] for word in known if word in by_word), "")
+
+    return List(path, columns, rows, pick(FILE), pick(LABEL), pick(SPLIT))
+
+
+def _cell(value: Json) -> str:
+    return "" if value is None else str(value)
+
+
+def _folders_hold_classes(root: Path) -> bool:
+    """Whether there are class folders, which a list of something else does not hide."""
+    folders = subfolders(root)
+    splits = [folder for folder in folders if split_word(folder.name)]
+    return any(subfolders(f) for f in splits) or len(folders) - len(splits) > 1
+
+
+def _holds(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix.lower() in SUFFIXES
+    if not is_folder(path) or not (paths := lists_of(path)):
+        return False
+    if not _folders_hold_classes(path):
+        return True
+    try:
+        lists = [one for one in map(read_list, paths) if one.file and one.label]
+    except UserError:
+        return False
+    if not lists:
+        return False
+    where = _Where(path, [], LeftOut())
+    return any(where.find(one, row) for one in lists for row in one.rows[:FEW])
+
+
+class _Where:
+    """The pictures below a folder, found by what a list calls them."""
+
+    def __init__(self, root: Path, lists: Sequence[List], left: LeftOut) -> None:
+        self.root = root
+        known = {one.path.relative_to(root).as_posix() for one in lists}
+        self.names = walk(root, "", left, known=known)
+        self._exact = set(self.names)
+        self._loose: dict[str, list[str]] | None = None
+
+    def find(self, of: List, row: dict[str, str]) -> str:
+        """The path below the root (or an absolute one) of a row's picture; "": it is not there."""
+        text = (row.get(of.file) or "").strip().replace("\\", "/")  # as Windows writes paths
+        if not text:
+            return ""
+        here = of.path.parent.relative_to(self.root).as_posix()
+        for base in (here, f"{here}/{split_of(of)}", "."):
+            name = os.path.normpath(f"{base}/{text}").replace(os.sep, "/")
+            if name in self._exact:
+                return name
+        outside = of.path.parent / text  # an absolute path stays one
+        if outside.suffix and outside.is_file():
+            return os.path.normpath(outside)
+        return self._by_name(Path(text).name, split_of(of))
+
+    def _by_name(self, name: str, split: str) -> str:
+        if self._loose is None:
+            self._loose = {}
+            for path in self.names:
+                base = path.rpartition("/")[2]
+                for key in {base, Path(base).stem}:
+                    self._loose.setdefault(key, []).append(path)
+        found = self._loose.get(name, [])
+        if len(found) > 1:  # the same number in train and in test
+            found = [path for path in found if split and split_in(path) == split]
+        return found[0] if len(found) == 1 else ""
+
+
+def split_of(of: List) -> str:
+    """The split that a list is for, by its own name or its folder's; "" for any."""
+    return split_word(of.path.stem) or split_word(of.path.parent.name)
+
+
+def split_in(name: str) -> str:
+    """The split that a picture's path names."""
+    return next((word for part in name.split("/")[:-1] if (word := split_word(part))), "")
+
+
+def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
+    """The pictures below a folder that its list gives a label, or those of one list."""
+    path = path.resolve()
+    root = path if path.is_dir() else path.parent
+    lists = [read_list(one) for one in lists_of(path)]
+    used = [one for one in lists if one.file and one.label]
+    if not used:
+        raise UserError(
+            f"{printable(lists[0].path)} has the columns {some(lists[0].columns)}; this program "
+            f"needs one with the file ({', '.join(FILE[:-2])} or id) and one with the class "
+            f"({', '.join(LABEL[:-1])}): rename them in its first line.",
+            code="no-such-column",
+        )
+    left = LeftOut()
+    where = _Where(root, lists, left)
+    found: dict[str, tuple[str, str, dict[str, str]]] = {}
+    for one in used:
+        for number, row in enumerate(one.rows):
+            name, label = where.find(one, row), (row.get(one.label) or "").strip()
+            if not name:
+                file = row.get(one.file) or f"row {number}"
+                left.add("rows without their picture", f"{one.path.name}: {file}")
+                continue
+            if not label:
+                continue  # counted below, with those that no row names
+            if name in found and class_name(found[name][1]) != class_name(label):
+                raise UserError(
+                    f"{printable(name)} is of two classes in {printable(one.path)}: "
+                    f"{printable(found[name][1])} and {printable(label)}; a picture has one here, "
+                    "so leave one row.",
+                    code="two-labels",
+                )
+            word = split_word(row.get(one.split) or "") if one.split else ""
+            found.setdefault(name, (word or split_in(name) or split_of(one), label, row))
+    if not found:
+        first = next((row.get(used[0].file) for row in used[0].rows), "nothing")
+        raise UserError(
+            f"none of the pictures that {printable(used[0].path)} names is there (the first: "
+            f"{printable(first)}): column '{printable(used[0].file)}' holds paths from the list's "
+            "own folder.",
+            code="no-image",
+        )
+    for name in where.names:
+        if name not in found:
+            left.add("without a label", name)
+    return _records(root, found, left, wanted)
+
+
+def _records(
+    root: Path, found: dict[str, tuple[str, str, dict[str, str]]], left: LeftOut, wanted: Wanted
+) -> Records:
+    names = sorted(found)
+    names = [n for n, keep in zip(names, once(root, names, left), strict=True) if keep]
+    sides = [found[name][0] for name in names]
+    classes = class_names([found[name][1] for name in names])
+    number = {name: place for place, name in enumerate(classes)}
+    which = test_and_val(sides)
+    paths = [root / name for name in names]
+
+    def column(asked: str) -> Sequence[object] | None:
+        if not any(asked in row for _, _, row in found.values()):
+            return None
+        return [found[name][2].get(asked, "") for name in names]
+
+    records = Records(
+        list(paths), [printable(path) for path in paths],
+        [number[class_name(found[name][1])] for name in names],
+        [which.get(side) == "test" for side in sides], classes, names,
+        [which.get(side) == "val" for side in sides], left_out=left.reasons, root=root,
+    )  # fmt: skip
+    return arranged(records, wanted, column=column)
+
+
+LISTED = Layout("a list of labels", _holds, listing=read_listed)
