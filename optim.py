@@ -340,18 +340,20 @@ class WeightAverage:
     """An exponential moving average of the weights (EMA), as a second, separate model.
 
     Buffers (running statistics) are copied, not averaged. A skipped update averages nothing.
+    After n updates the decay is at most (1 + n) / (10 + n): where the weights began is soon
+    forgotten, however short the run.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, warms_up: bool = True):
+        self.decay, self.warms_up = decay, warms_up
         self.model = twin(model).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, model: nn.Module, skipped: torch.Tensor | None = None) -> None:
-        """One update's average; `skipped` is a 0-dim float on the device, 1 where none was made."""
+    def update(self, model: nn.Module, n: int, skipped: torch.Tensor | None = None) -> None:
+        """Average update number n (from 0); `skipped`: 0-dim, on the device, 1: none was made."""
         mine: list[torch.Tensor] = list(self.model.parameters())
         change = torch._foreach_sub([p.detach() for p in model.parameters()], mine)
-        weight = 1 - self.decay
+        weight = 1 - (min(self.decay, (1 + n) / (10 + n)) if self.warms_up else self.decay)
         torch._foreach_mul_(change, weight if skipped is None else weight * (1 - skipped))
         torch._foreach_add_(mine, change)
 

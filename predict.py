@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from common.parser import Parser
+from common.parser import Parser, need_packages
 from common.streams import lost_words, steady_streams
 from common.text import printable
 from errors import FAILED, FINISHED, USER_ERROR, UserError
@@ -208,6 +208,7 @@ def back_on_cpu(model: "nn.Module", error: RuntimeError) -> "nn.Module":
 def main(argv: list[str]) -> int:
     """Predict what was asked for; returns the exit status."""
     try:
+        need_packages()
         arguments = parse(argv)
         if arguments.model:
             model, told = load_imagenet(arguments.model, arguments.weights)

@@ -1,5 +1,6 @@
 """What a batch means: loss and metrics of classification and of regression."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.confusion import MOST, WHOLE, totals
 from common.metric import Metric
 from losses import Criterion
 from models.hooks import WeighsAuxiliaryHeads
@@ -34,19 +36,18 @@ def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     return cast(Tensor, outputs), ()
 
 
-def balanced_accuracy(confusion: list[list[int]]) -> float:
+def balanced_accuracy(results: dict) -> float:
     """The mean over the classes of the share that is found; classes without images do not count."""
-    shares = [row[label] / sum(row) for label, row in enumerate(confusion) if sum(row)]
+    images, _, right = totals(results)
+    shares = [found / count for found, count in zip(right, images, strict=True) if count]
     return sum(shares) / max(1, len(shares))
 
 
-def never_found(confusion: list[list[int]], classes: Sequence[str]) -> str:
+def never_found(results: dict, classes: Sequence[str]) -> str:
     """The classes of which no image is recognised, in a sentence; "" where there are none."""
-    missed = [
-        f"{classes[label]} ({sum(row)} images)"
-        for label, row in enumerate(confusion)
-        if sum(row) and not row[label]
-    ]
+    images, _, right = totals(results)
+    counted = zip(classes, images, right, strict=False)  # nothing is known after a damage
+    missed = [f"{name} ({count} images)" for name, count, found in counted if count and not found]
     if not missed:
         return ""
     more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
@@ -156,8 +157,13 @@ class Classification(Task):
         return self.criterion.total(labels)
 
     def new_counts(self, device: torch.device) -> Tensor:
-        """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`."""
-        return torch.zeros(4 + self.num_classes**2, dtype=torch.int64, device=device)
+        """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`.
+
+        Of more than MOST classes the images, answers and right answers of each, instead of the
+        confusion matrix.
+        """
+        cells = self.num_classes if self.num_classes <= MOST else 3
+        return torch.zeros(4 + self.num_classes * cells, dtype=torch.int64, device=device)
 
     def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Tensor:
         logits = split_outputs(outputs)[0].float()
@@ -168,11 +174,17 @@ class Classification(Task):
         tied_before = (logits == true) & (self._classes(logits) < labels[:, None])
         before = ((logits > true) | tied_before).sum(1)
         broken = logits.isnan().any(1)  # an answer that is no number is wrong everywhere
-        rank = torch.where(broken, self.num_classes, before)
+        rank = before.masked_fill(broken, self.num_classes)
         predicted = torch.where(broken, (labels + 1) % self.num_classes, logits.argmax(1))
         units = (loss / LOSS_UNIT).round().long()
         found = torch.stack([units, rank == 0, rank < 5, weights]) * weights
         counts[:4].add_(found.sum(1))
+        if self.num_classes > MOST:
+            images, answers, right = counts[4:].view(3, self.num_classes)
+            images.scatter_add_(0, labels, weights)
+            answers.scatter_add_(0, predicted, weights)
+            right.scatter_add_(0, labels, weights * (predicted == labels))
+            return predicted
         cells = torch.add(predicted, labels, alpha=self.num_classes)
         counts[4:].scatter_add_(0, cells, weights)
         return predicted
@@ -181,50 +193,68 @@ class Classification(Task):
         return torch.arange(logits.shape[1], device=logits.device)[None]
 
     def results(self, counts: Tensor) -> dict:
-        """The metrics and the confusion matrix."""
+        """The metrics, and what is known of each class: see MOST."""
         loss, top1, top5, images = counts[:4].tolist()
-        matrix = counts[4:].view(self.num_classes, self.num_classes)  # rows: true class
+        found, size = {}, self.num_classes
+        if size > MOST:
+            there, answers, right = counts[4:].view(3, size).tolist()
+            found["per_class"] = {"images": there, "answers": answers, "right": right}
+        elif size > WHOLE:
+            cells = counts[4:].nonzero().flatten()
+            numbers = counts[4:][cells].tolist()
+            found["confusion"] = {"classes": size, "cells": cells.tolist(), "counts": numbers}
+        else:
+            found["confusion"] = counts[4:].view(size, size).tolist()
         return {
             "loss": loss * LOSS_UNIT / images,
             "accuracy": top1 / images,
             "top5": top5 / images,
-            "balanced_accuracy": balanced_accuracy(matrix.tolist()),
+            "balanced_accuracy": balanced_accuracy(found),
             "images": images,
-            "confusion": matrix.tolist(),
+            **found,
         }
 
     def new_examples(self, device: torch.device) -> Tensor:
-        """The surest mistakes of each class, int64 (2, classes, places): see `keep`; 0: none."""
+        """The surest mistakes, int64 (2, rows, places), see `keep`; 0: none.
+
+        A row for each class, of more than WHOLE classes one row for all: it is no larger for more.
+        """
+        if self.num_classes > WHOLE:
+            return torch.zeros(2, 1, 8 * MOST_EXAMPLES, dtype=torch.int64, device=device)
         places = max(MOST_EXAMPLES // 4, MOST_EXAMPLES // self.num_classes)
         return torch.zeros(2, self.num_classes, places, dtype=torch.int64, device=device)
 
     def keep(
         self, kept: Tensor, outputs: Outputs, answers: Tensor, labels: Tensor, indices: Tensor
     ) -> None:
-        """Of a mistake its key and the answer; neither batches nor processes decide what is kept.
+        """Of a mistake its key, label and answer; neither batches nor processes decide which.
 
         The key is how sure it is in units of 2**-20, times 2**32, less its index: no two are equal.
         """
         sure = split_outputs(outputs)[0].float().softmax(1).amax(1).nan_to_num(0.0)
         keys = (sure * 2**20).long() * 2**32 - indices
         keys = keys * ((answers != labels) & (indices >= 0))
-        classes = torch.arange(self.num_classes, device=labels.device)[:, None]
-        keys = torch.cat([kept[0], keys * (labels == classes)], 1)
-        answers = torch.cat([kept[1], answers.expand(self.num_classes, -1)], 1)
+        rows = torch.arange(kept.shape[1], device=labels.device)[:, None]
+        mine = labels == rows if len(rows) == self.num_classes else labels >= rows
+        keys = torch.cat([kept[0], keys * mine], 1)
+        cells = torch.add(answers, labels, alpha=self.num_classes)
+        cells = torch.cat([kept[1], cells.expand(kept.shape[1], -1)], 1)
         best, places = keys.topk(kept.shape[2])
-        torch.stack([best, answers.gather(1, places)], out=kept)
+        torch.stack([best, cells.gather(1, places)], out=kept)
 
     def examples(self, kept: Tensor) -> list[dict]:
         """The surest mistakes: the first of every class, surest first, before the second of any."""
-        keys, answers = kept.permute(1, 2, 0, 3).flatten(2)
+        keys, cells = kept.permute(1, 2, 0, 3).flatten(2)
         keys, places = keys.topk(kept.shape[3])
-        answers = answers.gather(1, places)
-        found = [
-            (turn, -key, label, answer)
-            for label, row in enumerate(zip(keys.tolist(), answers.tolist(), strict=True))
-            for turn, (key, answer) in enumerate(zip(*row, strict=True))
-            if key > 0
-        ]
+        cells = cells.gather(1, places)
+        mistakes = sorted(zip(keys.flatten().tolist(), cells.flatten().tolist(), strict=True))
+        turns, found = Counter(), []
+        for key, cell in reversed(mistakes):
+            if key <= 0:
+                break
+            label, answer = divmod(cell, self.num_classes)
+            found.append((turns[label], -key, label, answer))
+            turns[label] += 1
         return [
             {
                 "index": less % 2**32, "label": label, "answer": answer,
@@ -234,8 +264,8 @@ class Classification(Task):
         ]  # fmt: skip
 
     def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
-        matrix = torch.tensor(results["confusion"], dtype=torch.float64)
-        shares, answers = matrix.sum(1) / matrix.sum(), matrix.sum(0) / matrix.sum()
+        there, answered, _ = (torch.tensor(t, dtype=torch.float64) for t in totals(results))
+        shares, answers = there / there.sum(), answered / there.sum()
         guessing = float(-(shares * shares.clamp(min=1e-12).log()).sum())  # ln(10) for ten alike
         loss, most, found = results["loss"], int(answers.argmax()), {}
         if guessing < 0.1:  # hardly more than one class: nothing can be told
@@ -248,15 +278,40 @@ class Classification(Task):
             )
         elif loss > 0.95 * guessing and results["accuracy"] < float(shares.max()) + 0.05:
             found["guesses"] = (
-                f"the test loss {loss:.4f} is what guessing costs ({guessing:.4f}): the model "
-                "knows nothing of the test images; see question 14 in docs/lessons.md"
+                f"the test loss {loss:.4f} is what guessing costs ({guessing:.4f}), and "
+                f"{results['accuracy']:.1%} right is hardly more than {float(shares.max()):.1%}, "
+                f"which always answering {classes[int(shares.argmax())]} gives: the model knows "
+                "nothing of the test images; see question 14 in docs/lessons.md"
             )
         if answers[most] > 0.9 and answers[most] - shares[most] > 0.1:
             found["one class"] = (
                 f"{answers[most]:.0%} of the answers are class {classes[most]}, the label of "
                 f"{shares[most]:.0%} of the test images; see question 3 in docs/lessons.md"
             )
+        if pair := _taken_for_each_other(results):
+            one, other = (classes[index] for index in pair)
+            found["mirror"] = (
+                f"{one} and {other} are taken for each other, and for no other class: if one is "
+                "the mirror image of the other (left and right), type --augment none, for "
+                "--augment mirrors training images"
+            )
         return found
+
+
+def _taken_for_each_other(results: dict) -> tuple[int, int] | None:
+    """Two classes that a model tells from all others, but not from each other."""
+    matrix = results.get("confusion")
+    if not isinstance(matrix, list):
+        return None
+    for one, row in enumerate(matrix):
+        for other in range(one):
+            mine, theirs = row, matrix[other]
+            both = sum(mine) + sum(theirs)
+            swapped, right = mine[other] + theirs[one], mine[one] + theirs[other]
+            each = min(mine[other] / max(1, sum(mine)), theirs[one] / max(1, sum(theirs)))
+            if both >= 20 and each > 0.3 and swapped + right > 0.8 * both:
+                return other, one
+    return None
 
 
 class Regression(Task):

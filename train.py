@@ -4,9 +4,9 @@ import signal
 import sys
 
 if __name__ == "__main__":  # before torch is imported: --help and a typo cost no more than a blink
-    from config import parse_or_exit
+    from config import parse_to_train
 
-    SETTINGS = parse_or_exit(sys.argv[1:])
+    SETTINGS = parse_to_train(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
@@ -28,8 +28,8 @@ from training.lr_finder import find_lr
 from training.not_finite import refuse_not_finite
 from training.observer import Observer
 from training.plan import decide
-from training.schedule import Schedule, build_schedule
-from training.start import agreed_facts, settle_buckets, start_model, weights_card
+from training.schedule import Schedule
+from training.start import agreed_facts, plan_schedule, settle_buckets, start_model, weights_card
 
 
 def main(world: World, observer: Observer) -> int:
@@ -44,12 +44,12 @@ def main(world: World, observer: Observer) -> int:
     model, optimizer, *loaders = world.accelerator.prepare(started.model, optimizer, *data.loaders)
     data = data.prepared(loaders)
     learner = Learner(model, optimizer, average, started, config, data.batch, world)
-    by_time = world.stop.row_every is not None
-    schedule = build_schedule(config, data.sampler.steps_per_epoch, actions.dry_run, by_time)
 
     facts = agreed_facts(plan.settings, data, started, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
-    progress = checkpoints.resume(learner, schedule, log.screen.warn)
+    progress = checkpoints.resume(learner, log.screen.warn)
+    schedule = plan_schedule(plan, data, progress, world)
+    checkpoints.refuse_lost_state(schedule, progress)
     log.begin(plan, data, started.task, facts, progress)
     panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
     if actions.eval_only:
@@ -72,7 +72,7 @@ def main(world: World, observer: Observer) -> int:
             if results and log.evaluated(results, learner.task, data, schedule, progress):
                 log.kept_best(checkpoints.save_weights("model.safetensors", learner, progress))
     if actions.dry_run:
-        return panels.show_trial(log.screen, data, started.trial.seconds_per_image)
+        return panels.show_trial(log.screen)
     return finish(log, checkpoints, learner, data, schedule, progress, world)
 
 
@@ -93,7 +93,7 @@ def train_one_epoch(
     for batch in observer.batches(batches):  # this process's slice of the global batch
         set_lr(learner.optimizer, schedule.lr(progress.step, progress.drops))
         train_step(learner, data, batch, progress.step, schedule.place(progress.step)[0])
-        progress.count_step()
+        progress.count_step(schedule.lr(progress.step, progress.drops))
         log.step(schedule, progress)
         if schedule.logs(progress.step) or world.stop.row_agreed:
             with observer.phase("row"):
@@ -129,7 +129,7 @@ def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int
     optimizer.step()
     optimizer.zero_grad()
     if learner.average is not None:
-        learner.average.update(learner.bare, skipped)
+        learner.average.update(learner.bare, step, skipped)
 
 
 @torch.no_grad()

@@ -34,18 +34,18 @@ ALWAYS = "--threads 1 --seed 0 --weights none --log-every 1 --no-plots --checkpo
 DIGITS = "--dataset digits --limit 12 --epochs 2"
 # Name -> flags, and the numbers of processes. Recipes are left alone: they are numbers, too.
 RUNS = {
-    "alexnet": (f"--model alexnet {DIGITS} --batch-size 6 --max-steps 2 --image-size 64", (1, 2)),
+    "alexnet": (f"--model alexnet {DIGITS} --batch-size 6 --stop-after 2 --image-size 64", (1, 2)),
     "resnet18": (
-        f"--model resnet18 {DIGITS} --batch-size 6 --max-steps 3 --image-size 16 --shards 6 "
+        f"--model resnet18 {DIGITS} --batch-size 6 --stop-after 3 --image-size 16 --shards 6 "
         "--ema 0.9", (1, 3),
     ),
     "speednet": (
-        f"--model speednet {DIGITS} --batch-size 12 --max-steps 2 --image-size 16 "
+        f"--model speednet {DIGITS} --batch-size 12 --stop-after 2 --image-size 16 "
         "--optimizer muon", (1, 2),
     ),
-    "line": ("--model linear_regression --dataset line --epochs 4 --max-steps 8", (1, 2, 3)),
+    "line": ("--model linear_regression --dataset line --epochs 4 --stop-after 8", (1, 2, 3)),
     "mixup": (
-        "--model my_cnn --dataset synthetic --limit 48 --epochs 2 --max-steps 8 --image-size 16 "
+        "--model my_cnn --dataset synthetic --limit 48 --epochs 2 --stop-after 8 --image-size 16 "
         "--batch-size 12 --augment crop --mixup 0.4 --label-smoothing 0.1", (1, 3),
     ),
     "bitwise": (

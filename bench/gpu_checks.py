@@ -36,7 +36,7 @@ SIZES = {  # pixels, batch
 
 def small_run(place: Place, model: str, steps: int, name: str = "run") -> list[str]:
     """Flags of a run on synthetic images in a folder of its own, `steps` long."""
-    flags = [*SYNTHETIC, "--max-steps", str(steps), "--run-dir", str(place.folder / name)]
+    flags = [*SYNTHETIC, "--stop-after", str(steps), "--run-dir", str(place.folder / name)]
     size, batch = SIZES[model]
     if place.small:
         model, size, batch = f"{LEARNERS}Tiny", 16, 8

@@ -166,7 +166,7 @@ def fp16(place: Place, model: str) -> Iterator[Found]:
         steps = 4 if place.small else 50
         name = "no" if kind == "fp16" and not CUDA else kind  # a CPU has no fp16
         flags = flags_of(place, model, kind, "--mixed-precision", name)
-        flags += ["--max-steps", str(steps), "--log-every", str(max(1, steps // 10))]
+        flags += ["--stop-after", str(steps), "--log-every", str(max(1, steps // 10))]
         ended = trained(flags, seen_windows)
         if problem := seen(ended):
             yield Found(kind, problem, False)
@@ -195,7 +195,7 @@ def compiled(place: Place) -> Iterator[Found]:
     told = windows(place, stop=False)
     flags = flags_of(place, case, "compiled")
     steps = told.warm + told.count * told.steps + 1
-    ended = trained([*flags, "--compile", "--max-steps", str(steps)], told)  # an evaluation too
+    ended = trained([*flags, "--compile", "--stop-after", str(steps)], told)  # an evaluation too
     if problem := seen(ended):
         yield Found("a run", problem, False)
         return

@@ -206,7 +206,7 @@ def averaging(device: torch.device, model: nn.Module) -> list[str]:
     skipped = torch.zeros((), device=device)
     average = WeightAverage(nn.Identity(), 0.99)  # which copies its model: no fakes
     average.model = model
-    return count(lambda: average.update(model, skipped))
+    return count(lambda: average.update(model, 99, skipped))
 
 
 def losing(device: torch.device, soft: bool = False) -> list[str]:

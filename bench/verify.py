@@ -163,7 +163,7 @@ def verify(
     lr = float(lookup(model).recipe["lr"]) * GENTLE
     flags = ["--model", model, "--dataset", "synthetic", "--limit", str(32 * steps), "--seed", "1"]
     flags += ["--batch-size", str(8 * shards), "--shards", str(shards), "--epochs", "2"]
-    flags += ["--max-steps", str(steps), "--ema", "0.9", "--threads", "1", "--warmup", "0"]
+    flags += ["--stop-after", str(steps), "--ema", "0.9", "--threads", "1", "--warmup", "0"]
     flags += ["--augment", "crop", "--max-time", "1h", "--no-plots", "--lr", str(lr), *extra]
     status = 0
     with (

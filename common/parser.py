@@ -1,9 +1,25 @@
 """argparse whose mistakes are a sentence each, for every command line of the program."""
 
 import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 from errors import UserError
+
+PACKAGES = ("torch", "torchvision", "accelerate", "safetensors", "numpy", "PIL", "rich", "yaml")
+
+
+def need_packages() -> None:
+    """UserError where this Python lacks what the program is built on, with what to type."""
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        home = Path(__file__).resolve().parent.parent
+        raise UserError(
+            f"the Python at {sys.executable} lacks {', '.join(missing)}: activate the environment "
+            f"that has them, or type {sys.executable} -m pip install -e {home}",
+            code="not-installed",
+        )
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ from config.command_line import (
     host_name,
     parse,
     parse_or_exit,
+    parse_to_train,
     several_nodes,
     tell,
 )
@@ -16,6 +17,6 @@ from config.layers import Actions, Settings, recipe_of, restarted, to_json
 
 __all__ = [
     "HINTS", "MAY_CHANGE", "TYPES", "Actions", "BatchPlan", "Parser", "Settings", "TrainConfig",
-    "build_parser", "has_own_terminal", "host_name", "parse", "parse_or_exit", "plan_batch",
-    "recipe_of", "restarted", "several_nodes", "tell", "to_json",
+    "build_parser", "has_own_terminal", "host_name", "parse", "parse_or_exit", "parse_to_train",
+    "plan_batch", "recipe_of", "restarted", "several_nodes", "tell", "to_json",
 ]  # fmt: skip

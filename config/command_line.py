@@ -7,10 +7,21 @@ import sys
 import time
 from pathlib import Path
 
-from common.parser import Parser
+from common.parser import Parser, need_packages
 from common.streams import steady_streams
 from common.text import did_you_mean
-from config.fields import DEBUG_PRESET, GROUPS, HINTS, MAY_CHANGE, TYPES, TrainConfig, convert
+from config.fields import (
+    DEBUG_PRESET,
+    DEBUG_STEPS,
+    GROUPS,
+    HINTS,
+    MAY_CHANGE,
+    NUMBER,
+    TYPES,
+    TrainConfig,
+    convert,
+    no_such,
+)
 from config.layers import (
     Actions,
     Settings,
@@ -30,6 +41,7 @@ from models.own_file import is_own_file
 
 def parse(argv: list[str]) -> Settings:
     """Settings of a command line; every problem is reported together as one UserError."""
+    need_packages()
     problems: list[UserError] = []
     parser = build_parser()
     known, unknown = parser.parse_known_args([spell(word) for word in argv])
@@ -51,6 +63,7 @@ def parse(argv: list[str]) -> Settings:
     actions = Actions(
         debug=given["debug"], dry_run=given["dry_run"], eval_only=given["eval_only"],
         find_lr=given["find_lr"], fresh=given["fresh"], resume=given["resume"],
+        stop_after=_steps(given["stop_after"], given["debug"], given["max_steps"], problems),
         allow_change=tuple(n.replace("-", "_") for n in given["allow_change"]),
         trust_code=given["trust_code"],
     )  # fmt: skip
@@ -74,6 +87,7 @@ def parse(argv: list[str]) -> Settings:
 
     typed = {**file_layer, **flag_layer}
     saved, asked = {}, {}
+    lengths = {"epochs", "max_steps"}
     folder = known_run_dir(typed, actions)
     starts_over = actions.fresh and not restarted()
     if folder is not None and not starts_over and (folder / "config.json").is_file():
@@ -87,6 +101,9 @@ def parse(argv: list[str]) -> Settings:
             if name not in typed and is_own_file(str(saved.get(name, ""))):
                 saved[name] = own_code(name, str(saved[name]), folder, actions)
         refuse_conflicts(typed, saved, folder, actions.allow_change)
+        if typed.keys() & lengths:  # the length is what was typed last
+            asked = {name: value for name, value in asked.items() if name not in lengths}
+            saved["max_steps"] = None
     if folder is not None:
         saved["run_dir"] = str(folder)
     layers: dict[str, dict] = {}
@@ -102,6 +119,19 @@ def parse(argv: list[str]) -> Settings:
     settings = Settings(layers, actions, tuple(argv), {**asked, **typed})
     check(settings)
     return settings
+
+
+def _steps(
+    text: str | None, debug: bool, max_steps: str | None, problems: list[UserError]
+) -> int | None:
+    """The steps after which this command stops; --debug is a look at a few."""
+    if text is None:
+        return DEBUG_STEPS if debug and max_steps is None else None
+    if not NUMBER.fullmatch(text) or int(text) < 1:
+        message = f"--stop-after {text}: must be a whole number from 1"
+        problems.append(UserError(message, code="bad-value"))
+        return None
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,6 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
     act.add_argument("--debug", action="store_true", help="one process, few images, anomaly checks")
     act.add_argument("--dry-run", action="store_true", help="build all, one step, write nothing")
     act.add_argument("--eval-only", action="store_true", help="evaluate the run's best model")
+    act.add_argument(
+        "--stop-after", metavar="N", help="stop after N steps for a look; the run can go on later"
+    )
     act.add_argument("--find-lr", action="store_true", help="suggest a learning rate and stop")
     act.add_argument(
         "--resume",
@@ -163,10 +196,7 @@ def spell(word: str) -> str:
 def unknown_flag(word: str, flags: list[str]) -> UserError:
     """The mistake of a flag that does not exist, with the one that may be meant."""
     flag = word.partition("=")[0]
-    if flag == "--pretrained":  # torchvision's word of old
-        message = "--pretrained: no such option; type --weights imagenet, or a file of weights"
-    else:
-        message = f"{flag}: no such option{did_you_mean(flag, flags)}; see python train.py --help"
+    message = f"{flag}: no such option{no_such(flag, flags)}; see python train.py --help"
     return UserError(message, code="unknown-flag")
 
 
@@ -196,7 +226,13 @@ def read_yaml(path: Path) -> dict[str, object]:
         # YAML 1.1 would make 5400 of 1:30:00
         return node.value if ":" in node.value else loader.construct_yaml_int(node)
 
+    def switch(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | bool:
+        # YAML 1.1 would make false of `mixed_precision: no`
+        word = node.value.lower()
+        return word == "true" if word in ("true", "false") else node.value
+
     Strict.add_constructor("tag:yaml.org,2002:int", whole)
+    Strict.add_constructor("tag:yaml.org,2002:bool", switch)
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)  # a SafeLoader
@@ -255,6 +291,14 @@ def tell(error: UserError) -> None:
         time.sleep(2)
         print(f"rank {rank} on {host}: {error}", file=sys.stderr, flush=True)
     error.told = True
+
+
+def parse_to_train(argv: list[str]) -> Settings:
+    """What parse_or_exit does, then a sign of life: loading torch takes seconds."""
+    settings = parse_or_exit(argv)
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
+        print("loading torch ...", file=sys.stderr, flush=True)
+    return settings
 
 
 def parse_or_exit(argv: list[str]) -> Settings:

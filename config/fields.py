@@ -2,6 +2,7 @@
 
 import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
@@ -47,7 +48,7 @@ class TrainConfig:
 
     epochs: int = setting(10, "passes over the training images", group="length", low=1)
     max_steps: int | None = setting(
-        None, "stop after this many optimizer steps", group="length", low=1
+        None, "the length in optimizer steps, instead of --epochs", group="length", low=1
     )
     max_time: str | None = setting(
         None, "save and stop after this long, as 3h50m; the run can go on later", group="length"
@@ -248,9 +249,10 @@ MAY_CHANGE = frozenset(
     | {"decode_threads", "exclude", "skip_bad_images", "patience"}
 )
 DEBUG_PRESET = {
-    "epochs": 1, "max_steps": 8, "limit": 512, "compile": False,
+    "epochs": 1, "limit": 512, "compile": False,
     "track": "none", "log_every": 1,
 }  # fmt: skip
+DEBUG_STEPS = 8
 GROUPS = {
     "what": "what to train", "length": "how long", "batch": "batch", "optimizer": "optimizer",
     "images": "images", "machine": "machine", "run": "what it leaves",
@@ -260,12 +262,47 @@ HINTS = {f.name: f for f in fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
 
 
+SWITCH_WORDS = {"yes": True, "on": True, "no": False, "off": False}  # as YAML 1.1 reads them
+# What other programs call it, and what it is here. Names are without --, with _.
+MEANT = {
+    "pretrained": "type --weights imagenet, or a file of weights",
+    "early_stopping": "type --patience N",
+    "criterion": "type --loss",
+    "scheduler": "type --schedule",
+    "learning_rate": "type --lr",
+    "wd": "type --weight-decay",
+    "steps": "type --max-steps",
+    "iterations": "type --max-steps",
+    "bs": "type --batch-size",
+    "batch": "type --batch-size",
+    "workers": "no worker loads images: they lie in memory",
+    "amp": "type --mixed-precision bf16",
+    "fp16": "type --mixed-precision fp16",
+    "bf16": "type --mixed-precision bf16",
+    "device": "GPUs are found by themselves; CUDA_VISIBLE_DEVICES chooses among them",
+    "gpus": "a launcher starts a process for each GPU: torchrun --nproc-per-node N train.py ...",
+    "output_dir": "type --run-dir",
+    "save_dir": "type --run-dir",
+    "name": "type --run-dir",
+    "checkpoint": "type --resume runs/NAME to go on, --weights FILE to begin with",
+    "data": "type --dataset",
+    "img_size": "type --image-size",
+    "num_classes": "the data say how many classes there are",
+}
+
+
+def no_such(name: str, known: Iterable[str]) -> str:
+    """What to type instead of a name that is none: by meaning, else by its letters."""
+    meant = MEANT.get(name.strip("-").replace("-", "_"))
+    return f"; {meant}" if meant else did_you_mean(name, known)
+
+
 def convert(
     name: str, value: object, shown: str, into: dict[str, object], problems: list[UserError]
 ) -> None:
     """Put the typed value of one setting into a layer, or its problem on the list."""
     if name not in HINTS:
-        message = f"{shown}: no such setting{did_you_mean(name, HINTS)}"
+        message = f"{shown}: no such setting{no_such(name, HINTS)}"
         problems.append(UserError(message, code="unknown-setting"))
         return
     f, kind = HINTS[name], TYPES[name]
@@ -276,6 +313,7 @@ def convert(
         return
     try:
         if kind is bool:
+            value = SWITCH_WORDS.get(str(value).lower(), value)
             if not isinstance(value, bool):
                 raise ValueError
         elif isinstance(value, bool):

@@ -36,6 +36,7 @@ class Actions:
     eval_only: bool = False
     find_lr: bool = False
     fresh: bool = False
+    stop_after: int | None = None
     resume: str | None = None
     allow_change: tuple[str, ...] = ()
     trust_code: bool = False

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,9 +39,20 @@ REQUIRED = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` counts updates; `evaluated` is the step last evaluated."""
+    """Where a run stands.
+
+    `step` counts updates, `images` what they saw; `evaluated` is the step last evaluated. `ahead`
+    is by how many steps of the present batch the place in the order is ahead of `step`: 0 until
+    batch or data change (`settle`).
+    """
 
     step: int = 0
+    images: int = 0
+    ahead: int = 0
+    batch_size: int = 0  # of the latest update; 0: not known
+    steps_per_epoch: int = 0
+    lr: float = 0.0  # of the latest update
+    average_warms_up: bool = True  # not so in checkpoints of old
     evaluated: int = 0
     best: float | None = None  # of the split that chooses
     best_epoch: float = 0
@@ -57,8 +68,22 @@ class Progress:
     sums: list[float] = field(default_factory=list)  # what the next metrics row adds up
     summed: int = 0  # steps in those sums
 
-    def count_step(self) -> None:
-        """An update was made; the next row counts it."""
+    def settle(self, batch_size: int, steps_per_epoch: int) -> None:
+        """Go on with this batch and so many steps an epoch: at the same place, in epochs seen."""
+        if self.batch_size and self.step:
+            epoch, step = divmod(self.step + self.ahead, self.steps_per_epoch)
+            if (batch_size, steps_per_epoch) != (self.batch_size, self.steps_per_epoch):
+                step = min(step * self.batch_size // batch_size, steps_per_epoch)
+                self.ahead = epoch * steps_per_epoch + step - self.step
+            if batch_size != self.batch_size:
+                self.summed = 0  # a row adds up updates of one size
+        self.images = self.images or self.step * batch_size  # checkpoints of old did not count
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
+
+    def count_step(self, lr: float = 0.0) -> None:
+        """An update was made, at this rate; the next row counts it."""
+        self.lr = lr
+        self.images += self.batch_size
         self.step += 1
         self.summed += 1
 
@@ -133,12 +158,14 @@ def restore(
     """Put captured state back into existing objects, keeping their devices and memory layouts."""
     if average is not None and "ema" not in files:
         raise UserError(
-            "this checkpoint has no averaged weights: it was made without --ema",
+            "this checkpoint has no averaged weights: it was made without --ema; leave --ema out, "
+            "or start a new run from its weights: --weights runs/NAME/last.safetensors",
             code="checkpoint-without-average",
         )
     if f"|{type(optimizer).__name__}" not in files["optimizer"]:
         raise UserError(
-            "this checkpoint belongs to another optimizer; start a new run for this one",
+            "this checkpoint belongs to another optimizer, whose state says nothing to this one; "
+            "start a new run from its weights: --weights runs/NAME/last.safetensors --run-dir ...",
             code="checkpoint-of-other-optimizer",
         )
     copy_state(model, files["model"], "model")
@@ -251,7 +278,7 @@ def write_checkpoint(folder: Path, files: Files, progress: Progress, facts: dict
             _save(tensors, partial / f"{name}.safetensors")
             faults.hit("save:written", progress.step)
         path = partial / "progress.json"
-        path.write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        path.write_text(json.dumps(vars(progress)), encoding="utf-8")
         sync(path)
         manifest = {
             "format": FORMAT,
@@ -316,7 +343,7 @@ class Writer:
     def start(self, files: Files, progress: Progress, facts: dict) -> None:
         """Begin a save of captured state."""
         self.wait()
-        progress = Progress(**asdict(progress))
+        progress = replace(progress, sums=list(progress.sums))  # metrics are never changed
         self._thread = threading.Thread(
             target=self._run, args=(files, progress, facts), name="checkpoint-writer"
         )
@@ -436,4 +463,5 @@ def read_checkpoint(path: Path) -> tuple[Files, Progress]:
 
 def read_progress(content: dict) -> Progress:
     """Progress as another version may have written it."""
-    return Progress(**{k: v for k, v in content.items() if k in Progress.__dataclass_fields__})
+    known = {k: v for k, v in content.items() if k in Progress.__dataclass_fields__}
+    return Progress(**{"average_warms_up": False, **known})

@@ -191,17 +191,19 @@ def check_settings(settings: dict, options: argparse.Namespace) -> None:
     if options.array and not options.sweep and settings["seed"][1] == "flag":
         raise Problem("--seed with --array would train the same run in every task: drop it (the "
                       "task's number is the seed), or use --sweep")  # fmt: skip
-    batch, origin = settings["batch_size"]
+    batch = settings["batch_size"][0]
     parts = processes(options) * int(settings["accumulate"][0])
-    if (
-        (origin == "flag" or origin.startswith("file"))
-        and settings["shards"][0] == "auto"
-        and int(batch) % parts
-    ):
+    if typed("batch_size", settings) and settings["shards"][0] == "auto" and int(batch) % parts:
         low = int(batch) // parts * parts
         near = f"{low} and {low + parts} do" if low else f"{parts} does"
         raise Problem(f"--batch-size {batch} does not divide over {processes(options)} processes "
                       f"x --accumulate {settings['accumulate'][0]}; {near}")  # fmt: skip
+
+
+def typed(name: str, settings: dict) -> bool:
+    """Whether a person gave this setting, as a flag or in a file."""
+    origin = settings[name][1]
+    return origin == "flag" or origin.startswith("file")
 
 
 def tasks_of(array: str) -> list[int]:
@@ -310,7 +312,8 @@ def seconds_needed(run: Path, batch: int, settings: dict) -> float:
     trained = min(step * summary["step"], summary["seconds"])
     steps = summary["step"] / summary["epoch"] * float(settings["epochs"][0])
     if settings["max_steps"][0] != "None":
-        steps = min(steps, int(settings["max_steps"][0]))
+        asked = int(settings["max_steps"][0])  # the length, unless --epochs was typed too
+        steps = min(steps, asked) if typed("epochs", settings) else asked
     return step * steps + (summary["seconds"] - trained)
 
 

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 TORCHVISION = "torchvision:"
 Recipe = dict[str, str | int | float]  # fields of TrainConfig -> values
+# How torchvision's names begin: only then it is worth the two seconds to look them up.
+ZOO = (
+    "convnext", "densenet", "efficientnet_", "maxvit", "mnasnet", "mobilenet", "regnet", "resne",
+    "shufflenet", "squeezenet", "swin", "vgg", "vit_", "wide_resnet",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,11 +213,27 @@ def lookup(name: str) -> ModelEntry:
             name, min_image_size=1, summary="your own module", recipe=_ADAMW, channels_last=False
         )
     raise UserError(
-        f"--model {name}: no such model{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}, "
+        f"--model {name}: no such model{_near(name)}; known: {', '.join(MODELS)}, "
         "any classifier of torchvision as torchvision:<name>, your own as "
         "path/to/file.py:ClassName",
         code="unknown-model",
     )
+
+
+def _near(name: str) -> str:
+    """' (did you mean torchvision:resnet34?)': of our own models, or torchvision's exact name."""
+    stem = name.rpartition(":")[2].rpartition("/")[2].lower().replace("-", "_")
+    if stem in MODELS:
+        return f" (did you mean {stem}?)"
+    if stem.startswith(ZOO):
+        try:
+            from torchvision import models as zoo
+
+            if stem in zoo.list_models(module=zoo):
+                return f" (did you mean {TORCHVISION}{stem}?)"
+        except ImportError:
+            pass
+    return did_you_mean(name, MODELS)
 
 
 def told_by_weights(weights: str) -> dict:

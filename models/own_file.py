@@ -115,6 +115,21 @@ def load_own_class(name: str, flag: str = "--model") -> type:
     return found
 
 
+def place_in(name: str, error: BaseException) -> str:
+    """'net.py, line 12: ', where an error arose in the file of a model (or one beside it); or ''.
+
+    The innermost such line: torch's own lines say less to who wrote the file.
+    """
+    if not is_own_file(name):
+        return ""
+    path = _split(name)[0].resolve()
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve().parent == path.parent
+    ]  # fmt: skip
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+
+
 # --- the files of a run's model ------------------------------------------------------------------
 
 
@@ -292,7 +307,17 @@ def call_with_known_arguments(
             "only num_classes and image_size are passed",
             code="unknown-argument",
         )
-    return make(**{key: value for key, value in known.items() if key in parameters})
+    try:
+        return make(**{key: value for key, value in known.items() if key in parameters})
+    except UserError:
+        raise
+    except Exception as error:  # whatever a learner's __init__ may raise
+        if not (place := place_in(name, error)):
+            raise
+        raise UserError(
+            f"--model {name}: its __init__ fails: {place}{type(error).__name__}: {error}",
+            code="model-fails",
+        ) from error
 
 
 def size_lazy_layers(model: nn.Module, image_size: int, name: str) -> None:
@@ -306,9 +331,10 @@ def size_lazy_layers(model: nn.Module, image_size: int, name: str) -> None:
         with torch.no_grad():
             model.eval()(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:
-        message = str(error).splitlines()[0]
+        message = place_in(name, error) + str(error).splitlines()[0]
         raise UserError(
-            f"--model {name}: fails on two images of {image_size}: {message}", code="model-fails"
+            f"--model {name}: fails on two images of {image_size}: {message}",
+            code="model-fails",
         ) from error
     model.train()
 

@@ -48,6 +48,8 @@ def finish(
         if not reason and schedule.gave_up(progress):
             best = learner.task.best.title
             reason = f"no better {best} in {schedule.patience} evaluations (--patience)"
+        elif code == FINISHED and schedule.stops_early:
+            reason = f"{panels.STOP_AFTER} {schedule.last_step}"
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)
     if code == STOPPED and restarts_left():
         return FINISHED  # an agent would count any other status as a failure, and restart
@@ -62,6 +64,7 @@ def _write(
     assert log.folder is not None
     folder, plan, screen = log.folder.folder, log.plan, log.screen
     status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
+    status = "stopped" if reason.startswith(panels.STOP_AFTER) else status
     if problem := checkpoints.save_weights(LAST, learner, progress):
         screen.warn(problem)
     if problem := checkpoints.write_waiting() or log.folder.write_rows():

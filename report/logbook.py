@@ -1,6 +1,7 @@
 """What a run tells: rows, status, the best so far, trackers, the screen, the ending."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from training.schedule import Schedule
 
 LIVES_WITHOUT_PROGRESS = 3
 TWICE = "interrupted twice: what came after the last checkpoint is lost"
+STEPS_TO_TELL = 10  # until their time says something of the rest
 
 
 class Logbook(contextlib.AbstractContextManager):
@@ -49,6 +51,8 @@ class Logbook(contextlib.AbstractContextManager):
         self.screen = Report(enabled=world.is_main, rows=not world.guest)
         if text := world.unseen_gpu():
             self.screen.shout("training on the CPU", text)
+        if plan.actions.debug:
+            self.screen.has_bar = False  # it would draw over a debugger's prompt
         for title, text in plan.shouts:
             self.screen.shout(title, text)
         for text in plan.warnings:
@@ -59,6 +63,8 @@ class Logbook(contextlib.AbstractContextManager):
         self.trackers: list[Tracker] = []
         self._row_problem = ""
         self._begun = False
+        self._epoch: list[tuple[int, float]] = []  # steps and mean loss of its rows, in this life
+        self._row_step = 0
         if plan.folder is not None:
             self.life, owner = world.main_decides(partial(self._enter_folder, plan.folder))
             self._refuse_unshared(plan.folder, owner)
@@ -207,7 +213,8 @@ class Logbook(contextlib.AbstractContextManager):
     def open_epoch(self, schedule: Schedule, progress: Progress) -> None:
         """A bar for what is left of an epoch, where the screen has one."""
         epoch, first = schedule.place(progress.step)
-        title = f"epoch {epoch + 1}/{self.plan.config.epochs}"
+        self._epoch, self._row_step = [], progress.step
+        title = f"epoch {epoch + 1}/{schedule.epochs}"
         self.screen.open_bar(schedule.steps_per_epoch, first, title)
 
     def step(self, schedule: Schedule, progress: Progress) -> None:
@@ -216,7 +223,7 @@ class Logbook(contextlib.AbstractContextManager):
         if self.plan.config.compile and self.clock.steps == 2:
             self.screen.show(f"compiling took {duration(self.clock.leave_out_compiling())}")
             self.world.watch.patient -= {"data", "step"}
-        self.screen.advance((progress.step - 1) % schedule.steps_per_epoch + 1)
+        self.screen.advance(schedule.place(progress.step - 1)[1] + 1)
 
     def row(
         self, numbers: dict[str, float], data: Data, schedule: Schedule, progress: Progress
@@ -232,8 +239,33 @@ class Logbook(contextlib.AbstractContextManager):
             **self.world.peak_memory(),
         }
         self._record(row, progress)
+        self._epoch.append((progress.step - self._row_step, row["train/loss"]))
+        self._row_step = progress.step
         left = self.clock.left(schedule.last_step - progress.step)
         self.screen.train_line(row, schedule.last_step, left)
+        if self.clock.steps >= STEPS_TO_TELL:
+            self._tell_time_limit(schedule, progress)
+            panels.advise_on_time(self.screen, self.plan, self.world, left)
+
+    @property
+    def epoch_loss(self) -> float | None:
+        """The mean training loss of an image in the epoch, as far as this life trained it."""
+        steps = sum(count for count, _ in self._epoch)
+        return math.fsum(count * loss for count, loss in self._epoch) / steps if steps else None
+
+    def _tell_time_limit(self, schedule: Schedule, progress: Progress) -> None:
+        """Once, from the speed so far: where --max-time will end this life, and at which rate."""
+        deadline, per_step = self.world.stop.deadline, self.clock.left(1)
+        if deadline is None or not per_step:
+            return
+        there = progress.step + int((deadline - time.monotonic()) / per_step)
+        if there < schedule.last_step:
+            limit, rate = self.plan.config.max_time, schedule.lr(there, progress.drops)
+            self.screen.warn_once({"time limit": (
+                f"--max-time {limit} will stop the run near step {max(there, progress.step)} of "
+                f"{schedule.last_step}, at a learning rate of {rate:.3g}, which is that of the "
+                "whole run: it can go on later"
+            )})  # fmt: skip
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -250,7 +282,7 @@ class Logbook(contextlib.AbstractContextManager):
         self.world.watch.patient.discard("evaluate")
         progress.evaluated = progress.step
         progress.last = results["test"]
-        epoch = progress.step / schedule.steps_per_epoch
+        epoch = schedule.seen(progress.step)
         epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
         row = {"step": progress.step, "epoch": epoch}
         for split, metrics in results.items():
@@ -266,8 +298,9 @@ class Logbook(contextlib.AbstractContextManager):
         left = self.clock.left(schedule.last_step - progress.step)
         stopping = bool(self.world.stop.reason)
         panels.show_epoch(
-            self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping
-        )
+            self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping,
+            self.epoch_loss,
+        )  # fmt: skip
         if falls:
             rate = schedule.lr(progress.step, progress.drops)
             words = f"no better {task.best.title} in {schedule.plateau} evaluations"

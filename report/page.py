@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from common.confusion import dense
 from common.disk import parse_object, read_json, write_text
 from common.metric import Metric
 from common.text import duration, pasted, percent, printable
@@ -130,7 +131,8 @@ class Files:
 
     def matrix(self) -> tuple[list[list[int]], list[str]]:
         """The confusion matrix, rows: the true class, and the names of the classes."""
-        matrix, names = self.confusion["matrix"], [str(name) for name in self.classes["classes"]]
+        names = [str(name) for name in self.classes["classes"]]
+        matrix = dense(self.confusion["matrix"])
         if not names or [len(row) for row in matrix] != [len(names)] * len(names):
             raise ValueError("the matrix does not fit the classes")
         return matrix, names
@@ -220,6 +222,8 @@ def confusion(files: Files) -> Markup | str:
     """The confusion matrix, or the most frequent mistakes where there are many classes."""
     if not files.has_matrix:
         return ""
+    if not files.confusion and len(files.classes["classes"]) > MOST_NAMES:
+        return PARTS.note("No confusion matrix was kept of so many classes.")
     matrix, names = files.matrix()
     message = f"All {sum(map(sum, matrix)):,} test images at epoch {files.confusion['epoch']}"
     if len(names) > MOST_NAMES:
@@ -245,6 +249,8 @@ def confusion(files: Files) -> Markup | str:
 def per_class(files: Files) -> Markup | str:
     """Accuracy and precision of each class."""
     if not files.has_matrix:
+        return ""
+    if not files.confusion and len(files.classes["classes"]) > MOST_NAMES:
         return ""
     (matrix, names), rows = files.matrix(), []
     guessed = [sum(column) for column in zip(*matrix, strict=True)]

@@ -1,7 +1,6 @@
 """What a run shows at its start, at each evaluation and at its end; what it sums up on disk."""
 
 import json
-import math
 import os
 import shlex
 from dataclasses import fields
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
 from common.text import duration, pasted, printable
@@ -30,9 +30,12 @@ from training.plan import Plan
 from training.run_dir import DAMAGED as DAMAGED_LIST
 from training.run_dir import SKIPPED, go_on, job
 from training.schedule import Schedule
+from training.schedule import doubts as schedule_doubts
 from training.start import Started
 from training.trial import PICTURES
 
+LONG = 1800.0  # seconds
+STOP_AFTER = "--stop-after"  # how the reason of such an end begins
 PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
 
 
@@ -50,11 +53,6 @@ def show_start(
         f"{batch.shards_per_process} shard{'s' * (batch.shards_per_process > 1)} x "
         f"{batch.micro_batch_size} images"
     )
-    per_epoch, left = schedule.steps_per_epoch, schedule.last_step - progress.step
-    per_step = started.trial.seconds_per_image * batch.batch_size / batch.num_processes
-    per_test = started.trial.seconds_per_image * len(data.test) / 3 / batch.num_processes
-    evaluations = math.ceil(left / per_epoch / config.eval_every)
-    expected = left * per_step + evaluations * per_test
     validation = f"{len(data.places['val']):,} validation, " if "val" in data.places else ""
     amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
     amount += f"{len(data.test):,} test images"
@@ -71,8 +69,7 @@ def show_start(
         *(("sampler", b.in_words(data.classes)) for b in (data.sampler.balance,) if b),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", equation),
-        ("steps", f"{schedule.last_step} ({per_epoch} an epoch, {config.epochs} epochs)"),
-        ("time", f"about {duration(expected)}"),
+        ("steps", steps_shown(schedule, progress)),
         ("folder", config.run_dir or "none (dry run)"),
     ]
     resumed = progress.step > 0
@@ -84,7 +81,8 @@ def show_start(
         best, metric = progress.best, learner.task.best
         shown = f", best {metric.show(best)}" if best is not None and metric.has("best") else ""
         epoch = schedule.place(progress.step)[0]
-        rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{shown}"))
+        ahead = f" ({progress.images:,} images seen)" if schedule.ahead else ""
+        rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{ahead}{shown}"))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
     changed = [
         (f.name, str(getattr(config, f.name)), settings.origin(f.name))
@@ -98,17 +96,30 @@ def show_start(
     if plan.actions.debug:
         screen.show(table_of_layers(config.model, config.image_size, data.num_outputs))
     screen.start_panel("lockstep", rows, changed)
-    for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world))):
+    odd = schedule_doubts(config, schedule, progress, plan.both_lengths)
+    for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world), *odd)):
         screen.warn(note)
-    if expected > 1800 and world.device.type == "cpu":
-        smaller = ("--model", config.model, "--dataset", config.dataset)
-        screen.show(
-            "this takes long on a CPU; a smaller run: "
-            + pasted("train.py", *smaller, "--limit", 2000, "--epochs", 2)
-        )
-        chosen = settings.origin("mixed_precision") != "machine"
-        if config.mixed_precision == "no" and not chosen and cpu_has_bf16() and not resumed:
-            screen.show("this CPU multiplies bf16 faster: try --mixed-precision bf16")
+
+
+def advise_on_time(screen: Report, plan: Plan, world: World, left: float) -> None:
+    """Once, where the speed of rows says that a CPU will be at it for long: what is faster."""
+    config = plan.config
+    if left < LONG or world.device.type != "cpu":
+        return
+    smaller = ("--model", config.model, "--dataset", config.dataset)
+    words = f"this takes {duration(left)} on a CPU; a smaller run: "
+    words += pasted("train.py", *smaller, "--limit", 2000, "--epochs", 2)
+    chosen = plan.settings.origin("mixed_precision") != "machine"
+    if config.mixed_precision == "no" and not chosen and cpu_has_bf16():
+        words += "; this CPU multiplies bf16 faster: --mixed-precision bf16 for a new run"
+    screen.warn_once({"long": words})
+
+
+def steps_shown(schedule: Schedule, progress: Progress) -> str:
+    """The length of the run in steps and epochs, and where --stop-after ends this command."""
+    total, epochs = schedule.total_steps - schedule.ahead, schedule.epochs
+    words = f"{total} ({schedule.steps_per_epoch} an epoch, {epochs} epoch{'s' * (epochs > 1)})"
+    return f"{words}, stops after {schedule.last_step}" if schedule.stops_early else words
 
 
 def weights_shown(plan: Plan, started: Started) -> str:
@@ -195,10 +206,12 @@ def on_line(task: Task) -> list[Metric]:
 def show_epoch(
     screen: Report, plan: Plan, task: Task, data: Data,
     schedule: Schedule, progress: Progress, row: dict, better: bool, left: float, stopping: bool,
+    train_loss: float | None = None,
 ) -> None:  # fmt: skip
     """One line that can be read from across the room; long runs show one in so many."""
-    epochs, epoch = plan.config.epochs, row["epoch"]
+    epochs, epoch = schedule.epochs, row["epoch"]
     words = [f"epoch {epoch}/{epochs}"]
+    words += [f"train loss {train_loss:.4f}"] if train_loss is not None else []
     for split in ("val", "test"):
         told = [
             m.named(row[f"{split}/{m.key}"]) for m in on_line(task) if f"{split}/{m.key}" in row
@@ -213,7 +226,9 @@ def show_epoch(
         doubts = task.doubts(progress.last, data.classes)
         if epoch < PATIENCE and schedule.trains(progress):
             doubts = {word: text for word, text in doubts.items() if word == "explodes"}
-        screen.warn_once(doubts)
+        if plan.config.augment == "none" or data.source.no_flip:
+            doubts.pop("mirror", None)
+        screen.warn_once({word: f"at epoch {epoch}, {text}" for word, text in doubts.items()})
 
 
 def show_evaluation(
@@ -227,17 +242,15 @@ def show_evaluation(
         numbers = (f"{m.key} {found[m.key]:.6g}" for m in started.task.metrics)
         rows.append((split, f"{found['images']} images: {', '.join(numbers)}"))
     if "confusion" in results["test"]:
-        screen.class_table(data.classes, results["test"]["confusion"])
+        screen.class_table(data.classes, dense(results["test"]["confusion"]))
     screen.end_panel(f"evaluated {weights_shown(plan, started)}", rows, good=True)
     screen.warn_once(started.task.doubts(results["test"], data.classes))
     return FINISHED
 
 
-def show_trial(screen: Report, data: Data, seconds_per_image: float) -> int:
+def show_trial(screen: Report) -> int:
     """What --dry-run ends with. The exit status."""
     rows = [("tried", "one step and two evaluation batches; nothing was written")]
-    epoch = seconds_per_image * len(data.train) / data.batch.num_processes
-    rows.append(("epoch", f"about {duration(epoch)} of training"))
     screen.end_panel("dry run: all is well", rows, good=True)
     return FINISHED
 
@@ -251,7 +264,7 @@ def write_summary(
     summary = {
         "status": status, "reason": reason, "dataset": plan.config.dataset,
         "model": plan.config.model, "step": progress.step,
-        "epoch": progress.step / schedule.steps_per_epoch, "seconds": progress.seconds,
+        "epoch": schedule.seen(progress.step), "seconds": progress.seconds,
         "best_chosen_on": "validation" if data.chosen_on == "val" else "test",
         "best/epoch": progress.best_epoch, "best/step": progress.best_step,
         "life": life, "skipped_images": len(data.source.skipped),
@@ -282,12 +295,14 @@ def show_ending(
     best, last, metric = progress.best_metrics, progress.last, task.best
     rows = []
     if "confusion" in best:
-        screen.class_table(data.classes, best["confusion"])
+        screen.class_table(
+            data.classes, dense(best["confusion"]), f"at epoch {progress.best_epoch}, the best"
+        )
     if best and metric.has("best"):
         split = "validation part" if data.chosen_on == "val" else "test split"
         images = metric.about(f"{last['images']} test images")
         rows.append(("last", f"{metric.show(last[metric.key])} {images}"))
-        if missed := never_found(best.get("confusion", []), data.classes):
+        if missed := never_found(best, data.classes):
             screen.warn(missed)
         words = f"{metric.show(best[metric.key])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
@@ -307,7 +322,7 @@ def show_ending(
     if page is not None:
         rows.append(("page", str(page)))
     title, commands = f"finished: {reason}" if reason else "finished", []
-    if code == STOPPED:
+    if code == STOPPED or reason.startswith(STOP_AFTER):
         title = f"stopped at step {progress.step}: {reason}"
         gpus = world.device.type == "cuda"
         typed = go_on(folder, world.num_processes, gpus)

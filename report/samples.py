@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.confusion import dense
 from common.text import percent, printable
 from distributed.checkpoint import Progress
 from report import pictures
@@ -37,7 +38,7 @@ def draw_pictures(
         return
     classes = [printable(name) for name in data.classes]
     if "confusion" in best:
-        pictures.confusion(best["confusion"], classes, folder / "confusion.png")
+        pictures.confusion(dense(best["confusion"]), classes, folder / "confusion.png")
     draw_samples(data, classes, folder / "samples.png")
     if examples:
         images = data.test.seen(places).cpu()

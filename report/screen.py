@@ -20,6 +20,7 @@ from common.streams import lost_words
 from common.text import duration, percent, printable
 
 CHATTY = ("accelerate", "torch.distributed", "PIL", "matplotlib")
+MOST_CLASSES = 100  # in a table on the screen
 WORTH_TELLING = 0.05  # the share of a step that waits for photographs
 SECONDS_BETWEEN_LINES = 5.0  # in a file; every row is in metrics.jsonl anyway
 
@@ -146,11 +147,12 @@ class Report:
     def train_line(self, row: dict, total_steps: int, eta: float) -> None:
         """One metrics row of training: beside the bar in a terminal, a plain line in a file."""
         waited = row.get("data/wait", 0.0)
-        waits = f"{100 * waited:.0f} % waiting for images  " if waited > WORTH_TELLING else ""
+        waits = f"  {100 * waited:.0f} % waiting for images" if waited > WORTH_TELLING else ""
         words = (
             f"loss {row['train/loss']:.4f}  lr {row['lr']:.3g}  "
-            f"{row['speed/images_per_second']:,.0f} img/s  {waits}ETA {duration(eta)}"
+            f"{row['speed/images_per_second']:,.0f} img/s{waits}"
         )
+        words += f"  ETA {duration(eta)}" if eta else ""  # not known from the first steps
         if self._bar is not None:
             self._bar.update(self._task, line=words)
         now = time.monotonic()
@@ -165,14 +167,20 @@ class Report:
 
     # --- at the end -----------------------------------------------------------------------------
 
-    def class_table(self, classes: list[str], confusion: list[list[int]]) -> None:
+    def class_table(self, classes: list[str], confusion: list[list[int]], when: str = "") -> None:
         """Accuracy per class and what each is most often taken for."""
-        table = Table(title="test images per class", title_justify="left")
+        few = len(classes) <= MOST_CLASSES
+        shown = "test images per class" if few else f"the {MOST_CLASSES} classes least often right"
+        table = Table(title=f"{shown} {when}".strip(), title_justify="left")
         table.add_column("class")
         for name in ("images", "right", "accuracy"):
             table.add_column(name, justify="right")
         table.add_column("most often taken for")
-        for index, row in enumerate(confusion):
+        lines = list(enumerate(confusion))
+        if not few:
+            there = [(i, row) for i, row in lines if any(row)]
+            lines = sorted(there, key=lambda line: line[1][line[0]] / sum(line[1]))[:MOST_CLASSES]
+        for index, row in lines:
             total, right = sum(row), row[index]
             others = [(count, other) for other, count in enumerate(row) if other != index and count]
             taken = max(others, default=None, key=lambda pair: pair[0])

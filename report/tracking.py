@@ -38,10 +38,10 @@ def build_trackers(
     """The trackers of `--track`; on the main process only. An empty list for "none"."""
     if kind == "none":
         return []
-    if kind == "tensorboard":
-        return [Tracker(lambda: start_tensorboard(folder), kind, warn)]
     file = folder / "metrics.jsonl"  # read here and now: the loop will write to it
     known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    if kind == "tensorboard":
+        return [Tracker(lambda: start_tensorboard(folder, known), kind, warn)]
     return [Tracker(lambda: start_wandb(folder, name, config, known, warn), kind, warn)]
 
 
@@ -162,11 +162,17 @@ class Rows:
         self.run.finish()
 
 
-def start_tensorboard(folder: Path) -> Sink:
-    """A TensorBoard writer through Accelerate's tracker, in the run folder."""
+def start_tensorboard(folder: Path, known: list[str]) -> Sink:
+    """A writer of TensorBoard's files, which shows each step once over all lives of the run.
+
+    What an earlier life wrote from the last known step on is purged, and the rows of that step,
+    of training and of an evaluation, are written again.
+    """
     from accelerate.tracking import TensorBoardTracker
 
-    tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder))
+    rows = [json.loads(line) for line in known]
+    last = rows[-1]["step"] if rows else 0
+    tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder), purge_step=last)
     tracker.start()
 
     class Writer:
@@ -179,4 +185,8 @@ def start_tensorboard(folder: Path) -> Sink:
         def finish(self) -> None:
             tracker.finish()
 
-    return Writer()
+    writer = Writer()
+    for row in rows:
+        if row["step"] == last:
+            writer.log(row)
+    return writer

@@ -21,10 +21,10 @@ def value_of(out: str, metric: str = "accuracy") -> float:
 
 def test_what_chooses_is_a_metric_with_its_own_direction():
     confusion = [[95, 0, 0], [5, 0, 0], [0, 0, 0]]
-    assert balanced_accuracy(confusion) == 0.5
-    told = never_found(confusion, ["common", "rare", "none"])
+    assert balanced_accuracy({"confusion": confusion}) == 0.5
+    told = never_found({"confusion": confusion}, ["common", "rare", "none"])
     assert "none of class rare (5 images); --select" in told
-    assert never_found([[1, 0], [0, 1]], ["a", "b"]) == ""
+    assert never_found({"confusion": [[1, 0], [0, 1]]}, ["a", "b"]) == ""
     task = Classification(3)
     counts = torch.tensor([300 * 2**20, 95, 100, 100, 95, 0, 0, 5, 0, 0, 0, 0, 0])
     results = task.results(counts)

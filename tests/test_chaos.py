@@ -34,7 +34,7 @@ def soak(nets, rounds: int, seed: int, processes: int) -> None:
     name = f"chaos-{processes}-{seed}"
     arguments = ["--model", "full.py:Net", *SMALL, "--epochs", str(6 * rounds), "--augment", "crop"]
     arguments += ["--checkpoint-every", "5", "--ema", "0.9", "--limit", "640", "--lr", "0.002"]
-    arguments += ["--max-steps", str(40 * rounds)]
+    arguments += ["--stop-after", str(40 * rounds)]
     whole = train([*arguments, "--run-dir", f"{name}-whole"], nets, processes)
     assert whole.status == 0, whole.out
     for number in range(rounds):

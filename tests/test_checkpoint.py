@@ -454,7 +454,8 @@ def test_the_state_of_another_optimizer_is_refused_or_left_out_but_never_half_us
     other = build_optimizer(model, TrainConfig(optimizer=new))
     try:
         restore(files, model, other)
-    except UserError:
+    except UserError as error:
+        assert "--weights runs/NAME" in str(error)  # how what was learned goes on
         return
     train(model, other)
 

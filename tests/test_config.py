@@ -1,5 +1,6 @@
 """Settings: which layer wins, what is refused in which words, and how a batch is shared out."""
 
+import importlib.util
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import pytest
 from launches import REPOSITORY
 
+import predict
 from common.text import seconds
 from config import (
     HINTS,
@@ -18,6 +20,8 @@ from config import (
     TrainConfig,
     build_parser,
     parse,
+    parse_or_exit,
+    parse_to_train,
     plan_batch,
     to_json,
 )
@@ -262,7 +266,7 @@ def test_yaml_gives_values_of_every_kind(tmp_path):
         ("lr: {a: 1}\n", "must be a number"),
         ("dataset: [cifar10]\n", "must be text"),
         ("dataset: null\n", "must be text"),
-        ("dataset: no\n", "must be text"),
+        ("dataset: true\n", "must be text"),
         ("epochs: true\n", "must be a whole number"),
         ("epochs: 2.5\n", "must be a whole number"),
         ("plots: 1\n", "must be true or false"),
@@ -537,3 +541,49 @@ def test_what_is_saved_reads_back_as_the_same_settings(tmp_path):
         assert getattr(again, name) == getattr(first, name), name
     origins = json.loads((tmp_path / "old" / "config.json").read_text())["origins"]
     assert origins["lr"] == "recipe" and origins["track"] == "flag"
+
+
+def test_words_that_yaml_turns_into_switches_mean_what_stands_there(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("mixed_precision: no\nlr: 1e-3\ncompile: yes\nplots: off\nbitwise: True\n")
+    found = config("--config", str(file))
+    assert (found.mixed_precision, found.lr, found.compile) == ("no", 1e-3, True)
+    assert found.plots is False and found.bitwise is True
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--criterion", "--loss"), ("--early_stopping", "--patience"),
+        ("--learning_rate", "--lr"), ("--device", "CUDA_VISIBLE_DEVICES"),
+        ("--batchsize", "--batch-size"),
+    ],
+)  # fmt: skip
+def test_a_flag_of_another_program_is_answered_by_its_meaning(flag, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        parse([flag, "3"])
+    (tmp_path / "a.yaml").write_text(f"{flag[2:]}: 3\n")
+    with pytest.raises(UserError, match=says.replace("--", "").replace("-", "[-_]")):
+        parse(["--config", str(tmp_path / "a.yaml")])
+
+
+def test_a_python_without_the_packages_gets_the_line_that_installs_them(monkeypatch, capsys):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        "common.parser.find_spec", lambda name: None if name == "torch" else there(name)
+    )
+    with pytest.raises(SystemExit) as ended:
+        parse_or_exit(["--debug"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "lacks torch" in said and "-m pip install -e" in said
+    assert predict.main(["x.png"]) == 2 and "lacks torch" in capsys.readouterr().err
+
+
+def test_a_run_shows_a_sign_of_life_before_torch_is_loaded_once_for_all_processes(
+    monkeypatch, capsys
+):
+    parse_to_train(["--debug"])
+    assert "loading torch" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    parse_to_train(["--debug"])
+    assert capsys.readouterr().err == ""

@@ -142,7 +142,7 @@ def test_a_folder_that_is_renamed_stops_the_run_with_a_save_where_it_is_now(nets
     steps = [row["step"] for row in rows(nets / "elsewhere") if "train/loss" in row]
     assert steps == list(range(1, status["step"] + 1))  # also those written meanwhile
     more = str(status["step"] + 2)
-    done = train(["--resume", "elsewhere", "--max-steps", more], nets)
+    done = train(["--resume", "elsewhere", "--stop-after", more], nets)
     assert done.status == 0 and f"at step {status['step']}" in done.out, done.out
 
 
@@ -162,7 +162,7 @@ def test_a_folder_that_is_deleted_or_replaced_stops_the_run_with_a_save_beside_i
     status = status_of(beside)
     assert status["status"] == "stopped"
     assert newest(beside).name == f"step-{status['step']:09d}"
-    done = train(["--resume", "deleted.saved-0", "--max-steps", str(status["step"] + 2)], nets)
+    done = train(["--resume", "deleted.saved-0", "--stop-after", str(status["step"] + 2)], nets)
     assert done.status == 0 and f"at step {status['step']}" in done.out, done.out
 
 

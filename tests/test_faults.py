@@ -108,7 +108,7 @@ def test_a_second_job_in_the_same_folder_is_refused_and_the_first_unharmed(nets)
     assert process.poll() is None
     process.kill()
     process.wait()
-    third = train(["--resume", "shared", "--max-steps", "3"], nets)
+    third = train(["--resume", "shared", "--stop-after", "3"], nets)
     assert third.status == 0, third.out
 
 

@@ -721,6 +721,8 @@ def test_submit_warns_where_an_earlier_run_says_the_limit_is_short(tmp_path):
     assert module.warn_of_time({**settings, "epochs": ("2", "flag")}, options, tmp_path) == ""
     few = {**settings, "epochs": ("10", "flag"), "max_steps": ("40", "flag")}
     assert module.warn_of_time(few, options, tmp_path) == ""
+    many = {**settings, "epochs": ("2", "default"), "max_steps": ("1000", "flag")}
+    assert "10.0 h" in module.warn_of_time(many, options, tmp_path)
     assert module.warn_of_time({**settings, "epochs": ("10", "flag")}, options, ROOT / "no") == ""
     # Two steps of 0.1 s and a minute to start: a thousand epochs are not a thousand starts.
     (run / "summary.json").write_text(json.dumps({"seconds": 60, "epoch": 0.02, "step": 2}))

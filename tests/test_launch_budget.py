@@ -249,7 +249,7 @@ def test_an_infinite_gradient_under_a_scaler_changes_nothing_but_the_scale(name)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        average.update(model, skipped)
+        average.update(model, 99, skipped)
 
     step(bad=False)
     before = state()

@@ -8,7 +8,7 @@ from launches import SMALL, losses, rows, train
 from training.recorder import read
 
 LAW = ["--model", "plain.py:Net", "--dataset", "digits", "--image-size", "16", "--limit", "1000"]
-LAW += ["--batch-size", "64", "--epochs", "2", "--max-steps", "24", "--augment", "crop"]
+LAW += ["--batch-size", "64", "--epochs", "2", "--stop-after", "24", "--augment", "crop"]
 LAW += ["--lr", "0.05", "--optimizer", "sgd", "--shards", "4", "--threads", "1"]
 LAW += ["--log-every", "1", "--no-plots"]
 

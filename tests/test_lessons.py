@@ -506,6 +506,6 @@ def test_questions_2_11_17_and_24_are_answered_on_the_screen_of_a_run(own, tmp_p
     assert done.status == 0, done.out
     assert "first.weight, first.bias" in done.out and "got no gradient" in done.out
     assert "1,442 training, 355 test images" in done.out
-    assert "22 (22 an epoch, 1 epochs)" in done.out
+    assert "22 (22 an epoch, 1 epoch)" in done.out
     assert "best epoch chosen on the test split" in done.out
     assert "img/s" in done.out

@@ -4,6 +4,7 @@ pytest tests/test_models.py              the small ones
 pytest tests/test_models.py -m slow      the big ones
 """
 
+import argparse
 import copy
 import http.server
 import json
@@ -466,19 +467,35 @@ def small_net(num_classes: int = 5, seed: int = 0) -> nn.Module:
     return build_model("my_cnn", num_classes=num_classes, image_size=4)
 
 
-@pytest.mark.parametrize("form", ["plain", "ddp", "compiled", "both", "nested", "model", "safe"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "plain",
+        "ddp",
+        "compiled",
+        "both",
+        "nested",
+        "model",
+        "safe",
+        "tutorial",
+        "lightning",
+        "timm",
+    ],
+)
 def test_weights_come_back_from_every_usual_form_of_file(tmp_path, form):
     state, path = small_net(seed=1).state_dict(), tmp_path / "weights.pth"
-    prefix = {"ddp": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod."}.get(form, "")
+    prefixes = {"ddp": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod."}
+    prefix = {**prefixes, "lightning": "model."}.get(form, "")
     saved = {prefix + key: value for key, value in state.items()}
     if form == "safe":
         from safetensors.torch import save_file
 
         path = tmp_path / "weights.safetensors"
         save_file(saved, path)
-    elif form in ("nested", "model"):
-        key = "state_dict" if form == "nested" else "model"
-        torch.save({key: saved, "epoch": 3}, path)
+    elif form in ("nested", "model", "tutorial", "lightning", "timm"):
+        key = {"model": "model", "tutorial": "model_state_dict"}.get(form, "state_dict")
+        more = {"args": argparse.Namespace(lr=0.1)} if form == "timm" else {}
+        torch.save({key: saved, "epoch": 3, "optimizer_state_dict": {"a": 1}, **more}, path)
     else:
         torch.save(saved, path)
     model = small_net()
@@ -754,7 +771,7 @@ def test_every_model_trains_the_same_on_one_and_two_processes(name, tmp_path):
     data = "digits" if lookup(name).task == "classification" else "line"
     size = max(32, lookup(name).min_image_size)
     arguments = ["--model", name, "--dataset", data, "--weights", "none", "--image-size", size]
-    arguments += ["--batch-size", "8", "--shards", "2", "--max-steps", "3", "--limit", "64"]
+    arguments += ["--batch-size", "8", "--shards", "2", "--stop-after", "3", "--limit", "64"]
     arguments += ["--log-every", "1", "--threads", "1", "--no-plots"]
     found = []
     for processes in (1, 2):
@@ -764,3 +781,34 @@ def test_every_model_trains_the_same_on_one_and_two_processes(name, tmp_path):
         found.append(losses(folder))
         shutil.rmtree(folder)  # a checkpoint of VGG-16 with AdamW is 1.6 GB
     assert found[1] == pytest.approx(found[0], rel=1e-3) and len(set(found[0])) == 3
+
+
+BROKEN = """from torch import nn
+class Init(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear("4", num_classes)
+class Forward(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(7, num_classes)
+    def forward(self, images):
+        return self.head(images.flatten(1))
+"""
+
+
+def test_an_error_in_a_learners_file_names_file_and_line_in_init_and_in_forward(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    with pytest.raises(UserError, match=r"__init__ fails: .*broken.py, line 5: TypeError"):
+        build_model(f"{tmp_path}/broken.py:Init", num_classes=3, image_size=8)
+    flags = ["--dataset", "digits", "--threads", "1", "--dry-run"]
+    done = train(["--model", "broken.py:Forward", *flags], tmp_path)
+    assert done.status == 2 and "broken.py, line 11: mat1 and mat2" in done.out, done.out
+
+
+@pytest.mark.parametrize("name", ["resnet34", "timm:resnet34", "RegNet_y-400mf", "timm:resnet18"])
+def test_a_model_of_another_library_is_answered_with_one_that_is_accepted(name):
+    with pytest.raises(UserError, match=r"did you mean ") as e:
+        lookup(name)
+    meant = re.search(r"did you mean (\S+)\?", str(e.value))[1]
+    assert lookup(meant) and meant.rpartition(":")[2][:6] == name.rpartition(":")[2][:6].lower()

@@ -159,11 +159,11 @@ def test_a_run_goes_on_where_the_data_name_its_classes_in_another_order(nets, tm
         table(tmp_path / folder / "train.parquet", names, pictures)
         table(tmp_path / folder / "test.parquet", names, pictures[::4])
     flags = ["--model", "plain.py:Net", *SMALL, "--batch-size", "16", "--checkpoint-every", "2"]
-    start = ["--dataset", str(tmp_path / "one"), "--max-steps", "3", "--epochs", "2"]
+    start = ["--dataset", str(tmp_path / "one"), "--stop-after", "3", "--epochs", "2"]
     for name, data in (("same", "one"), ("other", "two")):
         assert train([*flags, *start, "--run-dir", name], nets).status == 0
         more = ["--dataset", str(tmp_path / data), "--allow-change", "dataset"]
-        done = train(["--resume", name, *more, "--max-steps", "6"], nets)
+        done = train(["--resume", name, *more], nets)
         assert done.status == 0, done.out
         assert ("another order" in done.out) == (data == "two")
     assert same_weights(nets / "same", nets / "other") == []

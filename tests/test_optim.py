@@ -389,13 +389,13 @@ def test_an_optimizer_of_ones_own_waits_is_tried_and_goes_on_with_its_numbers(tm
 
 def test_the_average_is_decay_times_old_plus_the_rest_of_new():
     model = net()
-    average = WeightAverage(model, 0.9)
+    average = WeightAverage(model, 0.9, warms_up=False)
     expected = [p.detach().clone() for p in model.parameters()]
     for step in range(3):
         with torch.no_grad():
             for p in model.parameters():
                 p += step + 1
-        average.update(model)
+        average.update(model, step)
         expected = [
             0.9 * e + 0.1 * p.detach() for e, p in zip(expected, model.parameters(), strict=True)
         ]
@@ -405,16 +405,30 @@ def test_the_average_is_decay_times_old_plus_the_rest_of_new():
     assert not any(m.training for m in average.model.modules())
 
 
+def test_an_average_forgets_where_the_weights_began_in_a_tenth_of_the_updates_made():
+    model = nn.Linear(1, 1)
+    average = WeightAverage(model, 0.9999)
+    with torch.no_grad():
+        model.weight.fill_(1.0), average.model.weight.fill_(0.0)  # the random start
+    left, weights = 1.0, []
+    for n in range(40):
+        average.update(model, n)
+        left *= min(0.9999, (1 + n) / (10 + n))
+        weights.append(1 - float(average.model.weight.detach()))
+        assert weights[-1] == pytest.approx(left, abs=1e-6)
+    assert weights[0] == pytest.approx(0.1) and weights[20] < 1e-4
+
+
 def test_a_skipped_update_averages_nothing():
     model = net()
-    average = WeightAverage(model, 0.5)
+    average = WeightAverage(model, 0.5, warms_up=False)
     before = [p.clone() for p in average.model.parameters()]
     with torch.no_grad():
         for p in model.parameters():
             p += 1
-    average.update(model, skipped=torch.tensor(1.0))
+    average.update(model, 0, skipped=torch.tensor(1.0))
     assert equal(before, list(average.model.parameters()))
-    average.update(model, skipped=torch.tensor(0.0))
+    average.update(model, 0, skipped=torch.tensor(0.0))
     assert all(
         torch.allclose(p, b + 0.5)
         for p, b in zip(average.model.parameters(), before, strict=True)
@@ -425,7 +439,7 @@ def test_running_statistics_are_copied_not_averaged():
     model = net()
     average = WeightAverage(model, 0.9)
     model(torch.randn(8, 3, 8, 8))
-    average.update(model)
+    average.update(model, 0)
     assert torch.equal(average.model[1].running_mean, torch.zeros(4))
     average.copy_buffers(model)
     assert equal(list(average.model.buffers()), list(model.buffers()))

@@ -3,6 +3,7 @@
 import gc
 import json
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +17,14 @@ from config import BatchPlan, TrainConfig, parse
 from distributed.checkpoint import Progress
 from distributed.world import World
 from errors import NumbersGoneBad, UserError
-from optim import build_optimizer
+from optim import build_optimizer, lr_at
 from report.logbook import Logbook
 from tasks import Classification
 from training.checkpoints import Checkpoints
 from training.learner import Learner, NotFinite
 from training.observer import Observer
 from training.plan import Plan, decide
-from training.schedule import build_schedule
+from training.schedule import build_schedule, doubts
 from training.trial import Trial
 
 FACTS = {"data": "a", "model": "b", "order": "c", "code": "d"}
@@ -50,10 +51,12 @@ def schedule(per_epoch: int = 7, **values):
     return build_schedule(TrainConfig(**values), per_epoch)
 
 
-def test_a_run_is_as_long_as_its_epochs_or_its_steps_whichever_is_less():
+def test_a_run_is_as_long_as_its_epochs_or_as_its_steps_where_they_are_given():
     assert schedule(epochs=3).last_step == 21
     assert schedule(epochs=3, max_steps=5).last_step == 5
-    assert schedule(epochs=3, max_steps=50).last_step == 21
+    assert schedule(epochs=3, max_steps=50).last_step == 50
+    both = build_schedule(TrainConfig(epochs=3, max_steps=50), 7, epochs_bind=True)
+    assert both.last_step == both.total_steps == 21
     assert build_schedule(TrainConfig(epochs=3), 7, dry_run=True).last_step == 1
 
 
@@ -82,10 +85,59 @@ def test_rows_and_checkpoints_come_by_steps_and_a_row_at_each_epochs_end():
     assert not any(schedule(checkpoint_every="5m").saves(s) for s in range(1, 15))
 
 
-def test_the_rate_falls_over_all_planned_steps_also_where_max_steps_ends_the_run_before():
-    whole, part = schedule(epochs=4), schedule(epochs=4, max_steps=3)
+def test_the_rate_ends_with_max_steps_and_a_look_with_stop_after_bends_nothing():
+    whole, part = schedule(epochs=4), build_schedule(TrainConfig(epochs=4), 7, stop_after=3)
     assert [whole.lr(s) for s in range(28)] == [part.lr(s) for s in range(28)]
+    assert part.last_step == 3 and part.stops_early and not whole.stops_early
     assert whole.lr(0) == TrainConfig.lr and whole.lr(27) < 0.01 * TrainConfig.lr
+    for steps in (10, 40):
+        made = schedule(epochs=4, max_steps=steps)
+        assert made.last_step == steps and made.lr(steps - 1) < 0.03 * TrainConfig.lr
+        assert [made.lr(s) for s in range(steps)] == [
+            lr_at(s, peak=TrainConfig.lr, schedule="cosine", total_steps=steps)
+            for s in range(steps)
+        ]
+
+
+@pytest.mark.parametrize(("batch", "per_epoch"), [(64, 22), (16, 90), (32, 45), (32, 60)])
+def test_a_run_with_another_batch_or_other_data_goes_on_at_the_epochs_it_has_seen(batch, per_epoch):
+    progress = Progress()
+    progress.settle(32, 45)
+    for _ in range(90 + 30):  # two epochs and two thirds
+        progress.count_step(0.1)
+    assert progress.images == 120 * 32
+    progress.settle(batch, per_epoch)
+    config = TrainConfig(epochs=4, warmup=0.5)
+    plan, fresh = (build_schedule(config, per_epoch, ahead=n) for n in (progress.ahead, 0))
+    epoch, step = plan.place(progress.step)
+    assert epoch == 2 and 30 * 32 - batch < step * batch <= 30 * 32
+    # What is left is what a run that always had this batch has left, at the same bits of the rate.
+    virtual = epoch * per_epoch + step
+    left = range(virtual, 4 * per_epoch)
+    steps = [progress.step + place for place in range(len(left))]
+    assert [plan.lr(s) for s in steps] == [fresh.lr(v) for v in left]
+    assert plan.last_step == progress.step + len(left)
+    assert plan.seen(plan.last_step) == 4 and plan.seen(progress.step) == virtual / per_epoch
+    assert [plan.ends_epoch(s) for s in steps] == [fresh.ends_epoch(v) for v in left]
+    before = progress.ahead
+    progress.settle(batch, per_epoch)  # a life later
+    assert progress.ahead == before and (before == 0) == ((batch, per_epoch) == (32, 45))
+
+
+def test_what_is_odd_about_a_length_is_told():
+    def told(progress=None, bound=False, ahead=0, **values):
+        config, progress = TrainConfig(**values), progress or Progress()
+        plan = build_schedule(config, 7, ahead=ahead, epochs_bind=bound)
+        return " | ".join(doubts(config, plan, progress, bound))
+
+    assert told(epochs=3) == told(epochs=3, warmup=1.0, ema=0.9) == ""
+    assert "the warm-up of 5 epochs (35 steps) is longer than the run" in told(epochs=3, warmup=5.0)
+    assert "spans 1,000 updates, the run has 21" in told(epochs=3, ema=0.999)
+    assert "--epochs 3 ends the run at step 21" in told(epochs=3, max_steps=50, bound=True)
+    done = Progress(step=21, evaluated=21, lr=1e-4)
+    assert "has seen 3 epochs, more than the 2 that are asked for" in told(done, epochs=2)
+    assert "jumps up from 0.0001 to 0.025" in told(done, epochs=6)
+    assert told(Progress(step=21, lr=schedule(epochs=6).lr(20)), epochs=6) == ""
 
 
 def test_patience_ends_a_run_that_prints_no_better_value_and_a_plateau_lowers_its_rate():
@@ -242,7 +294,7 @@ def test_a_stop_between_rows_saves_nothing_after_a_bad_number(device):
         shards=SimpleNamespace(bad_number="a number that is not finite"),
         not_finite=lambda: NotFinite(1, []) if progress.step > 1 else None,
     )  # fmt: skip
-    data = SimpleNamespace(rest_of_epoch=lambda *_: [{}] * 7, indices=lambda step: [step])
+    data = SimpleNamespace(rest_of_epoch=lambda *_: [{}] * 7, indices=lambda epoch, step: [step])
     checkpoints = SimpleNamespace(due=lambda *_: False, save=lambda *_: saved.append(1))
     log = SimpleNamespace(
         open_epoch=lambda *_: None, step=lambda *_: None, run_folder=None,
@@ -268,14 +320,13 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
     with World(settings("--checkpoint-every", "1")) as world:
         plan = Plan(world.settings, world.settings.config, tmp_path, goes_on=False)
         learner, progress = learner_of(world), Progress(step=4, summed=2)
-        schedule = build_schedule(plan.config, 10)
         learner.sums += torch.tensor([1.5, 2.5])
         args = (plan, FACTS, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints:
             checkpoints.save(learner, progress)
         other = learner_of(world, seed=1)
         with Checkpoints(*args) as checkpoints:
-            found = checkpoints.resume(other, schedule, lambda text: None)
+            found = checkpoints.resume(other, lambda text: None)
         assert found.step == 4 and found.summed == 2
         assert other.loss_sums() == [1.5, 2.5]
         assert other.take_row(8)["train/loss"] == 0.5 and other.loss_sums() == [0, 0]
@@ -283,4 +334,43 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
             assert torch.equal(tensor, other.bare.state_dict()[name])
         args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints, pytest.raises(UserError, match="not those"):
-            checkpoints.resume(other, schedule, lambda text: None)
+            checkpoints.resume(other, lambda text: None)
+
+
+# --- what a person is told while it trains --------------------------------------------------------
+
+
+def test_a_time_limit_says_once_at_which_step_and_rate_it_will_stop_and_only_where_it_does():
+    told = []
+    plan = schedule(epochs=10)
+    log = SimpleNamespace(
+        plan=SimpleNamespace(config=SimpleNamespace(max_time="20s")),
+        world=SimpleNamespace(stop=SimpleNamespace(deadline=time.monotonic() + 20.5)),
+        clock=SimpleNamespace(left=lambda steps: 1.0 * steps, steps=12),
+        screen=SimpleNamespace(warn_once=lambda doubts: told.append(doubts["time limit"])),
+    )
+    Logbook._tell_time_limit(log, plan, Progress(step=12))
+    assert "--max-time 20s will stop the run near step 32 of 70" in told[0]
+    assert f"at a learning rate of {plan.lr(32):.3g}" in told[0]
+    Logbook._tell_time_limit(log, plan, Progress(step=60))  # 10 steps are left, 20 have time
+    assert len(told) == 1
+
+
+def test_the_loss_of_an_epoch_weighs_each_row_by_its_steps():
+    log = SimpleNamespace(_epoch=[(3, 1.0), (1, 2.0)])
+    assert Logbook.epoch_loss.fget(log) == 1.25
+    assert Logbook.epoch_loss.fget(SimpleNamespace(_epoch=[])) is None
+
+
+def test_no_bar_is_drawn_over_a_debuggers_prompt(settings, monkeypatch):
+    screens = []
+
+    def report(**options):
+        screens.append(SimpleNamespace(has_bar=True, shout=lambda *a: None, warn=lambda *a: None))
+        return screens[-1]
+
+    monkeypatch.setattr("report.logbook.Report", report)
+    for flags in (["--debug"], []):
+        with World(settings(*flags)) as world:
+            Logbook(Plan(world.settings, world.settings.config, None, goes_on=False), world)
+    assert [screen.has_bar for screen in screens] == [False, True]

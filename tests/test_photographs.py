@@ -288,6 +288,22 @@ def test_a_kill_and_a_move_of_the_folder_change_nothing(place):
     assert numbers(place / "killed") == numbers(place / "one")
 
 
+def test_another_batch_goes_on_at_the_same_place_and_the_surest_mistakes_are_shown(place):
+    cache = {"LOCKSTEP_CACHE_SIZE": "0", "LOCKSTEP_CACHE": str(place / "cache")}
+    train([*RUN, "--run-dir", "looked", "--stop-after", "3"], place, **cache)
+    words = ["--resume", "looked", "--batch-size", "6", "--allow-change", "batch_size", "--plots"]
+    done = train(words, place, **cache)
+    assert done.status == 0 and "could be drawn" not in done.out, done.out
+    last = max((place / "looked/checkpoints").glob("step-*"))
+    progress = json.loads((last / "progress.json").read_text())
+    steps = len(load_source(str(place / "photos"), image_size=48).train) // 6
+    assert (progress["step"], progress["images"]) == (3 + steps, 36 + 6 * steps)
+    assert [row["epoch"] for row in rows(place / "looked") if "test/loss" in row][-1] == 2
+    best = progress["best_metrics"]
+    assert len(best["examples"]) == round((1 - best["accuracy"]) * best["images"])
+    assert (place / "looked/mistakes.png").is_file() == bool(best["examples"])
+
+
 def damage(path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

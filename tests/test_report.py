@@ -56,6 +56,9 @@ def test_training_lines_in_a_file_are_rare_and_plain(monkeypatch):
     lines = file.getvalue().splitlines()
     assert len(lines) == 3 and harmless(file.getvalue())
     assert lines[0] == "  step 0/20  loss 2.5000  lr 0.1  12,346 img/s  ETA 2m05s"
+    now[0] += 9
+    made.train_line(row, 20, 0.0)  # the first steps do not tell how long the rest will take
+    assert file.getvalue().splitlines()[-1].endswith("img/s")
 
 
 def test_the_class_table_tells_accuracy_and_what_a_class_is_taken_for():

@@ -66,7 +66,7 @@ def test_three_processes_one_of_them_killed_continue_bit_for_bit_and_the_victim_
 def test_a_row_counts_the_steps_it_adds_up_also_where_a_run_is_made_longer(nets):
     arguments = ["--model", "plain.py:Net", *COMMON, "--log-every", "8", "--lr", "0"]
     for steps in ("12", "20"):
-        done = train([*arguments, "--run-dir", "longer", "--max-steps", steps], nets)
+        done = train([*arguments, "--run-dir", "longer", "--stop-after", steps], nets)
         assert done.status == 0, done.out
     found = losses(nets / "longer")
     assert len(found) >= 4 and max(found) - min(found) < 0.2, found
@@ -123,7 +123,7 @@ def test_a_finished_run_says_so_and_conflicting_flags_are_listed(nets):
 
 def test_changed_data_are_noticed_before_training_goes_on(nets):
     arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "128", "--epochs", "2"]
-    assert train([*arguments, "--run-dir", "data", "--max-steps", "2"], nets).status == 0
+    assert train([*arguments, "--run-dir", "data", "--stop-after", "2"], nets).status == 0
     manifest = sorted((nets / "data" / "checkpoints").glob("step-*"))[-1] / "MANIFEST.json"
     content = json.loads(manifest.read_text())
     content["facts"]["data"] = "0123456789abcdef"
@@ -136,7 +136,7 @@ def test_changed_data_are_noticed_before_training_goes_on(nets):
 def test_damaged_checkpoints_are_skipped_with_the_reason_and_none_valid_is_an_error(nets):
     arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "256", "--epochs", "3"]
     arguments += ["--checkpoint-every", "4", "--run-dir", "damaged"]
-    assert train([*arguments, "--max-steps", "9"], nets).status == 0
+    assert train([*arguments, "--stop-after", "9"], nets).status == 0
     checkpoints = sorted((nets / "damaged" / "checkpoints").glob("step-*"))
     with (checkpoints[-1] / "model.safetensors").open("r+b") as file:
         file.seek(300)

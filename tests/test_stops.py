@@ -70,9 +70,9 @@ def test_a_stop_file_ends_two_processes_at_the_same_step_and_they_go_on_exactly(
     step = stopped(nets, "stop-file", "STOP file")
     assert f"stopped at step {step}" in done.out
     limit = str(step + 12)
-    done = train(["--resume", "stop-file", "--max-steps", limit], nets, 2)
+    done = train(["--resume", "stop-file", "--stop-after", limit], nets, 2)
     assert done.status == 0, done.out
-    whole = [*LONG, "--run-dir", "unstopped", "--max-steps", limit]
+    whole = [*LONG, "--run-dir", "unstopped", "--stop-after", limit]
     assert train(whole, nets, 2).status == 0
     assert rows(nets / "stop-file") == rows(nets / "unstopped")
     assert same_weights(nets / "stop-file", nets / "unstopped") == []
@@ -127,7 +127,7 @@ def test_a_stop_is_honoured_in_every_phase(nets, point):
     assert step <= 21
     if point == "evaluate":  # the broken-off evaluation leaves no row and is redone
         assert not any("test/loss" in r for r in rows(nets / name))
-        done = train(["--resume", name, "--max-steps", str(step)], nets)
+        done = train(["--resume", name, "--stop-after", str(step)], nets)
         assert done.status == 0 and sum("test/loss" in r for r in rows(nets / name)) == 1
 
 
@@ -151,7 +151,7 @@ def test_ctrl_c_twice_at_a_terminal_ends_a_slow_save_and_the_one_before_stays_wh
     assert done.status == 130 and "Traceback" not in done.out, done.out
     assert json.loads((nets / "impatient" / "status.json").read_text())["status"] == "failed"
     assert visible(nets / "impatient" / "checkpoints")[0].name == "step-000000010"
-    done = train([*arguments, "--max-steps", "30"], nets)
+    done = train([*arguments, "--stop-after", "30"], nets)
     assert done.status == 0 and "at step 10" in done.out, done.out
 
 

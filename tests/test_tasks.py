@@ -1,11 +1,15 @@
 """Losses and metrics: against plain computations, and the same in every order and batching."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tasks import LARGEST_LOSS, Classification, Regression, build_task
+from common.confusion import dense, totals
+from tasks import LARGEST_LOSS, LOSS_UNIT, Classification, Regression, build_task, never_found
 
 
 def sample(n=203, classes=7, seed=0):
@@ -228,9 +232,84 @@ def test_squared_error_and_r2_equal_the_textbook_in_every_batching():
     assert task.results(counted(task, nan, constant, whole(constant)))["loss"] == LARGEST_LOSS
 
 
+@pytest.mark.parametrize("classes", [30, 130, 2100])
+def test_what_is_kept_of_many_classes_grows_with_the_mistakes_not_with_their_square(classes):
+    """The same numbers in each form, and a matrix that comes back whole where there is one."""
+    labels = torch.arange(300) % classes
+    answers = torch.where(torch.arange(300) % 7 == 0, (labels + 1) % classes, labels)
+    task, logits = Classification(classes), torch.nn.functional.one_hot(answers, classes) * 9.0
+    metrics = task.results(counted(task, logits, labels, whole(labels)))
+    counts = task.new_counts("cpu")
+    names = [str(n) for n in range(classes)]
+    assert metrics["accuracy"] == pytest.approx(257 / 300) and task.doubts(metrics, names) == {}
+    assert len(json.dumps(metrics)) < 40 * (300 + classes) and counts.numel() <= 2000**2 + 4
+    hits = [int(((labels == c) & (answers == c)).sum()) for c in range(classes)]
+    there, taken = labels.bincount(minlength=classes), answers.bincount(minlength=classes)
+    assert totals(metrics) == (there.tolist(), taken.tolist(), hits)
+    shares = [hit / count for hit, count in zip(hits, there.tolist(), strict=True) if count]
+    assert metrics["balanced_accuracy"] == pytest.approx(sum(shares) / len(shares))
+    missed = [c for c in range(classes) if there[c] and not hits[c]]
+    told = never_found(metrics, names)
+    assert bool(told) == bool(missed)
+    assert all(f"{c} ({there[c]} images)" in told for c in missed[:5])
+    if "confusion" in metrics:
+        matrix = torch.tensor(dense(metrics["confusion"]))
+        wanted = torch.zeros(classes, classes, dtype=torch.int64)
+        wanted.index_put_((labels, answers), torch.ones_like(labels), accumulate=True)
+        assert torch.equal(matrix, wanted)
+    one = counted(task, logits[:1].expand(300, -1), labels, whole(labels))
+    assert "one class" in task.doubts(task.results(one), names)
+
+
+@pytest.mark.parametrize("classes", [130, 2100])
+def test_of_many_classes_the_surest_mistakes_are_kept_in_room_that_does_not_grow(classes):
+    """Nothing as large as classes times images is made, and the first of a class comes first."""
+    logits, labels = sample(203, classes)
+    task, made = Classification(classes), []
+    assert task.new_examples("cpu").numel() == 512
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in (found,) if torch.is_tensor(x))
+            return found
+
+    answers, kept = logits.argmax(1), task.new_examples("cpu")
+    with Sizes():
+        task.keep(kept, logits.sum(1, keepdim=True), answers, labels, torch.arange(203))
+    assert max(made) <= 2 * (256 + 203)
+    sure = logits.softmax(1).amax(1)
+    wrong = [i for i in sure.argsort(descending=True).tolist() if answers[i] != labels[i]]
+    turns = {i: sum(bool(labels[j] == labels[i]) for j in wrong[:n]) for n, i in enumerate(wrong)}
+    wanted = sorted(wrong, key=lambda i: (turns[i], -float(sure[i])))[:32]
+    found = shown(task, logits, labels, whole(labels))
+    assert [e["index"] for e in found] == wanted
+    assert [e["label"] for e in found] == labels[wanted].tolist()
+    assert [e["answer"] for e in found] == answers[wanted].tolist()
+    for size, processes in ((7, 1), (64, 3)):
+        order = torch.randperm(203, generator=torch.Generator().manual_seed(size))
+        assert shown(task, logits, labels, order.split(size), processes) == found
+
+
 def test_what_is_better():
     accuracy, loss = Classification(2).best, Regression().best
     assert accuracy.better(0.5, None) and accuracy.better(0.6, 0.5)
     assert not accuracy.better(0.5, 0.5) and not accuracy.better(0.4, 0.5)
     assert loss.better(0.4, 0.5) and not loss.better(0.5, 0.5)
     assert not accuracy.better(float("nan"), 0.5)
+
+
+def test_classes_that_mirror_each_other_are_named_and_guessing_is_held_against_the_majority():
+    def doubts(rows):
+        task, matrix = Classification(len(rows)), torch.tensor(rows)
+        names = ["up", "left", "right"]
+        total = int(matrix.sum())
+        counts = torch.tensor([int(1.2 * total / LOSS_UNIT), int(matrix.trace()), total, total])
+        return task.doubts(task.results(torch.cat([counts, matrix.flatten()])), names)
+
+    found = doubts([[30, 0, 0], [1, 14, 15], [0, 16, 14]])
+    assert "left and right are taken for each other" in found["mirror"]
+    assert "mirror" not in doubts([[30, 0, 0], [1, 27, 2], [0, 25, 5]])  # the one for the other
+    assert "mirror" not in doubts([[10, 10, 10], [10, 10, 10], [10, 10, 10]])
+    found = doubts([[60, 0, 0], [20, 0, 0], [20, 0, 0]])
+    assert "60.0% right is hardly more than 60.0%, which always answering up" in found["guesses"]

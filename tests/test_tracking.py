@@ -1,5 +1,6 @@
 """Trackers are copies: they may fail, sleep or hang, and nobody is asked or held."""
 
+import json
 import socket
 import threading
 
@@ -85,3 +86,21 @@ def test_tensorboard_gets_the_rows_with_their_steps(tmp_path):
     found = [p.parent for p in tmp_path.rglob("events.out*")]
     scalars = EventAccumulator(str(found[0])).Reload().Scalars("train/loss")
     assert [(s.step, s.value) for s in scalars] == [(7, 1.5)]
+
+
+def test_tensorboard_shows_each_step_once_after_a_life_that_was_killed(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    rows = [{"step": step, "train/loss": 1.0 / step} for step in (2, 4, 6, 8, 10)]
+    rows.insert(2, {"step": 4, "test/loss": 0.5})  # an evaluation has the step of a row
+    for kept, made in ((0, rows), (3, rows[3:]), (2, rows[2:])):  # lives: what was known, what came
+        known = "".join(json.dumps(row) + "\n" for row in rows[:kept])
+        (tmp_path / "metrics.jsonl").write_text(known)
+        (tracker,) = build_trackers("tensorboard", tmp_path, "x", {}, pytest.fail)
+        for row in made:
+            tracker.log(row)
+        tracker.finish()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
+    assert [s.step for s in found.Scalars("train/loss")] == [2, 4, 6, 8, 10]
+    assert [s.step for s in found.Scalars("test/loss")] == [4]

@@ -97,7 +97,7 @@ def test_bitwise_runs_are_equal_bit_for_bit_on_one_to_four_processes_and_across_
 
 
 def test_a_command_says_whether_two_runs_are_the_same_experiment(nets):
-    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "128", "--max-steps", "1"]
+    arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "128", "--stop-after", "1"]
     for name, extra in (("x", []), ("y", ["--keep", "5"]), ("z", ["--seed", "7"])):
         assert train([*arguments, *extra, "--run-dir", f"same-{name}"], nets).status == 0
 

@@ -70,7 +70,7 @@ def keep_best_comparable(
                 return
             progress.best = results[data.chosen_on][learner.task.best_is]
             progress.best_step, progress.best_metrics = step, results["test"]
-            epoch = step / data.sampler.steps_per_epoch
+            epoch = (step + progress.ahead) / progress.steps_per_epoch
             progress.best_epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
     if why:
         progress.best, progress.best_metrics, progress.best_step = None, {}, 0

@@ -67,6 +67,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         world.stop.save_every = seconds(config.checkpoint_every) if by_time else None
         self._mark = world.began
         self._saved: tuple[int, int] | None = None
+        self._lost = False  # the state that updates need was deleted
         self._waiting: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {}  # for the disk
 
     def __exit__(
@@ -76,7 +77,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if self.writer is not None:
             self.writer.wait()
 
-    def resume(self, learner: Learner, schedule: Schedule, warn: Callable[[str], None]) -> Progress:
+    def resume(self, learner: Learner, warn: Callable[[str], None]) -> Progress:
         """Restore the newest whole checkpoint, if there is one; where the run stands.
 
         For --eval-only it restores the best weights of a named run. Raises UserError where the
@@ -90,22 +91,20 @@ class Checkpoints(contextlib.AbstractContextManager):
         places = self.folder / "checkpoints"
         found = self.world.main_decides(lambda: newest_valid(places, warn))
         if found is None:
-            return self._without_checkpoints(learner, schedule, warn)
+            return self._without_checkpoints(learner, warn)
         path, manifest = found
         self._compare(manifest["facts"], warn)
         files, progress = read_checkpoint(path)
         restore(
             files, learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
         )
-        _take_sums(learner, progress)
+        self._take_up(learner, progress)
         return progress
 
-    def _without_checkpoints(
-        self, learner: Learner, schedule: Schedule, warn: Callable[[str], None]
-    ) -> Progress:
+    def _without_checkpoints(self, learner: Learner, warn: Callable[[str], None]) -> Progress:
         """A run begins; where there was one, its checkpoints were deleted, and nothing else may be.
 
-        Its last weights suffice where nothing is left to train, and where updates need no state.
+        Its last weights are taken up; whether they suffice the schedule tells: `refuse_lost_state`.
         """
         folder = self.folder
         assert folder is not None  # where nothing is kept, nothing is resumed
@@ -120,30 +119,50 @@ class Checkpoints(contextlib.AbstractContextManager):
         if not card and not status.get("saved"):
             return Progress()
         progress = read_progress(card.get("progress", {}))
-        config = self.plan.config
-        stateless = config.optimizer == "sgd" and not config.momentum
-        stateless = stateless and learner.average is None and learner.scaler is None
-        if not progress.step or not (stateless or schedule.over(progress)):
-            names = [n for n in ("last", "model") if (folder / f"{n}.safetensors").is_file()]
-            weights = folder / f"{names[0]}.safetensors" if names else ""
-            begin = f"; a new run can begin with --weights {shlex.quote(str(weights))}"
-            raise UserError(
-                f"the checkpoints of {folder} are gone, and with them what training goes on "
-                "from (the optimizer's state): --fresh starts over and keeps the old files aside"
-                + (begin if names else ""),
-                code="checkpoints-gone",
-            )
+        if not progress.step:
+            raise self._gone()
         self._compare(card["facts"], warn)
         copy_state(learner.bare, load_file(last), "model")
         if learner.averaged_model is not None:
             copy_state(learner.averaged_model, load_file(last), "averaged model")
-        _take_sums(learner, progress)
+        self._take_up(learner, progress)
         if "matrix" in table:
             progress.best_metrics["confusion"] = table["matrix"]
         self._saved = (progress.step, progress.evaluated)  # without an optimizer it were no save
-        told = "" if stateless else ": it cannot be made longer, --fresh starts over"
+        config = self.plan.config
+        stateless = config.optimizer == "sgd" and not config.momentum
+        self._lost = not stateless or learner.average is not None or learner.scaler is not None
+        told = ": it cannot be made longer, --fresh starts over" if self._lost else ""
         warn(f"the checkpoints of this run are gone, {last.name} tells where it ended{told}")
         return progress
+
+    def refuse_lost_state(self, schedule: Schedule, progress: Progress) -> None:
+        """UserError where training would go on from weights alone, and its updates need more."""
+        if self._lost and not schedule.over(progress):
+            raise self._gone()
+
+    def _gone(self) -> UserError:
+        folder = Path(str(self.folder))
+        names = [n for n in ("last", "model") if (folder / f"{n}.safetensors").is_file()]
+        weights = folder / f"{names[0]}.safetensors" if names else ""
+        begin = f"; a new run can begin with --weights {shlex.quote(str(weights))}"
+        return UserError(
+            f"the checkpoints of {folder} are gone, and with them what training goes on "
+            "from (the optimizer's state): --fresh starts over and keeps the old files aside"
+            + (begin if names else ""),
+            code="checkpoints-gone",
+        )
+
+    def _take_up(self, learner: Learner, progress: Progress) -> None:
+        """What the next row adds up, to each process its own, in the order it would have had."""
+        if learner.average is not None:
+            learner.average.warms_up = progress.average_warms_up
+        other = progress.batch_size not in (0, self.plan.config.batch_size)
+        if len(progress.sums) != len(learner.sums) or other:
+            progress.summed = 0
+        else:
+            mine = learner.shards.mine
+            learner.sums[mine] = torch.tensor(progress.sums[mine], device=learner.device)
 
     def go_on_in(self, folder: Path) -> None:
         """The run folder is another one from here on."""
@@ -277,15 +296,6 @@ class Checkpoints(contextlib.AbstractContextManager):
                 told = f"{name} could not be written ({error}); it is tried again at each save"
                 problems.append(told)
         return "; ".join(problems)
-
-
-def _take_sums(learner: Learner, progress: Progress) -> None:
-    """What the next row adds up: to each process its own, in the order it would have had."""
-    if len(progress.sums) != len(learner.sums):
-        progress.summed = 0
-    else:
-        mine = learner.shards.mine
-        learner.sums[mine] = torch.tensor(progress.sums[mine], device=learner.device)
 
 
 def _without_tables(progress: Progress) -> dict:

@@ -166,10 +166,9 @@ class Data:
         for epoch in itertools.count():
             yield from self.rest_of_epoch(epoch, 0)
 
-    def indices(self, step: int) -> list[int]:
-        """Which training images the global batch of a step holds."""
-        per_epoch = self.sampler.steps_per_epoch
-        self.sampler.start(step // per_epoch, step % per_epoch)
+    def indices(self, epoch: int, step: int) -> list[int]:
+        """Which training images the global batch of a step of an epoch holds."""
+        self.sampler.start(epoch, step)
         return (next(iter(self.sampler)) % len(self.train)).tolist()
 
 

@@ -19,7 +19,7 @@ def refuse_not_finite(
     found = learner.not_finite()
     if found is None:
         return
-    indices = data.indices(found.step)
+    indices = data.indices(*schedule.place(found.step))
     rate = schedule.lr(found.step)
     if schedule.shape == "plateau":  # how often it fell nobody told us: the rate of the last update
         rate = learner.optimizer.param_groups[0]["lr"]

@@ -35,6 +35,11 @@ class Plan:
     def actions(self) -> Actions:
         return self.settings.actions
 
+    @property
+    def both_lengths(self) -> bool:
+        """Whether --epochs and --max-steps were typed together: the first to come ends the run."""
+        return {"epochs", "max_steps"} <= self.settings.typed.keys()
+
     def with_batch(self, batch: BatchPlan) -> "Plan":
         """The plan with the batch and the shards that the data and the processes allow."""
         decided = {"batch_size": batch.batch_size, "shards": str(batch.shards)}

@@ -13,6 +13,7 @@ from common.disk import Json, digest
 from config import Settings, to_json
 from data.keyed_random import hash_integers
 from distributed.accelerator import code_fingerprint, model_fingerprint
+from distributed.checkpoint import Progress
 from distributed.generators import Generators
 from distributed.shards import packed, unpack
 from distributed.world import World
@@ -27,6 +28,7 @@ from tasks import Task, build_task
 from training.data import Data
 from training.learner import Learner
 from training.plan import Plan
+from training.schedule import Schedule, build_schedule
 from training.trial import Trial, try_model
 
 WEIGHTS = 102  # a stream of `hash_integers`, beside those of data/keyed_random.py
@@ -152,6 +154,16 @@ def settle_buckets(learner: Learner, data: Data) -> None:
     shards.weighed(loss).backward()  # not the accelerator's: under fp16 it would need a scale
     learner.optimizer.zero_grad()
     unpack(before, shards.buffers)
+
+
+def plan_schedule(plan: Plan, data: Data, progress: Progress, world: World) -> Schedule:
+    """How long the run is from where it stands, in the steps of its present batch."""
+    steps, actions = data.sampler.steps_per_epoch, plan.actions
+    progress.settle(data.batch.batch_size, steps)
+    return build_schedule(
+        plan.config, steps, actions.dry_run, world.stop.row_every is not None,
+        ahead=progress.ahead, stop_after=actions.stop_after, epochs_bind=plan.both_lengths,
+    )  # fmt: skip
 
 
 def agreed_facts(settings: Settings, data: Data, started: Started, world: World) -> dict[str, str]:

@@ -22,6 +22,7 @@ from distributed.watch import device_failed, out_of_memory
 from distributed.world import World
 from errors import UserError
 from models import lookup
+from models.own_file import place_in
 from models.pooling import without_deterministic_backward
 from models.state import Plain, beside_state_dict, full_name, has_extra_state, twin
 from tasks import Outputs, Task, split_outputs
@@ -139,7 +140,8 @@ def try_model(
         shape = tuple(data.train.seen(torch.arange(size) % len(data.train)).shape)
         raise UserError(
             f"--model {config.model}: fails on {size} images {shape} at --image-size "
-            f"{config.image_size}: {(str(error).splitlines() or [type(error).__name__])[0]}; "
+            f"{config.image_size}: {place_in(config.model, error)}"
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}; "
             "python train.py --debug with the same flags but --run-dir shows where",
             code="model-fails",
         ) from None
