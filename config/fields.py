@@ -173,7 +173,10 @@ class TrainConfig:
     select: str = setting(
         "auto", "the metric that chooses the best epoch (auto: accuracy; of a regression, loss)",
         group="images",
-        choices=("auto", "accuracy", "balanced_accuracy", "top5", "loss", "r2"),
+        choices=(
+            "auto", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece", "loss",
+            "r2",
+        ),
     )  # fmt: skip
     limit: int = setting(
         0, "use only so many training and test images; 0: all", group="images", low=0
