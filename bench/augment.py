@@ -32,6 +32,12 @@ KINDS = {
     "resized_crop": ("resized_crop", 32, {}),
     "none at 224": ("none", 224, {}),
     "resized_crop at 224": ("resized_crop", 224, {}),
+    "crop, RandAugment(2, 10)": ("crop|randaugment(2,10)", 32, {}),
+    "crop, TrivialAugment": ("crop|trivialaugment", 32, {}),
+    "crop, jitter": ("crop|jitter", 32, {}),
+    "crop, blur": ("crop|blur(1)", 32, {}),
+    "crop, rotate": ("crop|rotate(15)", 32, {}),
+    "crop, erase": ("crop|erase(1)", 32, {}),
 }
 
 
@@ -40,6 +46,7 @@ def theirs(kind: str, size: int, more: dict) -> Batcher:
     from PIL import Image
     from torchvision.transforms import v2
 
+    kind, _, step = kind.partition("|")
     moves = {
         "none": [],
         "crop": [v2.RandomCrop(SIDE, padding=SIDE // 8)],
@@ -50,8 +57,17 @@ def theirs(kind: str, size: int, more: dict) -> Batcher:
         moves.append(v2.RandomHorizontalFlip())
     elif size != SIDE:
         moves.append(v2.Resize(size))
+    bilinear = v2.InterpolationMode.BILINEAR
+    moves += {
+        "randaugment(2,10)": [v2.RandAugment(2, 10)],
+        "trivialaugment": [v2.TrivialAugmentWide()],
+        "jitter": [v2.ColorJitter(0.4, 0.4, 0.4, 0.1)],
+        "blur(1)": [v2.GaussianBlur(3)],
+        "rotate(15)": [v2.RandomRotation([-15, 15], bilinear)],
+    }.get(step, [])
     to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     erase = [v2.RandomErasing(1.0, (1 / 16, 1 / 16), (1.0, 1.0))] if "cutout" in more else []
+    erase += [v2.RandomErasing(1.0)] if step == "erase(1)" else []
     transform = v2.Compose([*moves, *to_tensor, v2.Normalize(MEAN, STD), *erase])
     mixes = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
     mix = next((mixes[k](alpha=more[k], num_classes=CLASSES) for k in mixes if k in more), None)

@@ -22,8 +22,9 @@ from torch.cuda import nccl
 
 from bench.gpu import REPOSITORY, Found, Place
 from bench.gpu_trainer import Ended, Watch, Windows, losses, rows, state, trained
-from data.augment import KINDS, Augment
+from data.augment import Augment
 from data.keyed_random import AUGMENT, uniforms
+from data.policy import KINDS
 
 CUDA = torch.cuda.is_available()
 TRAIN = str(REPOSITORY / "train.py")

@@ -24,9 +24,11 @@ from torch.utils._pytree import tree_leaves
 import data.augment
 from bench.measure import arguments_of, finish, table
 from config import BatchPlan, TrainConfig
-from data.augment import KINDS, Augment
+from data import operators
+from data.augment import Augment
 from data.loaders import Resident, evaluation_batch
 from data.order import EvaluationBatchSampler, GlobalBatchSampler
+from data.policy import KINDS
 from distributed.shards import Guard, Shards
 from models import build_model, lookup
 from optim import WeightAverage, build_optimizer
@@ -34,6 +36,7 @@ from tasks import Classification
 
 MODELS = ("speednet", "resnet18")
 BATCH, SAMPLES, CLASSES = 128, 1000, 10
+POLICIES = [f"crop|{name}" for name in operators.OPERATORS]
 MIXES = {"": {}, ", mixup": {"mixup": 0.2}, ", cutmix": {"cutmix": 1.0}}
 NOT_LAUNCHED = ("empty", "_unsafe_view", "detach", "alias", "lift_fresh", "prim::device", "is_same")
 
@@ -73,7 +76,8 @@ def fake_gpu() -> Iterator[torch.device]:
     """A device "cuda" whose tensors have shapes only; no constant of it outlives the block."""
     for alpha in (0.2, 1.0):
         data.augment._beta_table(alpha)  # made of real numbers
-    constants = [v for v in vars(data.augment).values() if hasattr(v, "cache_clear")]
+    rooms = vars(data.augment) | vars(operators)
+    constants = [v for v in rooms.values() if hasattr(v, "cache_clear")]
     constants.remove(data.augment._beta_table)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -227,7 +231,7 @@ def measure() -> dict[str, dict[str, int]]:
     with fake_gpu() as device:
         step = {
             f"{kind}{words}": len(augmenting(kind, device, **mix))
-            for kind in KINDS
+            for kind in (*KINDS, *POLICIES)
             for words, mix in MIXES.items()
         }
         data, batch = resident(device), torch.empty(BATCH, dtype=torch.int64, device=device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from common.text import did_you_mean
+from data.policy import KINDS
 from data.sources import NAMES
 from errors import UserError
 from models.own_file import is_own_file
@@ -130,9 +131,17 @@ class TrainConfig:
 
     image_size: int = setting(32, "pixels a side that the model sees", group="images", low=1)
     augment: str = setting(
-        "flip", "random changes to training images", group="images",
-        choices=("none", "flip", "crop", "resized_crop", "translate"),
-    )  # fmt: skip
+        "flip",
+        f"random changes to training images: {', '.join(KINDS)}, or steps as "
+        "'crop|randaugment(2,10)|erase(0.25)'; see docs/augmentation.md",
+        group="images",
+    )
+    flip: bool = setting(
+        True, "mirror images where the augmentation does; --no-flip leaves it out", group="images"
+    )
+    plain_epochs: int = setting(
+        0, "the last epochs, in which images are only cut and mirrored", group="images", low=0
+    )
     resize: str = setting(
         "crop", "photographs that are no squares: cut the ends off, pad, or squash them",
         group="images", choices=("crop", "pad", "squash"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert
+from data.policy import parse_policy
 from errors import UserError, all_of
 from models import Recipe, lookup, told_by_weights
 from models.own_file import (
@@ -262,8 +263,15 @@ def check(settings: Settings) -> None:
                 f"--class-weights {c.class_weights}: must be none, balanced, or a number above 0 "
                 "for each class, as 0.2,1,1"
             )
-    if c.mixup and c.cutmix:
-        wrong("--mixup and --cutmix: choose one of them", "contradiction")
+    try:
+        policy = parse_policy(c.augment)
+        if c.alternating_flip and policy.flip != 0.5:
+            wrong(
+                "--alternating-flip mirrors every other epoch: write flip without a probability",
+                "contradiction",
+            )
+    except UserError as error:
+        problems.append(error)
     if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
         wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
     known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *OF_CLASSES)

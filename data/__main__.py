@@ -12,12 +12,13 @@ import torch
 
 from common.parser import Parser
 from common.text import printable
-from data.augment import KINDS, Augment
+from data.augment import Augment
 from data.cache import cache_dir, kept, size_limit, trim
 from data.cuts import Cuts, default_resize
 from data.loaders import decoding_of, place
 from data.pack import Count, Form, check, is_pack, pack
 from data.photographs import PHOTOGRAPH, PhotoSet, sizes_in_words
+from data.policy import parse_policy
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
 from data.splits import divided, rows_of, split_text, write_split
 from errors import UserError
@@ -84,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     show = add("show", _show, "write a sheet of augmented pictures: one per row, epochs as columns")
-    show.add_argument("--augment", default="crop", choices=KINDS)
+    show.add_argument("--augment", default="crop", help="as of train.py (default crop)")
+    show.add_argument("--no-flip", action="store_true", help="leave mirroring out")
     show.add_argument("--epoch", type=_whole(0), default=0, help="the first column (default 0)")
     show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="FILE")
     add("stats", _stats, "count images per class; print mean, std, shape and fingerprint")
@@ -143,16 +145,19 @@ def _show(source: Source, options: argparse.Namespace) -> None:
     size = options.image_size or (
         PHOTOGRAPH if isinstance(source.train, PhotoSet) else source.train.images.shape[-1]
     )
-    cuts = Cuts(options.augment, size, size, default_resize(size), "crop", options.seed)
+    policy, no_flip = parse_policy(options.augment), source.no_flip or options.no_flip
+    cuts = Cuts(
+        policy.kind, size, size, default_resize(size), "crop", options.seed, policy.flip, no_flip
+    )
     cpu = torch.device("cpu")
     pictures, _ = place(source.train, cpu, decoding_of(cuts, source.mean, 2, cpu))
     augment = Augment(
-        kind=options.augment,
+        options.augment,
         image_size=size,
         mean=source.mean,
         std=source.std,
         seed=options.seed,
-        no_flip=source.no_flip,
+        no_flip=no_flip,
         cut=photographs,
     )
     mean, std = (torch.tensor(values)[:, None, None] for values in (source.mean, source.std))

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.keyed_random import AUGMENT, FLIP, MIX, uniforms
-from errors import UserError
-
-KINDS = ("none", "flip", "crop", "resized_crop", "translate")
+from data import operators
+from data.keyed_random import AUGMENT, FLIP, MIX, POLICY, uniforms
+from data.operators import constant, inside, pixels
+from data.policy import parse_policy
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP_AREA = (0.08, 1.0)  # of the image's area, uniform
@@ -33,18 +33,19 @@ CHUNK = 2**18  # images whose choices are made at once: some 100 MB of whole num
 class Augment:
     """What training and evaluation do to a batch of images between the data set and the model.
 
-    Kinds: "none" only resizes. "flip" mirrors every second image. "crop" is the CIFAR recipe: pad
-    by an eighth of the image (4 of 32 pixels, black), cut at a random place, flip. "translate"
-    shifts by up to 2 pixels, the border reflected, and flips. "resized_crop" is ImageNet's: cut
-    8 to 100 % of the area at a ratio of 3/4 to 4/3, scale to image_size, flip.
+    `policy` is what --augment says (policy.py). It begins with a kind: "none" only resizes. "flip"
+    mirrors every second image. "crop" is the CIFAR recipe: pad by an eighth of the image (4 of 32
+    pixels, black), cut at a random place, flip. "translate" shifts by up to 2 pixels, the border
+    reflected, and flips. "resized_crop" is ImageNet's: cut 8 to 100 % of the area at a ratio of 3/4
+    to 4/3, scale to image_size, flip. Further steps change pixels of image_size (operators.py).
 
     mean and std are per channel, of pixels in 0..1. cutout is the side of a square in output
     pixels; mixup and cutmix are the alpha of Beta(alpha, alpha), 0 means off. alternating_flip
     mirrors each image in every second epoch instead of by chance (Jordan, 2024, arXiv:2404.00498).
     no_flip leaves all flips out: mirrored digits are other things. tta is the level of `vote`.
+    From the epoch `until` on images are only cut and mirrored.
 
-    cut: the images are photographs, cut, scaled and mirrored already (cuts.py): they are only
-    normalised, and blanked by cutout.
+    cut: the images are photographs, cut, scaled and mirrored already (cuts.py).
 
     samples, where it is not 0, is the number of training images: the choices of an epoch are made
     for all of them when its first batch comes, and are the same bits as those made batch by batch.
@@ -54,7 +55,7 @@ class Augment:
 
     def __init__(
         self,
-        kind: str,
+        policy: str,
         image_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -67,14 +68,15 @@ class Augment:
         tta: int = 0,
         samples: int = 0,
         cut: bool = False,
+        until: float = math.inf,
     ) -> None:
-        if kind not in KINDS:
-            raise UserError(
-                f"{kind!r} is not a kind of augmentation; known: {', '.join(KINDS)}",
-                code="unknown-augmentation",
-            )
-        self.kind, self.image_size, self.seed, self.cut = kind, image_size, seed, cut
+        parsed = parse_policy(policy)
+        self.kind, self.flip, self.steps = parsed.kind, parsed.flip, parsed.steps
+        self.image_size, self.seed, self.cut, self.until = image_size, seed, cut, until
+        if no_flip:
+            self.steps = tuple(step for step in self.steps if step.name != "vflip")
         self.mean, self.std = tuple(mean), tuple(std)
+        self.empty = tuple(round(255 * value) for value in mean)  # of what is blanked
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix
         self.alternating_flip, self.no_flip = alternating_flip, no_flip
         self.tta, self.samples = tta, samples
@@ -85,17 +87,22 @@ class Augment:
         if images.ndim == 2:
             return images
         indices = indices.to(images.device, non_blocking=True)
-        if (self.kind == "none" or self.cut) and not self.cutout:
+        cutout, steps = (0, ()) if epoch >= self.until else (self.cutout, self.steps)
+        still = self.kind == "none" or self.cut  # what is cut already needs no place
+        if still and not cutout:
+            if steps:
+                images = self._changed(resize(images.float(), self.image_size), indices, epoch)
             return self.evaluate(images)
         chosen = self._rows(self.choices, indices, epoch, images)
         flips, corner, place = chosen[:, :1] > 0, chosen[:, 1:3], chosen[:, 3:]
-        if self.cut:
-            images = self.evaluate(images)
-        elif self.kind == "resized_crop":
+        if steps:
+            images = self._changed(self._cut(images, place, flips), indices, epoch)
+            images = self._normalise(images)
+        elif self.kind == "resized_crop" and not self.cut:
             images = resized_crop(self._normalise(images), place, flips, self.image_size)
         else:
-            images = self.evaluate(self._move(images, place, flips))
-        return cut_out(images, corner, self.cutout) if self.cutout else images
+            images = self.evaluate(images if self.cut else self._move(images, place, flips))
+        return cut_out(images, corner, cutout) if cutout else images
 
     def evaluate(self, images: Tensor) -> Tensor:  # (n, C, S, S)
         """Normalised float32 images of image_size from uint8 (n, C, H, W); no randomness."""
@@ -132,23 +139,45 @@ class Augment:
         Both as they are where neither mixup nor cutmix is on.
 
         mixup (Zhang et al., ICLR 2018) blends whole images, cutmix (Yun et al., ICCV 2019) pastes a
-        box; with both on (from code; the command line takes one), a coin
-        decides. The whole tensor is treated alike, keyed by its first
+        box; with both on, a coin decides. The whole tensor is treated alike, keyed by its first
         index, so give it one shard at a time.
         """
-        if not (self.mixup or self.cutmix):
+        if not (self.mixup or self.cutmix) or epoch >= self.until:
             return images, labels
-        targets = (labels[:, None] == _pixels(num_classes, labels.device)).float()
+        targets = (labels[:, None] == pixels(num_classes, labels.device)).float()
         first = indices[:1].to(images.device, non_blocking=True)
         mixture = self._rows(self.mixtures, first, epoch, images)  # (1, 7)
         share = part = mixture[:, 6:]  # (1, 1) or (H, W): the part of its own image in each pixel
         if self.cutmix:
             height, width = images.shape[2:]
-            rows, columns = _inside(mixture[0, :2], mixture[0, 2:4], max(height, width))
+            rows, columns = inside(mixture[0, :2], mixture[0, 2:4], max(height, width))
             box = rows[:height, None] & columns[:width]
             part = torch.where(box, mixture[:, 4], mixture[:, 5])
         images = images.flip(0).lerp(images, part)
         return images, targets.flip(0).lerp(targets, share)
+
+    def _cut(self, images: Tensor, place: Tensor, mirrored: Tensor) -> Tensor:
+        """Float images of image_size, cut and mirrored as the kind says."""
+        if self.cut:
+            return images.float()
+        if self.kind == "resized_crop":
+            return resized_crop(images.float(), place, mirrored, self.image_size)
+        return resize(self._move(images, place, mirrored).float(), self.image_size)
+
+    def _changed(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        """Float images of image_size, 0..255, after the steps of the policy."""
+        columns = self._rows(self.changes, indices, epoch, images)
+        return operators.change(images.round(), columns, self.steps, self.empty)
+
+    def changes(self, indices: Tensor, epoch: int, height: int, width: int) -> Tensor:
+        """What the steps of the policy do to images of these indices, a row for each."""
+        counts = [operators.draws_of(step) for step in self.steps]
+        draws = uniforms(self.seed, epoch, indices, sum(counts), POLICY).split(counts, dim=1)
+        chosen = [
+            operators.choose(step, part, self.image_size)
+            for step, part in zip(self.steps, draws, strict=True)
+        ]
+        return torch.cat(chosen, dim=1)
 
     def _rows(
         self, choose: Callable[..., Tensor], indices: Tensor, epoch: int, images: Tensor
@@ -218,7 +247,7 @@ class Augment:
         """(images / 255 - mean) / std as one multiplication and addition."""
         scale = tuple(1 / (255 * std) for std in self.std)
         shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
-        scale, shift = _constant(scale, images.device), _constant(shift, images.device)
+        scale, shift = constant(scale, images.device), constant(shift, images.device)
         images = images.to(torch.float32, copy=True)  # fresh memory costs more than the numbers
         return torch.addcmul(shift[:, None, None], images, scale[:, None, None], out=images)
 
@@ -230,8 +259,8 @@ class Augment:
         if self.kind == "none" or (self.kind == "flip" and self.no_flip):
             return images
         channels, height, width = images.shape[1:]
-        across = _pixels(width, images.device)
-        rows = _pixels(height, images.device) + first[:, :1]
+        across = pixels(width, images.device)
+        rows = pixels(height, images.device) + first[:, :1]
         columns = torch.where(mirrored, across.flip(0), across) + first[:, 1:]
         if self.kind == "crop":
             reach_rows, reach_columns = height // 8, width // 8
@@ -249,6 +278,8 @@ class Mirrors(Protocol):
     @property
     def kind(self) -> str: ...
     @property
+    def flip(self) -> float: ...
+    @property
     def no_flip(self) -> bool: ...
     @property
     def alternating_flip(self) -> bool: ...
@@ -262,7 +293,7 @@ def mirrored(rule: Mirrors, draw: Tensor, indices: Tensor, epoch: int) -> Tensor
         return torch.zeros_like(draw, dtype=torch.bool)
     if rule.alternating_flip:  # the coin is that of epoch 0 and turns over each epoch
         return (uniforms(rule.seed, 0, indices, 1, FLIP)[:, 0] < 0.5) ^ bool(epoch % 2)
-    return draw < 0.5
+    return draw < rule.flip
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -321,14 +352,14 @@ def cut_out(images: Tensor, corner: Tensor, side: int) -> Tensor:
     `corner` (n, 2) is its top and left; a part of it may lie outside the image.
     """
     height, width = images.shape[2:]
-    rows, columns = _inside(corner, corner + side, max(height, width)).unbind(1)
+    rows, columns = inside(corner, corner + side, max(height, width)).unbind(1)
     hole = rows[:, :height, None] & columns[:, None, :width]
     return images.masked_fill(hole[:, None], 0.0)
 
 
 def beta_quantile(chance: Tensor, alpha: float) -> Tensor:
     """The numbers below which Beta(alpha, alpha) falls with probability `chance`, as its draws."""
-    table = _constant(_beta_table(alpha), chance.device)
+    table = constant(_beta_table(alpha), chance.device)
     position = torch.minimum(chance, 1 - chance) * 2 * (len(table) - 1)
     below = position.long().clamp(max=len(table) - 2)
     lower_half = torch.lerp(table[below], table[below + 1], position - below) ** (1 / alpha)
@@ -353,19 +384,8 @@ def _beta_table(alpha: float, size: int = 2048) -> tuple[float, ...]:
 
 
 @functools.cache
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Plain numbers as a float32 tensor, copied once: each copy would make the host wait."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _pixels(side: int, device: torch.device) -> Tensor:
-    return torch.arange(side, device=device)
-
-
-@functools.cache
 def _centres(side: int, device: torch.device) -> Tensor:
-    return _pixels(side, device) + 0.5
+    return pixels(side, device) + 0.5
 
 
 @functools.cache
@@ -407,9 +427,3 @@ def _reflected(places: Tensor, side: int) -> Tensor:
 def _start(draw: Tensor, length: Tensor | int, side: int) -> Tensor:
     """Where an interval of `length` pixels begins that lies around a random pixel of an axis."""
     return (draw * side).floor() - length // 2
-
-
-def _inside(start: Tensor, end: Tensor, side: int) -> Tensor:  # bool (..., side)
-    """Which pixels of an axis are at least `start` and before `end`."""
-    pixel = _pixels(side, start.device)
-    return (pixel >= start[..., None]) & (pixel < end[..., None])

@@ -43,7 +43,8 @@ class Cuts:
     else scales it first: `resize` "crop" so that the shorter side is `eval_resize` (in training
     image_size / 0.875), "squash" to a square whatever its shape, "pad" so that the longer side fits
     and the rest is filled. Then a window of the output's size is seen: the middle one, at random
-    for "crop", up to two pixels off the middle for "translate". All but "none" mirror, see Augment.
+    for "crop", up to two pixels off the middle for "translate". All but "none" mirror with the
+    probability `flip`, see Augment.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Cuts:
     eval_resize: int
     resize: str
     seed: int
+    flip: float = 0.5
     no_flip: bool = False
     alternating_flip: bool = False
 

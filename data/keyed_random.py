@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # One stream per purpose: draws of different streams never share a counter.
-AUGMENT, FLIP, MIX, ORDER, SPLIT, SAMPLE = range(6)
+AUGMENT, FLIP, MIX, ORDER, SPLIT, SAMPLE, POLICY = range(7)
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF

@@ -9,7 +9,6 @@ from data.augment import (
     CROP_AREA,
     CROP_RATIO,
     CROP_TRIES,
-    KINDS,
     Augment,
     beta_quantile,
     cut_out,
@@ -18,6 +17,7 @@ from data.augment import (
     resized_crop,
 )
 from data.keyed_random import uniforms
+from data.policy import KINDS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 RAW = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # so that outputs are pixel values 0..255
@@ -34,9 +34,9 @@ def pixels(augmented: torch.Tensor) -> torch.Tensor:
     return augmented.round().to(torch.uint8)
 
 
-ALL_OPTIONS = [{"kind": kind, "cutout": 8} for kind in KINDS] + [
-    {"kind": "crop", "alternating_flip": True},
-    {"kind": "crop", "image_size": 48},
+ALL_OPTIONS = [{"policy": kind, "cutout": 8} for kind in KINDS] + [
+    {"policy": "crop", "alternating_flip": True},
+    {"policy": "crop", "image_size": 48},
 ]
 
 
@@ -49,7 +49,7 @@ def test_an_augmented_image_depends_neither_on_its_batch_nor_on_its_place(option
     some = torch.tensor([9, 2, 15])
     apart = augment.train(images[some], indices[some], epoch=4)
     torch.testing.assert_close(apart, together[some], rtol=0, atol=1e-5)
-    if options["kind"] != "none":
+    if options["policy"] != "none":
         assert not torch.allclose(together, augment.train(images, indices, epoch=5))
 
 
@@ -80,8 +80,8 @@ def test_the_features_of_a_regression_pass_through_unchanged():
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with refused("unknown-augmentation", match="known: none, flip, crop"):
-        Augment("blur", 32, MEAN, STD, 0)
+    with refused("unknown-augmentation", match="known: none, crop, resized_crop"):
+        Augment("blurr", 32, MEAN, STD, 0)
 
 
 def test_flip_mirrors_about_half_of_the_images_and_changes_nothing_else():

@@ -195,7 +195,8 @@ def test_every_field_has_a_flag_and_every_recipe_only_fields_and_possible_values
         ("--checkpoint-every 0", "must be at least 1 step"),
         ("--shards 0", "must be auto or a whole number from 1"),
         ("--shards two", "must be auto or a whole number from 1"),
-        ("--mixup 1 --cutmix 1", "choose one of them"),
+        ("--augment crop|flp", "'flp' is not a step .did you mean flip"),
+        ("--augment crop|flip(0.2) --alternating-flip", "write flip without a probability"),
         ("alexnet", "alexnet: not an option; every option starts with --"),
         ("--config nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("--model nowhere.py:Net", "nowhere.py"),
@@ -215,7 +216,7 @@ def test_all_problems_are_reported_together(tmp_path):
     assert any("sead: no such setting (did you mean seed?)" in line for line in lines)
     assert any("epochs 'many': must be a whole number" in line for line in lines)
     with pytest.raises(UserError) as caught:
-        parse(["--shards", "x", "--max-time", "soon", "--mixup", "1", "--cutmix", "1"])
+        parse(["--shards", "x", "--max-time", "soon", "--checkpoint-every", "often"])
     assert len(str(caught.value).splitlines()) == 3
 
 

@@ -15,10 +15,12 @@ from torch import nn
 from bench import launches
 from bench.launches import Launches, count, fake_gpu
 from config import HINTS, TrainConfig
-from data.augment import CROP_TRIES, KINDS, Augment
+from data.augment import CROP_TRIES, Augment
 from data.keyed_random import permutation, uniforms
 from data.loaders import EVALUATION_BATCH, evaluation_batch
+from data.operators import OPERATORS
 from data.order import EvaluationBatchSampler, GlobalBatchSampler
+from data.policy import KINDS
 from distributed.shards import Guard, Shards, packed
 from distributed.stop import StopVote
 from optim import WeightAverage, build_optimizer
@@ -45,6 +47,14 @@ def speednet(device) -> nn.Module:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_augments_and_mixes_in_forty_operations(device, kind, mix):
     assert 0 < len(launches.augmenting(kind, device, **mix)) <= 40
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_step_of_a_policy_has_its_budget(device, name):
+    most = {"randaugment": 100, "trivialaugment": 64, "jitter": 58}.get(name, 14)
+    plain = launches.augmenting("crop", device, cutmix=1.0)
+    whole = launches.augmenting(f"crop|{name}", device, cutmix=1.0)
+    assert len(plain) < len(whole) <= len(plain) + most
 
 
 def test_loss_guard_and_average_are_few_operations(device, speednet):
@@ -112,7 +122,18 @@ STEP = {
     "train.py": {"train_step"},
     "training/learner.py": {"check_gradients", "inputs"},
     "distributed/shards.py": {"__call__", "check", "undo_buffers"},
-    "data/augment.py": {"train", "mix", "_move", "_rows", "resized_crop", "cut_out"},
+    "data/augment.py": {
+        "train",
+        "mix",
+        "_move",
+        "_rows",
+        "_cut",
+        "_changed",
+        "resized_crop",
+        "cut_out",
+    },
+    "data/operators.py": {"change", "_apply_changes", "_jitter", "affine", "colour", "levelled"}
+    | {"sharpen", "equalise", "hue", "blur", "_erase", "grey"},
     "optim.py": {"step", "_update", "_update_together", "orthogonal_stacks", "update"},
 }
 

@@ -587,13 +587,20 @@ def test_show_draws_pictures_of_all_classes_though_folders_lie_one_after_the_oth
     assert set(column) == {0, 50, 100, 150}
 
 
+def test_a_wrong_policy_is_shown_with_a_mark(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "--dataset", "digits", "--augment", "crop|blurr"]) == 2
+    assert "did you mean blur?" in (told := capsys.readouterr().err)
+    assert told.endswith("  crop|blurr\n       ^\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         ("show --dataset digits --image-size 0", "--image-size: 0: must be a whole number from 1"),
         ("show --dataset digits --image-size -3", "-3: must be a whole number from 1"),
         ("stats --dataset digits --seed x", "--seed: x: must be a whole number from 0"),
-        ("show --augment blur", "invalid choice: 'blur'"),
         ("stats --datset digits", "--datset digits; see python -m data --help"),
         ("sats", "choose from"),
         ("", "show|stats|list|prepare|check|cache"),

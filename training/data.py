@@ -27,6 +27,7 @@ from data.loaders import (
 )  # fmt: skip
 from data.order import GlobalBatchSampler
 from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
+from data.policy import parse_policy
 from data.sources import Source, limited, load_source
 from data.splits import SPLIT_FILE, divided
 from distributed import faults
@@ -204,13 +205,18 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
 
 
 def without_effect(config: TrainConfig, source: Source) -> list[str]:
-    """What to tell of settings that concern photographs, where the pictures are none."""
+    """What to tell of settings that change nothing for these data, or more than is meant."""
     names = ("resize", "eval_size", "eval_resize", "exclude", "decode_threads")
     asked = [n for n in names if getattr(config, n) != HINTS[n].default]
-    if isinstance(source.train, PhotoSet) or not asked:
-        return []
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-    return [f"no effect: {flags}; no picture has more than {SMALL} pixels a side, so none is cut"]
+    flags, notes = ", ".join(f"--{name.replace('_', '-')}" for name in asked), []
+    if asked and not isinstance(source.train, PhotoSet):
+        why = f"no picture has more than {SMALL} pixels a side, so none is cut"
+        notes.append(f"no effect: {flags}; {why}")
+    if source.no_flip and "flip" in config.augment and config.augment != TrainConfig.augment:
+        notes.append(f"no effect: flips; mirrored images of {source.name} are other things")
+    if config.plain_epochs >= config.epochs:
+        notes.append(f"--plain-epochs {config.plain_epochs}: images are only cut and mirrored")
+    return notes
 
 
 def watch_damage(photos: Photos, config: TrainConfig, world: World) -> None:
@@ -282,9 +288,9 @@ def build_data(
     augment = Augment(
         config.augment, config.image_size, source.mean, source.std, config.seed,
         cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
-        alternating_flip=config.alternating_flip, no_flip=source.no_flip,
+        alternating_flip=config.alternating_flip, no_flip=source.no_flip or not config.flip,
         tta=config.tta, samples=len(train) if device.type != "cpu" and not sampler.balance else 0,
-        cut=decoding is not None,
+        cut=decoding is not None, until=config.epochs - config.plain_epochs,
     )  # fmt: skip
     test_loaders = {
         split: build_test_loader(images, test_batch, device, decoding)
@@ -298,10 +304,11 @@ def cutting(config: TrainConfig, source: Source, device: torch.device) -> Decodi
     if not isinstance(source.train, PhotoSet):
         return None
     eval_size = config.eval_size or config.image_size
+    policy = parse_policy(config.augment)
     cuts = Cuts(
-        config.augment, config.image_size, eval_size,
+        policy.kind, config.image_size, eval_size,
         config.eval_resize or default_resize(eval_size), config.resize, config.seed,
-        source.no_flip, config.alternating_flip,
+        policy.flip, source.no_flip or not config.flip, config.alternating_flip,
     )  # fmt: skip
     threads = config.decode_threads or torch.get_num_threads()
     return decoding_of(cuts, source.mean, threads, device)

@@ -160,10 +160,9 @@ def doubts(config: TrainConfig, schedule: Schedule, progress: Progress, bound: b
             f"{total / schedule.steps_per_epoch:.3g} that are asked for: nothing is trained"
         )
     now = schedule.lr(progress.step, progress.drops)
-    rises = config.schedule == "cosine_restarts"
-    if not rises and 0 < progress.step < schedule.last_step and 0 < 1.5 * progress.lr < now:
-        warm = seen <= schedule.warmup_steps
-        if not warm:
+    if 0 < progress.step < schedule.last_step and 0 < 1.5 * progress.lr < now:
+        rises = schedule.shape in ("one_cycle", "cosine_restarts")  # by its own design
+        if not rises and seen > schedule.warmup_steps:
             found.append(
                 f"the learning rate jumps up from {progress.lr:.3g} to {now:.3g}: the schedule is "
                 f"now that of a run of {schedule.epochs} epochs; a new run with --weights and a "
