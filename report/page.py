@@ -184,9 +184,8 @@ def facts(files: Files) -> Markup:
     rows = [("model", config.get("model")), ("data", config.get("dataset"))]
     evaluations = [told for row in files.rows if (told := named(files, row))]
     rows += [("last evaluation", ", ".join(word for _, word in told)) for told in evaluations[-1:]]
-    row = files.best[0]
-    also = [(m, row.get(f"test/{m.key}")) for m in files.metrics if m.has("end")]
-    rows.append(("also, at the best", ", ".join(m.named(v) for m, v in also if is_number(v))))
+    also = [(m, files.best[0].get(f"test/{m.key}")) for m in files.metrics if m.has("end")]
+    rows += [(f"{m.title}, at the best", m.show(value)) for m, value in also if is_number(value)]
     rows.append(("epoch", f"{last['epoch']} of {config.get('epochs')}" if last else ""))
     rows.append(("steps", f"{ended.get('step') or last.get('step', 0):,}"))
     if is_number(ended.get("seconds")):

@@ -115,7 +115,7 @@ def test_a_run_shows_its_scores_and_chooses_by_one(nets):
     assert sum(summary["calibration"]["images"]) == 300
     made = page.build(nets / "scored")
     assert 'aria-label="right by confidence over the confidences' in made
-    assert "AUROC 0." in made and ">F1<" in made
+    assert "AUROC, at the best</dt><dd>0." in made and ">F1<" in made
     done = train([*flags, "--select", "r2", "--run-dir", "refused"], nets)
     assert done.status == 2 and "--select r2" in done.out
 
