@@ -228,7 +228,7 @@ def calibration(files: Files) -> Markup | str:
     bins = zip(told["images"], told["right"], told["sure"], strict=True)
     points = [(sure / images, right / images) for images, right, sure in bins if images]
     exact = [(0.0, 0.0), (1.0, 1.0)]
-    lines = {"test/right": [(round(x, 3), y) for x, y in points], "lr/exact": exact}
+    lines = {"test/right": [(round(x, 3), y) for x, y in points], "exact": exact}
     note = "The part of the test images that is right, by how sure the answer was, in 15 bins"
     drawn = chart("right by confidence", lines, lambda v: f"{100 * v:.4g} %", axis="confidence")
     return PARTS.note(f"{note}. On the line, confidences can be believed.") + PARTS.charts([drawn])
