@@ -46,8 +46,8 @@ def finish(
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         if not reason and schedule.gave_up(progress):
-            best = learner.task.best.title
-            reason = f"no better {best} in {schedule.patience} evaluations (--patience)"
+            best, count = learner.task.best.title, schedule.patience
+            reason = f"no better {best} for {count} evaluation{'s' * (count > 1)} (--patience)"
         elif code == FINISHED and schedule.stops_early:
             reason = f"{panels.STOP_AFTER} {schedule.last_step}"
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)

@@ -302,8 +302,8 @@ class Logbook(contextlib.AbstractContextManager):
             self.epoch_loss,
         )  # fmt: skip
         if falls:
-            rate = schedule.lr(progress.step, progress.drops)
-            words = f"no better {task.best.title} in {schedule.plateau} evaluations"
+            rate, count = schedule.lr(progress.step, progress.drops), schedule.plateau
+            words = f"no better {task.best.title} for {count} evaluation{'s' * (count > 1)}"
             self.screen.show(f"{words}: the learning rate falls to {rate:.3g}")
         return better
 
