@@ -95,9 +95,9 @@ class Criterion(nn.Module):
         rows = [("loss", self.name)] if self.name != "cross_entropy" else []
         if self.units is not None:
             weights = (self.units.double() * WEIGHT_UNIT).tolist()
-            named = [f"{name} {w:.3g}" for name, w in zip(classes, weights, strict=True)]
+            named = [f"{name} ({w:.3g})" for name, w in zip(classes, weights, strict=True)]
             low, high = (named[weights.index(of(weights))] for of in (min, max))
-            shown = f"{', '.join(named)}: " if len(named) <= MOST_NAMED else ""
+            shown = f"{', '.join(named)}; " if len(named) <= MOST_NAMED else ""
             rows.append(("class weights", f"{shown}smallest {low}, largest {high}"))
         return rows
 

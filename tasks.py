@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.confusion import MOST, WHOLE, totals
+import scores
+from common.confusion import MOST, WHOLE, precisions, totals
 from common.metric import Metric
 from common.text import counted
 from losses import Criterion
@@ -146,13 +147,35 @@ class Classification(Task):
             key="accuracy", title="accuracy", format=".2%", higher_is_better=True,
             shown=("line", "best", "chart"),
         ),
-        Metric(key="top5", title="top 5", format=".2%", higher_is_better=True, shown=()),
+        Metric(
+            key="top5", title="top 5", format=".2%", higher_is_better=True, shown=("best", "end")
+        ),
         Metric(
             key="balanced_accuracy", title="balanced accuracy", format=".2%",
-            higher_is_better=True, shown=("best",),
+            higher_is_better=True, shown=("best", "end"),
         ),
+        Metric(
+            key="macro_precision", title="macro precision", higher_is_better=True, shown=("end",)
+        ),
+        Metric(key="macro_f1", title="macro F1", higher_is_better=True, shown=("best", "end")),
+        Metric(key="auroc", title="AUROC", higher_is_better=True, shown=("best", "end")),
+        Metric(key="ece", title="calibration error", shown=("best", "end")),
     )  # fmt: skip
     best_is = right_is = "accuracy"
+
+    def __init__(
+        self, num_classes: int = 1, label_smoothing: float = 0.0, auxiliary: float = 0.3,
+        criterion: Criterion | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(num_classes, label_smoothing, auxiliary, criterion)
+        said = {"top5": num_classes >= 5, "auroc": scores.ranks(num_classes)}
+        self.metrics = tuple(m for m in type(self).metrics if said.get(m.key, True))
+
+    @property
+    def _places(self) -> slice:
+        """Those of the counters that tell of each class."""
+        cells = self.num_classes if self.num_classes <= MOST else 3
+        return slice(4, 4 + self.num_classes * cells)
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
@@ -172,13 +195,13 @@ class Classification(Task):
         return (logits.argmax(1) == labels).sum()
 
     def new_counts(self, device: torch.device) -> Tensor:
-        """Integer counters: [loss units, top-1, top-5, images, confusion...], see `count`.
+        """Integer counters: [loss units, top-1, top-5, images, confusion..., those of scores.py].
 
         Of more than MOST classes the images, answers and right answers of each, instead of the
         confusion matrix.
         """
-        cells = self.num_classes if self.num_classes <= MOST else 3
-        return torch.zeros(4 + self.num_classes * cells, dtype=torch.int64, device=device)
+        size = self._places.stop + scores.new_counts(self.num_classes)
+        return torch.zeros(size, dtype=torch.int64, device=device)
 
     def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Answers:
         logits = split_outputs(outputs)[0].float()
@@ -196,8 +219,9 @@ class Classification(Task):
         found = torch.stack([units, rank == 0, rank < 5, weights]) * weights
         counts[:4].add_(found.sum(1))
         answers = Answers(predicted, chances.gather(1, predicted[:, None])[:, 0].exp())
+        scores.count(counts[self._places.stop :], chances, labels, rank == 0, weights)
         if self.num_classes > MOST:
-            images, given, right = counts[4:].view(3, self.num_classes)
+            images, given, right = counts[self._places].view(3, self.num_classes)
             images.scatter_add_(0, labels, weights)
             given.scatter_add_(0, predicted, weights)
             right.scatter_add_(0, labels, weights * (predicted == labels))
@@ -212,21 +236,25 @@ class Classification(Task):
     def results(self, counts: Tensor) -> dict:
         """The metrics, and what is known of each class: see MOST."""
         loss, top1, top5, images = counts[:4].tolist()
-        found, size = {}, self.num_classes
+        found, size, places = {}, self.num_classes, counts[self._places]
         if size > MOST:
-            there, answers, right = counts[4:].view(3, size).tolist()
+            there, answers, right = places.view(3, size).tolist()
             found["per_class"] = {"images": there, "answers": answers, "right": right}
         elif size > WHOLE:
-            cells = counts[4:].nonzero().flatten()
-            numbers = counts[4:][cells].tolist()
+            cells = places.nonzero().flatten()
+            numbers = places[cells].tolist()
             found["confusion"] = {"classes": size, "cells": cells.tolist(), "counts": numbers}
         else:
-            found["confusion"] = counts[4:].view(size, size).tolist()
+            found["confusion"] = places.view(size, size).tolist()
+        found |= scores.results(counts[self._places.stop :], size)
+        precision, f1 = precisions(found)
         return {
             "loss": loss * LOSS_UNIT / images,
             "accuracy": top1 / images,
             "top5": top5 / images,
             "balanced_accuracy": balanced_accuracy(found),
+            "macro_precision": sum(precision) / max(1, len(precision)),
+            "macro_f1": sum(f1) / max(1, len(f1)),
             "images": images,
             **found,
         }

@@ -93,7 +93,7 @@ def train_one_epoch(
     for batch in observer.batches(batches):  # this process's slice of the global batch
         set_lr(learner.optimizer, schedule.lr(progress.step, progress.drops))
         train_step(learner, data, batch, progress.step, schedule.place(progress.step)[0])
-        progress.count_step(schedule.lr(progress.step))
+        progress.count_step(schedule.lr(progress.step, progress.drops))
         log.step(schedule, progress)
         if schedule.logs(progress.step) or world.stop.row_agreed:
             with observer.phase("row"):

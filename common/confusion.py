@@ -18,6 +18,14 @@ def dense(confusion: list[list[int]] | dict) -> list[list[int]]:
     return matrix
 
 
+def precisions(results: dict) -> tuple[list[float], list[float]]:
+    """Precision and F1 of each class that has images; 0 where nothing was taken for it."""
+    images, answers, right = totals(results)
+    there = [c for c in zip(images, answers, right, strict=True) if c[0]]
+    precision = [hits / max(1, answered) for _, answered, hits in there]
+    return precision, [2 * hits / (count + answered) for count, answered, hits in there]
+
+
 def totals(results: dict) -> tuple[list[int], list[int], list[int]]:
     """Of each class the images, the answers and the right answers; empty where nobody counted."""
     if "per_class" in results:

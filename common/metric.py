@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Where a metric may be shown: on an epoch's line, there with its best so far, in a chart.
-PLACES = frozenset({"line", "best", "chart"})
+# Where a metric may be shown: on an epoch's line, with its best so far, in a chart, at the end.
+PLACES = frozenset({"line", "best", "chart", "end"})
 
 
 @dataclass(frozen=True, kw_only=True)

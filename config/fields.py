@@ -182,7 +182,10 @@ class TrainConfig:
     select: str = setting(
         "auto", "the metric that chooses the best epoch (auto: accuracy; of a regression, loss)",
         group="images",
-        choices=("auto", "accuracy", "balanced_accuracy", "top5", "loss", "r2"),
+        choices=(
+            "auto", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece", "loss",
+            "r2",
+        ),
     )  # fmt: skip
     limit: int = setting(
         0, "use only so many training and test images; 0: all", group="images", low=0
@@ -286,7 +289,8 @@ SWITCH_WORDS = {"yes": True, "on": True, "no": False, "off": False}  # as YAML 1
 # What other programs call it, and what it is here. Names are without --, with _.
 MEANT = {
     "pretrained": "type --weights imagenet, or a file of weights",
-    "early_stopping": "type --patience and the evaluations without a better value",
+    "early_stopping": "type --patience N",
+    "criterion": "type --loss",
     "scheduler": "type --schedule",
     "learning_rate": "type --lr",
     "wd": "type --weight-decay",

@@ -24,7 +24,7 @@ from models.own_file import (
     refuse_foreign_code,
 )
 
-SHARES = ("accuracy", "balanced_accuracy", "top5")  # of images: more is better
+OF_CLASSES = ("accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece")
 __version__ = "0.1.0"
 
 
@@ -274,7 +274,7 @@ def check(settings: Settings) -> None:
         problems.append(error)
     if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
         wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
-    known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *SHARES)
+    known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *OF_CLASSES)
     if c.select not in known:
         wrong(f"--select {c.select}: {c.model} is for {entry.task}: {', '.join(known)}")
     if settings.actions.fresh and settings.actions.resume:

@@ -476,8 +476,8 @@ def what_must_agree(settings: Settings) -> dict[str, str]:
 
 # What decides the numbers of a run: folders, or files of that name.
 ROOMS = (
-    "train", "tasks", "losses", "optim", "optimizers", "common", "config", "data", "distributed",
-    "models", "training",
+    "train", "tasks", "losses", "optim", "optimizers", "scores", "common", "config", "data",
+    "distributed", "models", "training",
 )  # fmt: skip
 
 

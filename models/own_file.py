@@ -25,7 +25,8 @@ CODE = "code"  # in a run folder: the files of an own model
 MOST_KEPT = 1_000_000  # bytes of them
 OURS = {
     "__main__", "bench", "common", "config", "data", "distributed", "errors", "launch", "losses",
-    "models", "optim", "optimizers", "predict", "report", "tasks", "tests", "train", "training",
+    "models", "optim", "optimizers", "predict", "report", "scores", "tasks", "tests",
+    "train", "training",
 }  # fmt: skip
 # What a class must be, by the flag that names it.
 BASES = {"--model": "nn.Module", "--loss": "nn.Module", "--optimizer": "torch.optim.Optimizer"}

@@ -42,8 +42,12 @@ def chart(
     lines: dict[str, list[Point]],
     show: Callable[[float], str] = short,
     best: Point | None = None,
+    axis: str = "step",
 ) -> Markup | str:
-    """Curves over the steps as inline SVG; `show` writes a value, `best` is a point to ring."""
+    """Curves over the steps as inline SVG; `show` writes a value, `best` is a point to ring.
+
+    axis is what lies below, where it is not the steps.
+    """
     title = str(escape(printable(title)))  # titles and names may be those of a file
     lines = {escape(printable(name)): thinned(points) for name, points in lines.items() if points}
     if not lines:
@@ -67,11 +71,11 @@ def chart(
         x = at(mark, low)[0]
         drawn += f'<path class="tick" d="M{x} {bottom}v5"/>'
         drawn += f'<text class="mid" x="{x}" y="{bottom + 19}">{short(mark)}</text>'
-    drawn += f'<text class="end" x="{right}" y="{bottom + 36}">step</text>'
+    drawn += f'<text class="end" x="{right}" y="{bottom + 36}">{axis}</text>'
 
     def dot(kind: str, x: float, y: float, radius: float) -> str:
         place = 'cx="{}" cy="{}"'.format(*at(x, y))
-        said = f"<title>{kind} {show(y)} at step {x:,}</title>"  # shown under the mouse
+        said = f"<title>{kind} {show(y)} at {axis} {x:,}</title>"  # shown under the mouse
         return f'<circle class="{kind}" {place} r="{radius}">{said}</circle>'
 
     for name, points in lines.items():
@@ -85,6 +89,6 @@ def chart(
     if best:
         drawn, names = drawn + dot("best", *best, 6), [*names, "best"]
     keys = "".join(f'<span class="key {name.partition("/")[0]}">{name}</span>' for name in names)
-    label = f"{title} over the steps: {'; '.join(described)}"
+    label = f"{title} over the {axis}s: {'; '.join(described)}"
     svg = f'<svg viewBox="0 0 420 246" role="img" aria-label="{label}">{drawn}</svg>'
     return Markup(f"<figure>{svg}<figcaption>{keys}</figcaption></figure>")

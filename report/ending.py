@@ -48,8 +48,8 @@ def finish(
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         if not reason and schedule.gave_up(progress):
-            best = learner.task.best.title
-            reason = f"no better {best} in {schedule.patience} evaluations (--patience)"
+            best, count = learner.task.best.title, schedule.patience
+            reason = f"no better {best} for {count} evaluation{'s' * (count > 1)} (--patience)"
         elif code == FINISHED and schedule.stops_early:
             reason = f"{panels.STOP_AFTER} {schedule.last_step}"
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)
@@ -66,7 +66,7 @@ def _write(
     assert log.folder is not None
     folder, plan, screen = log.folder.folder, log.plan, log.screen
     status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]
-    status = "stopped" if reason and code == FINISHED else status
+    status = "stopped" if reason.startswith(panels.STOP_AFTER) else status
     if problem := checkpoints.save_weights(LAST, learner, progress):
         screen.warn(problem)
     if problem := checkpoints.write_waiting() or log.folder.write_rows():

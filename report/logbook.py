@@ -263,11 +263,11 @@ class Logbook(contextlib.AbstractContextManager):
             return
         there = progress.step + int((deadline - time.monotonic()) / per_step)
         if there < schedule.last_step:
-            limit = self.plan.config.max_time
+            limit, rate = self.plan.config.max_time, schedule.lr(there, progress.drops)
             self.screen.warn_once({"time limit": (
                 f"--max-time {limit} will stop the run near step {max(there, progress.step)} of "
-                f"{schedule.last_step}, at a learning rate of {schedule.lr(there):.3g}, which is "
-                "that of the whole run: it can go on later"
+                f"{schedule.last_step}, at a learning rate of {rate:.3g}, which is that of the "
+                "whole run: it can go on later"
             )})  # fmt: skip
 
     @contextlib.contextmanager
@@ -305,8 +305,8 @@ class Logbook(contextlib.AbstractContextManager):
             self._epoch_means(),
         )  # fmt: skip
         if falls:
-            rate = schedule.lr(progress.step, progress.drops)
-            words = f"no better {task.best.title} in {schedule.plateau} evaluations"
+            rate, count = schedule.lr(progress.step, progress.drops), schedule.plateau
+            words = f"no better {task.best.title} for {count} evaluation{'s' * (count > 1)}"
             self.screen.show(f"{words}: the learning rate falls to {rate:.3g}")
         return better
 

@@ -184,6 +184,8 @@ def facts(files: Files) -> Markup:
     rows = [("model", config.get("model")), ("data", config.get("dataset"))]
     evaluations = [told for row in files.rows if (told := named(files, row))]
     rows += [("last evaluation", ", ".join(word for _, word in told)) for told in evaluations[-1:]]
+    also = [(m, files.best[0].get(f"test/{m.key}")) for m in files.metrics if m.has("end")]
+    rows += [(f"{m.title}, at the best", m.show(value)) for m, value in also if is_number(value)]
     rows.append(("epoch", f"{last['epoch']} of {config.get('epochs')}" if last else ""))
     rows.append(("steps", f"{ended.get('step') or last.get('step', 0):,}"))
     if is_number(ended.get("seconds")):
@@ -216,6 +218,20 @@ def curves(files: Files) -> Markup:
         raise ValueError("no row holds a number")
     fit = picture(files.folder / "line.png", "the points, and the line that was learned")
     return PARTS.charts([*drawn, fit])
+
+
+def calibration(files: Files) -> Markup | str:
+    """How often answers are right, by how sure they are."""
+    told = files.summary.get("calibration")
+    if not told:
+        return ""
+    bins = zip(told["images"], told["right"], told["sure"], strict=True)
+    points = [(sure / images, right / images) for images, right, sure in bins if images]
+    exact = [(0.0, 0.0), (1.0, 1.0)]
+    lines = {"test/right": [(round(x, 3), y) for x, y in points], "exact": exact}
+    note = "The part of the test images that is right, by how sure the answer was, in 15 bins"
+    drawn = chart("right by confidence", lines, lambda v: f"{100 * v:.4g} %", axis="confidence")
+    return PARTS.note(f"{note}. On the line, confidences can be believed.") + PARTS.charts([drawn])
 
 
 def confusion(files: Files) -> Markup | str:
@@ -259,12 +275,13 @@ def per_class(files: Files) -> Markup | str:
         count, x = max(((n, -x) for x, n in enumerate(row) if x != y), default=(0, 0))
         bar = PARTS.bar(f"{100 * right / max(1, total):.1f}")
         parts = [percent(right / of) if of else "-" for of in (total, guessed[y])]
+        f1 = f"{2 * right / (total + guessed[y]):.3f}" if total + guessed[y] else "-"
         taken = f"{names[-x]} ({count})" if count else ""
-        rows.append([names[y], total, parts[0], bar, parts[1], taken])
-    head = ["class", "#images", "#accuracy", "", "#precision", "most often taken for"]
+        rows.append([names[y], total, parts[0], bar, parts[1], f1, taken])
+    head = ["class", "#images", "#accuracy", "", "#precision", "#F1", "most often taken for"]
     made = PARTS.table(head, rows) + PARTS.note(
         "Accuracy: how many images of the class were recognised. Precision: "
-        "how many of the images taken for the class belong to it."
+        "how many of the images taken for the class belong to it. F1: the harmonic mean of both."
     )
     return PARTS.folded(f"{len(rows)} classes", made) if len(rows) > MOST_NAMES else made
 
@@ -334,6 +351,7 @@ SECTIONS = [
     ("Curves", curves, "metrics.jsonl"),
     ("Confusion", confusion, "confusion.json or classes.json"),
     ("Classes", per_class, "confusion.json or classes.json"),
+    ("Calibration", calibration, "summary.json"),
     ("Mistakes", mistakes, "mistakes.png"),
     ("Lives", lives, "the list of lives in status.json"),
     ("Repeat", repeat, "command.sh"),

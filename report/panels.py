@@ -280,6 +280,8 @@ def write_summary(
     for prefix, found in (("test", last), ("best/test", best)):
         summary |= {f"{prefix}/{m.key}": found[m.key] for m in task.metrics if m.key in found}
     summary["test/images"] = last.get("images")
+    if "calibration" in best:
+        summary["calibration"] = best["calibration"]
     write_json(folder / "summary.json", summary)
     if "confusion" in best:  # a file of its own: a thousand classes are a million numbers
         about = {"split": "test", "step": progress.best_step, "epoch": progress.best_epoch}
@@ -313,6 +315,9 @@ def show_ending(
             screen.warn(missed)
         words = f"{metric.show(best[metric.key])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
+        also = [m.named(best[m.key]) for m in task.metrics if m.has("end") and m.key in best]
+        if also:
+            rows.append(("also", ", ".join(also)))
     elif best:
         rows.append(("test", ", ".join(m.named(last[m.key]) for m in on_line(task))))
     state = model.state_dict()  # what get_extra_state answers may be anything

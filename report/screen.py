@@ -168,13 +168,14 @@ class Report:
     # --- at the end -----------------------------------------------------------------------------
 
     def class_table(self, classes: list[str], confusion: list[list[int]], when: str = "") -> None:
-        """Accuracy per class and what each is most often taken for."""
+        """Accuracy, precision and F1 per class, and what each is most often taken for."""
         few = len(classes) <= MOST_CLASSES
         shown = "test images per class" if few else f"the {MOST_CLASSES} classes least often right"
         table = Table(title=f"{shown} {when}".strip(), title_justify="left")
         table.add_column("class")
-        for name in ("images", "right", "accuracy"):
+        for name in ("images", "right", "accuracy", "precision", "F1"):
             table.add_column(name, justify="right")
+        guessed = [sum(column) for column in zip(*confusion, strict=True)]
         table.add_column("most often taken for")
         lines = list(enumerate(confusion))
         if not few:
@@ -187,6 +188,8 @@ class Report:
             table.add_row(
                 Text(printable(classes[index])), str(total), str(right),
                 percent(right / total) if total else "-",
+                percent(right / guessed[index]) if guessed[index] else "-",
+                f"{2 * right / max(1, total + guessed[index]):.3f}",
                 Text(f"{printable(classes[taken[1]])} ({taken[0]})" if taken else ""),
             )  # fmt: skip
         self.show(table)

@@ -555,6 +555,7 @@ def test_words_that_yaml_turns_into_switches_mean_what_stands_there(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
+        ("--criterion", "--loss"), ("--early_stopping", "--patience"),
         ("--learning_rate", "--lr"), ("--device", "CUDA_VISIBLE_DEVICES"),
         ("--batchsize", "--batch-size"),
     ],

@@ -6,6 +6,7 @@ those of the undisturbed run on one, byte for byte.
 
 import pytest
 from launches import SMALL, rows, same_weights, train
+from safetensors.torch import load_file
 
 COMMON = [*SMALL, "--batch-size", "60", "--limit", "300", "--epochs", "3", "--shards", "2"]
 COMMON += ["--bitwise", "--checkpoint-every", "4", "--augment", "crop"]
@@ -71,3 +72,6 @@ def test_the_same_run_on_two_processes_one_of_which_is_killed(folder, way):
     assert done.status == 0 and "resumed" in done.out, done.out
     assert rows(folder / f"{way}-whole") == rows(folder / f"{way}-broken")
     assert same_weights(folder / f"{way}-whole", folder / f"{way}-broken") == []
+    if way == "schedule-free":  # evaluated with statistics of its own, of eight batches
+        kept = load_file(folder / f"{way}-broken" / "model.safetensors")
+        assert kept["body.1.num_batches_tracked"] == 8 and kept["body.1.running_mean"].any()

@@ -18,7 +18,7 @@ FLOORS = [
     {"errors"},
     {"common"},
     {"models", "data"},
-    {"config", "losses", "optimizers"},
+    {"config", "losses", "optimizers", "scores"},
     {"tasks", "optim", "distributed"},
     {"training"},
     {"report"},

@@ -66,7 +66,7 @@ def test_the_class_table_tells_accuracy_and_what_a_class_is_taken_for():
     made.class_table(["cat", "dog", "none"], [[8, 2, 0], [0, 5, 0], [0, 0, 0]])
     lines = file.getvalue().splitlines()
     cat = next(line for line in lines if "cat" in line)
-    assert re.search(r"cat\W+10\W+8\W+80.00 %\W+dog \(2\)", cat)
+    assert re.search(r"cat\W+10\W+8\W+80.00 %\W+100.00 %\W+0.889\W+dog \(2\)", cat)
     assert re.search(r"dog\W+5\W+5\W+100.00 %", file.getvalue())
     assert re.search(r"none\W+0\W+0\W+-", file.getvalue())
 

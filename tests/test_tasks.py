@@ -317,7 +317,8 @@ def test_classes_that_mirror_each_other_are_named_and_guessing_is_held_against_t
         names = ["up", "left", "right"]
         total = int(matrix.sum())
         counts = torch.tensor([int(1.2 * total / LOSS_UNIT), int(matrix.trace()), total, total])
-        return task.doubts(task.results(torch.cat([counts, matrix.flatten()])), names)
+        rest = task.new_counts("cpu")[4 + matrix.numel() :]
+        return task.doubts(task.results(torch.cat([counts, matrix.flatten(), rest])), names)
 
     found = doubts([[30, 0, 0], [1, 14, 15], [0, 16, 14]])
     assert "left and right are taken for each other" in found["mirror"]

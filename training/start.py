@@ -70,6 +70,12 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     criterion = _build_criterion(plan, data).to(world.device)
     task = build_task(data.source.task, num_classes, config.label_smoothing, model, criterion)
     if config.select != "auto":
+        if config.select not in (known := [m.key for m in task.metrics]):
+            raise UserError(
+                f"--select {config.select}: not counted of {num_classes} classes; these are: "
+                f"{', '.join(known)}",
+                code="select-not-counted",
+            )
         task.best_is = config.select
     layout = torch.channels_last if entry.channels_last else torch.contiguous_format
     model = model.to(world.device).to(memory_format=layout)
