@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launches import SMALL, rows, same_weights, train
+from launches import SMALL, losses, rows, same_weights, train
 from PIL import Image
 from refusals import refused
 from torch.nn.functional import interpolate
@@ -337,3 +337,20 @@ def test_a_policy_is_the_same_run_on_two_processes_and_after_a_kill(nets, name, 
     shards = [read(tmp_path / f"{folder}-record")[0] for folder in ("one", "two")]
     one, two = ({k: (row["indices"], row["pixels"]) for k, row in s.items()} for s in shards)
     assert one == two and len(one) >= 20
+
+
+def test_steps_of_a_policy_last_as_long_as_the_run_however_its_length_was_said(nets):
+    """--max-steps may be more than --epochs, and what an epoch says of policies goes by both."""
+    words = ["--model", "plain.py:Net", "--dataset", "digits", "--image-size", "16", "--limit"]
+    words += ["64", "--batch-size", "64", "--threads", "1", "--no-plots", "--schedule", "constant"]
+    words += ["--augment", "crop|erase(1)", "--log-every", "1", "--eval-every", "20"]
+    found = {}
+    for name, more in {
+        "epochs": ["--epochs", "13"], "steps": ["--max-steps", "13"],
+        "plain": ["--max-steps", "13", "--plain-epochs", "2"],
+    }.items():  # fmt: skip
+        done = train([*words, *more, "--run-dir", f"length-{name}"], nets)
+        assert done.status == 0, done.out
+        found[name] = losses(nets / f"length-{name}")
+    assert len(found["steps"]) == 13 and found["steps"] == found["epochs"]
+    assert found["plain"][:11] == found["steps"][:11] and found["plain"][11] != found["steps"][11]

@@ -256,7 +256,7 @@ def without_effect(config: TrainConfig, source: Source) -> list[str]:
         notes.append(f"no effect: {flags}; {why}")
     if source.no_flip and "flip" in config.augment and config.augment != TrainConfig.augment:
         notes.append(f"no effect: flips; mirrored images of {source.name} are other things")
-    if config.plain_epochs >= config.epochs:
+    if config.plain_epochs >= config.epochs and not config.max_steps:
         notes.append(f"--plain-epochs {config.plain_epochs}: images are only cut and mirrored")
     return notes
 
@@ -338,7 +338,7 @@ def build_data(
         cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
         alternating_flip=config.alternating_flip, no_flip=source.no_flip or not config.flip,
         tta=config.tta, samples=len(train) if device.type != "cpu" and not sampler.balance else 0,
-        cut=decoding is not None, until=config.epochs - config.plain_epochs,
+        cut=decoding is not None,
     )  # fmt: skip
     test_loaders = {
         split: build_test_loader(images, test_batch, device, decoding)

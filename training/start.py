@@ -166,10 +166,13 @@ def plan_schedule(plan: Plan, data: Data, progress: Progress, world: World) -> S
     """How long the run is from where it stands, in the steps of its present batch."""
     steps, actions = data.sampler.steps_per_epoch, plan.actions
     progress.settle(data.batch.batch_size, steps)
-    return build_schedule(
+    schedule = build_schedule(
         plan.config, steps, actions.dry_run, world.stop.row_every is not None,
         ahead=progress.ahead, stop_after=actions.stop_after, epochs_bind=plan.both_lengths,
     )  # fmt: skip
+    if plan.config.plain_epochs:
+        data.augment.until = schedule.epochs - plan.config.plain_epochs
+    return schedule
 
 
 def agreed_facts(settings: Settings, data: Data, started: Started, world: World) -> dict[str, str]:
