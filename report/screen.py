@@ -103,7 +103,7 @@ class Report:
         """What will run: facts, then each setting that is no default, with its origin."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
-        table.add_column()
+        table.add_column(overflow="fold")  # a long path is broken, not cut
         for name, value in rows:
             table.add_row(Text(printable(name)), Text(printable(value)))
         if settings:
@@ -220,7 +220,7 @@ class Report:
         rows = [*rows, *(pair for pair in commands if pair not in below)]
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
-        table.add_column()
+        table.add_column(overflow="fold")
         for name, value in rows:
             table.add_row(Text(printable(name)), Text(printable(value)))
         style = "green" if good else "yellow"

@@ -401,7 +401,8 @@ def test_question_15_the_class_table_says_what_a_cat_is_taken_for():
         ["cat", "dog", "ship"], [[5, 4, 1], [3, 7, 0], [0, 0, 9]]
     )
     rows = [" ".join(line.replace("│", " ").split()) for line in screen.getvalue().splitlines()]
-    assert "cat 10 5 50.00 % dog (4)" in rows and "dog 10 7 70.00 % cat (3)" in rows
+    assert "cat 10 5 50.00 % 62.50 % 0.556 dog (4)" in rows
+    assert "dog 10 7 70.00 % 63.64 % 0.667 cat (3)" in rows
 
 
 def test_question_16_mean_and_std_are_those_of_the_training_images_for_all_three():

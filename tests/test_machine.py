@@ -76,7 +76,8 @@ def test_bf16_is_for_classification_on_a_gpu_and_not_for_regression(gpu):
 
 def test_a_saved_run_in_bf16_that_nobody_asked_for_is_told_where_the_device_has_none(monkeypatch):
     settings = Settings({"saved run": {"mixed_precision": "bf16", "model": "resnet18"}})
-    data = SimpleNamespace(source=SimpleNamespace(skipped=[], notes=()), cut_off=list)
+    source, sampler = SimpleNamespace(skipped=[], notes=()), SimpleNamespace(balance=None)
+    data = SimpleNamespace(source=source, sampler=sampler, cut_off=list)
     started = SimpleNamespace(trial=trial.Trial(0.0))
 
     def warned(device: str, **changed) -> bool:
