@@ -241,7 +241,8 @@ def show_evaluation(
         return STOPPED
     rows = []
     for split, found in results.items():
-        numbers = (f"{m.key} {found[m.key]:.6g}" for m in started.task.metrics)
+        ordered = sorted(started.task.metrics, key=lambda m: m.has("line"))  # what counts is last
+        numbers = (f"{m.key} {found[m.key]:.6g}" for m in ordered)
         rows.append((split, f"{counted(found['images'], 'image')}: {', '.join(numbers)}"))
     if "confusion" in results["test"]:
         screen.class_table(data.classes, dense(results["test"]["confusion"]))

@@ -23,7 +23,7 @@ from bench.preloaded import Interpreter, Launched
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = str(REPOSITORY / "train.py")
-TIMEOUT = 240.0  # a launch takes 5 to 17 s on two quiet cores
+TIMEOUT = 900.0  # a launch takes 5 to 17 s on two quiet cores, and a proof is a dozen of them
 CLEAN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCKSTEP_FAULT", "LOCKSTEP_RECORD")
 # A machine with GPUs runs the laws as one without: several processes, CPU numbers. SEEN is what
 # the tests marked gpu see again.
