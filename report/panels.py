@@ -232,6 +232,11 @@ def show_epoch(
         screen.warn_once({word: f"at epoch {epoch}, {text}" for word, text in doubts.items()})
 
 
+def in_full(found: dict, metrics: list[Metric]) -> str:
+    """`loss 0.35, accuracy 0.9`: in full, for who compares."""
+    return ", ".join(f"{metric.key} {found[metric.key]:.6g}" for metric in metrics)
+
+
 def show_evaluation(
     screen: Report, results: dict[str, dict] | None, plan: Plan, started: Started, data: Data,
     world: World,
@@ -241,9 +246,11 @@ def show_evaluation(
         return STOPPED
     rows = []
     for split, found in results.items():
-        ordered = sorted(started.task.metrics, key=lambda m: m.has("line"))  # what counts is last
-        numbers = (f"{m.key} {found[m.key]:.6g}" for m in ordered)
-        rows.append((split, f"{counted(found['images'], 'image')}: {', '.join(numbers)}"))
+        shown = on_line(started.task)
+        more = [metric for metric in started.task.metrics if metric not in shown]
+        if more:  # what counts is last, and on a line of its own
+            rows.append((f"more of {split}", in_full(found, more)))
+        rows.append((split, f"{counted(found['images'], 'image')}: {in_full(found, shown)}"))
     if "confusion" in results["test"]:
         screen.class_table(data.classes, dense(results["test"]["confusion"]))
     if world.is_main and plan.config.run_dir:

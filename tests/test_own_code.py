@@ -178,6 +178,7 @@ def test_a_run_is_predicted_evaluated_and_gone_on_with_by_its_own_code(tmp_path)
     assert shown and shown[0] in after.out and "r/code/net.py:Net" in after.out, after.out
     done = train([*words, "--epochs", "2"], mine)
     assert done.status == 2 and "code changed since this checkpoint: blocks.py" in done.out
+    assert "they are in r/code)" in done.out, done.out
     done = train([*words, "--epochs", "2", "--allow-change", "code"], mine)
     assert done.status == 0 and "no longer bit for bit" in " ".join(done.out.split()), done.out
     shutil.copytree(mine / "r", tmp_path / "else" / "r")

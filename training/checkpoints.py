@@ -191,7 +191,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             other = [n for n, value in files.items() if not holds(kept, {n: value})]
             raise UserError(
                 f"the code changed since this checkpoint: {', '.join(other) or 'other files'} of "
-                "this run; bring the old files back (they are in {kept}), start a "
+                f"this run; bring the old files back (they are in {kept}), start a "
                 "new run, or add --allow-change code",
                 code="other-code",
             )
