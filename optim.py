@@ -19,6 +19,7 @@ from optimizers import (
     RMSprop,
     ScheduleFreeAdamW,
     Waiting,
+    as_stored,
     build_own,
 )
 
@@ -226,13 +227,14 @@ class Muon(torch.optim.Optimizer):
                 dampening=0.0, nesterov=True, maximize=False,
             )  # fmt: skip
             return
-        # One long row of all filters as they lie in memory, equal shapes side by side.
+        # One long row of all filters as they lie in memory, equal shapes side by side: the columns
+        # of a filter's matrix may have any order, Muon turns them all alike.
         shapes = [(len(p), p[0].numel()) for p in parameters]
         order = sorted(range(len(shapes)), key=shapes.__getitem__)
         filters = [parameters[i] for i in order]
-        weights = [_as_stored(p, p).view(len(p), -1) for p in filters]
-        olds = [_as_stored(buffers[i], parameters[i]).view(shapes[i]) for i in order]
-        gradients = [_as_stored(p.grad, p) for p in filters if p.grad is not None]
+        weights = [as_stored(p, p).view(len(p), -1) for p in filters]
+        olds = [as_stored(buffers[i], parameters[i]).view(shapes[i]) for i in order]
+        gradients = [as_stored(p.grad, p) for p in filters if p.grad is not None]
         gradient = torch.cat([g.flatten() for g in gradients])
         weight = torch.cat([w.flatten() for w in weights])
         old = torch.cat([b.flatten() for b in olds])
@@ -255,15 +257,6 @@ class Muon(torch.optim.Optimizer):
         for mine, row in ((olds, momentum), (weights, moved)):
             parts = row.split([m.numel() for m in mine])
             torch._foreach_copy_(mine, [x.view_as(m) for x, m in zip(parts, mine, strict=True)])
-
-
-def _as_stored(tensor: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    """The axes in the order in which those of `filters` lie in memory: with channels last, last.
-
-    The columns of a filter's matrix may have any order: Muon turns them all alike.
-    """
-    channels_last = filters.ndim == 4 and not filters.is_contiguous()
-    return tensor.permute(0, 2, 3, 1) if channels_last else tensor
 
 
 def _stacks(row: torch.Tensor, matrices: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.own_file import load_own_class
+from models.state import as_real
 
 Row = dict[str, Tensor]  # what is kept beside the weights, by name
 
@@ -78,7 +79,7 @@ class InRows(torch.optim.Optimizer):
         gradients = _row([p.grad for p in parameters if p.grad is not None], parameters)
         kept = {name: _row([s[name] for s in states], parameters) for name in self.rows}
         kept |= {name: states[0][name] for name in self.numbers}
-        sizes = [_real(p).numel() for p in parameters]
+        sizes = [as_real(p).numel() for p in parameters]
         moved, now = self.update(weights, gradients, kept, group, sizes)
         if self.found_inf is not None:
             bad = self.found_inf > 0
@@ -91,22 +92,21 @@ class InRows(torch.optim.Optimizer):
             torch._foreach_copy_([s[name] for s in states], [now[name]] * len(states))
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def as_stored(tensor: Tensor, weight: Tensor) -> Tensor:
+    """The axes in the order in which those of the weight lie in memory: with channels last, last.
 
-
-def _as_stored(tensor: Tensor, weight: Tensor) -> Tensor:
-    """The axes in the order in which those of the weight lie in memory: then a row is no copy."""
+    Then a row is no copy. Complex numbers are pairs.
+    """
     channels_last = weight.ndim == 4 and not weight.is_contiguous()
-    return _real(tensor).movedim(1, 3) if channels_last else _real(tensor)
+    return as_real(tensor).movedim(1, 3) if channels_last else as_real(tensor)
 
 
 def _row(tensors: list[Tensor], weights: list[Tensor]) -> Tensor:
-    return torch.cat([_as_stored(t, w).flatten() for t, w in zip(tensors, weights, strict=True)])
+    return torch.cat([as_stored(t, w).flatten() for t, w in zip(tensors, weights, strict=True)])
 
 
 def _put(tensors: list[Tensor], row: Tensor, weights: list[Tensor]) -> None:
-    mine = [_as_stored(t, w) for t, w in zip(tensors, weights, strict=True)]
+    mine = [as_stored(t, w) for t, w in zip(tensors, weights, strict=True)]
     parts = row.split([m.numel() for m in mine])
     torch._foreach_copy_(mine, [part.view(m.shape) for part, m in zip(parts, mine, strict=True)])
 

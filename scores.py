@@ -66,9 +66,8 @@ def results(counts: Tensor, classes: int) -> dict:
         inside, outside = (nobody.scatter_add(0, of, part) for part in (mine, others))
         before = outside.cumsum(0) - outside  # those of the classes before
         below = others.cumsum(0) - others - before[of]
-        won = nobody.scatter_add(
-            0, of, mine * (2 * below + others)
-        ).tolist()  # a tie is half a pair
+        wins = mine * (2 * below + others)  # twice: a tie is half a pair
+        won = nobody.scatter_add(0, of, wins).tolist()
         pairs = (inside * outside).tolist()
         areas = [w / (2 * p) for w, p in zip(won, pairs, strict=True) if p]
         found["auroc"] = sum(areas) / len(areas) if areas else 0.5

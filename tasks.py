@@ -345,12 +345,12 @@ def _taken_for_each_other(results: dict) -> tuple[int, int] | None:
     matrix = results.get("confusion")
     if not isinstance(matrix, list):
         return None
-    for one, row in enumerate(matrix):
+    images = totals(results)[0]
+    for one, mine in enumerate(matrix):
         for other in range(one):
-            mine, theirs = row, matrix[other]
-            both = sum(mine) + sum(theirs)
+            theirs, both = matrix[other], images[one] + images[other]
             swapped, right = mine[other] + theirs[one], mine[one] + theirs[other]
-            each = min(mine[other] / max(1, sum(mine)), theirs[one] / max(1, sum(theirs)))
+            each = min(mine[other] / max(1, images[one]), theirs[one] / max(1, images[other]))
             if both >= 20 and each > 0.3 and swapped + right > 0.8 * both:
                 return other, one
     return None

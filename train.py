@@ -91,9 +91,9 @@ def train_one_epoch(
     log.open_epoch(schedule, progress)
     batches = world.watched(data.rest_of_epoch(*schedule.place(progress.step)), progress)
     for batch in observer.batches(batches):  # this process's slice of the global batch
-        set_lr(learner.optimizer, schedule.lr(progress.step, progress.drops))
+        set_lr(learner.optimizer, lr := schedule.lr(progress.step, progress.drops))
         train_step(learner, data, batch, progress.step, schedule.place(progress.step)[0])
-        progress.count_step(schedule.lr(progress.step, progress.drops))
+        progress.count_step(lr)
         log.step(schedule, progress)
         if schedule.logs(progress.step) or world.stop.row_agreed:
             with observer.phase("row"):

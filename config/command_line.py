@@ -11,6 +11,7 @@ from common.parser import Parser, need_packages
 from common.streams import steady_streams
 from common.text import did_you_mean
 from config.fields import (
+    DATA,
     DEBUG_PRESET,
     DEBUG_STEPS,
     GROUPS,
@@ -104,8 +105,9 @@ def parse(argv: list[str]) -> Settings:
         allowed = actions.allow_change
         if actions.eval_only:  # on any data; what concerned the run's own is not asked of others
             allowed += OTHER_DATA
-            if any(typed.get(name, saved.get(name)) != saved.get(name) for name in OTHER_DATA[:2]):
-                saved = {name: v for name, v in saved.items() if name not in OTHER_DATA[1:]}
+            if any(typed.get(name, saved.get(name)) != saved.get(name) for name in DATA):
+                own = set(OTHER_DATA) - {"dataset"}
+                saved = {name: value for name, value in saved.items() if name not in own}
         refuse_conflicts(typed, saved, folder, allowed)
         if typed.keys() & lengths:  # the length is what was typed last
             asked = {name: value for name, value in asked.items() if name not in lengths}

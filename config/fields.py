@@ -255,17 +255,9 @@ TAKEN_BY = {
     "eps": ("adamw", "nadamw", "lamb", "rmsprop", "schedule_free"),
 }
 # What a resumed run may change without being asked twice: length, placement and reporting.
-# What a run may be evaluated on beside its own data.
-OTHER_DATA = (
-    "dataset",
-    "data_dir",
-    "split",
-    "group_by",
-    "val_fraction",
-    "limit",
-    "exclude",
-    "stage",
-)
+# What names the data, and what else of them may differ where a run is evaluated on others.
+DATA = ("dataset", "data_dir")
+OTHER_DATA = (*DATA, "split", "group_by", "val_fraction", "limit", "exclude", "stage")
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
     | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select"}

@@ -150,9 +150,7 @@ def _whole_groups(labels: Tensor, groups: Tensor, order: Tensor, quotas: Tensor)
     left, kept, taken = quotas.clone(), table.sum(0), []
     for group in dict.fromkeys(groups[order].tolist()):
         row = table[group]
-        leaves = (
-            (kept - row > 0) | (row == 0)
-        ).all()  # each of its classes keeps some for training
+        leaves = ((kept - row > 0) | (row == 0)).all()  # some of each class, to train on
         nearer = (left - row).abs().sum() < left.abs().sum()
         if leaves and nearer:
             taken.append(group)

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import BatchPlan
 from distributed.generators import Generators
+from models.state import as_real
 
 
 def packed(tensors: list[Tensor]) -> dict[torch.dtype, Tensor]:
@@ -99,11 +100,6 @@ class Arrivals:
             handle.remove()
         self.nodes.clear()
         return max(self.counts, default=0) > 1
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs, in the same memory; any other tensor as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class ExactSum:

@@ -170,10 +170,8 @@ def _sources_of(name: str) -> dict[str, Path]:
                 continue
             if place not in found.values():
                 found[place.relative_to(path.parent).as_posix()] = place
-                package = (
-                    module_name if place.name == "__init__.py" else module_name.rpartition(".")[0]
-                )
-                todo.append((package, place))
+                is_package = place.name == "__init__.py"
+                todo.append((module_name if is_package else module_name.rpartition(".")[0], place))
     return dict(sorted(found.items()))
 
 

@@ -12,6 +12,11 @@ EXTRA = "_extra_state"  # torch's name for what get_extra_state returns
 Plain = Tensor | dict | list | tuple | str | float | int | bool | None
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs, in the same memory; any other tensor as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """state_dict with extra state as JSON in bytes, and the buffers that are not persistent."""
     found = {}

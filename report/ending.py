@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from common.text import counted
 from config import Settings, has_own_terminal
 from distributed.accelerator import leave
 from distributed.checkpoint import Progress
@@ -48,8 +49,8 @@ def finish(
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         if not reason and schedule.gave_up(progress):
-            best, count = learner.task.best.title, schedule.patience
-            reason = f"no better {best} for {count} evaluation{'s' * (count > 1)} (--patience)"
+            count = counted(schedule.patience, "evaluation")
+            reason = f"no better {learner.task.best.title} for {count} (--patience)"
         elif code == FINISHED and schedule.stops_early:
             reason = f"{panels.STOP_AFTER} {schedule.last_step}"
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from common.disk import Json
-from common.text import duration
+from common.text import counted, duration
 from config import restarted, to_json
 from distributed import faults
 from distributed.checkpoint import Progress, sweep
@@ -305,8 +305,8 @@ class Logbook(contextlib.AbstractContextManager):
             self._epoch_means(),
         )  # fmt: skip
         if falls:
-            rate, count = schedule.lr(progress.step, progress.drops), schedule.plateau
-            words = f"no better {task.best.title} for {count} evaluation{'s' * (count > 1)}"
+            rate = schedule.lr(progress.step, progress.drops)
+            words = f"no better {task.best.title} for {counted(schedule.plateau, 'evaluation')}"
             self.screen.show(f"{words}: the learning rate falls to {rate:.3g}")
         return better
 

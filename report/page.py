@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from common.confusion import dense
+from common.confusion import dense, totals
 from common.disk import parse_object, read_json, write_text
 from common.metric import Metric
 from common.text import duration, pasted, percent, printable
@@ -269,7 +269,7 @@ def per_class(files: Files) -> Markup | str:
     if not files.confusion and len(files.classes["classes"]) > MOST_NAMES:
         return ""
     (matrix, names), rows = files.matrix(), []
-    guessed = [sum(column) for column in zip(*matrix, strict=True)]
+    guessed = totals({"confusion": matrix})[1]
     for y, row in enumerate(matrix):
         right, total = row[y], sum(row)
         count, x = max(((n, -x) for x, n in enumerate(row) if x != y), default=(0, 0))

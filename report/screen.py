@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from common.confusion import totals
 from common.streams import lost_words
 from common.text import duration, percent, printable
 
@@ -175,7 +176,7 @@ class Report:
         table.add_column("class")
         for name in ("images", "right", "accuracy", "precision", "F1"):
             table.add_column(name, justify="right")
-        guessed = [sum(column) for column in zip(*confusion, strict=True)]
+        guessed = totals({"confusion": confusion})[1]
         table.add_column("most often taken for")
         lines = list(enumerate(confusion))
         if not few:

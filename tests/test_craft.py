@@ -7,6 +7,7 @@ those of the undisturbed run on one, byte for byte.
 import pytest
 from launches import SMALL, rows, same_weights, train
 from safetensors.torch import load_file
+from test_optim import OWN
 
 COMMON = [*SMALL, "--batch-size", "60", "--limit", "300", "--epochs", "3", "--shards", "2"]
 COMMON += ["--bitwise", "--checkpoint-every", "4", "--augment", "crop"]
@@ -34,27 +35,11 @@ class Each(nn.Module):
         return F.cross_entropy(logits, labels, reduction="none").sqrt()
 """
 
-OPTIMIZER = """
-import torch
-
-class Counts(torch.optim.Optimizer):
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "seen": 0})
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            group["seen"] += 1
-            for p in group["params"]:
-                state = self.state[p]
-                state["kept"] = state.get("kept", 1.0) * 0.9
-                p.sub_(p.grad, alpha=group["lr"] * (1 + 1 / group["seen"] + state["kept"]))
-"""
-
 
 @pytest.fixture
 def folder(nets):
     (nets / "my_loss.py").write_text(CODE)
-    (nets / "my_optim.py").write_text(OPTIMIZER)
+    (nets / "my_optim.py").write_text(OWN)
     return nets
 
 
