@@ -272,17 +272,21 @@ def refuse_too_large(image: "Image.Image") -> None:
 
 def decode(
     item: Item, most: int | None = None, levels: Levels | None = None,
-    clipped: list[int] | None = None,
+    clipped: list[int] | None = None, times: int = 1,
 ) -> np.ndarray:  # fmt: skip
     """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`.
 
     levels: of a picture of 16 bits; `clipped` gets how many of its values lie outside, if some do.
+    times: what the sides of a JPEG are divided by while it is decoded.
     """
     item = item.read() if isinstance(item, Part) else item
     with opened(item) as image:
         if most is not None and max(image.size) > most:
             raise Large
         refuse_too_large(image)
+        if times > 1:
+            width, height = image.size
+            image.draft(None, (width // times, height // times))
         image.load()
         return np.asarray(upright_rgb(image, levels, clipped))
 
