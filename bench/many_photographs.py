@@ -24,7 +24,7 @@ from PIL import Image
 
 from bench.measure import REPOSITORY, arguments_of, finish, table
 
-WIDTH, HEIGHT, CLASSES, TESTED = 300, 225, 100, 256
+WIDTH, HEIGHT, CLASSES, TESTED = 300, 225, 100, 128
 BASES = 400  # different pictures; each file beyond has a comment of its own, so other bytes
 RUN = [
     "--image-size", "224", "--augment", "resized_crop", "--bitwise", "--shards", "2", "--threads",
@@ -33,7 +33,7 @@ RUN = [
 
 
 def make(folder: Path, count: int) -> int:
-    """So many JPEGs of 300 x 225, of which 256 test; their bytes."""
+    """So many JPEGs of 300 x 225, of which 128 test; their bytes."""
     draw, bases, total = np.random.default_rng(0), [], 0
     for _ in range(BASES):
         coarse = draw.integers(0, 256, (HEIGHT // 12, WIDTH // 12, 3), dtype=np.uint8)
@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--model", default="torchvision:resnet18")
     parser.add_argument("--limit-gb", type=float, default=3.0)
     parser.add_argument("--folder", type=Path, help="where the photographs shall lie meanwhile")
     options = parser.parse_args()

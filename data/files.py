@@ -6,8 +6,7 @@ import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -17,6 +16,7 @@ import torch
 
 from common.cpus import cpus
 from common.text import printable
+from data.ahead import pool_of
 from data.image_set import Decoded, Levels, Reasons
 from data.keyed_random import SAMPLE, permutation
 from errors import UserError
@@ -103,8 +103,9 @@ def cannot_decode(problem: str) -> UserError:
 
 
 def decode_records(
-    records: Records, image_size: int | None, skip_bad: bool, levels: Levels | None = None
-) -> "Decoded | Scanned":
+    records: Records, image_size: int | None, skip_bad: bool, levels: Levels | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> "Decoded | Scanned":  # fmt: skip
     """The pictures of the records that can be read, with what belongs to each.
 
     Decoded where all of them are small; photographs are only looked at. levels: of pictures of 16
@@ -117,7 +118,7 @@ def decode_records(
     except Large:
         from data.scan import scan
 
-        return scan(records, skip_bad, levels)
+        return scan(records, skip_bad, levels, say)
     records = records.part(kept)
     return Decoded(
         images, records.labels, records.is_test, records.classes, skipped, records, levels,
@@ -132,7 +133,7 @@ def levels_of(records: Records) -> Levels | None:
     """
     places = [place for place, tests in enumerate(records.is_test) if not tests]
     chosen = permutation(0, 0, len(places), SAMPLE)[:SAMPLED].tolist() if places else []
-    with ThreadPoolExecutor(cpus()) as pool:
+    with pool_of(cpus()) as pool:
         found = pool.map(lambda place: _levels(records.items[places[place]]), chosen)
         known = [levels for levels in found if levels]
     return (min(low for low, _ in known), max(high for _, high in known)) if known else None
@@ -210,7 +211,7 @@ def decode_all(
 
     kept, arrays, skipped = [], [], []
     chunks = [range(i, min(i + 64, len(records.items))) for i in range(0, len(records.items), 64)]
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), pool_of(min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # odd metadata, not damaged pixels
         for chunk, results in zip(chunks, pool.map(attempt, chunks), strict=True):
@@ -221,7 +222,6 @@ def decode_all(
                     continue
                 reason = f"{records.names[index]}: {printable(result).rstrip('.')}"
                 if not skip_bad_images:
-                    pool.shutdown(wait=False, cancel_futures=True)
                     raise cannot_decode(reason)
                 skipped.append(reason)
     if not arrays:

@@ -201,7 +201,7 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
         split = config.run_dir  # what it named at the run's birth may have changed or gone
     card = world.main_decides(lambda: card_of_run(plan))
-    source = world.all_or_none(lambda: load_source(
+    source = world.all_or_none(world.stop.interruptible(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
         group_by=config.group_by, stage=config.stage,
@@ -209,7 +209,7 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
         levels=levels_in(card),
         say=say if world.is_main else print, before=_index_of_run(plan),
         excluded=excluded_names(config.exclude),
-    ))  # fmt: skip
+    )))  # fmt: skip
     if card:
         source = as_the_run_sees(source, card)
         plan = _cut_as_the_run(plan, source, card)

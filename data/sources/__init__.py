@@ -345,7 +345,7 @@ def build(
                 if not reached:
                     raise copy.refuse(why)
             records = hub.read_records(copy.where, wanted)
-        found = decode_records(records, image_size, skip_bad, levels)
+        found = decode_records(records, image_size, skip_bad, levels, say)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
     key = [*copy.key(None, skip_bad, wanted), levels]  # whatever the size
