@@ -77,6 +77,7 @@ def _write(
     if problem := checkpoints.write_waiting() or log.folder.write_rows():
         screen.warn(problem)
     skipped = learner.guard.report()["skipped"]
+    log.ledger.close()
     log.status()  # what this life has come to, for the summary and the page
     spent = goodput(log.folder.read_status().get("lives") or [])
     try:

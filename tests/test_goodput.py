@@ -73,6 +73,7 @@ def test_a_killed_and_resumed_run_tells_what_it_lost(tmp_path):
         assert spent[cause] > 0, cause
     parts = sum(seconds for cause, seconds in spent.items() if cause != "wall")
     assert parts == pytest.approx(spent["wall"], abs=0.01)
-    assert spent["wall"] <= lives[1]["until"] - lives[0]["born"] + 0.01
+    # The kernel tells a process's birth to a second or so.
+    assert spent["wall"] <= lives[1]["until"] - lives[0]["born"] + 1.5
     page = (tmp_path / "run/report.html").read_text()
     assert 'class="goodput"' in page and "steps made again after a kill" in page

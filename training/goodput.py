@@ -28,6 +28,7 @@ class Ledger:
         self.clock = clock
         self.born = psutil.Process().create_time() if own_process else clock()
         self.seconds: dict[str, float] = {}
+        self._closed: dict[str, Json] = {}
         self.step = 0  # after the latest one that a row tells of
 
     def begin_steps(self) -> None:
@@ -35,12 +36,18 @@ class Ledger:
         if "start" not in self.seconds:
             self.seconds["start"] = self.clock() - self.born - sum(self.seconds.values())
 
+    def close(self) -> None:
+        """What comes now, pictures and a page that tells of all this, is not counted."""
+        self._closed = self.entry()
+
     def charge(self, cause: str, seconds: float) -> None:
         """So many seconds were no step: one of LOST."""
         self.seconds[cause] = self.seconds.get(cause, 0.0) + seconds
 
     def entry(self) -> dict[str, Json]:
         """What status.json keeps of this life: its birth, its latest word and its step then."""
+        if self._closed:
+            return self._closed
         now, spent = self.clock(), dict(self.seconds)
         spent.setdefault("start", now - self.born - sum(spent.values()))
         seconds: dict[str, Json] = {cause: round(s, 3) for cause, s in spent.items()}
