@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -54,6 +54,27 @@ class Part:
 
 
 Item = bytes | Path | Part
+T = TypeVar("T")
+
+
+class Made(Sequence[T]):
+    """What is made of names when it is asked for: a million paths would take half a gigabyte."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], T]) -> None:
+        self.names, self.make = names, make
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Made[T]": ...
+    def __getitem__(self, place: int | slice) -> "T | Made[T]":
+        """One, or some of them."""
+        if isinstance(place, slice):
+            return Made(self.names[place], self.make)
+        return self.make(self.names[place])
 
 
 @dataclass(frozen=True)
@@ -65,8 +86,8 @@ class Records:
     how many other files are not among them, and one of those; `notes`: sentences to be told.
     """
 
-    items: list[Item]
-    names: list[str]
+    items: Sequence[Item]
+    names: Sequence[str]
     labels: list[int]
     is_test: list[bool]
     classes: tuple[str, ...]

@@ -285,7 +285,7 @@ def decoded(
         return upright(jpeg(encoded, "RGB"), kind % PLAIN)
     from simplejpeg import decode_jpeg_header
 
-    height, width = (-(-side // times) for side in decode_jpeg_header(encoded)[:2])
+    height, width = (-(-int(side) // times) for side in decode_jpeg_header(encoded)[:2])
     smaller = jpeg(encoded, "RGB", min_height=height, min_width=width, min_factor=times)
     return upright(smaller, kind % PLAIN)
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def root_and_names(records: Records) -> tuple[Path, list[str]]:
 class RowStore:
     """Pictures in the rows of a table, in memory: on their way into a pack."""
 
-    items: list[Item]
+    items: Sequence[Item]
     words: str = "in memory"
 
     def encoded(self, place: int) -> bytes:

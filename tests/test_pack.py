@@ -405,7 +405,7 @@ def test_webdataset_is_read_where_it_lies(photographs, tmp_path, kind):
         tar_of(tmp_path / "wds" / f"{split}-0000.tar", content)
     said = []
     source = load_source(str(tmp_path / "wds"), say=said.append)
-    assert torch.equal(seen(source), seen(files)) and not said
+    assert torch.equal(seen(source), seen(files)) and len(said) == 1
     assert source.train.labels.equal(files.train.labels)
     assert source.classes == (files.classes if kind == "json" else ("0", "1", "2"))
     out = prepared(tmp_path / "wds", tmp_path / "pack", *KEEP)

@@ -316,13 +316,13 @@ def test_smaller_jpegs_are_a_setting_of_the_run(place):
     numbers_of, pixels = [], []
     for name, processes, more in (
         ("smaller", 1, []), ("smaller-two", 2, ["--decode-threads", "3"]),
-        ("whole", 1, ["--decode", "full"]),
+        ("not-smaller", 1, ["--decode", "full"]),
     ):  # fmt: skip
         record = {"LOCKSTEP_RECORD": f"{name}-record"}
         done = train([*words, *more, "--run-dir", name], place, processes, **record, **cache)
         assert done.status == 0, done.out
         said = " ".join(done.out.replace("│", " ").split())
-        assert (", scaled)" in said) == (name != "whole")
+        assert (", scaled)" in said) == (name != "not-smaller")
         numbers_of.append(numbers(place / name))
         pixels.append(pixels_of(place / f"{name}-record"))
     assert numbers_of[0] == numbers_of[1] and pixels[0] == pixels[1]
