@@ -762,7 +762,7 @@ def torchrun(*words: str, **env: str) -> subprocess.CompletedProcess:
     ("words", "env", "told"),
     [
         (["--model", "alexnet"], {}, "after --"),
-        (["--nproc", "x", "--"], {}, "whole numbers"),
+        (["--nproc", "x", "--"], {}, "whole number"),
         (["--nnodes", "2", "--"], {}, "--head ADDRESS:PORT"),
         (["--id", "a b", "--"], {}, "--id"),
         (["--nproc"], {}, "needs a value"),
