@@ -26,6 +26,10 @@ PLAIN = 16  # in a picture's kind: a JPEG whose colours need no thought; below i
 RETRIES = (1.0, 3.0, 6.0)  # seconds before a picture that cannot be read is tried once more
 PIECE = 4  # pictures that a thread takes at a time
 PHOTOGRAPH = 224  # pixels a side, where nobody says how large photographs are seen
+SCALING = {  # antialiased, as torch.nn.functional.interpolate calls them
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
 REDUCTIONS = (8, 4, 2)  # what libjpeg can divide the sides of a picture by while it decodes
 
 
@@ -180,7 +184,7 @@ class Photos:
         def piece(rows: range) -> None:
             for row in rows:
                 place = places[row]
-                if place < 0 or not self._cut(place, boxes.rows[row], pixels[row], fill, scaled):
+                if place < 0 or not self._cut(place, row, boxes, pixels[row], fill, scaled):
                     pixels[row] = fill
                     if place >= 0:
                         bad.append(row)
@@ -190,13 +194,15 @@ class Photos:
         return threads.do(pieces), images.permute(0, 3, 1, 2), bad
 
     def _cut(
-        self, place: int, row: list[int], out: np.ndarray, fill: tuple[int, int, int], scaled: bool
-    ) -> bool:
+        self, place: int, row: int, boxes: Boxes, out: np.ndarray, fill: tuple[int, int, int],
+        scaled: bool,
+    ) -> bool:  # fmt: skip
         if place in self.damage.excluded or place in self.damage.found:
             return False
         try:
-            pixels, times = self.reduced(place, reduction(row) if scaled else 1)
-            cut(pixels, in_reduced(row, times), out, fill)
+            wanted = boxes.rows[row]
+            pixels, times = self.reduced(place, reduction(wanted) if scaled else 1)
+            cut(pixels, in_reduced(wanted, times), out, fill, boxes.interpolation)
         except MemoryError:
             raise  # says nothing of the picture
         except Exception as error:  # Pillow raises many kinds on damaged files
@@ -316,17 +322,20 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def cut(pixels: np.ndarray, row: list[int], out: np.ndarray, fill: tuple[int, int, int]) -> None:
+def cut(
+    pixels: np.ndarray, row: list[int], out: np.ndarray, fill: tuple[int, int, int],
+    interpolation: str = "bilinear",
+) -> None:  # fmt: skip
     """Put what a row of Boxes takes of a picture (H, W, 3) into `out`, (size, size, 3).
 
-    Scaled by torch's antialiased bilinear filter in whole numbers, as torchvision's transforms are.
+    Scaled by torch's antialiased filter in whole numbers, as torchvision's transforms are.
     """
     left, top, right, bottom, height, width, y, x, flips = row
     part = np.ascontiguousarray(pixels[top:bottom, left:right])
     part = torch.from_numpy(part if part.flags.writeable else part.copy())  # a page of a pack
     if part.shape[:2] != (height, width):  # into what lies as a picture does: half the time
         scaled = torch.empty((1, height, width, 3), dtype=torch.uint8)
-        torch.ops.aten._upsample_bilinear2d_aa.out(
+        SCALING[interpolation](
             part.permute(2, 0, 1)[None], [height, width], False, out=scaled.permute(0, 3, 1, 2)
         )
         part = scaled[0]
@@ -379,13 +388,14 @@ def _cut_as_told(
     margin = default_resize(size) if told.get("photographs") else size
     cuts = Cuts(
         "none", size, told.get("eval_size", size), told.get("eval_resize", margin),
-        told.get("resize", "crop"), 0,
+        told.get("resize", "crop"), 0, interpolation=told.get("interpolation", "bilinear"),
     )  # fmt: skip
     boxes = cuts.evaluation(torch.tensor([shape]))
     out = np.empty((boxes.size, boxes.size, 3), np.uint8)
     red, green, blue = (round(255 * value) for value in told["mean"])
     pixels, times = reduced(reduction(boxes.rows[0]))
-    cut(pixels, in_reduced(boxes.rows[0], times), out, (red, green, blue))
+    row = in_reduced(boxes.rows[0], times)
+    cut(pixels, row, out, (red, green, blue), boxes.interpolation)
     return out
 
 
