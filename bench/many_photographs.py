@@ -168,13 +168,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--model", default="torchvision:resnet18")
-    parser.add_argument("--limit-gb", type=float, default=3.0)
+    parser.add_argument("--limit-gb", type=float, default=3.0, help="GiB")
     parser.add_argument("--folder", type=Path, help="where the photographs shall lie meanwhile")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="lockstep-many-", dir=options.folder))
     os.environ["LOCKSTEP_CACHE"] = str(folder / "cache")
     os.environ["LOCKSTEP_CACHE_SIZE"] = "1GB"  # no room for their pixels: they stay files
-    limit = options.limit_gb * 1e9
+    limit = options.limit_gb * 2**30
     try:
         size = make(folder / "photographs", options.images)
         print(f"{options.images:,} photographs, {size / 1e9:.1f} GB", flush=True)
