@@ -1,4 +1,4 @@
-"""python -m models: the table of models; python -m models alexnet: its layers."""
+"""python -m models: the tables of models and recipes; python -m models alexnet: its layers."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from common.text import counted
 from errors import UserError
 from models import MODELS, build_model, lookup
 from models.own_file import is_own_file
+from models.recipes import RECIPES
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ def main() -> int:
     try:
         if arguments.model is None:
             console.print(table_of_models(arguments.classes))
+            console.print(table_of_recipes())
         else:
             console.print(table_of_layers(arguments.model, arguments.image_size, arguments.classes))
     except UserError as error:
@@ -64,6 +66,18 @@ def table_of_models(num_classes: int) -> "Table":
             f"batch {recipe['batch_size']}, {counted(int(recipe['epochs']), 'epoch')}",
             entry.summary,
         )
+    return table
+
+
+def table_of_recipes() -> "Table":
+    """The recipes that --recipe names, with what is claimed of each and by whom."""
+    from rich.table import Table
+
+    table = Table("recipe", title="Recipes: train.py --recipe NAME; more in docs/recipes.md")
+    for heading in ("what it is", "test accuracy claimed", "time"):
+        table.add_column(heading)
+    for name, recipe in RECIPES.items():
+        table.add_row(name, recipe.summary, recipe.claim, recipe.cost)
     return table
 
 

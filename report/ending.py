@@ -98,6 +98,7 @@ def _write(
         screen.warn(f"report.html cannot be written: {type(error).__name__}: {error}")
     panels.show_ending(
         screen,
+        plan,
         folder,
         written,
         learner.task,

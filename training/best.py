@@ -28,7 +28,7 @@ def terms(checkpoints: Checkpoints, data: Data, task: Task) -> dict:
         "split": data.chosen_on + held_out,
         "limit": config.limit,
         "tta": config.tta,
-        "metric": task.best_is,
+        "metric": task.chosen_by,
     }
 
 
