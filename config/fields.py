@@ -76,7 +76,8 @@ class TrainConfig:
         1, "micro-batches a process adds up per step, to save memory", group="batch", low=1
     )
     shards: str = setting(
-        "auto", "parts a batch is cut into, a constant of the run (auto: processes x accumulate)",
+        "auto", "parts a batch is cut into, a constant of the run, on 1 to as many processes "
+        "(auto: processes x accumulate; 12 or 24 where their number may change)",
         group="batch",
     )  # fmt: skip
 
@@ -193,8 +194,8 @@ class TrainConfig:
         "a regression, loss)",
         group="images",
         choices=(
-            "auto", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece", "map",
-            "micro_f1", "exact", "loss", "r2",
+            "auto", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece", "mean_ap",
+            "micro_f1", "exact_match", "loss", "r2",
         ),
     )  # fmt: skip
     threshold: float = setting(

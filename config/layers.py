@@ -29,7 +29,7 @@ SELECTABLE = {  # by task, what --select may name beside auto
     "classification": (
         "loss", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece",
     ),
-    "multilabel": ("loss", "map", "macro_f1", "micro_f1", "exact"),
+    "multilabel": ("loss", "mean_ap", "macro_f1", "micro_f1", "exact_match"),
     "regression": ("loss", "r2"),
 }  # fmt: skip
 # By task, what has no meaning for it.

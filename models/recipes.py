@@ -20,7 +20,8 @@ _FFCV = "github.com/libffcv/ffcv-imagenet, README and configurations"
 class NamedRecipe:
     """Values of TrainConfig fields, and what is claimed of the accuracy they come to.
 
-    accuracy: of the last epoch on all test images, 0 to 1; None where nothing is claimed.
+    accuracy: of the last epoch on all test images, 0 to 1; None where nothing is claimed. `metric`
+    is its key among those of an evaluation.
     sd: over so many `runs` of other seeds; 0 where there was one, or the source tells none.
     ran: whether the number was measured with this program; else it is its source's, "not run here".
     on: training images, test images and classes of the data that the claim is about.
@@ -32,6 +33,7 @@ class NamedRecipe:
     source: str
     on: tuple[int, int, int]
     accuracy: float | None = None
+    metric: str = "accuracy"
     sd: float = 0.0
     runs: int = 0
     time: str = ""

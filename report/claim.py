@@ -21,16 +21,16 @@ def far_from_claim(config: TrainConfig, data: Data, results: dict) -> str:
     Nothing where the claim is not about it: other data or settings, a part of the images.
     """
     recipe = RECIPES.get(config.recipe)
-    if recipe is None or recipe.accuracy is None or "accuracy" not in results:
+    if recipe is None or recipe.accuracy is None or recipe.metric not in results:
         return ""
     same = all(getattr(config, name) == value for name, value in recipe.settings.items())
     images = (len(data.train), len(data.test), len(data.classes))
     if not same or config.max_steps or images != recipe.on:
         return ""
-    off = results["accuracy"] - recipe.accuracy
+    off = results[recipe.metric] - recipe.accuracy
     if abs(off) <= max(4 * recipe.sd, FAR if recipe.ran else FAR_ELSEWHERE):
         return ""
-    found = f"{100 * results['accuracy']:.2f} % of {counted(images[1], 'test image')}"
+    found = f"{100 * results[recipe.metric]:.2f} % of {counted(images[1], 'test image')}"
     reason = f"; it lacks {recipe.lacks}" if recipe.lacks and off < 0 else ""
     return (
         f"far from what the recipe {config.recipe} claims: {found}, {100 * abs(off):.1f} points "

@@ -30,14 +30,14 @@ class Multilabel(Task):
     name = "multilabel"
     metrics = (
         Metric(key="loss", title="loss"),
-        Metric(key="map", title="mAP", higher_is_better=True, shown=("line", "best", "chart")),
+        Metric(key="mean_ap", title="mAP", higher_is_better=True, shown=("line", "best", "chart")),
         Metric(key="macro_f1", title="macro F1", higher_is_better=True, shown=("best", "end")),
         Metric(
             key="micro_f1", title="micro F1", higher_is_better=True,
             shown=("line", "best", "end", "chart"),
         ),
         Metric(
-            key="exact", title="all classes right", format=".2%", higher_is_better=True,
+            key="exact_match", title="all classes right", format=".2%", higher_is_better=True,
             shown=("best", "end"),
         ),
     )  # fmt: skip
@@ -48,7 +48,7 @@ class Multilabel(Task):
         Metric(key="recall", title="recall", format=".2%"),
         Metric(key="f1", title="F1", format=".3f"),
     )
-    best_is, right_is = "map", "exact"
+    best_is, right_is = "mean_ap", "exact_match"
     criterion_kind = Binary
 
     def __init__(
@@ -61,7 +61,7 @@ class Multilabel(Task):
 
     @property
     def chosen_by(self) -> str:
-        at = "" if self.best_is in ("map", "loss") else f" at {self.threshold}"
+        at = "" if self.best_is in ("mean_ap", "loss") else f" at {self.threshold}"
         return self.best_is + at
 
     def right(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
@@ -123,10 +123,10 @@ class Multilabel(Task):
         counted_f1 = [value or 0.0 for value, n in zip(f1, there, strict=True) if n]
         return {
             "loss": loss * LOSS_UNIT / images,
-            "map": math.fsum(known) / max(1, len(known)),
+            "mean_ap": math.fsum(known) / max(1, len(known)),
             "macro_f1": math.fsum(counted_f1) / max(1, len(counted_f1)),
             "micro_f1": 2 * sum(hits) / max(1, sum(there) + sum(given)),
-            "exact": exact / images,
+            "exact_match": exact / images,
             "images": images,
             "per_class": {"images": there, "answers": given, "right": hits},
             "by_class": {
@@ -206,10 +206,10 @@ class Multilabel(Task):
                 f"the test loss is {loss:.4g}, where always answering how frequent each class is "
                 f"costs {guessing:.2f}: the steps are too large (try a tenth of the --lr)"
             )}  # fmt: skip
-        if loss > 0.95 * guessing and results["map"] < chance + 0.05:
+        if loss > 0.95 * guessing and results["mean_ap"] < chance + 0.05:
             return {"guesses": (
                 f"the test loss {loss:.4f} is what always answering how frequent each class is "
-                f"costs ({guessing:.4f}), and mAP {results['map']:.3f} is hardly more than that "
-                f"gives ({chance:.3f}): the model knows nothing of the test images"
+                f"costs ({guessing:.4f}), and mAP {results['mean_ap']:.3f} is hardly more than "
+                f"that gives ({chance:.3f}): the model knows nothing of the test images"
             )}  # fmt: skip
         return {}

@@ -62,13 +62,13 @@ def test_the_metrics_are_scikit_learns(threshold):
     by_class = found["by_class"]
     assert [by_class["ap"][c] for c in there] == pytest.approx(ap, rel=1e-12)
     assert ap == pytest.approx(exact, abs=1e-3) and by_class["ap"][-1] is None
-    assert found["map"] == pytest.approx(sum(ap) / len(ap), rel=1e-12)
+    assert found["mean_ap"] == pytest.approx(sum(ap) / len(ap), rel=1e-12)
     told = {"labels": there, "zero_division": 0}
     assert found["macro_f1"] == pytest.approx(
         theirs.f1_score(labels, said, average="macro", **told)
     )
     assert found["micro_f1"] == pytest.approx(theirs.f1_score(labels, said, average="micro"))
-    assert found["exact"] == pytest.approx(theirs.accuracy_score(labels, said))
+    assert found["exact_match"] == pytest.approx(theirs.accuracy_score(labels, said))
     each = theirs.precision_recall_fscore_support(labels, said, **told)
     for key, wanted in zip(("precision", "recall", "f1", "images"), each, strict=True):
         assert [by_class[key][c] for c in there] == pytest.approx(list(wanted))
@@ -91,7 +91,7 @@ def test_every_batching_and_spread_over_processes_comes_to_the_same_bits_and_pad
     assert torch.equal(padded, counted(task, logits, labels, [torch.arange(100)]))
     nothing = torch.zeros(9, CLASSES, dtype=torch.int8)  # pictures without any class
     empty = task.results(counted(task, logits[20:29], nothing, [torch.arange(9)]))
-    assert empty["map"] == 0 and json.dumps(empty)
+    assert empty["mean_ap"] == 0 and json.dumps(empty)
 
 
 def test_of_many_classes_logits_are_ranked_more_coarsely_in_room_that_stays():
@@ -301,7 +301,7 @@ def test_a_number_beyond_the_names_is_a_sentence(tmp_path, own_cache):
         ("--task multilabel --class-weights balanced", "--class-weights: of pictures with one"),
         ("--task multilabel --sampler balanced", "--sampler: of pictures with one"),
         ("--task multilabel --loss cross_entropy", "bce or focal"),
-        ("--task multilabel --select accuracy", "for multilabel: auto, loss, map"),
+        ("--task multilabel --select accuracy", "for multilabel: auto, loss, mean_ap"),
         ("--threshold 0.3", "--threshold: of --task multilabel"),
         ("--task multilabel --model linear_regression", "linear_regression is for regression"),
         ("--task many", "one of: auto, classification, multilabel"),
@@ -331,10 +331,10 @@ def test_a_run_from_a_list_to_its_page_and_its_predictions(nets):
                   "4 classes", "loss bce"):  # fmt: skip
         assert words in " ".join(done.out.split()), done.out
     run = nets / "labels"
-    values = [row["test/map"] for row in rows(run) if "test/map" in row]
+    values = [row["test/mean_ap"] for row in rows(run) if "test/mean_ap" in row]
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["best/test/map"] == max(values) > 0.9, values
-    assert (run / "mistakes.png").is_file() or summary["best/test/exact"] == 1
+    assert summary["best/test/mean_ap"] == max(values) > 0.9, values
+    assert (run / "mistakes.png").is_file() or summary["best/test/exact_match"] == 1
     assert (run / "samples.png").is_file() and not (run / "confusion.png").exists()
     made = page.build(run)
     assert ">average precision<" in made and "mAP on " in made and "Not shown" not in made
@@ -345,7 +345,7 @@ def test_a_run_from_a_list_to_its_page_and_its_predictions(nets):
     assert all(sure >= 0.999 for _, sure in predict(
         model, with_threshold(told, 0.999), nets / "many" / found[0][0], None))  # fmt: skip
     done = train(["--resume", "labels", "--eval-only", "--threshold", "0.01"], nets)
-    assert done.status == 0 and f"map {max(values):.6g}" in done.out, done.out
+    assert done.status == 0 and f"mean_ap {max(values):.6g}" in done.out, done.out
     words = [str(nets / "many" / f) for f, has in found if not has][:2]
     from launches import REPOSITORY
 
