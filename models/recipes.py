@@ -75,16 +75,8 @@ RECIPES: dict[str, NamedRecipe] = {
             "schedule": "cosine", "warmup": 1.0, "augment": "none",
         },
         summary="the homework's net on scikit-learn's digits",
-        source="this repository", on=DIGITS,
-    ),
-    "digits-resnet18": NamedRecipe(
-        settings={
-            "model": "resnet18", "dataset": "digits", "image_size": 8, "batch_size": 64,
-            "epochs": 10, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
-            "schedule": "cosine", "warmup": 1.0, "augment": "none", "label_smoothing": 0.1,
-        },
-        summary="ResNet-18 on scikit-learn's digits",
-        source="this repository", on=DIGITS,
+        source="this repository", on=DIGITS, accuracy=0.9775, sd=0.0020, runs=5,
+        time="34 s to 1m21s", hardware=_CPU, ran=True,
     ),
     "cifar10-my_cnn": NamedRecipe(
         settings={
@@ -93,7 +85,8 @@ RECIPES: dict[str, NamedRecipe] = {
             "schedule": "cosine", "warmup": 0.5, "augment": "flip",
         },
         summary="one convolution and one linear layer, at CIFAR-10's own size",
-        source="this repository; on a JPEG copy of the images", on=CIFAR10,
+        source="this repository; on a JPEG copy of the images", on=CIFAR10, accuracy=0.6034, runs=1,
+        time="15m42s (1 thread)", hardware=_CPU, ran=True,
     ),
     "cifar10-speednet": NamedRecipe(
         settings={
@@ -169,6 +162,20 @@ RECIPES: dict[str, NamedRecipe] = {
         on=IMAGENET, accuracy=0.781, time="15 h", hardware="4 NVIDIA V100",
         lacks="timm's operators (its strength 6 of 10 is 18 of 30 here); the loss is summed "
         "over the classes where timm takes their mean",
+    ),
+    "imagenet-vit_s16-90": NamedRecipe(
+        settings={
+            "model": "timm:vit_small_patch16_224", "image_size": 224, "batch_size": 1024,
+            "epochs": 90, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1,
+            "schedule": "cosine", "warmup": 8.0, "grad_clip": 1.0, "mixup": 0.2,
+            "augment": "resized_crop|randaugment(2,30)", "label_smoothing": 0.0,
+        },
+        summary="ViT-S/16 in 90 epochs (takes the package timm)",
+        source="github.com/google-research/big_vision, configs/vit_s16_i1k.py; Beyer, Zhai, "
+        "Kolesnikov, 2022 (arXiv:2205.01580)", on=IMAGENET, accuracy=0.765,
+        time="6 to 7 h", hardware="a TPU v3-8",
+        lacks="its net (positions of sines, the mean over the patches: timm's learns positions and "
+        "has a class token) and its operators (strength 10 of 10 is 30 of 30 here)",
     ),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
-from config import TrainConfig, recipe_of
+from config import TrainConfig, mean_and_std, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL
@@ -83,6 +83,12 @@ def show_start(
     if config.recipe != "none":
         rows.insert(0, ("recipe", told_claim(config.recipe)))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads", "recipe"}
+    if config.normalize not in ("auto", "data"):
+        hidden.add("normalize")
+        numbers = (
+            f"{m:.3g} / {s:.3g}" for m, s in zip(*mean_and_std(config.normalize), strict=True)
+        )
+        rows.append(("normalised", f"by {', '.join(numbers)} ({settings.origin('normalize')})"))
     changed = [
         (f.name, str(getattr(config, f.name)), settings.origin(f.name))
         for f in fields(TrainConfig)
