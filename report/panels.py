@@ -29,6 +29,7 @@ from training.elsewhere import write_evaluation
 from training.learner import Learner
 from training.lr_finder import Rates
 from training.plan import Plan
+from training.predictions import take_answers, write_predictions
 from training.run_dir import DAMAGED as DAMAGED_LIST
 from training.run_dir import SKIPPED, go_on, job
 from training.schedule import Schedule
@@ -249,7 +250,7 @@ def show_evaluation(
     """What --eval-only prints, and writes into the run folder. The exit status."""
     if results is None:
         return STOPPED
-    rows = []
+    rows, answers = [], take_answers(results)
     for split, found in results.items():
         shown = on_line(started.task)
         more = [metric for metric in started.task.metrics if metric not in shown]
@@ -262,7 +263,9 @@ def show_evaluation(
         screen.class_numbers(data.classes, started.task.class_metrics, by_class)
     if world.is_main and plan.config.run_dir:
         try:
-            rows.append(("written", str(write_evaluation(plan, data.source, results))))
+            path = write_evaluation(plan, data.source, results)
+            write_predictions(path.with_suffix(".csv"), answers, started.task, data)
+            rows.append(("written", f"{path}, and {path.stem}.csv with the answer to each image"))
         except OSError as error:
             screen.warn(f"the evaluation cannot be written ({error})")
     screen.end_panel(f"evaluated {weights_shown(plan, started)}", rows, good=True)

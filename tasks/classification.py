@@ -12,7 +12,16 @@ from common.confusion import MOST, WHOLE, precisions, totals
 from common.metric import Metric
 from common.text import counted, percent
 from losses import Criterion
-from tasks.task import LARGEST_LOSS, LOSS_UNIT, MOST_EXAMPLES, Answers, Outputs, Task, split_outputs
+from tasks.task import (
+    LARGEST_LOSS,
+    LOSS_UNIT,
+    MOST_EXAMPLES,
+    SURE,
+    Answers,
+    Outputs,
+    Task,
+    split_outputs,
+)  # fmt: skip
 
 TOP = 5  # classes told of a picture
 
@@ -70,6 +79,7 @@ class Classification(Task):
     ) -> None:  # fmt: skip
         super().__init__(num_classes, label_smoothing, auxiliary, criterion, threshold)
         said = {"top5": num_classes >= 5, "auroc": scores.ranks(num_classes)}
+        self._numbers = torch.empty(0)
         self.metrics = tuple(m for m in type(self).metrics if said.get(m.key, True))
 
     @property
@@ -103,16 +113,18 @@ class Classification(Task):
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
         # The rank of the true class, ties by class number; the same for every batch shape.
         true = logits.gather(1, labels[:, None])
-        tied_before = (logits == true) & (self._classes(logits) < labels[:, None])
+        tied_before = (logits == true) & (self._classes(logits.device) < labels[:, None])
         before = ((logits > true) | tied_before).sum(1)
         broken = logits.isnan().any(1)  # an answer that is no number is wrong everywhere
         rank = before.masked_fill(broken, self.num_classes)
         predicted = torch.where(broken, (labels + 1) % self.num_classes, logits.argmax(1))
         units = (loss / LOSS_UNIT).round().long()
-        found = torch.stack([units, rank == 0, rank < 5, weights]) * weights
+        first = rank == 0
+        found = torch.stack([units, first, rank < 5, weights]) * weights
         counts[:4].add_(found.sum(1))
-        answers = Answers(predicted, chances.gather(1, predicted[:, None])[:, 0].exp())
-        scores.count(counts[self._places.stop :], chances, labels, rank == 0, weights)
+        sure = chances.gather(1, predicted[:, None])[:, 0].exp().nan_to_num(0.0)
+        answers = Answers(predicted, (sure * SURE).long())
+        scores.count(counts[self._places.stop :], chances, labels, first, weights)
         if self.num_classes > MOST:
             images, given, right = counts[self._places].view(3, self.num_classes)
             images.scatter_add_(0, labels, weights)
@@ -123,8 +135,11 @@ class Classification(Task):
         counts[4:].scatter_add_(0, cells, weights)
         return answers
 
-    def _classes(self, logits: Tensor) -> Tensor:
-        return torch.arange(logits.shape[1], device=logits.device)[None]
+    def _classes(self, device: torch.device) -> Tensor:
+        """The numbers of the classes (1, classes), made once."""
+        if self._numbers.device != device or not len(self._numbers):
+            self._numbers = torch.arange(self.num_classes, device=device)[None]
+        return self._numbers
 
     def results(self, counts: Tensor) -> dict:
         """The metrics, and what is known of each class: see MOST."""
@@ -165,17 +180,26 @@ class Classification(Task):
     def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
         """Of a mistake its key, label and answer; neither batches nor processes decide which.
 
-        The key is how sure it is in units of 2**-20, times 2**32, less its index: no two are equal.
+        The key is how sure it is in parts of SURE, times 2**32, less its index: no two are equal.
         """
-        keys = (answers.sure.nan_to_num(0.0) * 2**20).long() * 2**32 - indices
+        keys = answers.sure * 2**32 - indices
         keys = keys * ((answers.given != labels) & (indices >= 0))
-        rows = torch.arange(kept.shape[1], device=labels.device)[:, None]
-        mine = labels == rows if len(rows) == self.num_classes else labels >= rows
+        each = kept.shape[1] == self.num_classes  # else one row is for all
+        mine = labels == self._classes(labels.device).T if each else labels[None] >= 0
         keys = torch.cat([kept[0], keys * mine], 1)
         cells = torch.add(answers.given, labels, alpha=self.num_classes)
         cells = torch.cat([kept[1], cells.expand(kept.shape[1], -1)], 1)
         best, places = keys.topk(kept.shape[2])
         torch.stack([best, cells.gather(1, places)], out=kept)
+
+    def as_integers(self, answers: Answers) -> Tensor:
+        return torch.stack([answers.given + 1, answers.sure], 1)
+
+    def answered(self, answers: Tensor, classes: list[str]) -> list[tuple[str, str]]:
+        return [
+            (classes[given - 1], f"{sure / SURE:.6f}") if given else ("", "")
+            for given, sure in answers.tolist()
+        ]
 
     def examples(self, kept: Tensor) -> list[dict]:
         """The surest mistakes: the first of every class, surest first, before the second of any."""

@@ -15,6 +15,7 @@ from tasks.task import LARGEST_LOSS, LOSS_UNIT, MOST_EXAMPLES, Answers, Outputs,
 # Logits are ranked after they were rounded: integer counts are the same in any order of addition.
 RANGE = 16.0  # a sigmoid is 0 or 1 to seven digits beyond it
 STEPS = 2**16
+BITS = 32  # classes whose answers share a number
 MOST_CELLS = 2**23  # of the histograms of all classes, eight bytes each: of more, coarser ones
 YES = 2**32  # what a picture that has the class counts beside the 1 that any picture does
 
@@ -154,6 +155,25 @@ class Multilabel(Task):
         keys, cells = torch.cat([kept[0, 0], keys]), torch.cat([kept[1, 0], cells])
         best, places = keys.topk(kept.shape[2])
         kept[0, 0], kept[1, 0] = best, cells[places]
+
+    def new_answers(self, images: int, device: torch.device) -> Tensor:
+        """A bit for each class, and a last number that is 1 where there is an answer."""
+        words = -(-self.num_classes // BITS)
+        return torch.zeros(images + 1, words + 1, dtype=torch.int64, device=device)
+
+    def as_integers(self, answers: Answers) -> Tensor:
+        given = F.pad(answers.given.long(), (0, -self.num_classes % BITS))
+        places = 2 ** torch.arange(BITS, device=given.device)
+        words = (given.unflatten(1, (-1, BITS)) * places).sum(2)
+        return F.pad(words, (0, 1), value=1)
+
+    def answered(self, answers: Tensor, classes: list[str]) -> list[tuple[str, str]]:
+        bits = answers[:, :-1, None] >> torch.arange(BITS) & 1
+        found = []
+        for row in bits.flatten(1).tolist():  # longer than the classes
+            names = (name for name, bit in zip(classes, row, strict=False) if bit)
+            found.append(("|".join(names), ""))
+        return found
 
     def examples(self, kept: Tensor) -> list[dict]:
         """The surest mistakes, surest first; `confidence` is that the picture has the class."""

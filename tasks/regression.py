@@ -64,6 +64,14 @@ class Regression(Task):
         bits = answers.given.view(torch.int32).long()
         kept.index_copy_(0, places, torch.stack([bits, torch.ones_like(bits)], 1))
 
+    def as_integers(self, answers: Answers) -> Tensor:
+        bits = answers.given.view(torch.int32).long()
+        return torch.stack([bits, torch.ones_like(bits)], 1)
+
+    def answered(self, answers: Tensor, classes: list[str]) -> list[tuple[str, str]]:
+        values, there = answers[:, 0].int().view(torch.float32).tolist(), answers[:, 1].tolist()
+        return [(f"{v:.6g}" if known else "", "") for v, known in zip(values, there, strict=True)]
+
     def examples(self, kept: Tensor) -> list[dict]:
         """The answers to the first samples."""
         bits, there = kept.sum(0)[:MOST_POINTS].T  # each is one process's

@@ -12,15 +12,17 @@ from losses import Criterion
 # order of addition, hence on every number of processes.
 LOSS_UNIT = 2**-20
 LARGEST_LOSS = 2.0**20
+SURE = 2**20  # how sure a class is, where that is a whole number of parts
 
 Outputs = Tensor | tuple | list | dict  # what a model answers, with its auxiliary heads if any
 MOST_EXAMPLES = 32  # mistakes in all; of a class not so many, where there are several
 
 
 class Answers(NamedTuple):
-    """What a model answers to a batch, (n,): classes or numbers, and how sure it is, 0 to 1.
+    """What a model answers to a batch, (n,): classes and how sure it is of them, 0 to SURE.
 
-    Where a picture has any number of classes (n, classes): whether it has each.
+    Numbers, and nothing; where a picture has any number of classes (n, classes): whether it has
+    each, and how sure, 0 to 1.
     """
 
     given: Tensor
@@ -113,6 +115,18 @@ class Task:
 
         indices (n,) int64 are the samples' numbers, -1 for padding.
         """
+        raise NotImplementedError
+
+    def new_answers(self, images: int, device: torch.device) -> Tensor:
+        """Room for the answer to each image and one for padding, int64, all zero: none."""
+        return torch.zeros(images + 1, 2, dtype=torch.int64, device=device)
+
+    def as_integers(self, answers: Answers) -> Tensor:
+        """A batch's answers as rows of `new_answers`, no row all zero."""
+        raise NotImplementedError
+
+    def answered(self, answers: Tensor, classes: list[str]) -> list[tuple[str, str]]:
+        """Of each row what was answered and how sure it is, as text; "" for an image without."""
         raise NotImplementedError
 
     def examples(self, kept: Tensor) -> list[dict]:

@@ -172,6 +172,10 @@ class Data:
         met = {place: count for part in parts for place, count in part.items()}
         return [f"16-bit images: {clipped_in_words(list(met.values()))}"] if met else []
 
+    def amount(self, split: str) -> int:
+        """How many images a split has."""
+        return len(pictures_of(self.test_loaders[split]))
+
     def counted(self, split: str, world: World) -> int:
         """How many images of a split count: all but those that could not be decoded just now."""
         pictures = pictures_of(self.test_loaders[split])
