@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from errors import UserError
 from models.own_file import is_own_file, load_own_class
 
-FOCUS = 2.0  # focal loss's gamma, as Lin et al. (ICCV 2017) chose it
+FOCUS = 2.0  # focal loss's gamma where nobody says another, as Lin et al. (ICCV 2017) chose it
 # What an image weighs is a whole number of these: the sum over a batch is the same in any order of
 # addition, hence on any number of processes.
 WEIGHT_UNIT = 2**-20
@@ -29,9 +29,10 @@ class Criterion(nn.Module):
 
     def __init__(
         self, name: str = "cross_entropy", smoothing: float = 0.0, own: nn.Module | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | None = None, focus: float = FOCUS,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.focus = focus
         self.name, self.smoothing, self.own = name, smoothing, own
         units = None if weights is None else (weights / WEIGHT_UNIT).round().long().clamp(min=1)
         self.register_buffer("units", units)
@@ -69,7 +70,7 @@ class Criterion(nn.Module):
         targets, counts = self._targets(labels, logits.shape[1])
         if self.name == "focal":
             logs = logits.log_softmax(1)
-            return -(targets * (1 - logs.exp()) ** FOCUS * logs).sum(1) * counts
+            return -(targets * (1 - logs.exp()) ** self.focus * logs).sum(1) * counts
         each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return each.sum(1) * counts
 
@@ -164,11 +165,11 @@ def class_weights(asked: str, labels: Tensor, classes: list[str]) -> Tensor | No
 
 def build_criterion(
     name: str, smoothing: float, num_classes: int, weights: Tensor | None, mixes: bool,
-    kind: type[Criterion] = Criterion,
+    kind: type[Criterion] = Criterion, focus: float = FOCUS,
 ) -> Criterion:  # fmt: skip
     """The training loss of this name; a FILE.py:Class is tried on labels as training has them."""
     if not is_own_file(name):
-        return kind(name, smoothing, weights=weights)
+        return kind(name, smoothing, weights=weights, focus=focus)
     made = load_own_class(name, "--loss")
     known = {"num_classes": num_classes}
     takes = inspect.signature(made).parameters

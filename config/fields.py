@@ -54,8 +54,13 @@ class TrainConfig:
         group="what", choices=("auto", "classification", "multilabel"),
     )  # fmt: skip
     freeze: str = setting(
-        "none", "train everything, or only the head", group="what", choices=("none", "backbone")
-    )
+        "none", "none, backbone (only the head trains), or what stays as it is, by name: "
+        "conv1,layer1.* (parameters or modules, * as in file names)", group="what",
+    )  # fmt: skip
+    drop_path: float | None = setting(
+        None, "stochastic depth: the chance to leave the last block out, less before; none: the "
+        "model's own", group="what", low=0.0, high=0.95,
+    )  # fmt: skip
 
     epochs: int = setting(10, "passes over the training images", group="length", low=1)
     max_steps: int | None = setting(
@@ -89,6 +94,10 @@ class TrainConfig:
         ),
     )  # fmt: skip
     lr: float = setting(0.05, "peak learning rate", group="optimizer", low=0.0)
+    layer_decay: float = setting(
+        1.0, "each layer's rate is that of the next one times this (0.75 to fine-tune); 1: one "
+        "rate for all", group="optimizer", low=0.01, high=1.0,
+    )  # fmt: skip
     momentum: float = setting(
         0.9, "momentum of sgd, muon and rmsprop", group="optimizer", low=0.0, high=1.0
     )
@@ -120,6 +129,10 @@ class TrainConfig:
     loss: str = setting(
         "cross_entropy", "what training minimises, to classify", group="optimizer",
         choices=("cross_entropy", "bce", "focal"), own=True,
+    )  # fmt: skip
+    focal_gamma: float = setting(
+        2.0, "how little the focal loss makes of what is right already; 0: cross entropy",
+        group="optimizer", low=0.0, high=20.0,
     )  # fmt: skip
     class_weights: str = setting(
         "none", "what an image weighs by its class: none, balanced, or numbers: 0.2,1,...",

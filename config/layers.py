@@ -268,6 +268,10 @@ def check(settings: Settings) -> None:
         other = c.optimizer not in takers and not is_own_file(c.optimizer)
         if other and getattr(c, name) not in (None, False):
             wrong(f"--{name}: {c.optimizer} has none; {', '.join(takers)}", "contradiction")
+    if c.focal_gamma != HINTS["focal_gamma"].default and c.loss != "focal":
+        wrong(f"--focal-gamma: --loss {c.loss} has none; type --loss focal", "contradiction")
+    if c.layer_decay != 1 and c.optimizer == "muon":
+        wrong("--layer-decay: muon has rates of its own for each kind of layer", "contradiction")
     if c.nesterov and not c.momentum:
         wrong("--nesterov: needs a --momentum above 0", "contradiction")
     if c.betas is not None:

@@ -70,6 +70,9 @@ def show_start(
         ("steps", steps_shown(schedule, progress)),
         ("folder", config.run_dir or "none (dry run)"),
     ]
+    if config.layer_decay != 1:
+        scales = sorted({g["lr_scale"] for g in learner.optimizer.param_groups})
+        rows.append(("layer rates", f"{len(scales)} depths, {scales[0]:.3g} to 1 of the rate"))
     resumed = progress.step > 0
     if schedule.over(progress):
         flag = "--patience" if schedule.gave_up(progress) else "--epochs"

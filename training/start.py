@@ -23,7 +23,7 @@ from models import build_model, lookup
 from models.hooks import StartsFromData
 from models.own_file import digests_of, is_own_file
 from models.state import load_whole_state, separate_views, whole_state
-from models.weights import freeze_backbone, load_weights
+from models.weights import freeze, load_weights
 from tasks import TASKS, Task, build_task
 from training.data import Data
 from training.learner import Learner
@@ -56,15 +56,15 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     _seed_weights(config.seed)
     num_classes = data.num_outputs
     build = partial(
-        build_model, config.model, num_classes=num_classes, image_size=config.image_size
-    )
+        build_model, config.model, num_classes=num_classes, image_size=config.image_size,
+        drop_path=config.drop_path,
+    )  # fmt: skip
     model = build()
     separate_views(model)
     weights = ""
     if config.weights not in ("none", "auto") and not plan.goes_on:
         weights = _load_weights(model, plan, data, world)
-    if config.freeze == "backbone":
-        freeze_backbone(model, config.model, config.image_size)
+    freeze(model, config.freeze, config.model, config.image_size)
     if isinstance(model, StartsFromData) and not weights:
         _start_from_data(model, data, world)
     criterion = _build_criterion(plan, data).to(world.device)
@@ -86,8 +86,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         _seed_weights(config.seed)
         second = build()
         load_whole_state(second, whole_state(model))
-        if config.freeze == "backbone":
-            freeze_backbone(second, config.model, config.image_size)
+        freeze(second, config.freeze, config.model, config.image_size)
         return second.to(world.device).to(memory_format=layout)
 
     trial = world.broadcast(  # what was measured decides who waits for whom: one process's counts
@@ -111,8 +110,9 @@ def _build_criterion(plan: Plan, data: Data) -> Criterion:
     weights = class_weights(config.class_weights, data.train.labels, data.classes)
     mixes = bool(config.mixup or config.cutmix)
     return build_criterion(
-        config.loss, config.label_smoothing, data.num_outputs, weights, mixes, kind
-    )
+        config.loss, config.label_smoothing, data.num_outputs, weights, mixes, kind,
+        config.focal_gamma,
+    )  # fmt: skip
 
 
 def _seed_weights(seed: int) -> None:
