@@ -167,13 +167,16 @@ def prepare(path: Path, told: dict) -> "torch.Tensor":
     import torch
 
     from data.files import SUFFIXES, decode
-    from data.photographs import as_evaluated
+    from data.photographs import as_evaluated, reduced_as_evaluated
 
     if path.is_dir():
         raise ValueError(f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
     with warnings.catch_warnings(action="ignore"):  # what is too large is an error below
-        pixels = decode(path, levels=told.get("levels"))
-    return torch.from_numpy(as_evaluated(pixels, told)).permute(2, 0, 1)[None]
+        if told.get("decode") == "scaled":
+            seen = reduced_as_evaluated(path.read_bytes(), told)
+        else:
+            seen = as_evaluated(decode(path, levels=told.get("levels")), told)
+    return torch.from_numpy(seen).permute(2, 0, 1)[None]
 
 
 def with_threshold(told: dict, threshold: float | None) -> dict:

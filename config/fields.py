@@ -249,6 +249,11 @@ class TrainConfig:
     threads: int = setting(
         0, "CPU threads per process; 0: the CPUs shared by the processes", group="machine", low=0
     )
+    decode: str = setting(
+        "full", "scaled: a JPEG far larger than what is seen of it is decoded at 1/2, 1/4 or 1/8, "
+        "never below twice of that: faster, other pixels", group="images",
+        choices=("full", "scaled"),
+    )  # fmt: skip
     decode_threads: int = setting(
         0, "threads that decode photographs, per process; 0: as many as threads", group="machine",
         low=0,

@@ -1,10 +1,10 @@
 """`python -m data`: look at a data set, count it, or cache it before a job needs it."""
 
 import argparse
-import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from data.cache import cache_dir, kept, size_limit, trim
 from data.cuts import Cuts, default_resize
 from data.image_set import class_counts
 from data.loaders import decoding_of, place
-from data.pack import Count, Form, check, is_pack, pack
+from data.pack import Form, check, is_pack, pack
 from data.photographs import PHOTOGRAPH, PhotoSet, sizes_in_words
 from data.policy import parse_policy
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.run in (_check, _cache):
             return options.run(options)
         name, sentence = choose_dataset(options.dataset, options.data_dir)
-        print(sentence, file=sys.stderr if options.run is _list else sys.stdout)
+        say = functools.partial(print, file=sys.stderr if options.run is _list else sys.stdout)
+        say(sentence)
         source = load_source(
             name,
             data_dir=options.data_dir,
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
             split=options.split,
             group_by=options.group_by,
-            say=print,
+            say=say,
             many=options.task == "multilabel",
         )
         if options.task == "multilabel" and options.run is not _prepare:
@@ -309,51 +310,18 @@ def _pack(source: Source, options: argparse.Namespace) -> None:
     }  # fmt: skip
     command = [str(word) for flag in given.items() if flag[1] for word in flag]
     command += ["--skip-bad-images"] * options.skip_bad_images
-    with _bar("pictures") as count:
-        pack(
-            source, Form(options.store, options.short_side), options.out, command=command,
-            image_size=options.image_size or PHOTOGRAPH, skip_bad=options.skip_bad_images,
-            say=print, count=count,
-        )  # fmt: skip
+    pack(
+        source, Form(options.store, options.short_side), options.out, command=command,
+        image_size=options.image_size or PHOTOGRAPH, skip_bad=options.skip_bad_images, say=print,
+    )  # fmt: skip
 
 
 def _check(options: argparse.Namespace) -> int:
     if not is_pack(options.folder):
         raise UserError(f"{printable(options.folder)} is no pack", code="no-pack")
-    with _bar("bytes") as count:
-        files = check(options.folder, count)
+    files = check(options.folder)
     print(f"{printable(options.folder)}: {counted(files, 'file')}, all bytes as written")
     return 0
-
-
-@contextlib.contextmanager
-def _bar(unit: str) -> Iterator[Count]:
-    """A bar with what is done and the time to come; it appears with the first of it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    text = TextColumn("{task.description}")
-    columns = (BarColumn(), done, text, TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = None
-
-        def count(done: int, total: int) -> None:
-            nonlocal task
-            if task is None:
-                task = bar.add_task(unit if unit != "bytes" else "", total=total)
-            bar.update(task, completed=done, total=total)
-
-        yield count
 
 
 def _tell(source: Source) -> None:

@@ -212,6 +212,11 @@ def curves(files: Files) -> Markup:
     drawn += [
         chart("learning rate", {"lr": files.points("lr")}),
         chart("images per second", {SPEED: files.points(SPEED)}),
+        chart(
+            "waited for photographs, part of the time",
+            {"data/wait": files.points("data/wait")},
+            lambda share: f"{short(100 * share)} %",
+        ),
         chart("gradient norm, before clipping", {"train": files.points("train/grad_norm")}),
         chart("peak memory so far, GB", {"memory": files.points("system/peak_memory_gb")}),
     ]
