@@ -15,11 +15,13 @@ from common.text import counted, printable
 from data.augment import Augment
 from data.cache import cache_dir, kept, size_limit, trim
 from data.cuts import Cuts, default_resize
+from data.image_set import class_counts
 from data.loaders import decoding_of, place
 from data.pack import Form, check, is_pack, pack
 from data.photographs import PHOTOGRAPH, PhotoSet, sizes_in_words
 from data.policy import parse_policy
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
+from data.sources.many import multi_hot
 from data.splits import divided, rows_of, split_text, write_split
 from errors import UserError
 
@@ -52,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
             split=options.split,
             group_by=options.group_by,
             say=say,
+            many=options.task == "multilabel",
         )
+        if options.task == "multilabel" and options.run is not _prepare:
+            source = multi_hot(source)
         options.run(source, options)
     except KeyboardInterrupt:
         print("\nstopped. What is finished stays: the same command goes on.", file=sys.stderr)
@@ -72,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--data-dir", metavar="FOLDER", help="where a local copy lies")
     common.add_argument("--image-size", type=_whole(1), metavar="PIXELS", help="side of the images")
     common.add_argument("--skip-bad-images", action="store_true", help="leave damaged ones out")
+    common.add_argument(
+        "--task", choices=("classification", "multilabel"), default="classification",
+        help="multilabel: pictures have any number of classes",
+    )  # fmt: skip
     common.add_argument("--seed", type=_whole(0), default=0)
     common.add_argument("--split", metavar="FILE|RUN", help="splits as in a list or in a run")
     common.add_argument("--group-by", metavar="COLUMN|REGEX", help="what stays on one side")
@@ -136,7 +145,7 @@ def _whole(low: int) -> Callable[[str], int]:
 def _show(source: Source, options: argparse.Namespace) -> None:
     from PIL import Image
 
-    if source.task != "classification":
+    if not source.classes:
         raise UserError(
             f"{source.name} has no pictures to show: try --dataset digits.", code="no-pictures"
         )
@@ -212,10 +221,9 @@ def _stats(source: Source, options: argparse.Namespace) -> None:
     if source.classes:
         places = divided(source, 0, 0.0, 0)
         counts = [
-            torch.bincount(
-                (source.test if split == "test" else source.train).labels[chosen],
-                minlength=len(source.classes),
-            ).tolist()
+            class_counts(
+                (source.test if split == "test" else source.train).labels[chosen], source.classes
+            )
             for split, chosen in places.items()
         ]
         names = [printable(name) for name in source.classes]
@@ -296,6 +304,7 @@ def _pack(source: Source, options: argparse.Namespace) -> None:
         "--dataset": dataset or options.dataset, "--data-dir": options.data_dir,
         "--split": options.split and str(Path(options.split).absolute()),
         "--group-by": options.group_by,
+        "--task": options.task if options.task != "classification" else None,
         "--image-size": options.image_size, "--store": options.store,
         "--short-side": options.short_side or "keep",
     }  # fmt: skip

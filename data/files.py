@@ -98,6 +98,7 @@ class Records:
     notes: tuple[str, ...] = ()
     root: Path | None = None
     hashed: bool = False  # what tests was chosen by a hash
+    many: bool = False  # each class is a set of names: see data/sources/many.py
 
     def part(self, kept: Sequence[int]) -> Self:
         """Those of these positions; all of them is this itself."""

@@ -14,6 +14,7 @@ from distributed.stop import DAMAGED, SAVE_FAILED, restarts_left
 from distributed.watch import failed_at_start, tell_agent
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
+from optim import ScheduleFreeWeights
 from report import panels
 from report.logbook import Logbook
 from report.samples import draw_pictures
@@ -38,6 +39,8 @@ def finish(
     if folder := world.main_decides(lambda: log.follow_folder(data, checkpoints.facts, progress)):
         checkpoints.go_on_in(folder)
     failed = checkpoints.save_last(learner, progress)
+    if isinstance(learner.average, ScheduleFreeWeights) and progress.evaluated != progress.step:
+        learner.evaluated_model(data)  # the average has moved since its norms were measured
     code = STOPPED if world.stop.reason else FINISHED
     if failed:
         world.stop.reason, code = SAVE_FAILED, FAILED
@@ -106,6 +109,7 @@ def _write(
         screen.warn(f"report.html cannot be written: {type(error).__name__}: {error}")
     panels.show_ending(
         screen,
+        plan,
         folder,
         written,
         learner.task,

@@ -128,7 +128,7 @@ class Files:
     def has_matrix(self) -> bool:
         """Whether there ought to be one: not for a regression, nor before an evaluation."""
         evaluated = is_number(self.best[0].get(f"test/{self.deciding.key}"))
-        return evaluated and self.classes.get("classes") != []
+        return evaluated and self.classes.get("classes") != [] and not self.summary.get("by_class")
 
     def matrix(self) -> tuple[list[list[int]], list[str]]:
         """The confusion matrix, rows: the true class, and the names of the classes."""
@@ -269,7 +269,16 @@ def confusion(files: Files) -> Markup | str:
 
 
 def per_class(files: Files) -> Markup | str:
-    """Accuracy and precision of each class."""
+    """Accuracy and precision of each class, or what the task tells of each."""
+    if told := files.summary.get("by_class"):
+        metrics = [Metric(**metric) for metric in told["metrics"]]
+        columns = [told["values"][metric.key] for metric in metrics]
+        rows = [
+            [name, *("-" if v is None else m.show(v) for m, v in zip(metrics, row, strict=True))]
+            for name, *row in zip(files.classes["classes"], *columns, strict=True)
+        ]
+        made = PARTS.table(["class", *(f"#{metric.title}" for metric in metrics)], rows)
+        return PARTS.folded(f"{len(rows)} classes", made) if len(rows) > MOST_NAMES else made
     if not files.has_matrix:
         return ""
     if not files.confusion and len(files.classes["classes"]) > MOST_NAMES:

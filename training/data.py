@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from common.disk import Json
 from common.text import counted
-from config import HINTS, BatchPlan, Settings, TrainConfig, mean_and_std, plan_batch
+from config import HINTS, BatchPlan, Settings, TrainConfig, mean_and_std, plan_batch, task_of
 from data.augment import Augment
 from data.cache import Entry, read_entry
 from data.cuts import Cuts, default_resize, lost
@@ -32,6 +32,7 @@ from data.pack import levels_in
 from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.policy import parse_policy
 from data.sources import Source, limited, load_source
+from data.sources.many import multi_hot
 from data.splits import SPLIT_FILE, divided
 from distributed import faults
 from distributed.stop import DAMAGED
@@ -172,6 +173,10 @@ class Data:
         met = {place: count for part in parts for place, count in part.items()}
         return [f"16-bit images: {clipped_in_words(list(met.values()))}"] if met else []
 
+    def amount(self, split: str) -> int:
+        """How many images a split has."""
+        return len(pictures_of(self.test_loaders[split]))
+
     def counted(self, split: str, world: World) -> int:
         """How many images of a split count: all but those that could not be decoded just now."""
         pictures = pictures_of(self.test_loaders[split])
@@ -209,10 +214,12 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
         group_by=config.group_by, stage=config.stage,
         keep_decoded=not card and config.decode == "full",
-        levels=levels_in(card),
+        levels=levels_in(card), many=config.task == "multilabel",
         say=say if world.is_main else print, before=_index_of_run(plan),
         excluded=excluded_names(config.exclude),
     )))  # fmt: skip
+    if config.task == "multilabel" and source.classes:
+        source = multi_hot(source)
     if card:
         source = as_the_run_sees(source, card)
         plan = _cut_as_the_run(plan, source, card)
@@ -363,7 +370,7 @@ def build_data(
     config = settings.config
     decoding = cutting(config, source, device)
     entry = lookup(config.model)
-    if entry.task != source.task:
+    if task_of(config) != source.task:
         fits = "--dataset line" if entry.task == "regression" else "an image data set"
         raise UserError(
             f"--model {config.model} is for {entry.task}, the data set {source.name} is for "

@@ -238,6 +238,7 @@ def load_source(
     before: Entry | None = None,
     excluded: Collection[str] = (),
     levels: Levels | None = None,
+    many: bool = False,
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
@@ -248,6 +249,7 @@ def load_source(
     `stage`: a folder of this node that a pack is copied to, once, and read from.
     `say` hears of work that takes long, before it begins.
     `levels`: what becomes of 16 bits, where that was decided before.
+    `many`: a picture has any number of classes; each set of them is a class: see many.multi_hot.
     `before`: the index that a run began with; what is `excluded` since may be gone or another file.
     """
     if name in SOURCES and SOURCES[name].made:
@@ -259,7 +261,7 @@ def load_source(
     from data.sources.describe import at_hand, in_pack, source_of, without
     from data.splits import Wanted
 
-    copy, wanted, records = locate(name, data_dir), Wanted(split, group_by), None
+    copy, wanted, records = locate(name, data_dir), Wanted(split, group_by, many), None
     if stage:
         copy = _staged(copy, Path(stage).expanduser(), say)
     if copy.published:
