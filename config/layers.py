@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert
+from config.rows import Rows
 from data.policy import parse_policy
 from errors import UserError, all_of
 from models import Recipe, lookup, told_by_weights
@@ -24,6 +25,7 @@ from models.own_file import (
     refuse_foreign_code,
 )
 
+FOLD = re.compile("([0-9]{1,4})/([0-9]{1,4})")
 OF_CLASSES = ("accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece")
 __version__ = "0.1.0"
 
@@ -52,6 +54,7 @@ class Settings:
     argv: tuple[str, ...] = ()
     typed: Mapping[str, object] = field(default_factory=dict)  # in this life or an earlier one
     refused: UserError | None = None  # of a command that cannot be understood; see parse_or_exit
+    rows: Rows | None = None  # of a command that is several runs; then there are no layers
 
     @property
     def config(self) -> TrainConfig:
@@ -274,6 +277,12 @@ def check(settings: Settings) -> None:
         problems.append(error)
     if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
         wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
+    if c.fold is not None:
+        part = FOLD.fullmatch(c.fold)
+        if part is None or not 1 <= int(part[1]) <= int(part[2]) or int(part[2]) < 2:
+            wrong(f"--fold {c.fold}: must be one of several parts, as 1/5 to 5/5")
+        if c.split is not None:
+            wrong("--fold and --split both say which pictures test: drop one", "contradiction")
     known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *OF_CLASSES)
     if c.select not in known:
         wrong(f"--select {c.select}: {c.model} is for {entry.task}: {', '.join(known)}")

@@ -32,7 +32,7 @@ from data.pack import levels_in
 from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.policy import parse_policy
 from data.sources import Source, limited, load_source
-from data.splits import SPLIT_FILE, divided
+from data.splits import SPLIT_FILE, divided, folded
 from distributed import faults
 from distributed.stop import DAMAGED
 from distributed.world import World
@@ -200,14 +200,14 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
         split = config.run_dir  # what it named at the run's birth may have changed or gone
     card = world.main_decides(lambda: card_of_run(plan))
-    source = world.all_or_none(lambda: load_source(
+    source = world.all_or_none(lambda: folded(load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
         group_by=config.group_by, keep_decoded=not card, stage=config.stage,
         levels=levels_in(card),
         say=say if world.is_main else print, before=_index_of_run(plan),
         excluded=excluded_names(config.exclude),
-    ))  # fmt: skip
+    ), config.fold))  # fmt: skip
     if card:
         source = as_the_run_sees(source, card)
         plan = _cut_as_the_run(plan, source, card)
