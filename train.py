@@ -72,7 +72,7 @@ def main(world: World, observer: Observer) -> int:
             if results and log.evaluated(results, learner.task, data, schedule, progress):
                 log.kept_best(checkpoints.save_weights("model.safetensors", learner, progress))
     if actions.dry_run:
-        return panels.show_trial(log.screen)
+        return panels.show_trial(log.screen, plan, data, started)
     return finish(log, checkpoints, learner, data, schedule, progress, world)
 
 

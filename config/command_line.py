@@ -70,6 +70,7 @@ def parse(argv: list[str]) -> Settings:
         stop_after=_steps(given["stop_after"], given["debug"], given["max_steps"], problems),
         allow_change=tuple(n.replace("-", "_") for n in given["allow_change"]),
         trust_code=given["trust_code"],
+        as_processes=_processes(given["as"], given["dry_run"], problems),
     )  # fmt: skip
     for name in actions.allow_change:
         if name not in HINTS and name != "code":
@@ -178,6 +179,21 @@ def under_a_launcher() -> bool:
     return "RANK" in os.environ or in_step
 
 
+def _processes(text: str | None, dry_run: bool, problems: list[UserError]) -> int | None:
+    """How many processes --dry-run rehearses."""
+    if text is None:
+        return None
+    if not NUMBER.fullmatch(text) or int(text) < 1:
+        problems.append(UserError(f"--as {text}: must be a whole number from 1", code="bad-value"))
+        return None
+    if not dry_run or under_a_launcher():
+        message = (
+            f"--as {text} rehearses on one process: type python train.py --dry-run --as {text}"
+        )
+        problems.append(UserError(message, code="contradiction"))
+    return int(text)
+
+
 def _steps(
     text: str | None, debug: bool, max_steps: str | None, problems: list[UserError]
 ) -> int | None:
@@ -214,6 +230,9 @@ def build_parser() -> argparse.ArgumentParser:
     act = parser.add_argument_group("this command")
     act.add_argument("--debug", action="store_true", help="one process, few images, anomaly checks")
     act.add_argument("--dry-run", action="store_true", help="build all, one step, write nothing")
+    act.add_argument(
+        "--as", metavar="N", help="with --dry-run: as one of N processes, with their shards"
+    )
     act.add_argument("--eval-only", action="store_true", help="evaluate the run's best model")
     act.add_argument(
         "--stop-after", metavar="N", help="stop after N steps for a look; the run can go on later"

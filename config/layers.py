@@ -43,6 +43,7 @@ class Actions:
     resume: str | None = None
     allow_change: tuple[str, ...] = ()
     trust_code: bool = False
+    as_processes: int | None = None  # that --dry-run rehearses, on this one
 
 
 @dataclass(frozen=True)

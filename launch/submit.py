@@ -529,7 +529,7 @@ def submit(argv: list[str]) -> int:
     tell(f"{told} {shlex.join(command)}".strip())
     if kept is None:
         for row in many["rows"] if many else ():
-            tell(f"row {row['row']:<4}   {shlex.join(row['words'][len(many['base']) :])}")
+            tell(f"row {row['row']:<4}   {shlex.join(row['words'][len(arguments) :])}")
         for line in rehearsed(options, settings, len(each)):
             tell(line)
         return 0

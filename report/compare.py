@@ -367,8 +367,14 @@ def write_comparison(paths: Sequence[Path], screen: Report) -> Path:
         screen.show(method(comparison))
     for warning in comparison.warnings:
         screen.warn(warning)
-    path = place / PAGE
-    write_text(path, build(comparison, place.resolve().name, place))
+    path, further = place / PAGE, []
+    if (place / SWEEP).is_file() and any(run.values["fold"] for run in runs):
+        from report.suspects import CSV, section
+
+        if made := section(place, [run.files.folder for run in runs]):
+            further.append(made)
+            screen.note(f"probably wrong labels: {place / CSV}, and on the page")
+    write_text(path, build(comparison, place.resolve().name, place, further))
     return path
 
 
