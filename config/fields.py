@@ -67,7 +67,8 @@ class TrainConfig:
         1, "micro-batches a process adds up per step, to save memory", group="batch", low=1
     )
     shards: str = setting(
-        "auto", "parts a batch is cut into, a constant of the run (auto: processes x accumulate)",
+        "auto", "parts a batch is cut into, a constant of the run, on 1 to as many processes "
+        "(auto: processes x accumulate; 12 or 24 where their number may change)",
         group="batch",
     )  # fmt: skip
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 CODE = "code"  # in a run folder: the files of an own model
 MOST_KEPT = 1_000_000  # bytes of them
 OURS = {
-    "__main__", "bench", "common", "config", "data", "distributed", "errors", "launch", "losses",
-    "models", "optim", "optimizers", "predict", "report", "scores", "tasks", "tests",
+    "__main__", "bench", "common", "config", "data", "distributed", "errors", "export", "launch",
+    "losses", "models", "optim", "optimizers", "predict", "report", "scores", "tasks", "tests",
     "train", "training",
 }  # fmt: skip
 # What a class must be, by the flag that names it.

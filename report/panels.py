@@ -50,10 +50,6 @@ def show_start(
     total = sum(p.numel() for p in learner.bare.parameters())
     trainable = sum(p.numel() for p in learner.parameters)
     held = "" if trainable == total else f", {trainable:,} of them train"
-    equation = (
-        f"{batch.batch_size} = {counted(batch.num_processes, 'process')} x "
-        f"{counted(batch.shards_per_process, 'shard')} x {counted(batch.micro_batch_size, 'image')}"
-    )
     validation = f"{len(data.places['val']):,} validation, " if "val" in data.places else ""
     amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
     amount += f"{len(data.test):,} test images"
@@ -69,7 +65,7 @@ def show_start(
         *started.task.criterion.in_words(data.classes),
         *(("sampler", b.in_words(data.classes)) for b in (data.sampler.balance,) if b),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
-        ("batch", equation),
+        ("batch", batch.in_words()),
         ("steps", steps_shown(schedule, progress)),
         ("folder", config.run_dir or "none (dry run)"),
     ]
@@ -296,7 +292,7 @@ def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
 
 def write_summary(
     folder: Path, plan: Plan, task: Task, data: Data, schedule: Schedule, progress: Progress,
-    status: str, reason: str, life: int, skipped_updates: int,
+    status: str, reason: str, life: int, skipped_updates: int, spent: dict[str, float],
 ) -> None:  # fmt: skip
     """summary.json and confusion.json. Raises OSError."""
     best, last = progress.best_metrics, progress.last
@@ -308,6 +304,7 @@ def write_summary(
         "best/epoch": progress.best_epoch, "best/step": progress.best_step,
         "life": life, "skipped_images": len(data.source.skipped),
         "skipped_updates": skipped_updates,
+        "goodput": {cause: round(seconds, 3) for cause, seconds in spent.items()},
     }  # fmt: skip
     for prefix, found in (("test", last), ("best/test", best)):
         summary |= {f"{prefix}/{m.key}": found[m.key] for m in task.metrics if m.key in found}

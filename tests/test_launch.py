@@ -515,6 +515,8 @@ def test_submit_hands_sbatch_every_byte(tmp_path):
         (["--sbatch=--signal=B:USR1@600", "--time", "9m"], TINY, "600 s"),
         (["--sbatch=--export=NONE"], TINY, "--export"),
         (["--nodes", "0"], TINY, "at least 1"),
+        (["--cpus", "1"], [*TINY, "--threads", "4"], "ask for --cpus 4"),
+        (["--lr", "0.1"], TINY, "--lr 0.1: not submit.py's; what is train.py's stands after --"),
         ([], [], "flags are missing"),
     ],
 )

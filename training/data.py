@@ -184,7 +184,8 @@ class Data:
     def indices(self, epoch: int, step: int) -> list[int]:
         """Which training images the global batch of a step of an epoch holds."""
         self.sampler.start(epoch, step)
-        return (next(iter(self.sampler)) % len(self.train)).tolist()
+        batch = next(iter(self.sampler))
+        return (batch[batch >= 0] % len(self.train)).tolist()
 
 
 def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> tuple[Plan, Data]:
@@ -218,7 +219,9 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     numbered = numbered_as(source, known)
     if isinstance(source.train, PhotoSet):
         watch_damage(source.train.photos, config, world)
-    data = build_data(plan.settings, numbered, world.num_processes, world.device)
+    data = build_data(
+        plan.settings, numbered, world.device, world.num_processes, world.process_index
+    )
     notes = ["the data name the run's classes in another order: by name"]
     notes = (numbered is not source) * notes + without_effect(config, source)
     if card.get("photographs") and not isinstance(source.train, PhotoSet):
@@ -301,9 +304,10 @@ def excluded(photos: Photos, names: str | None) -> frozenset[int]:
 
 
 def build_data(
-    settings: Settings, source: Source, num_processes: int, device: torch.device
-) -> Data:
-    """Loaders and augmentation of a loaded source for so many processes.
+    settings: Settings, source: Source, device: torch.device, num_processes: int,
+    process_index: int,
+) -> Data:  # fmt: skip
+    """Loaders and augmentation of a loaded source for one of so many processes.
 
     Raises UserError where the batch, the shards and the processes do not fit together.
     """
@@ -331,8 +335,9 @@ def build_data(
     tests = {**sets, "test": test}
     batch = plan_batch(settings, num_processes, len(train))
     train_loader, sampler = build_train_loader(
-        train, batch.batch_size, config.seed, device, decoding, config.sampler == "balanced"
-    )
+        train, batch.batch_size, config.seed, device, decoding, config.sampler == "balanced",
+        [count * batch.micro_batch_size for count in batch.shares], process_index,
+    )  # fmt: skip
     augment = Augment(
         config.augment, config.image_size, source.mean, source.std, config.seed,
         cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,

@@ -1,0 +1,160 @@
+"""A folder as the Hugging Face hub has models, with a card; uploaded only where that is asked."""
+
+import inspect
+import os
+import shutil
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from common.disk import Json, write_json, write_text
+from common.text import printable
+from errors import UserError
+from models.own_file import CODE, is_own_file, load_own_class
+
+REACH_SECONDS = 4.0
+CARD = "README.md"
+
+
+def write_folder(folder: Path, description: dict[str, Json], told: dict, built: str) -> str:
+    """config.json, the card and an own model's files, beside model.safetensors.
+
+    A card that is there already, with a licence by now, is kept. Returns what to tell of it.
+    """
+    classes = told["classes"]
+    write_json(folder / "config.json", {
+        "architectures": [told["model"].rpartition(":")[2]], "num_labels": len(classes),
+        "id2label": {str(number): name for number, name in enumerate(classes)},
+        "label2id": {name: number for number, name in enumerate(classes)}, **description,
+    })  # fmt: skip
+    if is_own_file(built):
+        keep_own_code(folder / CODE, told, Path(built.rpartition(":")[0]))
+    if (folder / CARD).exists():
+        return f"{CARD} was there and is kept as it is"
+    write_text(folder / CARD, card(description, told, built))
+    return f"{CARD}: read it, and choose a licence"
+
+
+def keep_own_code(target: Path, told: dict, file: Path) -> None:
+    """The files of the model's class, as the run executed them."""
+    for place in told.get("code") or {file.name: ""}:
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file.parent / place, target / place)
+
+
+def card(description: dict, told: dict, built: str) -> str:
+    """The model card: what it is, what it was trained on, how good it is, how to load it."""
+    classes, metrics = told["classes"], description["metrics"]
+    shown = ", ".join(f"`{printable(name)}`" for name in classes[:100])
+    if len(classes) > 100:
+        shown += f" and {len(classes) - 100} more (all of them in config.json)"
+    numbers = "".join(f"| {printable(name)} | {value:.4g} |\n" for name, value in metrics.items())
+    table = (
+        f"| on the test pictures | |\n|---|---|\n{numbers}" if numbers else "No metrics known.\n"
+    )
+    steps = "".join(f"{n}. {printable(s)}\n" for n, s in
+                    enumerate(description["preprocessing"]["steps"], 1))  # fmt: skip
+    words = "averaged weights" if description["averaged"] else "weights"
+    own = is_own_file(built)
+    trust = " --trust-code" if own else ""
+    about = f"{printable(description['model'])} for {len(classes)} classes of images"
+    if description["dataset"]:
+        about += f", trained on {printable(description['dataset'])} by Lockstep"
+    mean, std = (", ".join(f"{value:.6g}" for value in told[name]) for name in ("mean", "std"))
+    return f"""---
+pipeline_tag: image-classification
+tags:
+- image-classification
+- lockstep
+# license: choose one (https://huggingface.co/docs/hub/repositories-licenses)
+---
+
+# {printable(description["run"])}
+
+{about}. These are its {description["weights"]} {words}, of step {description["step"]}.
+
+## Metrics
+
+{table}
+## Classes
+
+{shown}
+
+## Preprocessing
+
+{steps}{len(steps.splitlines()) + 1}. subtract the mean ({mean}),
+   divide by the standard deviation ({std})
+
+## How to load it
+
+`python predict.py PICTURE.png --run FOLDER{trust}` in a clone of Lockstep, or:
+
+```python
+{loading(told, built)}```
+
+## Data, licence, limits
+
+To be written by who publishes it: where the pictures come from, what may be done with the model,
+and where it fails.
+"""
+
+
+def loading(told: dict, built: str) -> str:
+    """Python that builds the plain architecture and gives it the weights."""
+    given = {"num_classes": len(told["classes"]), "image_size": told["image_size"]}
+    lines = ["from safetensors.torch import load_file", ""]
+    if is_own_file(built):
+        file, _, name = built.rpartition(":")
+        takes = inspect.signature(load_own_class(built)).parameters
+        words = ", ".join(f"{key}={value}" for key, value in given.items() if key in takes)
+        lines = ["import sys", "", *lines, f'sys.path.insert(0, "{CODE}")  # read it first']
+        lines += [f"from {Path(file).stem} import {name}", "", f"model = {name}({words})"]
+    else:
+        words = ", ".join(f"{key}={value}" for key, value in given.items())
+        lines += ["from models import build_model  # in a clone of Lockstep", ""]
+        lines += [f'model = build_model("{told["model"]}", {words})']
+    lines += ['model.load_state_dict(load_file("model.safetensors"))', "model.eval()"]
+    return "\n".join(lines) + "\n"
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Put the folder into a repository of the hub, a new one as private; returns its address.
+
+    Raises UserError within seconds where the hub is out of reach or refuses.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    kept = f"the folder {folder} is complete: hf upload {repository} {folder} sends it later"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"--upload {repository}: HF_HUB_OFFLINE is set; {kept}", code="hub-offline")
+    refuse_unreachable(endpoint, f"--upload {repository}", kept)
+    from huggingface_hub import HfApi, get_token
+
+    if not get_token():
+        raise UserError(
+            f"--upload {repository}: there is no token; type hf auth login, or set HF_TOKEN; "
+            f"{kept}",
+            code="hub-token",
+        )
+    try:
+        api = HfApi(endpoint=endpoint)
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="From Lockstep")
+    except Exception as error:  # whatever the hub or the way to it answers
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--upload {repository}: {why}; {kept}", code="hub-refuses") from error
+    return f"{endpoint}/{repository}"
+
+
+def refuse_unreachable(endpoint: str, flag: str, kept: str) -> None:
+    """UserError where nothing answers at the hub's address, or at the proxy in front of it."""
+    server = urlsplit(endpoint)
+    proxy = getproxies().get(server.scheme)
+    first = urlsplit(proxy) if proxy else server
+    port = first.port or (443 if first.scheme == "https" else 80)
+    try:
+        socket.create_connection((first.hostname, port), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"{flag}: {first.hostname} cannot be reached ({error}); {kept}", code="hub-unreached"
+        ) from None
