@@ -117,7 +117,7 @@ def draw(folder: Path, run: Path, found: Sequence[Suspect]) -> None:
         skip_bad_images=config.skip_bad_images, seed=config.seed, group_by=config.group_by,
         stage=config.stage,
     ), config.fold)  # fmt: skip
-    data = build_data(settings, source, 1, torch.device("cpu"))
+    data = build_data(settings, source, torch.device("cpu"), 1, 0)
     there = {
         name: (split, place)
         for split, part in data.places.items()

@@ -198,13 +198,13 @@ def test_planted_wrong_labels_are_found_and_hardly_any_others():
     labels = true.copy()
     labels[planted] = (true[planted] + random.integers(1, 10, len(planted))) % 10
     model = LogisticRegression(max_iter=200)
-    table = cross_val_predict(model, images, labels, cv=3, method="predict_proba")
+    table = cross_val_predict(model, images, labels, cv=5, method="predict_proba")
     places, suggested, scores = confident(table, labels)
     found = set(places.tolist())
-    assert len(found & set(planted.tolist())) >= 40 and len(found) <= 70
-    assert len(set(places[:30].tolist()) & set(planted.tolist())) >= 27  # the surest first
-    assert (suggested[:30] == true[places[:30]]).mean() > 0.9
-    assert (numpy.diff(scores) >= 0).all() and 0 <= scores.min() and scores.max() <= 1
+    assert len(found & set(planted.tolist())) >= 26 and len(found) <= 40
+    assert len(set(places[:20].tolist()) & set(planted.tolist())) >= 19  # the surest first
+    assert (suggested[:20] == true[places[:20]]).mean() > 0.9
+    assert (numpy.diff(scores) >= 0).all() and scores.min() >= 0 and scores.max() <= 1
 
 
 def test_confident_learning_is_as_it_is_defined():
