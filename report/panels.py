@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
-from config import TrainConfig, recipe_of
+from config import TrainConfig, mean_and_std, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL
@@ -81,6 +81,12 @@ def show_start(
         ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
         rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{ahead}{shown}"))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
+    if config.normalize not in ("auto", "data"):
+        hidden.add("normalize")
+        numbers = (
+            f"{m:.3g} / {s:.3g}" for m, s in zip(*mean_and_std(config.normalize), strict=True)
+        )
+        rows.append(("normalised", f"by {', '.join(numbers)} ({settings.origin('normalize')})"))
     changed = [
         (f.name, str(getattr(config, f.name)), settings.origin(f.name))
         for f in fields(TrainConfig)
@@ -263,29 +269,29 @@ def show_evaluation(
 def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
     """What --dry-run ends with. The exit status."""
     rows = [("tried", "one step and two evaluation batches; nothing was written")]
-    commands, count, batch = [], plan.actions.as_processes, data.batch
+    commands, count, share = [], plan.actions.as_processes, FEW + 1
     if count:
-        size, share = batch.micro_batch_size, batch.batch_size // count
+        batch = replace(data.batch, num_processes=count)
+        size, share = batch.micro_batch_size, batch.micro_batch_size * min(batch.shares)
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in started.model.modules())
-        epoch = started.trial.seconds_per_image * len(data.train) / count
+        epoch = started.trial.seconds_per_image * len(data.train) / (count * batch.used)
+        steps = counted(data.sampler.steps_per_epoch, "step")
         rows += [
             ("as", f"{counted(count, 'process')}, whose shards were computed here in turn"),
-            ("batch", f"{batch.batch_size} = {counted(count, 'process')} x "
-             f"{counted(batch.shards // count, 'shard')} x {counted(size, 'image')}"),
+            ("batch", batch.in_words()),
             ("batch norm", f"sees {counted(size, 'image')} at a time" if norms else "none"),
-            ("an epoch", f"{counted(data.sampler.steps_per_epoch, 'step')}; an estimate: "
-             f"{duration(epoch)}, if {count} such devices were each as fast as this one in "
-             "forward and backward, without waiting for data or each other"),
+            ("an epoch", f"{steps}; an estimate: {duration(epoch)}, if each of {count} devices is "
+             "as fast in forward and backward as this one, and waits for nothing"),
         ]  # fmt: skip
         flags = without(list(plan.settings.argv), "--as", "--dry-run")
         node = next(n for n in (8, 4, 2, 1) if count % n == 0)
         typed = ("--nodes", count // node, "--gpus", node, "--", *flags)
         commands.append(("launch", pasted("launch/submit.py", *typed)))
     screen.end_panel("dry run: all is well", rows, good=True, commands=commands)
-    if count and share <= FEW:
+    if share <= FEW:
         screen.warn(
-            f"{counted(share, 'image')} a step are left for each of {count} processes: no GPU is "
-            "busy with so few; a larger --batch-size (and --lr), or fewer processes"
+            f"{counted(share, 'image')} a step are left for a process: no GPU is busy with so few; "
+            "take a larger --batch-size (and --lr), or fewer processes"
         )
     return FINISHED
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from common.disk import Json
 from common.text import counted
-from config import HINTS, BatchPlan, Settings, TrainConfig, plan_batch
+from config import HINTS, BatchPlan, Settings, TrainConfig, mean_and_std, plan_batch
 from data.augment import Augment
 from data.cache import Entry, read_entry
 from data.cuts import Cuts, default_resize, lost
@@ -38,6 +38,7 @@ from distributed.stop import DAMAGED
 from distributed.world import World
 from errors import UserError
 from models import lookup
+from models.looks import Look, look_of, published_look
 from training.elsewhere import as_the_run_sees, card_of_run
 from training.plan import Plan, classes_of_run
 from training.run_dir import PICTURES
@@ -134,6 +135,7 @@ class Data:
         return levels | {
             "photographs": True, "eval_size": cuts.eval_size, "eval_resize": cuts.eval_resize,
             "resize": cuts.resize,
+            **({"interpolation": cuts.interpolation} if cuts.interpolation != "bilinear" else {}),
         }  # fmt: skip
 
     def cut_off(self) -> list[str]:
@@ -213,6 +215,8 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
         source = as_the_run_sees(source, card)
         plan = _cut_as_the_run(plan, source, card)
         config = plan.config
+    plan, source = as_the_weights_saw(plan, source, world)
+    config = plan.config
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
     known = world.main_decides(lambda: classes_of_run(plan))
@@ -239,6 +243,47 @@ def _cut_as_the_run(plan: Plan, source: Source, card: dict) -> Plan:
     side = plan.config.eval_size or plan.config.image_size
     settings = plan.settings.with_layer("the run's images", {"eval_resize": side})
     return replace(plan, settings=settings, config=settings.config)
+
+
+def as_the_weights_saw(plan: Plan, source: Source, world: World) -> tuple[Plan, Source]:
+    """The plan with the look that starting weights ask for, and the data normalised as it says.
+
+    What the user typed wins; a run that goes on has it all in its config already.
+    """
+    config = plan.config
+    if source.task != "classification" or lookup(config.model).task != source.task:
+        return plan, source
+    begins = config.weights not in ("none", "auto") and not plan.goes_on
+
+    def look() -> Look | None:
+        found = look_of(config.model, config.weights) if begins else None
+        if found is None and config.normalize == "weights":
+            found = published_look(config.model)
+        return found
+
+    found, decided = world.main_decides(look), {}
+    if found is not None:
+        if config.normalize in ("auto", "weights"):
+            numbers = (",".join(map(repr, part)) for part in (found.mean, found.std))
+            decided["normalize"] = "/".join(numbers)
+        if config.interpolation == "auto" and found.interpolation in ("bilinear", "bicubic"):
+            decided["interpolation"] = found.interpolation
+        size = config.eval_size or config.image_size
+        margin = int(size / found.crop + 1e-6)
+        if isinstance(source.train, PhotoSet) and not config.eval_resize and begins:
+            decided |= {"eval_resize": margin} if margin != default_resize(size) else {}
+    elif config.normalize == "weights":
+        raise UserError(
+            f"--normalize weights: {config.weights} does not say what its pictures were "
+            "normalised by, and nothing is published of this model; type --normalize MEAN/STD",
+            code="weights-do-not-say",
+        )
+    settings = plan.settings.with_layer("weights", decided) if decided else plan.settings
+    plan = replace(plan, settings=settings, config=settings.config)
+    if (text := plan.config.normalize) not in ("auto", "data"):
+        mean, std = mean_and_std(text)
+        source = replace(source, mean=mean, std=std)
+    return plan, source
 
 
 def _index_of_run(plan: Plan) -> Entry | None:
@@ -362,6 +407,7 @@ def cutting(config: TrainConfig, source: Source, device: torch.device) -> Decodi
         policy.kind, config.image_size, eval_size,
         config.eval_resize or default_resize(eval_size), config.resize, config.seed,
         policy.flip, source.no_flip or not config.flip, config.alternating_flip,
+        "bicubic" if config.interpolation == "bicubic" else "bilinear",
     )  # fmt: skip
     threads = config.decode_threads or torch.get_num_threads()
     return decoding_of(cuts, source.mean, threads, device)
