@@ -261,9 +261,8 @@ def test_a_rehearsal_of_many_processes_has_their_shards_and_warns_of_few_images(
     assert done.status == 0, done.out
     for said in ("64 = 16 processes x 1 shard x 4 images", "sees 4 images at a time", "estimate"):
         assert said in done.out, done.out
-    assert "--nodes 2 --gpus 8 -- --model resnet18" in done.out and "runs" not in os.listdir(
-        tmp_path
-    )
+    assert "--nodes 2 --gpus 8 -- --model resnet18" in done.out
+    assert not (tmp_path / "runs").exists()
     assert "4 images a step are left" in done.out and "--batch-size 64" in done.out
     odd = train([*words, "--dry-run", "--as", "16", "--batch-size", "60"], tmp_path)
     assert odd.status == 2 and "48 and 64 do" in odd.out, odd.out
