@@ -22,7 +22,7 @@ from common.cpus import cpus
 from common.disk import read_json, write_json
 from common.text import pasted, printable
 from config import Settings
-from config.rows import Row, Rows
+from config.rows import SWEEP, Row, Rows
 from errors import USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ except ImportError:  # Windows
     fcntl = None
 
 HERE = Path(__file__).resolve().parent
-SWEEP = "sweep.json"  # in the folder of all rows
 LOOK_SECONDS = 0.2
 INTERRUPTED = 130
 LAST_LINES = 20  # of a row's output, among which its reason is
@@ -94,6 +93,7 @@ def run_all(rows: Rows) -> int:
         left = [turn for turn in turns if turn.state != "finished"]
         try:
             if left:
+                print("loading torch ...", file=sys.stderr, flush=True)
                 devices = devices_there()
                 beside = min(rows.side_by_side or max(1, len(devices)), len(left))
                 board.begin(disk_in_words(rows, left, beside), beside, devices)
@@ -111,7 +111,7 @@ def entered(rows: Rows) -> Iterator[None]:
     """The folder of all rows, with its sweep.json, for this process alone."""
     folder, told = rows.folder, rows.told()
     old = read_json(folder / SWEEP)
-    if old is None and folder.is_dir() and any(folder.iterdir()):
+    if old is None and folder.is_dir() and {path.name for path in folder.iterdir()} - {"lock"}:
         raise UserError(
             f"{folder} holds files that are no sweep; name another folder with --run-dir",
             code="run-dir-foreign",
@@ -158,7 +158,11 @@ def devices_there() -> list[str]:
 
 def disk_in_words(rows: Rows, left: list[Turn], beside: int) -> str:
     """About how much the rows need, and what there is. Warns by itself where it is too little."""
-    sizes = [s for words in {tuple(rows.words(turn.row)) for turn in left} if (s := _size(words))]
+    models = {
+        tuple(turn.row.values.get(name) for name in ("model", "image_size")): rows.words(turn.row)
+        for turn in left
+    }
+    sizes = [size for words in models.values() if (size := _size(words))]
     if not sizes:
         return ""
     weights = sum(sizes) / len(sizes)
@@ -171,7 +175,7 @@ def disk_in_words(rows: Rows, left: list[Turn], beside: int) -> str:
     return f"{short}about {need / 1e9:.2g} GB of {free / 1e9:.3g} GB free; {what}"
 
 
-def _size(words: tuple[str, ...]) -> int:
+def _size(words: list[str]) -> int:
     """Bytes of a row's weights, with a head of ten classes; 0 where it cannot be told."""
     import torch
 
@@ -179,7 +183,7 @@ def _size(words: tuple[str, ...]) -> int:
     from models import build_model
 
     try:
-        config = parse(list(words)).config
+        config = parse(words).config
         with torch.device("meta"):
             model = build_model(config.model, num_classes=10, image_size=config.image_size)
     except Exception:  # a class of the user's that no tensor without numbers suits
@@ -250,7 +254,8 @@ class Crew:
             turn.look()
             if turn.state not in ("finished", "stopped") or status == USER_ERROR:
                 turn.state = "stopped" if self.asked and status != USER_ERROR else "failed"
-                turn.reason = turn.reason or _last_words(turn.output, status)
+                if status == USER_ERROR or not turn.reason:  # else its status.json told
+                    turn.reason = _last_words(turn.output, status)
             elif turn.state == "finished" and not self.rows.keep:
                 shutil.rmtree(turn.folder / "checkpoints", ignore_errors=True)
                 (turn.folder / "last.safetensors").unlink(missing_ok=True)

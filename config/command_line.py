@@ -169,7 +169,7 @@ def several(given: dict, argv: list[str], seed: int) -> Rows:
     assert found is not None
     config = found.config
     folder = given["run_dir"] or default_folder(given, config.model, config.dataset)
-    keep = given["keep"] is not None or any("keep" in row.values for row in rows)
+    keep = found.asked("keep") or any("keep" in row.values for row in rows)
     return Rows(Path(folder), base, tuple(rows), int(beside or 0), keep)
 
 

@@ -14,6 +14,7 @@ from errors import UserError, all_of
 if TYPE_CHECKING:
     import yaml
 
+SWEEP = "sweep.json"  # in the folder of all rows
 MOST_ROWS = 10_000
 MOST_NAME = 100  # characters of a folder's name
 MOST_TOLD = 10  # mistakes

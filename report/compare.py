@@ -24,6 +24,7 @@ from common.disk import read_json, write_text
 from common.metric import Metric
 from common.text import counted, printable, some
 from config import TrainConfig
+from config.rows import SWEEP
 from errors import FINISHED, UserError
 from report.chart import chart, short
 from report.page import HERE, PARTS, STYLE, TEMPLATES, Files, is_number
@@ -31,7 +32,6 @@ from report.screen import Report
 
 SCRIPT = (HERE / "sort.js").read_text(encoding="utf-8")
 PAGE = "compare.html"
-SWEEP = "sweep.json"  # of a folder of many runs, in their order
 MOST_COLOURS = 8  # of groups in a chart; the others are grey
 FEWEST = 3  # shared seeds, below which nothing is claimed
 NOT_COMPARED = {"run_dir", "keep", "plots", "track", "log_every", "checkpoint_every", "max_time"}

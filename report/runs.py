@@ -5,8 +5,9 @@ from pathlib import Path
 
 from common.disk import read_json
 from common.text import duration
+from config.rows import SWEEP
 from errors import FINISHED, UserError
-from report.compare import SWEEP, Run, shown, table
+from report.compare import Run, shown, table
 from report.doctor import describe_status
 from report.page import Files
 from report.screen import Report
