@@ -11,6 +11,7 @@ from config import TrainConfig
 from models.hooks import HasMuonGroups
 from models.own_file import is_own_file
 from models.state import has_extra_state, twin
+from models.weights import depths
 from optimizers import (
     InRows,
     Lamb,
@@ -75,6 +76,23 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool = Fa
     ]
 
 
+def layer_groups(model: nn.Module, groups: list[dict], config: TrainConfig) -> list[dict]:
+    """The groups, each once per depth, with the factor of the rate that --layer-decay gives it.
+
+    As BEiT (Bao et al., 2021) fine-tunes: the head learns at the whole rate, what lies d layers
+    before it at layer_decay ** d of it.
+    """
+    depth = depths(model, config.model, config.image_size)
+    at = {p: depth[name] for name, p in model.named_parameters()}
+    deepest = max(depth.values())
+    return [
+        {**group, "params": [p for p in group["params"] if at[p] == d], "lr_scale": scale}
+        for d in range(deepest, -1, -1)
+        for scale in [config.layer_decay ** (deepest - d)]
+        for group in groups
+    ]
+
+
 # By name: what updates a group in a row, its usual betas, its usual eps.
 IN_ROWS: dict[str, tuple[type[InRows], tuple[float, float], float]] = {
     "lion": (Lion, (0.9, 0.99), 0.0),
@@ -93,6 +111,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     step that was left out leaves no trace in later ones.
     """
     groups = parameter_groups(model, config.weight_decay, config.decay_all)
+    if config.layer_decay != 1:
+        groups = layer_groups(model, groups, config)
     groups = [group for group in groups if group["params"]]
     betas = tuple(map(float, config.betas.split(","))) if config.betas else None
     eps = config.eps

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 from dataclasses import dataclass, field
 from functools import partial
@@ -258,8 +259,13 @@ def told_by_weights(weights: str) -> dict:
         return {}
 
 
-def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
-    """The model, initialised from torch's global generator: seed that for repeatable weights."""
+def build_model(
+    name: str, *, num_classes: int, image_size: int, drop_path: float | None = None
+) -> nn.Module:
+    """The model, initialised from torch's global generator: seed that for repeatable weights.
+
+    drop_path: the rate of stochastic depth; None: the model's own, in most none.
+    """
     entry = lookup(name)
     if problem := size_problem(name, entry, image_size):
         raise UserError(problem, code="image-too-small")
@@ -271,9 +277,12 @@ def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
         make = partial(zoo.build, attribute)
     else:
         make = getattr(importlib.import_module(f"models.{module}"), attribute)
-    model = call_with_known_arguments(
-        make, {"num_classes": num_classes, "image_size": image_size}, name
-    )
+    known: dict[str, float] = {"num_classes": num_classes, "image_size": image_size}
+    if drop_path is not None:
+        if "drop_path" not in inspect.signature(make).parameters:
+            raise no_drop_path(name)
+        known["drop_path"] = drop_path
+    model = call_with_known_arguments(make, known, name)
     if is_own_file(entry.target):
         size_lazy_layers(model, image_size, name)
     if {parameter.requires_grad for parameter in model.parameters()} == {False}:
@@ -297,6 +306,16 @@ def size_problem(name: str, entry: ModelEntry, size: int) -> str:
         near = step * max(1, round(size / step))
         return f"--image-size {size}: {name} sees multiples of {step}; type --image-size {near}"
     return ""
+
+
+def no_drop_path(name: str) -> UserError:
+    """The sentence for --drop-path where a model has nothing that could be left out."""
+    return UserError(
+        f"--drop-path: {name} has no stochastic depth; resnet18, torchvision's convnext, "
+        "efficientnet, maxvit and swin have, most residual models of timm, and a class of your own "
+        "whose __init__ takes drop_path",
+        code="no-drop-path",
+    )
 
 
 def _torchvision_entry(name: str) -> ModelEntry:

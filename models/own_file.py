@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -288,7 +288,7 @@ def _is_mine(folder: Path) -> bool:
 
 
 def call_with_known_arguments(
-    make: Callable[..., nn.Module], known: dict[str, int], name: str
+    make: Callable[..., nn.Module], known: Mapping[str, float], name: str
 ) -> nn.Module:
     """make(**the known arguments that it takes); UserError if it needs others."""
     parameters = inspect.signature(make).parameters
@@ -303,7 +303,7 @@ def call_with_known_arguments(
         raise UserError(
             f"--model {name}: __init__ needs {', '.join(needed)}, which nobody gives; "
             f"write a default (def __init__(self, num_classes, {needed[0]}=...)); "
-            "only num_classes and image_size are passed",
+            "only num_classes and image_size are passed (and drop_path, where it is asked for)",
             code="unknown-argument",
         )
     try:

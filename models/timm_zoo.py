@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from common.text import did_you_mean, some
 from errors import UserError
+from models import no_drop_path
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -68,12 +69,17 @@ def names_like(pattern: str) -> list[str]:
     return imported(pattern).list_models(pattern or "*")
 
 
-def build(name: str, num_classes: int, image_size: int) -> nn.Module:
+def build(
+    name: str, num_classes: int, image_size: int, drop_path: float | None = None
+) -> nn.Module:
     """timm's model, untrained; given the size of the images where its shape depends on it."""
     own = config_of(name).input_size[1]
+    more = {} if drop_path is None else {"drop_path_rate": drop_path}
     try:
-        return _create(name, num_classes, image_size)
+        return _create(name, num_classes, image_size, **more)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if more and "drop_path_rate" in str(error):
+            raise no_drop_path(f"timm:{name}") from error
         if image_size == own:
             raise
         why = (str(error).splitlines() or [type(error).__name__])[0]

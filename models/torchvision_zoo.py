@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models import no_drop_path
 from models.pooling import AdaptivePool
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]
@@ -14,7 +15,9 @@ Outputs = torch.Tensor | tuple[torch.Tensor, ...]
 AUXILIARY = {"googlenet": (0.3, ("aux1", "aux2")), "inception_v3": (0.4, ("AuxLogits",))}
 
 
-def build(name: str, num_classes: int, image_size: int) -> nn.Module:
+def build(
+    name: str, num_classes: int, image_size: int, drop_path: float | None = None
+) -> nn.Module:
     """torchvision's model; with auxiliary heads it returns (logits, aux, ...) in training mode."""
     from torchvision.models import get_model
 
@@ -34,6 +37,8 @@ def build(name: str, num_classes: int, image_size: int) -> nn.Module:
         for child_name, child in layer.named_children():
             if type(child) is nn.AdaptiveAvgPool2d and child.output_size in ((6, 6), (7, 7)):
                 setattr(layer, child_name, ZooPool(6 if child.output_size == (6, 6) else 7))
+    if drop_path is not None:
+        _set_drop_path(model, name, drop_path)
     if name in AUXILIARY:
         model.auxiliary_weight, model.auxiliary_heads = AUXILIARY[name]
         model.register_forward_hook(_plain_tuple)
@@ -44,6 +49,18 @@ def build(name: str, num_classes: int, image_size: int) -> nn.Module:
     elif name.startswith("efficientnet"):
         model.classifier[-1].reset_parameters()
     return model
+
+
+def _set_drop_path(model: nn.Module, name: str, rate: float) -> None:
+    """Stochastic depth up to `rate`, which the last block has; it grows over them as it did."""
+    from torchvision.ops import StochasticDepth
+
+    layers = [layer for layer in model.modules() if isinstance(layer, StochasticDepth)]
+    most = max((layer.p for layer in layers), default=0.0)
+    if not most:
+        raise no_drop_path(f"torchvision:{name}")
+    for layer in layers:
+        layer.p *= rate / most
 
 
 class ZooPool(AdaptivePool):

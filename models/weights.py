@@ -1,6 +1,7 @@
 """Weights from elsewhere: ImageNet's, a file's; the head that does not fit; a frozen backbone."""
 
 import argparse
+import fnmatch
 import re
 import subprocess
 import sys
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.text import both_sides, counted, places, some
+from common.text import both_sides, counted, did_you_mean, places, some
 from errors import UserError
 from models import TIMM, lookup, timm_zoo, told_by_weights
 from models.hooks import NamesAuxiliaryHeads
 from models.own_file import is_own_file
 from models.state import beside_state_dict, is_extra, load_whole_state, twin, whole_state
 
+BLOCK = re.compile(r".*?[._]\d+(\.\d+)*(?=\.|$)")  # layer1.0, features.1.0, encoder_layer_0
 REACH_SECONDS = 4.0  # name resolution can block for a minute where nothing answers
 
 
@@ -195,6 +197,13 @@ def head_prefixes(model: nn.Module, name: str, image_size: int = 0) -> tuple[str
 
 def _last_to_run(model: nn.Module, layers: list[str], image_size: int) -> str:
     """Of these layers the last to answer; one that holds another of them which ran is no layer."""
+    order = _order(model, layers, image_size)
+    ran = [p for p in order if not any(q.startswith(f"{p}." if p else "") for q in order if q != p)]
+    return ran[-1] if ran else layers[-1]
+
+
+def _order(model: nn.Module, layers: list[str], image_size: int) -> list[str]:
+    """These layers as they answer to images, a layer that runs twice twice; [] if it fails."""
     device, order = next(model.parameters()).device, []
     try:
         second = twin(model).eval()
@@ -205,9 +214,8 @@ def _last_to_run(model: nn.Module, layers: list[str], image_size: int) -> str:
         with torch.no_grad():
             second(torch.zeros(2, 3, image_size, image_size, device=device))
     except Exception:  # the trial step says what is wrong
-        return layers[-1]
-    ran = [p for p in order if not any(q.startswith(f"{p}." if p else "") for q in order if q != p)]
-    return ran[-1] if ran else layers[-1]
+        return []
+    return order
 
 
 def freeze_backbone(model: nn.Module, name: str, image_size: int = 0) -> None:
@@ -228,6 +236,97 @@ def freeze_backbone(model: nn.Module, name: str, image_size: int = 0) -> None:
     _hold_in_eval(model, "", heads)
 
 
+def freeze(model: nn.Module, what: str, name: str, image_size: int = 0) -> None:
+    """Leave parts of a model as they are: `backbone`, or names of parameters or modules with *.
+
+    A module all of whose parameters are frozen so stays in eval mode, also after train(): its batch
+    norms keep their statistics, its dropout is off. Raises UserError on a pattern that is no name.
+    """
+    if what == "backbone":
+        freeze_backbone(model, name, image_size)
+    if what in ("none", "backbone"):
+        return
+    known = dict(model.named_parameters())
+    modules = [path for path, _ in model.named_modules() if path]
+    frozen: set[str] = set()
+    for pattern in what.split(","):
+        ways = (pattern, f"{pattern}.*")
+        found = {key for key in known if any(fnmatch.fnmatchcase(key, way) for way in ways)}
+        if not found:
+            tops = [path for path, _ in model.named_children()]
+            raise UserError(
+                f"--freeze {pattern}: no parameter or module of {name} has such a name"
+                f"{did_you_mean(pattern.rstrip('.*'), [*modules, *known])}; its parts are "
+                f"{some(tops)}, and backbone is all but the head",
+                code="nothing-to-freeze",
+            )
+        frozen |= found
+    if not any(p.requires_grad for key, p in known.items() if key not in frozen):
+        raise UserError(
+            f"--freeze {what}: nothing of {name} would train; leave its last layer out, or type "
+            "--freeze backbone",
+            code="nothing-trains",
+        )
+    for key in frozen:
+        known[key].requires_grad_(False)
+    _hold_frozen(model, "", frozen)
+
+
+def _hold_frozen(module: nn.Module, prefix: str, frozen: set[str]) -> None:
+    for child_name, child in module.named_children():
+        keys = [f"{prefix}{child_name}.{key}" for key, _ in child.named_parameters()]
+        if keys and frozen.issuperset(keys):
+            _stay(child)
+        elif keys:
+            _hold_frozen(child, f"{prefix}{child_name}.", frozen)
+
+
+def _stay(module: nn.Module) -> None:
+    module.eval()
+    # On the module itself: whatever wraps the model later still asks it through train().
+    module.train = MethodType(_stay_in_eval, module)
+
+
+def depths(model: nn.Module, name: str, image_size: int) -> dict[str, int]:
+    """How deep each parameter lies, by name, counted from 0 at the images, in order of running.
+
+    A block (whatever is numbered: layer1.0, features.3) is one depth, a layer outside of blocks
+    another; a norm belongs to what runs before it. What belongs to no layer, position embeddings
+    and such, lies at 0, what does not run in evaluation (auxiliary heads) as deep as the head.
+    """
+    parameters = dict(model.named_parameters())
+    owners = {key: key.rpartition(".")[0] for key in parameters}
+    layers = list(dict.fromkeys(owners.values()))
+
+    def around(path: str) -> bool:  # what holds layers, and parameters of its own beside them
+        inner = any(other.startswith(f"{path}.") for other in layers)
+        return not path or (inner and not BLOCK.match(path))
+
+    number, last = {}, -1
+    for path in _order(model, layers, image_size):
+        block = _block(path)
+        if around(path) or block in number:
+            continue
+        inside = [parameters[key] for key, owner in owners.items() if _block(owner) == block]
+        last += last < 0 or any(p.ndim > 1 for p in inside)
+        number[block] = last
+    if not number:
+        raise UserError(
+            f"--layer-decay: {name} does not run on blank images in evaluation, which tells the "
+            "order of its layers; leave --layer-decay out",
+            code="no-layer-order",
+        )
+    return {
+        key: number.get(_block(path), 0 if around(path) else last) for key, path in owners.items()
+    }
+
+
+def _block(path: str) -> str:
+    """The numbered part of a model that a layer belongs to; itself where it is in none."""
+    found = BLOCK.match(path)
+    return found[0] if found else path
+
+
 def _hold_in_eval(module: nn.Module, prefix: str, heads: tuple[str, ...]) -> None:
     for child_name, child in module.named_children():
         path = f"{prefix}{child_name}."
@@ -236,9 +335,7 @@ def _hold_in_eval(module: nn.Module, prefix: str, heads: tuple[str, ...]) -> Non
         if any(head.startswith(path) for head in heads):
             _hold_in_eval(child, path, heads)
         else:
-            child.eval()
-            # On the module itself: whatever wraps the model later still asks it through train().
-            child.train = MethodType(_stay_in_eval, child)
+            _stay(child)
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:

@@ -14,6 +14,7 @@ from distributed.stop import DAMAGED, SAVE_FAILED, restarts_left
 from distributed.watch import failed_at_start, tell_agent
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
+from optim import ScheduleFreeWeights
 from report import panels
 from report.logbook import Logbook
 from report.samples import draw_pictures
@@ -39,6 +40,8 @@ def finish(
     if folder := world.main_decides(lambda: log.follow_folder(data, checkpoints.facts, progress)):
         checkpoints.go_on_in(folder)
     failed = checkpoints.save_last(learner, progress)
+    if isinstance(learner.average, ScheduleFreeWeights) and progress.evaluated != progress.step:
+        learner.evaluated_model(data)  # the average has moved since its norms were measured
     code = STOPPED if world.stop.reason else FINISHED
     if failed:
         world.stop.reason, code = SAVE_FAILED, FAILED
@@ -109,6 +112,7 @@ def _write(
         screen.warn(f"report.html cannot be written: {type(error).__name__}: {error}")
     panels.show_ending(
         screen,
+        plan,
         folder,
         written,
         learner.task,
@@ -139,7 +143,7 @@ def run_to_exit(
         with world:
             status = main(world, observer or observer_asked_for())
     except UserError as error:
-        status, words = USER_ERROR, str(error)
+        status, words = STOPPED if error.code == "stopped-early" else USER_ERROR, str(error)
         if not speaks(world):
             words = world.own_words if world is not None else ""
         if error.told:

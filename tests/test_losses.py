@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from config import parse
+from errors import UserError
 from losses import WEIGHT_UNIT, Criterion, build_criterion, class_weights
 
 CLASSES = 7
@@ -42,6 +43,17 @@ def test_a_loss_is_its_formula_summed_for_hard_soft_and_smoothed_labels(name, sm
         assert float(Criterion(name, smoothing)(logits, given)) == pytest.approx(
             float(wanted), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 3.0])
+def test_the_focal_loss_takes_the_gamma_it_is_given(gamma):
+    logits, labels, targets = sample()
+    p = logits.double().softmax(1)
+    wanted = -(targets * (1 - p) ** gamma * p.log()).sum()
+    found = build_criterion("focal", 0.0, CLASSES, None, False, gamma)(logits, labels)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    with pytest.raises(UserError, match="--focal-gamma: --loss bce has none"):
+        parse(["--model", "my_cnn", "--loss", "bce", "--focal-gamma", "3"])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
