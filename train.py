@@ -1,13 +1,13 @@
 """The run, told in order: main(), train_one_epoch(), train_step(), evaluate(); fit()."""
 
-import signal
 import sys
 
 if __name__ == "__main__":  # before torch is imported: --help and a typo cost no more than a blink
     from config import parse_to_train
+    from many import hand_over
 
     SETTINGS = parse_to_train(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+    hand_over(SETTINGS)  # --sweep, --seeds, --folds: many runs, each as it is alone
 
 import torch
 
@@ -73,7 +73,7 @@ def main(world: World, observer: Observer) -> int:
             if results and log.evaluated(results, learner.task, data, schedule, progress):
                 log.kept_best(checkpoints.save_weights("model.safetensors", learner, progress))
     if actions.dry_run:
-        return panels.show_trial(log.screen)
+        return panels.show_trial(log.screen, plan, data, started)
     return finish(log, checkpoints, learner, data, schedule, progress, world)
 
 

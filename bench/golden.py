@@ -25,8 +25,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.preloaded import Interpreter, Launched
 from common.disk import Json
+from launch.preloaded import Interpreter, Launched
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VALUES = REPOSITORY / "tests" / "golden"

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bench.preloaded import Interpreter
+from launch.preloaded import Interpreter
 from models import lookup
 from training.recorder import read_all
 

@@ -1,5 +1,7 @@
 """`python -m config FLAGS`: each value and where it comes from; `--json` first, for scripts."""
 
+import json
+import shlex
 import sys
 from dataclasses import asdict
 
@@ -12,6 +14,11 @@ def main(arguments: list[str]) -> int:
     shown = parse_or_exit(arguments[1:] if as_json else arguments)
     if shown.refused:
         return 2
+    if shown.rows is not None:
+        told = shown.rows.told()
+        lines = [shlex.join(["python", "train.py", *row["words"]]) for row in told["rows"]]
+        print(json.dumps(told) if as_json else "\n".join(lines))
+        return 0
     if as_json:
         print(to_json(shown))
         return 0

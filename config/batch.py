@@ -55,8 +55,12 @@ class BatchPlan:
 
 
 def plan_batch(settings: Settings, num_processes: int, num_images: int) -> BatchPlan:
-    """The batch that is possible: recipes are rounded, what a user typed is checked."""
-    c, note = settings.config, ""
+    """The batch that is possible: recipes are rounded, what a user typed is checked.
+
+    One process that rehearses more has their shards, each of which it computes.
+    """
+    c, note, here = settings.config, "", num_processes
+    num_processes = settings.actions.as_processes or num_processes
     shards = num_processes * c.accumulate if c.shards == "auto" else int(c.shards)
     if num_processes > shards:
         raise UserError(
@@ -89,4 +93,4 @@ def plan_batch(settings: Settings, num_processes: int, num_images: int) -> Batch
         smaller = num_images // shards * shards
         note = f"batch {batch} lowered to {smaller}: there are only {num_images} training images"
         batch = smaller
-    return BatchPlan(batch, shards, num_processes, note)
+    return BatchPlan(batch, shards, here, note)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import time
@@ -36,6 +37,7 @@ from config.layers import (
     refuse_conflicts,
     restarted,
 )
+from config.rows import MANY, MOST_TOLD, Rows, default_folder, rows_of
 from errors import UserError, all_of
 from models import lookup
 from models.own_file import is_own_file
@@ -69,6 +71,7 @@ def parse(argv: list[str]) -> Settings:
         stop_after=_steps(given["stop_after"], given["debug"], given["max_steps"], problems),
         allow_change=tuple(n.replace("-", "_") for n in given["allow_change"]),
         trust_code=given["trust_code"],
+        as_processes=_processes(given["as"], given["dry_run"], problems),
     )  # fmt: skip
     for name in actions.allow_change:
         if name not in HINTS and name != "code":
@@ -83,6 +86,12 @@ def parse(argv: list[str]) -> Settings:
             break
     if problems:
         raise all_of(problems)
+    if any(given[flag.strip("-")] is not None for flag in MANY):
+        seed = flag_layer.get("seed", file_layer.get("seed", TrainConfig.seed))
+        return Settings({}, actions, tuple(argv), rows=several(given, argv, seed))
+    if given["side_by_side"] is not None:
+        message = f"--side-by-side is of several runs: add {', '.join(MANY)}"
+        raise UserError(message, code="contradiction")
     for layer in (file_layer, flag_layer):  # "auto" leaves a value to recipe and machine
         for name in [n for n, v in layer.items() if v == HINTS[n].default == "auto"]:
             del layer[name]
@@ -135,6 +144,62 @@ def parse(argv: list[str]) -> Settings:
     return settings
 
 
+def several(given: dict, argv: list[str], seed: int) -> Rows:
+    """The runs of a command that is more than one; what is wrong with each row is told."""
+    if under_a_launcher():
+        raise UserError(
+            f"{', '.join(MANY)} start a process for each run: leave the launcher out and type "
+            "python train.py; on a cluster python launch/submit.py makes an array of them",
+            code="under-a-launcher",
+        )
+    beside = given["side_by_side"]
+    if beside is not None and not (NUMBER.fullmatch(beside) and int(beside) > 0):
+        message = f"--side-by-side {beside}: must be a whole number from 1"
+        raise UserError(message, code="bad-value")
+    base, rows = rows_of(given, argv, seed)
+    problems: dict[str, list[UserError]] = {}  # a mistake that rows share is told once
+    found = None
+    for row in rows:
+        try:
+            found = parse([*base, *row.words])
+        except UserError as error:
+            where = f"{row.place or given['sweep'] or 'row'}: {' '.join(row.words)}"
+            told = UserError(f"{where}: {error}", code=error.code)
+            problems.setdefault(str(error), []).append(told)
+    if problems:
+        whose = {text: told[0] for text, told in problems.items()}
+        raise all_of([
+            UserError(text, code=told.code) if len(problems[text]) == len(rows) else told
+            for text, told in list(whose.items())[:MOST_TOLD]
+        ])  # fmt: skip
+    assert found is not None
+    config = found.config
+    folder = given["run_dir"] or default_folder(given, config.model, config.dataset)
+    keep = found.asked("keep") or any("keep" in row.values for row in rows)
+    return Rows(Path(folder), base, tuple(rows), int(beside or 0), keep)
+
+
+def under_a_launcher() -> bool:
+    """Whether a launcher started this process: torchrun, Accelerate, or srun in a job."""
+    in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PTY_PORT" not in os.environ
+    return "RANK" in os.environ or in_step
+
+
+def _processes(text: str | None, dry_run: bool, problems: list[UserError]) -> int | None:
+    """How many processes --dry-run rehearses."""
+    if text is None:
+        return None
+    if not NUMBER.fullmatch(text) or int(text) < 1:
+        problems.append(UserError(f"--as {text}: must be a whole number from 1", code="bad-value"))
+        return None
+    if not dry_run or under_a_launcher():
+        message = (
+            f"--as {text} rehearses on one process: type python train.py --dry-run --as {text}"
+        )
+        problems.append(UserError(message, code="contradiction"))
+    return int(text)
+
+
 def _steps(
     text: str | None, debug: bool, max_steps: str | None, problems: list[UserError]
 ) -> int | None:
@@ -171,6 +236,9 @@ def build_parser() -> argparse.ArgumentParser:
     act = parser.add_argument_group("this command")
     act.add_argument("--debug", action="store_true", help="one process, few images, anomaly checks")
     act.add_argument("--dry-run", action="store_true", help="build all, one step, write nothing")
+    act.add_argument(
+        "--as", metavar="N", help="with --dry-run: as one of N processes, with their shards"
+    )
     act.add_argument("--eval-only", action="store_true", help="evaluate the run's best model")
     act.add_argument(
         "--stop-after", metavar="N", help="stop after N steps for a look; the run can go on later"
@@ -194,6 +262,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="settings a resumed run may change; also: code, of your own model",
     )
+    act.add_argument("--sweep", metavar="FILE.yaml", help="a run for each row of a file, or each "
+                     "combination: lr: [0.1, 0.2]")  # fmt: skip
+    act.add_argument("--seeds", metavar="N", help="a run for each of N seeds, from --seed on")
+    act.add_argument(
+        "--folds", metavar="N", help="a run for each of N parts of the pictures: it tests there"
+    )
+    act.add_argument(
+        "--side-by-side", metavar="N",
+        help="of several runs so many at a time (default: as many as there are GPUs, else 1)",
+    )  # fmt: skip
     act.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file")
     act.add_argument("--version", action="version", version=f"lockstep {__version__}")
     return parser
@@ -308,8 +386,14 @@ def tell(error: UserError) -> None:
 
 
 def parse_to_train(argv: list[str]) -> Settings:
-    """What parse_or_exit does, then a sign of life: loading torch takes seconds."""
+    """What parse_or_exit does, then a sign of life: loading torch takes seconds.
+
+    Ctrl-C during the imports ends the process without a traceback.
+    """
     settings = parse_or_exit(argv)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if settings.rows is not None:
+        return settings
     if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
         print("loading torch ...", file=sys.stderr, flush=True)
     return settings

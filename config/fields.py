@@ -212,6 +212,11 @@ class TrainConfig:
         None, "pictures of one patient, video, place stay on one side: a column, or a regular "
         "expression (its first group) on their paths", group="images",
     )  # fmt: skip
+    fold: str | None = setting(
+        None,
+        "the part of all pictures that tests, by a hash, as 1/5; the others train",
+        group="images",
+    )
     select: str = setting(
         "auto", "the metric that chooses the best epoch (auto: accuracy; with many labels mAP; of "
         "a regression, loss)",
@@ -300,7 +305,7 @@ TAKEN_BY = {
 # What a resumed run may change without being asked twice: length, placement and reporting.
 # What names the data, and what else of them may differ where a run is evaluated on others.
 DATA = ("dataset", "data_dir")
-OTHER_DATA = (*DATA, "split", "group_by", "val_fraction", "limit", "exclude", "stage")
+OTHER_DATA = (*DATA, "split", "fold", "group_by", "val_fraction", "limit", "exclude", "stage")
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
     | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select", "threshold"}
@@ -346,6 +351,8 @@ MEANT = {
     "data": "type --dataset",
     "img_size": "type --image-size",
     "num_classes": "the data say how many classes there are",
+    "cross_validation": "type --folds 5",
+    "grid": "type --sweep FILE",
 }
 
 

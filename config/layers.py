@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.text import nearest, seconds
 from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert, mean_and_std
+from config.rows import Rows
 from data.policy import parse_policy
 from errors import UserError, all_of
 from models import Recipe, lookup, size_problem, told_by_weights
@@ -25,6 +26,7 @@ from models.own_file import (
     refuse_foreign_code,
 )
 
+FOLD = re.compile("([0-9]{1,4})/([0-9]{1,4})")
 SELECTABLE = {  # by task, what --select may name beside auto
     "classification": (
         "loss", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece",
@@ -54,6 +56,7 @@ class Actions:
     resume: str | None = None
     allow_change: tuple[str, ...] = ()
     trust_code: bool = False
+    as_processes: int | None = None  # that --dry-run rehearses, on this one
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Settings:
     argv: tuple[str, ...] = ()
     typed: Mapping[str, object] = field(default_factory=dict)  # in this life or an earlier one
     refused: UserError | None = None  # of a command that cannot be understood; see parse_or_exit
+    rows: Rows | None = None  # of a command that is several runs; then there are no layers
 
     @property
     def config(self) -> TrainConfig:
@@ -313,6 +317,12 @@ def check(settings: Settings) -> None:
         problems.append(error)
     if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
         wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
+    if c.fold is not None:
+        part = FOLD.fullmatch(c.fold)
+        if part is None or not 1 <= int(part[1]) <= int(part[2]) or int(part[2]) < 2:
+            wrong(f"--fold {c.fold}: must be one of several parts, as 1/5 to 5/5")
+        if c.split is not None:
+            wrong("--fold and --split both say which pictures test: drop one", "contradiction")
     known = ("auto", *SELECTABLE[task])
     if c.select not in known:
         wrong(f"--select {c.select}: {c.model} is for {task}: {', '.join(known)}")

@@ -115,6 +115,7 @@ class Source:
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of "train" and "test"
     held_out: torch.Tensor | None = None  # places in `train` of the data set's own validation split
     groups: torch.Tensor | None = None  # a number for each of `train`, where groups were asked for
+    test_groups: torch.Tensor | None = None  # the same of `test`
     tally: Tally | None = None  # of files; None where the pictures are none
     notes: tuple[str, ...] = ()  # sentences to be told
     content: str = ""  # the fingerprint of photographs before somebody decodes them
@@ -128,7 +129,7 @@ def kept_beside(source: Source) -> tuple[dict[str, torch.Tensor], dict]:
     """What a file of a data set keeps beside its pictures: tensors, and what JSON can write."""
     tensors = {
         name: tensor
-        for name in ("held_out", "groups")
+        for name in ("held_out", "groups", "test_groups")
         if (tensor := getattr(source, name)) is not None
     }
     facts: dict = {name: getattr(source, name) for name in ("notes", "levels", "hashed")}

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.disk import digest, whole
 from common.text import class_name, printable, some
 from data.files import Records
-from data.image_set import LeftOut, Source, labels_in_words
+from data.image_set import ImageSet, LeftOut, Source, labels_in_words
 from data.keyed_random import SPLIT, permutation
 from data.photographs import PhotoSet
 from errors import UserError
@@ -44,7 +44,7 @@ class Wanted:
 
     def key(self) -> list[str]:
         """What a cached data set depends on; nothing where nothing is asked for."""
-        told = [] if self.group_by is None else [f"group by {self.group_by}"]
+        told = [] if self.group_by is None else [f"group all by {self.group_by}"]
         if self.split is not None:
             told.append(f"split {digest(_file_of(self.split).read_bytes(), 16)}")
         if self.many:
@@ -102,6 +102,99 @@ def keyed_split(
         else:
             tests -= members
     return [name in tests for name in names]
+
+
+def keyed_folds(
+    keys: Sequence[bytes], labels: Sequence[int], count: int, groups: Sequence[str] | None = None
+) -> list[int]:
+    """The one of `count` folds, from 0, in which each picture tests, by the hash of `keyed_split`.
+
+    What shares a group stays in one fold. A class of which some fold has less than half or more
+    than one and a half times its part is mended, by as few pictures as will do; where groups hold
+    several classes, the rarest has the last word.
+    """
+    names = [os.fsencode(group) for group in groups] if groups else list(keys)
+    words = {name: int(digest(name), 16) for name in set(names)}
+    units = defaultdict(set)
+    for name, label in zip(names, labels, strict=True):
+        units[label].add(name)
+    chosen = {name: word * count >> 64 for name, word in words.items()}
+    for members in sorted(units.values(), key=len, reverse=True):
+        ordered = sorted(members, key=lambda name: (words[name], name))
+        part = len(members) / count
+        low, high = math.ceil(part / 2), math.floor(part * 1.5)
+        folds = [[name for name in ordered if chosen[name] == fold] for fold in range(count)]
+        while True:
+            most, least = max(folds, key=len), min(folds, key=len)
+            if len(most) - len(least) < 2 or (len(least) >= low and len(most) <= high):
+                break
+            least.append(moved := most.pop())
+            chosen[moved] = folds.index(least)
+    return [chosen[name] for name in names]
+
+
+def folded(source: Source, fold: str | None) -> Source:
+    """The data set with one part of all its pictures as test, and the others to train on.
+
+    fold: "1/5" is the first of five parts; None leaves the data set's own split. Pictures without
+    names are called by their place in it; mean and std stay those of the data set.
+    """
+    if fold is None:
+        return source
+    number, count = map(int, fold.split("/"))
+    groups: list[int] = []
+    if source.train is source.test:
+        raise UserError(
+            f"--fold {fold}: {printable(source.name)} tests on what it trains on; drop the flag.",
+            code="no-folds",
+        )
+    if source.groups is not None:
+        if source.test_groups is None:
+            raise UserError(
+                f"--fold {fold}: {printable(source.name)} was made without the groups of its test "
+                "pictures; make it again.",
+                code="no-folds",
+            )
+        groups = torch.cat([source.groups, source.test_groups]).tolist()
+    names = [
+        name
+        for side, part in (("train", source.train), ("test", source.test))
+        for name in names_of(source, side) or [f"{side}/{place}" for place in range(len(part))]
+    ]
+    whole = together(source.train, source.test)
+    labels = whole.labels if whole.labels.dim() == 1 else torch.zeros(len(whole)).long()
+    first: dict[int, str] = {}  # a group is called by one of its pictures: numbers may change
+    for group, name in zip(groups, names, strict=False):
+        first[group] = min(name, first.get(group, name))
+    keys = [os.fsencode(name) for name in names]
+    folds = keyed_folds(keys, labels.tolist(), count, [first[group] for group in groups])
+    tests = torch.tensor(folds) == number - 1
+    if tests.all() or not tests.any():
+        raise UserError(
+            f"--fold {fold}: leaves no picture to {'train on' if tests.all() else 'test'}; choose "
+            "fewer parts.",
+            code="no-folds",
+        )
+    sides = {"train": (~tests).nonzero().flatten(), "test": tests.nonzero().flatten()}
+    found = {side: whole.part(chosen) for side, chosen in sides.items()}
+    kept = {side: [names[i] for i in chosen.tolist()] for side, chosen in sides.items()}
+    train_groups, test_groups = (
+        torch.tensor(groups)[chosen] if groups else None for chosen in sides.values()
+    )
+    return replace(
+        source, **found, names=kept, held_out=None, hashed=True, groups=train_groups,
+        test_groups=test_groups,
+        fingerprint=digest(f"{source.fingerprint} fold {fold}"),
+    )  # fmt: skip
+
+
+def together(train: ImageSet | PhotoSet, test: ImageSet | PhotoSet) -> ImageSet | PhotoSet:
+    """Training and test pictures as one."""
+    labels = torch.cat([train.labels, test.labels])
+    if isinstance(train, PhotoSet) and isinstance(test, PhotoSet):
+        return replace(test, places=torch.cat([train.places, test.places]), labels=labels)
+    assert isinstance(train, ImageSet) and isinstance(test, ImageSet)
+    return replace(test, images=torch.cat([train.images, test.images]), labels=labels)
 
 
 def split_validation(

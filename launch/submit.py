@@ -21,6 +21,8 @@ LEAD_SECONDS = 180  # of --signal in slurm.sbatch: the job saves that long befor
 LEAD = re.compile(r"--signal=B:USR1@([1-9][0-9]{0,5})")  # another lead: the only such flag allowed
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+,-]*")
 ARRAY = re.compile(r"[0-9]+(-[0-9]+(:[1-9][0-9]*)?)?(,[0-9]+(-[0-9]+)?)*(%[1-9][0-9]*)?")
+MANY = ("--sweep", "--seeds", "--folds")  # of train.py: several runs
+FEW = 4  # images a process, which keep no GPU busy
 WAITING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
 OWNED = (
     "--export",
@@ -79,7 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}")
     parser.add_argument("--constraint", help="as sbatch wants it: 'a100|h100'")
     parser.add_argument("--array", help="0-4: five seeds, or five rows of --sweep")
-    parser.add_argument("--sweep", help="file with one line of further flags per array task")
+    parser.add_argument(
+        "--sweep",
+        help="rows or a grid (.yaml), as train.py "
+        "--sweep takes them; or a file with one line of further flags per task",
+    )
     parser.add_argument("--env", help="file the job sources first (module load, activate)")
     parser.add_argument("--python", help="the Python of the training environment")
     parser.add_argument("--snapshot", action="store_true", help="train the code as it is now, "
@@ -165,7 +171,13 @@ def check_cpus(options: argparse.Namespace) -> None:
 
 
 def trainer_settings(arguments: list[str], python: str) -> dict[str, tuple[str, str]]:
-    """name -> (value, origin) as `python -m config` resolves the flags; its errors are ours."""
+    """name -> (value, origin) of one run."""
+    found = resolved(arguments, python)
+    return {name: (str(v), found["origins"][name]) for name, v in found["config"].items()}
+
+
+def resolved(arguments: list[str], python: str) -> dict:
+    """What `python -m config` makes of the flags; its errors are ours."""
     if any("\0" in word or "\n" in word or "\r" in word for word in arguments):
         raise Problem("a line break in train.py's flags: SLURM's tools do not all keep it; drop it")
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
@@ -176,8 +188,7 @@ def trainer_settings(arguments: list[str], python: str) -> dict[str, tuple[str, 
         raise Problem(f"--python {python}: {error.strerror}") from None
     if done.returncode:
         raise Problem(done.stderr.strip() or f"{shlex.join(command)} failed")
-    resolved = json.loads(done.stdout)
-    return {name: (str(v), resolved["origins"][name]) for name, v in resolved["config"].items()}
+    return json.loads(done.stdout)
 
 
 def check_settings(settings: dict, options: argparse.Namespace) -> None:
@@ -218,6 +229,55 @@ def tasks_of(array: str) -> list[int]:
         first, _, last = span.partition("-")
         numbers += range(int(first), int(last or first) + 1, int(step or 1))
     return numbers
+
+
+def check_rows(options: argparse.Namespace, many: dict, python: str) -> dict:
+    """The settings of each row that is asked for, as far as a job makes them wrong."""
+    options.array = options.array or f"0-{len(many['rows']) - 1}"
+    options.sweep = options.sweep or many["folder"]  # for the job: there are rows
+    found: dict[int, dict] = {}
+    for task in tasks_of(options.array):
+        if task >= len(many["rows"]):
+            raise Problem(f"--array {options.array}: the rows are 0 to {len(many['rows']) - 1}, "
+                          f"none for task {task}")  # fmt: skip
+        row = many["rows"][task]
+        found[task] = trainer_settings(row["words"], python)
+        try:
+            check_settings(found[task], options)
+        except Problem as problem:
+            raise Problem(f"row {task} ({row['name']}): {problem}") from None
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """A file that a job will read; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Problem(f"{path} cannot be written: {error.strerror}") from None
+
+
+def rehearsed(options: argparse.Namespace, settings: dict, runs: int) -> list[str]:
+    """What --dry-run says of the job that it does not submit."""
+    count, batch = processes(options), int(settings["batch_size"][0])
+    kind = "GPU" if options.gpus else "process"
+    share = batch / count
+    each = f"{share:.0f}" if share.is_integer() else f"about {share:.1f}"
+    limit = f"{options.time}, told {lead_of(options)} s before" if options.time else "the cluster's"
+    nodes = f"{options.nodes} node{'s' * (options.nodes > 1)}"
+    lines = [
+        "nothing was submitted (--dry-run)",
+        f"runs       {runs}",
+        f"processes  {count}: {nodes} x {options.gpus or options.tasks}"
+        + f" {kind}{'' if kind == 'process' else 's'}",
+        f"batch      {batch} = {count} x {each} images",
+        f"limit      {limit}",
+    ]
+    if share <= FEW:
+        lines.append(f"warning: {each} images are left for each {kind}: a larger --batch-size (and "
+                     "--lr) or fewer of them")  # fmt: skip
+    return lines
 
 
 def check_array(options: argparse.Namespace, arguments: list[str], python: str) -> dict:
@@ -268,6 +328,32 @@ def check_array(options: argparse.Namespace, arguments: list[str], python: str) 
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise Problem("\n".join([*problems[:10], *more]))
     return found
+
+
+def rows_asked_for(options: argparse.Namespace, arguments: list[str], python: str) -> dict | None:
+    """What train.py's --sweep, --seeds and --folds make of the flags; None: they are one run.
+
+    A sweep file of lines of flags is not theirs.
+    """
+    words = [word.replace("_", "-").partition("=")[0] for word in arguments]
+    asked = any(flag in words for flag in MANY)
+    if options.sweep and Path(options.sweep).suffix in (".yaml", ".yml"):
+        if "--sweep" in words:
+            raise Problem("--sweep stands before and after the --: drop one")
+        arguments = [*arguments, "--sweep", str(Path(options.sweep).resolve())]
+    elif not asked:
+        return None
+    elif options.sweep:
+        raise Problem(f"--sweep {options.sweep} holds lines of flags, and {', '.join(MANY)} after "
+                      "the -- make rows of their own: drop one, or write a .yaml file")  # fmt: skip
+    told = resolved(arguments, python)
+    old = HERE / told["folder"] / "sweep.json"
+    if old.is_file():
+        kept = json.loads(old.read_text(encoding="utf-8"))
+        if any(kept.get(name) != told[name] for name in ("base", "rows")):
+            raise Problem(f"{told['folder']} holds other runs; name another folder with --run-dir "
+                          "after the --")  # fmt: skip
+    return told
 
 
 def processes(options: argparse.Namespace) -> int:
@@ -417,7 +503,11 @@ def submit(argv: list[str]) -> int:
     python = options.python or sys.executable
     if not options.env:  # else it is that file that finds the job's Python
         check_python(python)
-    if options.array or options.sweep:
+    many = rows_asked_for(options, arguments, python)
+    if many is not None:
+        arguments = many["base"]
+        each = check_rows(options, many, python)
+    elif options.array or options.sweep:
         each = check_array(options, arguments, python)
     else:
         each = {None: trainer_settings(arguments, python)}
@@ -430,16 +520,26 @@ def submit(argv: list[str]) -> int:
     kept = None
     if not options.dry_run:
         check_cpus(options)
-        kept = keep(options.sweep, options.env)
+        kept = keep(options.sweep if many is None else None, options.env)
+        if many is not None:
+            lines = [shlex.join(row["words"][len(many["base"]) :]) for row in many["rows"]]
+            write(kept / "sweep.txt", "\n".join(lines) + "\n")
+            write(HERE / many["folder"] / "sweep.json", json.dumps(many, indent=2) + "\n")
         if options.snapshot:
             snapshot(kept / "code", list(folders.values()))
     command, env = sbatch_command(options, arguments), job_environment(options, kept)
     warning = warn_of_time(settings, options, HERE / "runs")
     if warning:
         print(warning, file=sys.stderr)
+    if many and kept is None:
+        env.pop("LOCKSTEP_SWEEP")  # written where it is submitted
     told = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
     tell(f"{told} {shlex.join(command)}".strip())
     if kept is None:
+        for row in many["rows"] if many else ():
+            tell(f"row {row['row']:<4}   {shlex.join(row['words'][len(arguments) :])}")
+        for line in rehearsed(options, settings, len(each)):
+            tell(line)
         return 0
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""`python -m report page RUN` makes a run's page again; `... doctor RUN` tells what happened."""
+"""`python -m report page RUN`, `... doctor RUN`, `... compare RUN...`; `... FOLDER` lists runs."""
 
 import sys
 from pathlib import Path
@@ -7,23 +7,40 @@ from common.parser import Parser
 from common.text import printable
 from errors import USER_ERROR, UserError
 
+COMMANDS = {
+    "page": "write report.html into a run's folder, from the files that are there",
+    "doctor": "what happened to a run, on one screen, and what to type",
+    "compare": "runs, or a folder of many, beside each other: tables and compare.html",
+    "list": "the runs in a folder; a folder alone means this",
+}
+
 
 def main(arguments: list[str]) -> int:
-    """`page` or `doctor` for a run folder; returns the exit status."""
+    """Do what is asked of run folders; returns the exit status."""
     parser = Parser("python -m report", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="page|doctor")
-    for name, summary in (
-        ("page", "write report.html into a run's folder, from the files that are there"),
-        ("doctor", "what happened to a run, on one screen, and what to type"),
-    ):
+    kinds = "|".join(COMMANDS)
+    commands = parser.add_subparsers(dest="command", required=True, metavar=kinds)
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        command.add_argument("run", nargs="?", default="runs/latest", type=Path)
+        if name == "compare":
+            command.add_argument("runs", nargs="+", type=Path)
+        else:
+            usual = "runs" if name == "list" else "runs/latest"
+            command.add_argument("run", nargs="?", default=usual, type=Path)
+    if arguments and arguments[0] not in COMMANDS and Path(arguments[0]).is_dir():
+        arguments = ["list", *arguments]
     try:
         given = parser.parse_args(arguments)
+        if given.command == "compare":
+            from report.compare import command as compare
+
+            return compare(given.runs)
         if given.command == "page":
             from report.page import command as show
-        else:
+        elif given.command == "doctor":
             from report.doctor import command as show
+        else:
+            from report.runs import command as show
         return show(given.run)
     except (UserError, OSError) as error:
         print(printable(error), file=sys.stderr)

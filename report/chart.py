@@ -1,7 +1,7 @@
 """Curves over the steps of a run as inline SVG: no script, no package, the page's own colours."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from markupsafe import Markup, escape
 
@@ -43,12 +43,16 @@ def chart(
     show: Callable[[float], str] = short,
     best: Point | None = None,
     axis: str = "step",
+    kinds: Mapping[str, str] | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> Markup | str:
     """Curves over the steps as inline SVG; `show` writes a value, `best` is a point to ring.
 
-    axis is what lies below, where it is not the steps.
+    axis is what lies below, where it is not the steps. kinds: the CSS class of each line, by
+    default what stands before its name's "/"; keys: what such a class is called.
     """
     title = str(escape(printable(title)))  # titles and names may be those of a file
+    of = {str(escape(printable(name))): kind for name, kind in (kinds or {}).items()}
     lines = {escape(printable(name)): thinned(points) for name, points in lines.items() if points}
     if not lines:
         return ""
@@ -79,7 +83,7 @@ def chart(
         return f'<circle class="{kind}" {place} r="{radius}">{said}</circle>'
 
     for name, points in lines.items():
-        kind = name.partition("/")[0]
+        kind = of.get(name, name.partition("/")[0])
         way = " ".join("{},{}".format(*at(*point)) for point in points)
         drawn += f'<polyline class="{kind}" points="{way}"/>'
         if len(points) == 1 or (len(points) <= 40 and kind in ("val", "test")):
@@ -88,7 +92,9 @@ def chart(
     names = list(lines) if len(lines) > 1 else []
     if best:
         drawn, names = drawn + dot("best", *best, 6), [*names, "best"]
-    keys = "".join(f'<span class="key {name.partition("/")[0]}">{name}</span>' for name in names)
+    told = {escape(printable(label)): kind for kind, label in (keys or {}).items()}
+    told = told or {name: name.partition("/")[0] for name in names}
+    legend = "".join(f'<span class="key {kind}">{name}</span>' for name, kind in told.items())
     label = f"{title} over the {axis}s: {'; '.join(described)}"
     svg = f'<svg viewBox="0 0 420 246" role="img" aria-label="{label}">{drawn}</svg>'
-    return Markup(f"<figure>{svg}<figcaption>{keys}</figcaption></figure>")
+    return Markup(f"<figure>{svg}<figcaption>{legend}</figcaption></figure>")

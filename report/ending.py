@@ -24,6 +24,7 @@ from training.data import Data
 from training.goodput import goodput
 from training.learner import Learner
 from training.observer import Observer
+from training.out_of_fold import write_out_of_fold
 from training.recorder import observer_asked_for
 from training.schedule import Schedule
 
@@ -52,6 +53,8 @@ def finish(
         if not failed:
             world.stop.reason, failed = DAMAGED, panels.cannot_decode(damaged)
         code = FAILED
+    if log.plan.config.fold and code == FINISHED and log.plan.folder is not None:
+        write_out_of_fold(log.plan.folder, learner, data, world, progress)
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         if not reason and schedule.gave_up(progress):

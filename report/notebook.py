@@ -37,7 +37,7 @@ Flag = str | int | float | Path | list[str] | None
 Flags = dict[str, Flag]
 Model = type[nn.Module] | str | Path | None
 
-NOT_HERE = ("dry_run", "eval_only", "find_lr", "help", "version")
+NOT_HERE = ("dry_run", "eval_only", "find_lr", "help", "version", "sweep", "seeds", "folds")
 SWITCHES = ("debug", "fresh", "resume")  # flags that may stand without a value, beside TYPES
 TRIAL_SECONDS = 120.0
 # For an interpreter that knows nothing of this one.

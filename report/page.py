@@ -397,6 +397,7 @@ def build(folder: Path) -> str:
     return TEMPLATES.get_template("page.html").render(
         policy=Markup(f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"),
         style=Markup(STYLE),
+        script="",
         name=files.name,
         state=files.state,
         sections=sections,

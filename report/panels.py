@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -31,13 +31,14 @@ from training.lr_finder import Rates
 from training.plan import Plan
 from training.predictions import take_answers, write_predictions
 from training.run_dir import DAMAGED as DAMAGED_LIST
-from training.run_dir import SKIPPED, go_on, job
+from training.run_dir import SKIPPED, go_on, job, without
 from training.schedule import Schedule
 from training.schedule import doubts as schedule_doubts
 from training.start import Started
 from training.trial import PICTURES
 
 LONG = 1800.0  # seconds
+FEW = 4  # images of a step for one process, which keep no GPU busy
 STOP_AFTER = "--stop-after"  # how the reason of such an end begins
 PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything before they get going
 
@@ -276,10 +277,33 @@ def show_evaluation(
     return FINISHED
 
 
-def show_trial(screen: Report) -> int:
+def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
     """What --dry-run ends with. The exit status."""
     rows = [("tried", "one step and two evaluation batches; nothing was written")]
-    screen.end_panel("dry run: all is well", rows, good=True)
+    commands, count, share = [], plan.actions.as_processes, FEW + 1
+    if count:
+        batch = replace(data.batch, num_processes=count)
+        size, share = batch.micro_batch_size, batch.micro_batch_size * min(batch.shares)
+        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in started.model.modules())
+        epoch = started.trial.seconds_per_image * len(data.train) / (count * batch.used)
+        steps = counted(data.sampler.steps_per_epoch, "step")
+        rows += [
+            ("as", f"{counted(count, 'process')}, whose shards were computed here in turn"),
+            ("batch", batch.in_words()),
+            ("batch norm", f"sees {counted(size, 'image')} at a time" if norms else "none"),
+            ("an epoch", f"{steps}; an estimate: {duration(epoch)}, if each of {count} devices is "
+             "as fast in forward and backward as this one, and waits for nothing"),
+        ]  # fmt: skip
+        flags = without(list(plan.settings.argv), "--as", "--dry-run")
+        node = next(n for n in (8, 4, 2, 1) if count % n == 0)
+        typed = ("--nodes", count // node, "--gpus", node, "--", *flags)
+        commands.append(("launch", pasted("launch/submit.py", *typed)))
+    screen.end_panel("dry run: all is well", rows, good=True, commands=commands)
+    if share <= FEW:
+        screen.warn(
+            f"{counted(share, 'image')} a step are left for a process: no GPU is busy with so few; "
+            "take a larger --batch-size (and --lr), or fewer processes"
+        )
     return FINISHED
 
 

@@ -1,6 +1,6 @@
 """Real launches of train.py: python, torchrun, accelerate launch; output in files, not pipes.
 
-What is started here comes from one interpreter that has imported torch once (bench/preloaded.py),
+What is started here comes from one interpreter that has imported torch once (launch/preloaded.py),
 a launcher that is named too: it starts its ranks itself, cold. What that interpreter cannot be is
 started cold.
 """
@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.preloaded import Interpreter, Launched
+from launch.preloaded import Interpreter, Launched
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = str(REPOSITORY / "train.py")

@@ -9,8 +9,8 @@ import time
 import pytest
 from launches import Command, children_with, environment, finish, start, wait_for
 
-from bench.preloaded import Interpreter, family
 from distributed.watch import alive
+from launch.preloaded import Interpreter, family
 
 LOOK = """
 import json, os, sys, threading

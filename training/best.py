@@ -1,6 +1,7 @@
 """The best so far belongs to what it was measured on: other terms, and it is measured again."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from training.data import Data
 from training.learner import Learner
 from training.predictions import PREDICTIONS, take_answers, write_predictions
 
+Found = TypeVar("Found")
 Evaluate = Callable[[Learner, Data, World, Progress], dict[str, dict] | None]
 
 
@@ -62,7 +64,7 @@ def keep_best_comparable(
         why = "its weights are gone"
     else:
         try:
-            results = _evaluated(load_file(path), learner, data, world, progress, evaluate)
+            results = with_weights(load_file(path), learner, data, world, progress, evaluate)
         except (UserError, OSError, SafetensorError) as error:
             why = str(error)
         else:
@@ -89,10 +91,10 @@ def keep_best_comparable(
         warn(f"{old} is not on the disk; the best there is of step {step}: {progress.best:.4f}")
 
 
-def _evaluated(
+def with_weights(
     tensors: dict[str, torch.Tensor], learner: Learner, data: Data, world: World,
-    progress: Progress, evaluate: Evaluate,
-) -> dict[str, dict] | None:  # fmt: skip
+    progress: Progress, evaluate: Callable[[Learner, Data, World, Progress], Found],
+) -> Found:  # fmt: skip
     """What other weights come to; the learner has its own, and its average, again afterwards."""
     average, learner.average = learner.average, None
     own = {k: v.clone() for k, v in learner.bare.state_dict().items()}

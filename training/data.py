@@ -33,7 +33,7 @@ from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.policy import parse_policy
 from data.sources import Source, limited, load_source
 from data.sources.many import multi_hot
-from data.splits import SPLIT_FILE, divided
+from data.splits import SPLIT_FILE, divided, folded
 from distributed import faults
 from distributed.stop import DAMAGED
 from distributed.world import World
@@ -209,7 +209,7 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
         split = config.run_dir  # what it named at the run's birth may have changed or gone
     card = world.main_decides(lambda: card_of_run(plan))
-    source = world.all_or_none(world.stop.interruptible(lambda: load_source(
+    source = world.all_or_none(world.stop.interruptible(lambda: folded(load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
         group_by=config.group_by, stage=config.stage,
@@ -217,7 +217,7 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
         levels=levels_in(card), many=config.task == "multilabel",
         say=say if world.is_main else print, before=_index_of_run(plan),
         excluded=excluded_names(config.exclude),
-    )))  # fmt: skip
+    ), config.fold)))  # fmt: skip
     if config.task == "multilabel" and source.classes:
         source = multi_hot(source)
     if card:

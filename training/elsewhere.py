@@ -7,9 +7,8 @@ import torch
 
 from common.disk import Json, digest, read_json, write_json
 from common.text import both_sides, file_name, places
-from data.image_set import ImageSet, Source, renumbered
-from data.photographs import PhotoSet
-from data.splits import names_of
+from data.image_set import Source, renumbered
+from data.splits import names_of, together
 from distributed.checkpoint import card_of
 from errors import UserError
 from training.plan import Plan
@@ -54,20 +53,12 @@ def as_the_run_sees(source: Source, card: dict) -> Source:
     )
     names = {side: names_of(source, side) for side in ("train", "test")}
     if source.hashed:
-        test, names["test"] = _together(train, test), (*names["train"], *names["test"])
+        test, names["test"] = together(train, test), (*names["train"], *names["test"])
     names = {side: those for side, those in names.items() if those}
     return replace(
         source, train=train, test=test, classes=known, names=names, mean=tuple(card["mean"]),
         std=tuple(card["std"]),
     )  # fmt: skip
-
-
-def _together(train: ImageSet | PhotoSet, test: ImageSet | PhotoSet) -> ImageSet | PhotoSet:
-    labels = torch.cat([train.labels, test.labels])
-    if isinstance(train, PhotoSet) and isinstance(test, PhotoSet):
-        return replace(test, places=torch.cat([train.places, test.places]), labels=labels)
-    assert isinstance(train, ImageSet) and isinstance(test, ImageSet)
-    return replace(test, images=torch.cat([train.images, test.images]), labels=labels)
 
 
 def write_evaluation(plan: Plan, source: Source, results: dict[str, dict]) -> Path:

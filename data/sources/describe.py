@@ -268,7 +268,7 @@ def with_records(entry: Entry, records: Records | None, at: str, told: Sequence[
     if records.groups:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(records.groups))}
         groups = torch.tensor([numbers[name] for name in records.groups])
-        tensors["groups"] = groups[~is_test]
+        tensors["groups"], tensors["test_groups"] = groups[~is_test], groups[is_test]
     lack = [] if records.many else _lacking(tensors, meta["classes"])
     notes = [*told, *lack, *told_twice(records)]
     meta |= {"notes": notes, "record_notes": records.notes, "left_out": records.left_out}
@@ -366,6 +366,7 @@ def described(
         names=_unpacked(tensors),
         held_out=tensors.get("held_out"),
         groups=tensors.get("groups"),
+        test_groups=tensors.get("test_groups"),
         levels=levels_in(meta),
         hashed=meta.get("hashed", False),
         tally=Tally(len(train) + len(test), left.reasons) if "left_out" in meta else None,

@@ -8,7 +8,7 @@ which does what torchrun's does: it holds the store and gives each its place, pa
 ends the others when one fails, and leaves with 1.
 
 What one interpreter cannot vary is the same for all: numbers of threads read at its start, and the
-seed of str's hashes; and it does not free its modules at the end. `python bench/preloaded.py`
+seed of str's hashes; and it does not free its modules at the end. `python launch/preloaded.py`
 prints what of this machine decides bits, as one line of JSON; then it starts a job for each line it
 reads, and prints a line when it has started and one when it has ended. When its input ends, it ends
 what still runs. `Interpreter` speaks to it.
@@ -16,6 +16,7 @@ what still runs. `Interpreter` speaks to it.
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import hashlib
 import importlib
@@ -41,6 +42,7 @@ PACKAGES = ("torch", "torch._dynamo", "torch.distributed", "accelerate", "sklear
 PACKAGES += ("torchvision", "matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2")
 PACKAGES += ("datasets",)  # Accelerate asks for it where it is installed
 DECIDING = ("torch", "numpy", "accelerate", "scikit-learn")  # whose versions may move a bit
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PATIENCE = 30  # seconds that ranks have after TERM, as torchrun gives them
 SWITCHES = ("ATEN_", "DNNL_", "GLIBC_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_")
 
@@ -120,6 +122,14 @@ def become(job: dict, place: dict[str, str]) -> None:
     os._exit(status & 255)
 
 
+def die_with(parent: int) -> None:
+    """The system kills this process when its parent ends, however that ends (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended just before
+        os._exit(1)
+
+
 def redirect(job: dict) -> None:
     """A session, a folder and files of its own, as Popen would give it."""
     os.setsid()
@@ -152,10 +162,12 @@ def lead(job: dict) -> tuple[dict, dict[str, str]] | None:
     The ranks are forked before the store's threads exist; its port is bound and listens before.
     """
     door = socket.create_server(("127.0.0.1", 0))
+    agent = os.getpid()
     ranks: set[int] = set()
     for place in places(job["processes"], door.getsockname()[1]):
         process = os.fork()
         if process == 0:
+            die_with(agent)
             door.close()
             os.setsid()
             return job, place
@@ -215,6 +227,7 @@ def serve() -> tuple[dict, dict[str, str]] | None:
         end.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(ring.fileno(), warn_on_full_buffer=False)
+    ours = os.getpid()
     running: dict[int, int] = {}  # process -> its job
     text = b""
     while True:
@@ -237,6 +250,7 @@ def serve() -> tuple[dict, dict[str, str]] | None:
         for job in map(json.loads, lines):
             process = os.fork()
             if process == 0:
+                die_with(ours)
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 bell.close()
@@ -257,7 +271,7 @@ def serve() -> tuple[dict, dict[str, str]] | None:
 
 
 class Interpreter:
-    """A running bench/preloaded.py: `kind` says what machine this is, `start` starts a program.
+    """A running launch/preloaded.py: `kind` says what machine this is, `start` starts a program.
 
     What it started does not outlive it: `close` it, or use it with `with`.
     """
@@ -325,7 +339,7 @@ class Interpreter:
         while not self._said and select.select([self._stdout], [], [], seconds)[0]:
             piece = self._stdout.read(65536)
             if not piece:
-                raise RuntimeError("bench/preloaded.py has ended; it says why above")
+                raise RuntimeError("launch/preloaded.py has ended; it says why above")
             *lines, self._text = (self._text + piece).split(b"\n")
             self._said += map(json.loads, lines)
 

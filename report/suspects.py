@@ -1,0 +1,167 @@
+"""Probably wrong labels, by what models answer to pictures that they never saw: suspects.csv.
+
+Confident learning (Northcutt, Jiang, Chuang, 2021): a picture counts for a class where its
+probability reaches the mean that the pictures of that label have. One that counts for another class
+than it is labelled with is a suspect, the more so the less its own label has.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from markupsafe import Markup
+from safetensors.numpy import load_file
+
+from common.disk import read_json, whole
+from common.text import counted, printable
+from data.splits import names_of, read_split
+from report import pictures
+from report.page import PARTS, picture
+from training.out_of_fold import FILE
+
+CSV, SHEET = "suspects.csv", "suspects.png"  # in the folder of all folds
+HEAD = ("name", "given", "suggested", "score")
+MOST_SHOWN, MOST_LISTED = 32, 200  # on the sheet; on the page
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A picture that is probably labelled wrongly; score: 0 surely wrong, 1 surely right."""
+
+    name: str
+    given: str
+    suggested: str
+    score: float
+
+
+def confident(
+    probabilities: numpy.ndarray, labels: numpy.ndarray
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """(places, suggested classes, scores) of suspects, the surest first.
+
+    probabilities (n, classes) of models that did not train on the picture, labels (n,). The score
+    is how far the given label's probability is above the highest other one, from -1..1 to 0..1.
+    """
+    n, classes = probabilities.shape
+    own = probabilities[numpy.arange(n), labels]
+    sums = numpy.bincount(labels, weights=own, minlength=classes)
+    counts = numpy.bincount(labels, minlength=classes)
+    thresholds = numpy.where(counts > 0, sums / numpy.maximum(counts, 1), numpy.inf)
+    reached = numpy.where(probabilities >= thresholds - 1e-6, probabilities, -1.0)
+    best = reached.argmax(axis=1)
+    others = probabilities.copy()
+    others[numpy.arange(n), labels] = -1.0
+    scores = (own - others.max(axis=1) + 1) / 2
+    places = ((reached.max(axis=1) >= 0) & (best != labels)).nonzero()[0]
+    places = places[scores[places].argsort(kind="stable")]
+    return places, best[places], scores[places]
+
+
+def answers_of(runs: Sequence[Path]) -> tuple[list[str], numpy.ndarray, numpy.ndarray]:
+    """(names, probabilities, labels) of all pictures that some fold's run did not train on.
+
+    What several runs answer to a picture is averaged.
+    """
+    sums: dict[str, numpy.ndarray] = {}
+    times: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    for run in runs:
+        found = load_file(run / FILE)
+        tests = [name for name, split in read_split(str(run)).items() if split == "test"]
+        rows = zip(tests, found["probabilities"], found["labels"].tolist(), strict=True)
+        for name, row, label in rows:
+            if not numpy.isnan(row).any():  # one that could not be decoded
+                sums[name] = sums.get(name, 0) + row.astype(numpy.float64)
+                times[name], labels[name] = times.get(name, 0) + 1, label
+    names = list(sums)
+    table = numpy.array([sums[name] / times[name] for name in names])
+    return names, table, numpy.array([labels[name] for name in names], dtype=numpy.int64)
+
+
+def suspects_of(runs: Sequence[Path]) -> tuple[int, list[Suspect]]:
+    """How many pictures these folds tested, and the suspects among them, the surest first."""
+    names, table, labels = answers_of(runs)
+    classes = [str(name) for name in read_json(runs[0] / "classes.json", {})["classes"]]
+    return len(names), [
+        Suspect(names[place], classes[labels[place]], classes[suggested], round(float(score), 6))
+        for place, suggested, score in zip(*confident(table, labels), strict=True)
+    ]
+
+
+def write_suspects(folder: Path, found: Sequence[Suspect]) -> None:
+    """suspects.csv, whole or not at all; names that are not UTF-8 keep their bytes."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(HEAD)
+    writer.writerows((one.name, one.given, one.suggested, one.score) for one in found)
+    with whole(folder / CSV) as partial:
+        partial.write_bytes(buffer.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def draw(folder: Path, run: Path, found: Sequence[Suspect]) -> None:
+    """The sheet of the first suspects; `run` tells which data set they are of."""
+    import torch
+
+    from config import parse
+    from data.sources import load_source
+    from data.splits import folded
+    from training.data import build_data, pictures_of
+
+    settings = parse(["--resume", str(run)])
+    config = settings.config
+    source = folded(load_source(
+        config.dataset, data_dir=config.data_dir, image_size=config.image_size,
+        skip_bad_images=config.skip_bad_images, seed=config.seed, group_by=config.group_by,
+        stage=config.stage,
+    ), config.fold)  # fmt: skip
+    data = build_data(settings, source, torch.device("cpu"), 1, 0)
+    there = {
+        name: (split, place)
+        for split, part in data.places.items()
+        for names in [names_of(source, "test" if split == "test" else "train")]
+        for place, index in enumerate(part.tolist())
+        for name in [names[index]]
+    }
+    images = []
+    shown = [one for one in found if one.name in there][:MOST_SHOWN]
+    for one in shown:
+        split, place = there[one.name]
+        part = data.train if split == "train" else pictures_of(data.test_loaders[split])
+        images.append(part.seen(torch.tensor([place])).cpu()[0])
+    titles = [f"{printable(one.given)}\n{printable(one.suggested)}?" for one in shown]
+    if images:
+        pictures.sheet(torch.stack(images), titles, folder / SHEET)
+
+
+def section(folder: Path, runs: Sequence[Path]) -> tuple[str, Markup] | None:
+    """Write what there is to say of the labels into the folder of all folds; its part of a page.
+
+    None where no run was a fold. What cannot be drawn costs its sheet, not the list.
+    """
+    runs = [run for run in runs if (run / FILE).is_file()]
+    if not runs:
+        return None
+    names, found = suspects_of(runs)
+    write_suspects(folder, found)
+    (folder / SHEET).unlink(missing_ok=True)
+    note = (
+        f"{counted(len(found), 'picture')} of {names:,} are probably labelled "
+        f"wrongly, by confident learning over {counted(len(runs), 'run')} that did not train on "
+        f"them; all are in {CSV}. Look at each before you change it."
+    )
+    made = PARTS.note(note)
+    if found:
+        try:
+            draw(folder, runs[0], found)
+            message = "What it is labelled, and what it may be: the surest first"
+            made += picture(folder / SHEET, message, "sheet")
+        except Exception as error:  # a data set that has moved, say
+            made += PARTS.note(f"They cannot be shown: {type(error).__name__}: {error}")
+        rows = [[one.name, one.given, one.suggested, f"{one.score:.3f}"] for one in found]
+        head = ["picture", "given", "suggested", "#score"]
+        listed = PARTS.table(head, rows[:MOST_LISTED], "sorted")
+        made += PARTS.folded(f"the first {min(len(rows), MOST_LISTED)} by name", listed)
+    return "Probably wrong labels", made

@@ -1,0 +1,215 @@
+"""Runs beside each other: what is claimed of them, what is warned of, and that the page is safe."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import statistics
+import subprocess
+
+import numpy
+import pytest
+from launches import python
+from refusals import refused
+from scipy import stats
+
+from report.compare import Comparison, build, found_in, group_rows, holm, read_runs, run_rows
+from report.runs import list_runs
+from report.suspects import confident
+
+ACCURACY = {"key": "accuracy", "title": "accuracy", "format": ".2%", "higher_is_better": True}
+LOSS = {"key": "loss", "title": "loss", "format": ".4f", "higher_is_better": False}
+
+
+def made(folder, values, *, metric=ACCURACY, status="finished", environment=None, **settings):
+    """A run folder whose evaluations gave these values, one an epoch."""
+    folder.mkdir(parents=True)
+    told = {"dataset": "digits", "lr": 0.1, "seed": 0, "fold": None, **settings}
+    rows = [{"step": n, "epoch": n, f"test/{metric['key']}": value}
+            for n, value in enumerate(values, 1)]  # fmt: skip
+    shown = {"shown": ["line", "best", "chart"]}
+    files = {
+        "config": {"config": told, "origins": {}, "version": "1"},
+        "status": {
+            "status": status,
+            "life": 0,
+            "lives": [{"began": f"2026-01-0{1 + told['seed']}"}],
+        },
+        "summary": {"status": status, "life": 0, "seconds": 90.0},
+        "environment": {"data": "d", "code": "c", **(environment or {})},
+        "metrics": {"best_is": metric["key"], "metrics": [{**metric, **shown}]},
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Two learning rates with four seeds each; the second is better by about 0.02."""
+    noise = [0.001, -0.002, 0.003, 0.0]
+    for seed, apart in enumerate(noise):
+        made(tmp_path / f"a{seed}", [0.5, 0.90 + apart], seed=seed)
+        made(tmp_path / f"b{seed}", [0.97, 0.92 + 2 * apart], seed=seed, lr=0.2)
+    return tmp_path
+
+
+def test_only_settings_that_differ_are_shown_and_the_best_stands_first(many):
+    found = Comparison(read_runs([many]))
+    assert found.differing == ["lr", "seed"] and found.warnings == []
+    head, rows = run_rows(found)
+    assert head == [
+        "run",
+        "#lr",
+        "#seed",
+        "#best accuracy",
+        "#at epoch",
+        "#last",
+        "#minutes",
+        "status",
+    ]
+    assert rows[0][1] == "0.2" and rows[0][3:5] == ["97.00 %", "1"] and rows[-1][1] == "0.1"
+    losses = [made(many / "x" / name, values, metric=LOSS, lr=lr)
+              for name, values, lr in (("p", [0.9, 0.2], 1), ("q", [0.4, 0.5], 2))]  # fmt: skip
+    assert [run.name for run in Comparison(read_runs(losses)).runs] == ["p", "q"]
+
+
+def test_mean_deviation_interval_and_paired_test_are_those_of_the_books(many):
+    found = Comparison(read_runs([many]))
+    first, second = found.groups
+    assert (first.label, second.label) == ("lr 0.2", "lr 0.1")
+    ours, theirs = ([group.values[seed, None] for seed in range(4)] for group in found.groups)
+    # Of the last epoch: the best one was chosen on the test images, and would be too good.
+    assert ours == [0.922, 0.916, 0.926, 0.92] and "last epoch" in found.counts
+    assert first.mean == pytest.approx(statistics.mean(ours))
+    assert first.deviation == pytest.approx(numpy.std(ours, ddof=1))
+    low, high = stats.t.interval(0.95, 3, numpy.mean(ours), stats.sem(ours))
+    assert first.interval == pytest.approx((low, high))
+    p = stats.ttest_rel(ours, theirs).pvalue
+    assert found.tested() == {"lr 0.1": f"p = {p:.2g} over 4 pairs: differs"} and p < 0.05
+
+
+def test_nothing_is_claimed_of_few_seeds_nor_of_runs_that_did_not_end(many):
+    for name in ("a2", "a3"):
+        shutil.rmtree(many / name)
+    assert (
+        "no claim: 2 shared seeds, 3 are needed" in Comparison(read_runs([many])).tested().values()
+    )
+    made(many / "a2", [0.5, 0.903], seed=2, status="stopped")
+    found = Comparison(read_runs([many]))
+    assert "no claim" in found.tested()["lr 0.1"] and "not finished" in " ".join(found.warnings)
+    alone = Comparison(read_runs([many / "a0"]))
+    assert not alone.repeats and alone.tested() == {} and alone.groups[0].interval is None
+    assert group_rows(alone)[1][0][3:] == ["", ""]
+
+
+def test_several_tests_cost_each_of_them():
+    raised = holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    assert raised == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_other_data_and_other_code_are_warned_of_but_folds_are_no_other_data(tmp_path):
+    made(tmp_path / "a", [0.5], environment={"code": "other", "packages": {"torch": "1"}})
+    made(tmp_path / "b", [0.6], environment={"data": "other", "packages": {"torch": "2"}})
+    words = " ".join(Comparison(read_runs([tmp_path])).warnings)
+    assert "not the same data" in words and "not the same code" in words and "torch: 1, 2" in words
+    for k in (1, 2):
+        made(tmp_path / "f" / str(k), [0.5], fold=f"{k}/2", environment={"data": f"fold {k}"})
+    assert Comparison(read_runs([tmp_path / "f"])).warnings == []
+    made(tmp_path / "c", [0.6], metric=LOSS)
+    assert "not the same metric" in Comparison(read_runs([tmp_path])).warnings[0]
+
+
+def test_a_folder_of_many_is_read_in_its_order_and_what_is_none_is_told(many):
+    rows = [{"row": n, "name": name} for n, name in enumerate(["b1", "a0", "gone"])]
+    (many / "sweep.json").write_text(json.dumps({"rows": rows}))
+    assert [path.name for path in found_in([many])] == ["b1", "a0"]
+    assert [path.name for path in found_in([many / "a1", many, many / "a0"])] == ["a1", "b1", "a0"]
+    with refused("no-run", match="nowhere"):
+        found_in([many / "nowhere"])
+
+
+def test_the_page_asks_no_network_runs_its_own_script_alone_and_believes_no_name(many):
+    made(many / "e", [0.3], lr=0.3, augment="<script>alert(1)</script>")
+    (many / "e" / "report.html").write_text("x")
+    page = build(Comparison(read_runs([many])), "a<b", many)
+    assert "<script>alert" not in page and "&lt;script&gt;" in page and "<h1>a&lt;b</h1>" in page
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.S)
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert len(scripts) == 1 and f"script-src 'sha256-{digest}'" in page
+    assert not re.search(r'(src|href)="(https?:)?//', page) and 'href="e/report.html"' in page
+    assert page == build(Comparison(read_runs([many])), "a<b", many)
+
+
+def test_the_command_shows_tables_and_lists_runs(many):
+    done = python("-m", "report", "compare", many, COLUMNS="150")
+    assert done.returncode == 0, done.stderr
+    assert "97.00 %" in done.stdout and "paired t test" in done.stdout
+    assert (many / "compare.html").read_text().count("<polyline") == 8
+    made(many / "b9", [0.9], seed=8, status="running")
+    done = python("-m", "report", many, COLUMNS="150")
+    lines = [line for line in done.stdout.splitlines() if "2026-" in line]
+    assert done.returncode == 0 and "b9" in lines[0] and "died without a word" in lines[0]
+    assert "90.00 % accuracy" in lines[0] and len(lines) == 9
+    assert [row[0] for row in list_runs(many)][-2:] in (["a0", "b0"], ["b0", "a0"])
+    assert python("-m", "report", "list", many / "a0").returncode == 2
+
+
+def test_a_browser_sorts_the_table_and_nothing_overflows(many, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    if browser is None:
+        pytest.skip("needs a browser: apt-get install -y chromium")
+    page = build(Comparison(read_runs([many])), "many", many)
+    probe = """<script>
+      const table = [...document.querySelectorAll("table.sorted")].pop();
+      const names = () => [...table.tBodies[0].rows].map((row) => row.cells[1].textContent);
+      const before = names(); table.tHead.rows[0].cells[1].click();
+      const after = names(); table.tHead.rows[0].cells[1].click();
+      document.title = JSON.stringify([before, after, names(),
+        document.documentElement.scrollWidth <= innerWidth]);
+    </script>"""
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    (tmp_path / "probe.html").write_text(page.replace("</body>", probe + "</body>"))
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,900",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path}/probe.html"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    title = re.search("<title>(.*?)</title>", done.stdout, flags=re.S)[1]
+    before, up, down, fits = json.loads(title.replace("&quot;", '"'))
+    assert before == ["0.2"] * 4 + ["0.1"] * 4
+    assert up == ["0.1"] * 4 + ["0.2"] * 4 and down == ["0.2"] * 4 + ["0.1"] * 4 and fits
+
+
+# --- suspects ------------------------------------------------------------------------------------
+
+
+def test_planted_wrong_labels_are_found_and_hardly_any_others():
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+
+    digits = load_digits()
+    images, true = digits.data[:900] / 16, digits.target[:900]
+    random = numpy.random.default_rng(0)
+    planted = random.choice(len(true), 45, replace=False)
+    labels = true.copy()
+    labels[planted] = (true[planted] + random.integers(1, 10, len(planted))) % 10
+    model = LogisticRegression(max_iter=200)
+    table = cross_val_predict(model, images, labels, cv=5, method="predict_proba")
+    places, suggested, scores = confident(table, labels)
+    found = set(places.tolist())
+    assert len(found & set(planted.tolist())) >= 26 and len(found) <= 40
+    assert len(set(places[:20].tolist()) & set(planted.tolist())) >= 19  # the surest first
+    assert (suggested[:20] == true[places[:20]]).mean() > 0.9
+    assert (numpy.diff(scores) >= 0).all() and scores.min() >= 0 and scores.max() <= 1
+
+
+def test_confident_learning_is_as_it_is_defined():
+    """By hand: thresholds are 0.7 and 0.5; the third counts for class 1 and is labelled 0."""
+    table = numpy.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.45, 0.55], [0.55, 0.45]])
+    places, suggested, scores = confident(table, numpy.array([0, 0, 0, 1, 1]))
+    assert places.tolist() == [2] and suggested.tolist() == [1]
+    assert scores == pytest.approx([(0.4 - 0.6 + 1) / 2])
