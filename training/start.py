@@ -203,4 +203,5 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
         "dataset": plan.config.dataset, "code": digests_of(plan.config.model), **data.cut_as(),
+        **({"no_flip": True} if source.no_flip else {}),
     }  # fmt: skip
