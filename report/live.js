@@ -52,8 +52,7 @@ function draw(chart) {
   const every = lines.flatMap(([, points]) => points);
   const values = every.map((point) => point[1]);
   const marks = ticks(values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b)));
-  const end = Math.max(1, ...[...every.map((p) => p[0])].slice(-2), lines.reduce(
-    (most, [, points]) => Math.max(most, points[points.length - 1][0]), 1));
+  const end = lines.reduce((most, [, points]) => Math.max(most, points[points.length - 1][0]), 1);
   const low = marks[0], high = marks[marks.length - 1];
   const [left, right, top, bottom] = [52, 396, 26, 206];
   const x = (step) => (left + (step / end) * (right - left)).toFixed(1);

@@ -30,7 +30,7 @@ FLOORS = [
 DOORS = {
     "rich": {"report/", "models/__main__.py", "data/__main__.py"},
     "datasets": {"data/"},
-    "wandb": {"report/tracking.py"},
+    **{name: {"report/tracking.py"} for name in ("wandb", "trackio", "mlflow")},
     "matplotlib": {"report/pictures.py", "data/__main__.py"},
     "accelerate": {"distributed/", "report/tracking.py", "training/learner.py"},
     "sklearn": {"data/"},
@@ -38,7 +38,18 @@ DOORS = {
     **{name: {"export/forms.py"} for name in ("onnx", "onnxruntime")},
     "huggingface_hub": {"export/hub.py", "data/"},
 }
-HEAVY = {"torchvision", "datasets", "wandb", "matplotlib", "sklearn", "PIL", "onnx", "onnxruntime"}
+HEAVY = {
+    "torchvision",
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "sklearn",
+    "PIL",
+    "onnx",
+    "onnxruntime",
+    "mlflow",
+    "trackio",
+}
 WITHOUT_TORCH = (
     "errors.py", "common/", "config/", "data/sources/__init__.py", "data/image_set.py",
     "models/__init__.py", "models/own_file.py",

@@ -383,7 +383,7 @@ def test_a_run_leaves_its_page_and_names_it(run):
     told = f"<strong>{100 * summary['best/test/accuracy']:.2f} %</strong>"
     assert told in made and f"at epoch {summary['best/epoch']}, " in made
     assert "Not shown" not in made and "finished</b>" in made
-    assert made.count("data:image/png") == 2  # mistakes and samples; the rest is drawn by the page
+    assert made.count("data:image/png") == 3  # mistakes, gradcam, samples; the page draws the rest
     assert re.search(r"page +after/report.html", (run / "out.txt").read_text())
     assert page.build(run) == made.replace("report page after<", f"report page {run}<")
 
