@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from launches import SMALL, Command, begun, command, finish, start, wait_for
+from launches import REPOSITORY, SMALL, Command, begun, command, finish, start, wait_for
 from test_page import fabricate
 
 from config import parse
@@ -130,7 +130,11 @@ def test_rows_appear_while_a_run_trains_and_its_end_is_told(nets, tmp_path):
     words = ["--model", f"{nets / 'plain.py'}:Net", *SMALL, "--epochs", "400", "--run-dir", "r"]
     process, log = start(command(words), tmp_path)
     wait_for(begun(tmp_path / "r"), process, log)
-    shown, output = start(Command(["-m", "report", "live", tmp_path / "r"]), tmp_path)
+    script = (
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nfrom report.__main__ import main\n"
+    )
+    (tmp_path / "go.py").write_text(script + "sys.exit(main(sys.argv[1:]))\n")
+    shown, output = start(Command([tmp_path / "go.py", "live", tmp_path / "r"]), tmp_path)
     wait_for(lambda: "Ctrl-C" in output.read_text(), shown, output)
     address = urlsplit(output.read_text().split()[1])
 
