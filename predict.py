@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 LATEST = Path("runs/latest")
-PHOTOGRAPHS = {"photographs": True}  # ImageNet evaluates the middle 224 of 256 pixels
 TOP, ALL = 5, 10**9  # classes shown of each picture
 BATCH = 32  # pictures at once on a GPU
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -129,6 +127,7 @@ def load_run(folder: Path, trust_code: bool = False) -> tuple["nn.Module", dict]
 def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
     """(model, what it was trained on) for ImageNet's classes."""
     from models import build_model
+    from models.looks import look_of, published_look
     from models.weights import imagenet_classes, imagenet_reach, load_weights
 
     if weights == "imagenet":
@@ -144,7 +143,7 @@ def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
     model = build_model(name, num_classes=1000, image_size=size)
     classes = imagenet_classes()
     try:
-        load_weights(model, name, weights, 1000, classes, as_they_are=True)
+        load_weights(model, name, weights, 1000, classes, as_they_are=True, image_size=size)
     except UserError as error:
         if error.code != "other-classes":
             raise
@@ -153,7 +152,18 @@ def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
             f"({str(error).partition(': ')[2]}); for a run of yours type --run FOLDER",
             code="weights-of-other-classes",
         ) from None
-    return model.eval(), {**IMAGENET, "image_size": size, "classes": classes, **PHOTOGRAPHS}
+    look = look_of(name, weights) or published_look(name)
+    if look is None:
+        raise UserError(
+            f"--weights {weights}: nothing says what its pictures were normalised by; train with "
+            "it (--epochs 1), and predict with the run",
+            code="weights-do-not-say",
+        )
+    return model.eval(), {
+        "mean": look.mean, "std": look.std, "image_size": size, "classes": classes,
+        "photographs": True, "eval_resize": int(size / look.crop + 1e-6),
+        "interpolation": look.interpolation,
+    }  # fmt: skip
 
 
 def pictures(paths: list[str]) -> Iterator[Path]:

@@ -67,7 +67,7 @@ def main(world: World, observer: Observer) -> int:
         if not schedule.evaluates(progress):
             train_one_epoch(learner, data, schedule, progress, checkpoints, log, world, observer)
         if schedule.evaluates(progress) and not world.stop.reason:
-            with log.pause(), observer.phase("evaluate"):
+            with log.pause("evaluation"), observer.phase("evaluate"):
                 results = evaluate(learner, data, world, progress)
             if results and log.evaluated(results, learner.task, data, schedule, progress):
                 log.kept_best(checkpoints.save_weights("model.safetensors", learner, progress))
@@ -107,7 +107,7 @@ def train_one_epoch(
         if saves or world.stop.reason:  # after a bad number, steps are no longer the weights'
             refuse_not_finite(learner, data, schedule, log.run_folder)
         if saves:
-            with log.pause(), observer.phase("save"):
+            with log.pause("saving"), observer.phase("save"):
                 checkpoints.save(learner, progress)
         if world.stop.reason or not schedule.trains(progress):
             break

@@ -33,8 +33,9 @@ class TrainConfig:
     """Everything that decides what a run computes. Plain values; saved as config.json."""
 
     model: str = setting(
-        "alexnet", "a name from `python -m models`, torchvision:NAME or FILE.py:Class", group="what"
-    )
+        "alexnet", "a name from `python -m models`, torchvision:NAME, timm:NAME or FILE.py:Class",
+        group="what",
+    )  # fmt: skip
     dataset: str = setting("auto", f"{', '.join(NAMES)}, a path, a hub name", group="what")
     data_dir: str | None = setting(None, "where a local copy of the data lies", group="what")
     weights: str = setting(
@@ -67,7 +68,8 @@ class TrainConfig:
         1, "micro-batches a process adds up per step, to save memory", group="batch", low=1
     )
     shards: str = setting(
-        "auto", "parts a batch is cut into, a constant of the run (auto: processes x accumulate)",
+        "auto", "parts a batch is cut into, a constant of the run, on 1 to as many processes "
+        "(auto: processes x accumulate; 12 or 24 where their number may change)",
         group="batch",
     )  # fmt: skip
 
@@ -142,6 +144,15 @@ class TrainConfig:
     plain_epochs: int = setting(
         0, "the last epochs, in which images are only cut and mirrored", group="images", low=0
     )
+    normalize: str = setting(
+        "auto", "what pictures are normalised by: data (their own mean and deviation), weights (as "
+        "they were trained), or MEAN/STD as 0.5/0.5 or 0.485,0.456,0.406/0.229,0.224,0.225; auto: "
+        "weights, where there are some and they say so", group="images",
+    )  # fmt: skip
+    interpolation: str = setting(
+        "auto", "how photographs are scaled; auto: as the weights say, else bilinear",
+        group="images", choices=("auto", "bilinear", "bicubic"),
+    )  # fmt: skip
     resize: str = setting(
         "crop", "photographs that are no squares: cut the ends off, pad, or squash them",
         group="images", choices=("crop", "pad", "squash"),
@@ -307,6 +318,22 @@ MEANT = {
     "img_size": "type --image-size",
     "num_classes": "the data say how many classes there are",
 }
+
+
+def mean_and_std(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The numbers of --normalize MEAN/STD, three of each. Raises UserError."""
+    try:
+        mean, std = (tuple(map(float, part.split(","))) for part in text.split("/"))
+        mean, std = (part * 3 if len(part) == 1 else part for part in (mean, std))
+        if len(mean) == len(std) == 3 and all(0 <= m <= 1 for m in mean) and min(std) > 1e-6:
+            return mean, std
+    except ValueError:
+        pass
+    raise UserError(
+        f"--normalize {text}: must be data, weights, or MEAN/STD of pixels in 0 to 1, one number "
+        "or three for each, as 0.5/0.5 or 0.485,0.456,0.406/0.229,0.224,0.225",
+        code="bad-value",
+    )
 
 
 def no_such(name: str, known: Iterable[str]) -> str:

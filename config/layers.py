@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.text import nearest, seconds
-from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert
+from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert, mean_and_std
 from data.policy import parse_policy
 from errors import UserError, all_of
-from models import Recipe, lookup, told_by_weights
+from models import Recipe, lookup, size_problem, told_by_weights
 from models.own_file import (
     CODE,
     check_own_file,
@@ -90,7 +90,7 @@ def recipe_of(model: str, weights: str) -> Recipe:
     if weights not in ("none", "auto"):
         recipe |= entry.finetune
         size = told_by_weights(weights).get("image_size", 0)
-        if size >= entry.min_image_size and entry.task == "classification":
+        if size and entry.task == "classification" and not size_problem(model, entry, size):
             recipe["image_size"] = size
     return recipe
 
@@ -208,11 +208,8 @@ def check(settings: Settings) -> None:
         problems.append(UserError(message, code=code))
 
     entry = lookup(c.model)
-    if c.image_size < entry.min_image_size:
-        wrong(
-            f"--image-size {c.image_size}: {c.model} needs at least {entry.min_image_size}",
-            "image-too-small",
-        )
+    if problem := size_problem(c.model, entry, c.image_size):
+        wrong(problem, "image-too-small")
     for name in ("max_time", "checkpoint_every"):
         value = getattr(c, name)
         if value and not (
@@ -263,6 +260,13 @@ def check(settings: Settings) -> None:
                 f"--class-weights {c.class_weights}: must be none, balanced, or a number above 0 "
                 "for each class, as 0.2,1,1"
             )
+    if c.normalize not in ("auto", "data", "weights"):
+        try:
+            mean_and_std(c.normalize)
+        except UserError as error:
+            problems.append(error)
+    if c.normalize == "weights" and c.weights == "none":
+        wrong("--normalize weights: there are none; name some with --weights", "contradiction")
     try:
         policy = parse_policy(c.augment)
         if c.alternating_flip and policy.flip != 0.5:

@@ -33,6 +33,7 @@ class Boxes:
 
     rows: list[list[int]]
     size: int
+    interpolation: str = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Cuts:
     image_size / 0.875), "squash" to a square whatever its shape, "pad" so that the longer side fits
     and the rest is filled. Then a window of the output's size is seen: the middle one, at random
     for "crop", up to two pixels off the middle for "translate". All but "none" mirror with the
-    probability `flip`, see Augment.
+    probability `flip`, see Augment. `interpolation` is how they are scaled.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Cuts:
     flip: float = 0.5
     no_flip: bool = False
     alternating_flip: bool = False
+    interpolation: str = "bilinear"
 
     def training(self, sizes: Tensor, indices: Tensor, epoch: int) -> Boxes:
         """The boxes of these training images in an epoch."""
@@ -69,7 +71,7 @@ class Cuts:
             part = torch.stack([left, top, left + width, top + height], dim=1)
             scaled, first = torch.full_like(part[:, :2], self.image_size), part.new_zeros(1, 2)
             rows = torch.cat([part, scaled, first.expand(len(part), 2), flips], dim=1)
-            return Boxes(rows.tolist(), self.image_size)
+            return Boxes(rows.tolist(), self.image_size, self.interpolation)
         moves = self.kind in ("crop", "translate")
         fitted = self.resize != "crop" and not moves
         side = self.image_size if fitted else default_resize(self.image_size)
@@ -102,7 +104,8 @@ class Cuts:
             first = torch.minimum((first + shift).clamp(min=0), slack)
         start = (canvas - scaled) // 2 - first  # of the picture in the window
         part = torch.cat([torch.zeros_like(shape), shape.flip(1)], dim=1)
-        return Boxes(torch.cat([part, scaled, start, flips], dim=1).tolist(), size)
+        rows = torch.cat([part, scaled, start, flips], dim=1).tolist()
+        return Boxes(rows, size, self.interpolation)
 
 
 def lost(sizes: Tensor, cuts: Cuts) -> float:

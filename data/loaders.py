@@ -1,6 +1,6 @@
 """The two DataLoaders that Accelerate prepares, over data that stays where the device reads it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,11 +34,16 @@ class Resident(Dataset):
         self.images, self.labels = images, labels
         self.features: Tensor | None = None
         self.repeats = False  # index i + k * n is the k-th repetition of i: order.Balance
+        self.share: int | None = None  # of a slice of a batch, where the rest of it is padding
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: Tensor) -> dict[str, Tensor]:
+        return self.batch(indices[: self.share])
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch of these, in training's form though not in its place."""
         places = indices.clamp(min=0)
         if self.repeats:
             places %= len(self)
@@ -52,10 +57,6 @@ class Resident(Dataset):
     def seen(self, indices: Tensor) -> Tensor:
         """Uint8 images (n, 3, H, W) of these, as evaluation is given them."""
         return self.images[indices.to(self.images.device)]
-
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch of these, in training's form though not in its place."""
-        return self.__getitems__(indices)
 
     def shown(self, indices: Tensor) -> Tensor:
         """Uint8 images (n, 3, H, W) of these, also where training is given features."""
@@ -76,6 +77,7 @@ class Photographs(Dataset):
 
     features = None
     repeats = False  # as Resident has it
+    share: int | None = None
 
     def __init__(self, pictures: PhotoSet, decoding: "Decoding"):
         self.pictures, self.decoding = pictures, decoding
@@ -88,6 +90,9 @@ class Photographs(Dataset):
         return len(self.labels)
 
     def __getitems__(self, indices: Tensor) -> dict[str, Tensor | list[int]]:
+        return self._named(indices[: self.share])
+
+    def _named(self, indices: Tensor) -> dict[str, Tensor | list[int]]:
         return {
             "labels": self.labels[indices.clamp(min=0) % len(self)],
             "indices": indices,
@@ -97,12 +102,12 @@ class Photographs(Dataset):
 
     def seen(self, indices: Tensor) -> Tensor:
         """Uint8 images (n, 3, S, S) of these, as evaluation is given them."""
-        (batch,) = self.in_flight([self.__getitems__(indices)], None)
+        (batch,) = self.in_flight([self._named(indices)], None)
         return batch["images"]
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """A batch of these, in training's form though not in its place."""
-        (batch,) = self.in_flight([self.__getitems__(indices)], 0)
+        (batch,) = self.in_flight([self._named(indices)], 0)
         return batch
 
     def shown(self, indices: Tensor) -> Tensor:
@@ -179,13 +184,20 @@ def place(
 
 def build_train_loader(
     images: ImageSet | PhotoSet, batch_size: int, seed: int, device: torch.device,
-    decoding: Decoding | None = None, balanced: bool = False,
+    decoding: Decoding | None = None, balanced: bool = False, shares: Sequence[int] = (),
+    process_index: int = 0,
 ) -> tuple[DataLoader, GlobalBatchSampler]:  # fmt: skip
-    """Global batches in keyed order; `sampler.start(epoch, step)` before each pass."""
+    """Global batches in keyed order; `sampler.start(epoch, step)` before each pass.
+
+    `shares`: the images of a batch that each process gets, of which this is one; () is one process.
+    """
     data, home = place(images, device, decoding)
     data.repeats = balanced
     balance = Balance(data.labels) if balanced else None
-    sampler = GlobalBatchSampler(len(data), batch_size, seed, device=home, balance=balance)
+    sampler = GlobalBatchSampler(
+        len(data), batch_size, seed, device=home, balance=balance, shares=shares
+    )
+    data.share = sampler.shares[process_index]
     return _loader(data, sampler, home, device), sampler
 
 

@@ -5,10 +5,11 @@ No class here may have a method called set_epoch: Accelerate would call it, with
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.keyed_random import ORDER, permutation
 
@@ -58,6 +59,8 @@ class GlobalBatchSampler:
     """Full batches of training indices, int64 (batch_size,), from any step of any epoch on.
 
     The n % batch_size samples at the end of an epoch's order are left out; each epoch has others.
+    `shares`: how many of a batch each process gets, in the order of processes. Accelerate cuts
+    equal slices: where they differ each is filled up with index -1, which nobody has to load.
     With shuffle=False the order is 0, 1, 2, ...; with a balance it is that, whose indices may be
     n and more. Raises ValueError if not one batch would be full.
     """
@@ -72,10 +75,13 @@ class GlobalBatchSampler:
         shuffle: bool = True,
         device: torch.device | str = "cpu",
         balance: Balance | None = None,
+        shares: Sequence[int] = (),
     ) -> None:
         if not 0 < batch_size <= n:
             raise ValueError(f"batch_size must be in 1..{n} (the number of samples): {batch_size}")
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.n, self.images, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.shares = list(shares) or [batch_size]
+        self.batch_size = max(self.shares) * len(self.shares)  # what Accelerate cuts: with padding
         self.device, self.balance = device, balance
         self.steps_per_epoch = n // batch_size
         self._cached: tuple[int, Tensor] | None = None
@@ -105,16 +111,20 @@ class GlobalBatchSampler:
         if self.balance is not None:
             order = self.balance.order(self.seed, 0).cpu()
         digest = hashlib.blake2b(order.numpy().tobytes(), digest_size=8)
-        digest.update(str(self.batch_size).encode())
+        digest.update(str(self.images).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.steps_per_epoch - self.first_step
 
     def __iter__(self) -> Iterator[Tensor]:
-        order, size = self._order(), self.batch_size
+        order, size, most = self._order(), self.images, max(self.shares)
         for step in range(self.first_step, self.steps_per_epoch):
-            yield order[step * size : (step + 1) * size]
+            batch = order[step * size : (step + 1) * size]
+            if self.batch_size > size:
+                parts = batch.split(self.shares)
+                batch = torch.cat([F.pad(p, (0, most - len(p)), value=-1) for p in parts])
+            yield batch
 
 
 class EvaluationBatchSampler:

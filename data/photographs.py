@@ -186,7 +186,7 @@ class Photos:
         if place in self.damage.excluded or place in self.damage.found:
             return False
         try:
-            cut(self.pixels(place), boxes.rows[row], out, fill)
+            cut(self.pixels(place), boxes.rows[row], out, fill, boxes.interpolation)
         except MemoryError:
             raise  # says nothing of the picture
         except Exception as error:  # Pillow raises many kinds on damaged files
@@ -281,17 +281,20 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def cut(pixels: np.ndarray, row: list[int], out: np.ndarray, fill: tuple[int, int, int]) -> None:
+def cut(
+    pixels: np.ndarray, row: list[int], out: np.ndarray, fill: tuple[int, int, int],
+    interpolation: str = "bilinear",
+) -> None:  # fmt: skip
     """Put what a row of Boxes takes of a picture (H, W, 3) into `out`, (size, size, 3).
 
-    Scaled by torch's antialiased bilinear filter in whole numbers, as torchvision's transforms are.
+    Scaled by torch's antialiased filter in whole numbers, as torchvision's transforms are.
     """
     left, top, right, bottom, height, width, y, x, flips = row
     part = np.ascontiguousarray(pixels[top:bottom, left:right])
     part = torch.from_numpy(part if part.flags.writeable else part.copy())  # a page of a pack
     if part.shape[:2] != (height, width):
         part = torch.nn.functional.interpolate(
-            part.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True
+            part.permute(2, 0, 1)[None], (height, width), mode=interpolation, antialias=True
         )[0].permute(1, 2, 0)
     size = len(out)
     seen = part[max(0, -y) : size - y, max(0, -x) : size - x].numpy()
@@ -323,12 +326,12 @@ def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
     margin = default_resize(size) if told.get("photographs") else size
     cuts = Cuts(
         "none", size, told.get("eval_size", size), told.get("eval_resize", margin),
-        told.get("resize", "crop"), 0,
+        told.get("resize", "crop"), 0, interpolation=told.get("interpolation", "bilinear"),
     )  # fmt: skip
     boxes = cuts.evaluation(torch.tensor([pixels.shape[:2]]))
     out = np.empty((boxes.size, boxes.size, 3), np.uint8)
     red, green, blue = (round(255 * value) for value in told["mean"])
-    cut(pixels, boxes.rows[0], out, (red, green, blue))
+    cut(pixels, boxes.rows[0], out, (red, green, blue), boxes.interpolation)
     return out
 
 

@@ -192,8 +192,8 @@ class Shards:
         self.seed_of = seed_of  # (step, shard) -> an integer seed
         self.generators = Generators(accelerator.device, [self.bare])
         self.bitwise = bitwise
-        self.first = accelerator.process_index * plan.shards_per_process
-        self.mine = slice(self.first, self.first + plan.shards_per_process)
+        self.mine = plan.shards_of(accelerator.process_index)
+        self.first, self.count = self.mine.start, self.mine.stop - self.mine.start
         # A launcher brings DDP even where it starts one process.
         self.wrapped = accelerator.distributed_type != DistributedType.NO
         # DDP adds up the processes where neither an exact sum does nor a reentrant backward.
@@ -221,7 +221,7 @@ class Shards:
 
     def __call__(self, batch: dict, step: int) -> Iterator[dict]:
         """Yield the shards of this process: the loop runs forward and backward on each."""
-        count, size = self.plan.shards_per_process, self.plan.micro_batch_size
+        count, size = self.count, self.plan.micro_batch_size
         if self.weight is not None:
             self._weigh(self.weight(batch["labels"]))
         self.before = packed(self.buffers) if self.undoes or count > 1 else {}

@@ -69,7 +69,8 @@ def preprocessing(told: dict) -> dict[str, Json]:
         "squash": f"scale to {size} x {size}, whatever the shape",
         "pad": f"scale the longer side to {size}, fill up to a square with {fill}",
     }[how]
-    scaled += " (bilinear, antialiased)"
+    way = told.get("interpolation", "bilinear")
+    scaled += f" ({way}, antialiased)"
     if small and (shape := told.get("picture_size")):
         steps.append(f"a picture of {shape[1]} x {shape[0]} pixels stays whole")
     if small:
@@ -81,7 +82,7 @@ def preprocessing(told: dict) -> dict[str, Json]:
         steps.append(f"scale to {size} x {size} (bilinear, antialiased)")
     return {
         "size": size, "shorter_side": margin if how == "crop" else None, "resize": how,
-        "crop": "center", "interpolation": "bilinear", "antialias": True, "mean": told["mean"],
+        "crop": "center", "interpolation": way, "antialias": True, "mean": told["mean"],
         "std": told["std"], "steps": steps,
     }  # fmt: skip
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 HELLO = b"lockstep\n"  # what the head says first; torch's store on that port would be silent
 MINUTE = 60.0
+LATECOMERS = 30.0  # seconds that a launch of MIN:MAX nodes waits for more of them
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
@@ -97,8 +98,19 @@ def wait_limit() -> float:
     return float(os.environ.get("LOCKSTEP_TIMEOUT", "600"))
 
 
-def receive(port: int, nodes: int) -> None:
-    """On the head: until all nodes have come; at once and each minute, all are told who has."""
+def span(nodes: str) -> tuple[int, int]:
+    """`2` as (2, 2), `1:4` as (1, 4)."""
+    least, _, most = nodes.partition(":")
+    return int(least), int(most or least)
+
+
+def receive(port: int, nodes: str) -> None:
+    """On the head: until all nodes have come; at once and each minute, all are told who has.
+
+    Of MIN:MAX nodes MIN are enough after a while; later ones are torch's to take in.
+    """
+    least, most = span(nodes)
+    wanted = nodes.replace(":", " to ")
     with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -107,12 +119,14 @@ def receive(port: int, nodes: int) -> None:
             raise Alone(
                 f"port {port} is taken on this node; choose another for --head, on all nodes"
             ) from None
-        door.listen(nodes)
+        door.listen(most)
         here: dict[socket.socket, str] = {}
         began, told = time.monotonic(), -MINUTE
-        while len(here) < nodes - 1:
+        while len(here) < most - 1:
             now = time.monotonic()
-            came = f"{len(here) + 1} of {nodes} nodes came: " + ", ".join(
+            if len(here) + 1 >= least < most and now - began > LATECOMERS:
+                break
+            came = f"{len(here) + 1} of {wanted} nodes came: " + ", ".join(
                 [f"{socket.gethostname()} (the head)", *sorted(here.values())]
             )
             if now - began > wait_limit():
@@ -135,7 +149,7 @@ def receive(port: int, nodes: int) -> None:
                 elif not one.recv(1024):
                     say(f"{here.pop(one)} has left")
                     one.close()
-    tell_all(here, "go", f"all {nodes} nodes came")
+    tell_all(here, "go", f"{len(here) + 1} of {wanted} nodes came")
     for node in here:  # they close first, so that nothing of this lingers on the port
         with suppress(OSError):
             node.settimeout(2)
@@ -144,7 +158,7 @@ def receive(port: int, nodes: int) -> None:
 
 
 def name_of(
-    node: socket.socket, address: str, nodes: int, here: dict[socket.socket, str]
+    node: socket.socket, address: str, nodes: str, here: dict[socket.socket, str]
 ) -> str | None:
     """Who has come; None for a stranger, and for a node of another launch, which is told why."""
     with suppress(OSError, ValueError, KeyError):
@@ -188,7 +202,7 @@ def knock(head: str, port: int) -> socket.socket:
             time.sleep(0.5)
 
 
-def join(head: str, port: int, nodes: int) -> None:
+def join(head: str, port: int, nodes: str) -> None:
     """On another node: until the head says that all have come, and torch's store is there."""
     with knock(head, port) as line:
         line.settimeout(3)
@@ -221,13 +235,13 @@ def words_of(line: socket.socket) -> Iterator[tuple[str, str]]:
             yield kind, text
 
 
-def meet(endpoint: str, nodes: int, is_head: bool, command: list[str]) -> int:
+def meet(endpoint: str, nodes: str, is_head: bool, command: list[str]) -> int:
     """Run the command in this process's place once all nodes are there."""
     head, _, port = endpoint.rpartition(":")
     try:
         if is_head:
             receive(int(port), nodes)
-        elif nodes > 1:
+        elif nodes != "1":
             join(head, int(port), nodes)
     except Alone as error:
         say(str(error))
@@ -240,7 +254,7 @@ def meet(endpoint: str, nodes: int, is_head: bool, command: list[str]) -> int:
 def main(argv: list[str]) -> int:
     match argv:
         case ["meet", endpoint, nodes, is_head, "--", *command]:
-            return meet(endpoint, int(nodes), is_head == "yes", command)
+            return meet(endpoint, nodes, is_head == "yes", command)
         case ["port", job] if job.isdigit():
             print(free_port(int(job)))
         case ["way", head]:

@@ -191,6 +191,10 @@ def check_settings(settings: dict, options: argparse.Namespace) -> None:
     if options.array and not options.sweep and settings["seed"][1] == "flag":
         raise Problem("--seed with --array would train the same run in every task: drop it (the "
                       "task's number is the seed), or use --sweep")  # fmt: skip
+    threads = settings["threads"][0]
+    if options.cpus and threads.isdigit() and int(threads) > options.cpus:
+        raise Problem(f"--threads {threads} would take turns on --cpus {options.cpus} CPUs of each "
+                      f"process: ask for --cpus {threads}, or use fewer threads")  # fmt: skip
     batch = settings["batch_size"][0]
     parts = processes(options) * int(settings["accumulate"][0])
     if typed("batch_size", settings) and settings["shards"][0] == "auto" and int(batch) % parts:
@@ -399,7 +403,11 @@ def submit(argv: list[str]) -> int:
         own, arguments = argv[:cut], argv[cut + 1 :]
     else:
         own, arguments = argv, []
-    options = build_parser().parse_args(own)
+    options, other = build_parser().parse_known_args(own)
+    if other:
+        raise Problem(f"{shlex.join(other)}: not submit.py's; what is train.py's stands after --, "
+                      "as in launch/submit.py --time 4h -- --model alexnet --dataset cifar10; "
+                      "launch/submit.py --help lists the others")  # fmt: skip
     if options.status is not None:
         return status_of(options.status)
     if not arguments:

@@ -3,17 +3,18 @@
 #   launch/torchrun.sh -- --model alexnet --dataset cifar10            all GPUs of this node
 #   launch/torchrun.sh --nproc 2 -- --model ...                        two processes
 #   launch/torchrun.sh --nnodes 2 --head 10.0.0.1:29400 -- --model ... on both nodes
-# Options: --nproc N, --nnodes N, --head ADDRESS:PORT (the first node's), --id NAME (of the launch:
+#   launch/torchrun.sh --nnodes 1:4 --head ...                         on four, or what is left of them
+# Options: --nproc N, --nnodes N or MIN:MAX, --head ADDRESS:PORT (the first node's), --id NAME (of the launch:
 # its lives share runs/launch-NAME), --max-restarts N (in place, after a crash), --local-addr ADDRESS
 set -u
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${LOCKSTEP_PYTHON:-python}
-usage() { sed -n '2,7s/^# *//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,8s/^# *//p' "${BASH_SOURCE[0]}"; }
 die() { echo "lockstep: $*" >&2 && exit 2; }
 counted() { if [ "$1" = 1 ]; then echo "$1 $2"; else echo "$1 $3"; fi; }
 
-nproc="" nnodes=1 head="" id="" restarts=0 local_addr=""
+nproc="" nnodes=1 head="" id="" restarts="" local_addr=""
 while [ $# -gt 0 ]; do
     option=$1
     case $option in
@@ -43,9 +44,16 @@ if [ -z "$nproc" ]; then # nvidia-smi -L prints a line per GPU, also of those th
     fi
     [ "$nproc" -gt 0 ] || nproc=1
 fi
-for number in "$nproc" "$nnodes"; do
-    [[ $number =~ ^[1-9][0-9]*$ ]] || die "$number: --nproc and --nnodes are whole numbers from 1"
-done
+[[ $nproc =~ ^[1-9][0-9]*$ ]] || die "--nproc $nproc: a whole number from 1"
+[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ && ${nnodes%:*} -le ${nnodes#*:} ]] ||
+    die "--nnodes $nnodes: a whole number from 1, or MIN:MAX"
+case $nnodes in
+*:*) # each lost node is one; a mistyped flag would be as many
+    restarts=${restarts:-10}
+    PYTHONPATH="$here/.." "$python" -m config "$@" >/dev/null || exit
+    ;;
+*) restarts=${restarts:-0} ;;
+esac
 [[ $restarts =~ ^[0-9]+$ ]] || die "--max-restarts $restarts: must be a whole number"
 [[ -z $id || $id =~ ^[A-Za-z0-9_-]+$ ]] || die "--id $id: use letters, digits, - and _"
 
@@ -70,7 +78,11 @@ else
     way=$("$python" "$here/network.py" way "${head%:*}") || exit 2
     read -r mine is_head interface <<<"$way"
     meet=("$python" "$here/network.py" meet "$head" "$nnodes" "$is_head" --)
-    rdzv+=(--rdzv-endpoint="$head" --rdzv-conf="is_host=$([ "$is_head" = yes ] && echo 1 || echo 0)")
+    conf=is_host=$([ "$is_head" = yes ] && echo 1 || echo 0)
+    if [[ $nnodes == *:* ]]; then # a lost node is noticed in 3 s; torch's own limits: 15, and 30 more
+        conf+=,keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3
+    fi
+    rdzv+=(--rdzv-endpoint="$head" --rdzv-conf="$conf")
     rdzv+=(--local-addr="${local_addr:-$mine}")
     # Gloo would ask for the host's own name, which may not resolve, or only to 127.0.0.1.
     # NCCL would skip lo and docker*, but not other bridges and tunnels that lead nowhere.

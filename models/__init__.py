@@ -5,6 +5,7 @@ This file imports no torch, so that the command line can read the table at once.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from models.own_file import (
 if TYPE_CHECKING:
     from torch import nn
 
-TORCHVISION = "torchvision:"
+TORCHVISION, TIMM = "torchvision:", "timm:"
 Recipe = dict[str, str | int | float]  # fields of TrainConfig -> values
 # How torchvision's names begin: only then it is worth the two seconds to look them up.
 ZOO = (
@@ -38,10 +39,12 @@ ZOO = (
 class ModelEntry:
     """What the trainer knows about a model before it is built.
 
-    target: "module:Class" in this folder, "torchvision:name" or "path/to/file.py:Class".
+    target: "module:Class" in this folder, "torchvision:name", "timm:name" or
+        "path/to/file.py:Class".
+    multiple_of: what an image size must be a multiple of.
     recipe: values of TrainConfig fields when training starts from scratch.
     finetune: values that replace those of the recipe when it starts from weights of any origin.
-    pretrained: torchvision's name of the ImageNet weights; "" where there are none.
+    pretrained: torchvision's name of the ImageNet weights, or "timm:name"; "" where there are none.
     channels_last: whether images and weights lie so in memory. Not where a forward may use .view,
         nor where it flattens large maps: my_cnn takes 15 % less CPU time in the plain layout.
     """
@@ -54,6 +57,7 @@ class ModelEntry:
     pretrained: str = ""
     task: str = "classification"
     channels_last: bool = True
+    multiple_of: int = 1
 
 
 # Learning rates belong to the batch size beside them; warmup is in epochs.
@@ -202,11 +206,13 @@ MODELS: dict[str, ModelEntry] = {
 
 
 def lookup(name: str) -> ModelEntry:
-    """The entry of a model in the table, of "torchvision:<name>" or of "path/to/file.py:Class"."""
+    """The entry of a model in the table, of torchvision:NAME, timm:NAME or FILE.py:Class."""
     if name in MODELS:
         return MODELS[name]
     if name.startswith(TORCHVISION):
         return _torchvision_entry(name.removeprefix(TORCHVISION))
+    if name.startswith(TIMM):
+        return _timm_entry(name.removeprefix(TIMM))
     if is_own_file(name):
         check_own_file(name)
         return ModelEntry(
@@ -214,8 +220,8 @@ def lookup(name: str) -> ModelEntry:
         )
     raise UserError(
         f"--model {name}: no such model{_near(name)}; known: {', '.join(MODELS)}, "
-        "any classifier of torchvision as torchvision:<name>, your own as "
-        "path/to/file.py:ClassName",
+        "any classifier of torchvision as torchvision:<name> or of timm as timm:<name>, your own "
+        "as path/to/file.py:ClassName",
         code="unknown-model",
     )
 
@@ -237,7 +243,7 @@ def _near(name: str) -> str:
 
 
 def told_by_weights(weights: str) -> dict:
-    """What a run wrote into its weights (model, image_size, classes, code); {} for others."""
+    """What a run wrote into its weights: model, sizes, classes, code, ...; {} for others."""
     try:
         with Path(weights).expanduser().open("rb") as file:  # safetensors: a length, a JSON header
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**7)))
@@ -246,7 +252,8 @@ def told_by_weights(weights: str) -> dict:
         code = {str(k): str(v) for k, v in dict(card.get("code", {})).items()}
         size = int(card["image_size"])
         facts = {"model": str(card["model"]), "image_size": size, "code": code}
-        return {**facts, "classes": classes}
+        seen = ("mean", "std", "eval_size", "eval_resize", "interpolation")
+        return {**facts, "classes": classes, **{k: card[k] for k in seen if k in card}}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -254,18 +261,14 @@ def told_by_weights(weights: str) -> dict:
 def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     """The model, initialised from torch's global generator: seed that for repeatable weights."""
     entry = lookup(name)
-    if entry.task == "classification" and image_size < entry.min_image_size:
-        raise UserError(
-            f"--image-size {image_size}: {name} needs at least {entry.min_image_size}; "
-            f"type --image-size {max(entry.min_image_size, int(entry.recipe['image_size']))}",
-            code="image-too-small",
-        )
+    if problem := size_problem(name, entry, image_size):
+        raise UserError(problem, code="image-too-small")
     module, _, attribute = entry.target.rpartition(":")
     if is_own_file(entry.target):
         make = load_own_class(entry.target)
-    elif module == "torchvision":
-        zoo = importlib.import_module("models.torchvision_zoo")
-        make = partial(zoo.build_from_torchvision, attribute)
+    elif module in ("torchvision", "timm"):
+        zoo = importlib.import_module(f"models.{module}_zoo")
+        make = partial(zoo.build, attribute)
     else:
         make = getattr(importlib.import_module(f"models.{module}"), attribute)
     model = call_with_known_arguments(
@@ -282,6 +285,20 @@ def build_model(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     return model
 
 
+def size_problem(name: str, entry: ModelEntry, size: int) -> str:
+    """Why a model cannot see images of this size, and which one it can; "" if it can."""
+    if entry.task != "classification":
+        return ""
+    least, step = entry.min_image_size, entry.multiple_of
+    if size < least:
+        usual = max(least, int(entry.recipe["image_size"]))
+        return f"--image-size {size}: {name} needs at least {least}; type --image-size {usual}"
+    if size % step:
+        near = step * max(1, round(size / step))
+        return f"--image-size {size}: {name} sees multiples of {step}; type --image-size {near}"
+    return ""
+
+
 def _torchvision_entry(name: str) -> ModelEntry:
     for entry in MODELS.values():
         if entry.target == TORCHVISION + name:
@@ -295,11 +312,34 @@ def _torchvision_entry(name: str) -> ModelEntry:
             f"{did_you_mean(name, known)}; it has {', '.join(known)}",
             code="unknown-model",
         )
+    least, step = max(zoo.get_model_weights(name)["DEFAULT"].meta["min_size"]), 1
+    if name.startswith("vit_"):
+        least = step = int(name.rpartition("_")[2])  # a patch
+    elif name.startswith("maxvit"):
+        step = least  # its windows divide each map
+    elif name.startswith(("swin", "efficientnet_v2")):
+        least = 4 if name.startswith("swin") else 1  # smaller than what they were trained on
     return ModelEntry(
         target=TORCHVISION + name,
-        min_image_size=max(zoo.get_model_weights(name)["DEFAULT"].meta["min_size"]),
+        min_image_size=least,
+        multiple_of=step,
         summary="from torchvision",
         recipe=_ADAMW | {"image_size": 224},
         finetune=_FINETUNE,
         pretrained=name,
+    )
+
+
+@functools.cache
+def _timm_entry(name: str) -> ModelEntry:
+    zoo = importlib.import_module("models.timm_zoo")
+    cfg = zoo.config_of(name)
+    size = {"image_size": cfg.input_size[1]}
+    return ModelEntry(
+        target=TIMM + name,
+        min_image_size=min(cfg.min_input_size[1:]) if cfg.min_input_size else 1,
+        summary="from timm",
+        recipe=_ADAMW | size,
+        finetune=_FINETUNE | size,
+        pretrained=TIMM + name if zoo.can_be_had(cfg) else "",
     )

@@ -1,6 +1,7 @@
-"""python -m models: the table of models; python -m models alexnet: its layers."""
+"""The table of models; with the name of one its layers, with torchvision: or 'timm:vit_*' names."""
 
 import argparse
+import fnmatch
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from common.text import counted
 from errors import UserError
 from models import MODELS, build_model, lookup
+from models.looks import published_look
 from models.own_file import is_own_file
 
 if TYPE_CHECKING:
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 def main() -> int:
     """Print the table that was asked for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
-    parser.add_argument("model", nargs="?", help="a name of the table, torchvision:..., file.py:..")
+    parser.add_argument(
+        "model", nargs="?", help="a name of the table, torchvision:NAME, timm:NAME, FILE.py:Class"
+    )
     parser.add_argument("--image-size", type=int, help="pixels; default: that of the recipe")
     parser.add_argument("--classes", type=int, default=10)
     arguments = parser.parse_args()
@@ -32,6 +36,8 @@ def main() -> int:
     try:
         if arguments.model is None:
             console.print(table_of_models(arguments.classes))
+        elif arguments.model.endswith(":") or "*" in arguments.model:
+            console.print("\n".join(names_like(arguments.model)), highlight=False, markup=False)
         else:
             console.print(table_of_layers(arguments.model, arguments.image_size, arguments.classes))
     except UserError as error:
@@ -67,6 +73,22 @@ def table_of_models(num_classes: int) -> "Table":
     return table
 
 
+def names_like(pattern: str) -> list[str]:
+    """The names of a zoo's classifiers that `zoo:PATTERN` describes."""
+    zoo, _, wanted = pattern.partition(":")
+    if zoo == "timm":
+        from models import timm_zoo
+
+        found = timm_zoo.names_like(wanted)
+    elif zoo == "torchvision":
+        from torchvision import models
+
+        found = fnmatch.filter(models.list_models(module=models), wanted or "*")
+    else:
+        raise UserError(f"{pattern}: type torchvision:*NAME* or timm:*NAME*", code="unknown-model")
+    return [f"{zoo}:{name}" for name in found]
+
+
 def table_of_layers(name: str, image_size: int | None, num_classes: int) -> "Table":
     """Layers in the order in which they run in training, auxiliary heads included."""
     import torch
@@ -76,14 +98,27 @@ def table_of_layers(name: str, image_size: int | None, num_classes: int) -> "Tab
     entry = lookup(name)
     if image_size is None:
         image_size = int(entry.recipe.get("image_size", 1))
-    # A learner's forward may make tensors of its own, which must then hold numbers.
-    device = torch.device("cpu" if is_own_file(entry.target) else "meta")
-    with device:
-        model = build_model(name, num_classes=num_classes, image_size=image_size)
-        shape = (2, 3, image_size, image_size) if entry.task == "classification" else (2, 1)
-        inputs = torch.zeros(shape)
+    shape = (2, 3, image_size, image_size) if entry.task == "classification" else (2, 1)
+    # A forward of others may make tensors of its own, which must then hold numbers.
+    for device in ("cpu",) if is_own_file(entry.target) else ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad():
+                model = build_model(name, num_classes=num_classes, image_size=image_size)
+                inputs = torch.zeros(shape)
+                if not is_own_file(entry.target):
+                    model(inputs)
+            break
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            if device == "cpu":
+                own = entry.recipe.get("image_size")
+                raise UserError(
+                    f"{name} fails at --image-size {image_size} ({str(error).splitlines()[0]}); "
+                    f"its own is {own}",
+                    code="model-fails",
+                ) from error
 
-    table = Table("layer", "kind", title=f"{name} at {image_size} px, {num_classes} classes")
+    title = f"{name} at {image_size} px, {num_classes} classes"
+    table = Table("layer", "kind", title=title, caption=said_of_weights(name))
     for heading in ("output", "parameters", "multiply-adds"):
         table.add_column(heading, justify="right")
     total = 0
@@ -119,6 +154,18 @@ def table_of_layers(name: str, image_size: int | None, num_classes: int) -> "Tab
     table.add_section()
     table.add_row("total", "", "", f"{count(model.parameters()):,}", f"{total:,}")
     return table
+
+
+def said_of_weights(name: str) -> str | None:
+    """What `--weights imagenet` would bring, and the pictures that it expects."""
+    look = published_look(name)
+    if look is None:
+        return None
+    mean, std = (", ".join(f"{number:g}" for number in part) for part in (look.mean, look.std))
+    return (
+        f"--weights imagenet: {look.origin}; pictures normalised by {mean} / {std}, scaled "
+        f"{look.interpolation}, {100 * look.crop:.1f} % of a side seen"
+    )
 
 
 def count(parameters: Iterable["torch.Tensor"]) -> int:

@@ -14,17 +14,19 @@ Outputs = torch.Tensor | tuple[torch.Tensor, ...]
 AUXILIARY = {"googlenet": (0.3, ("aux1", "aux2")), "inception_v3": (0.4, ("AuxLogits",))}
 
 
-def build_from_torchvision(name: str, num_classes: int, image_size: int) -> nn.Module:
+def build(name: str, num_classes: int, image_size: int) -> nn.Module:
     """torchvision's model; with auxiliary heads it returns (logits, aux, ...) in training mode."""
     from torchvision.models import get_model
 
-    options: dict[str, int | list] = {}
+    options: dict[str, int | list | tuple] = {}
     if name in AUXILIARY:
         # transform_input maps ImageNet's normalisation to the one that the published weights
         # expect; always on, so that the same weights mean the same wherever they come from.
         options = {"aux_logits": True, "init_weights": True, "transform_input": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}  # a position embedding for each patch
+    elif name == "maxvit_t":
+        options = {"input_size": (image_size, image_size)}
     if name == "googlenet":
         options["blocks"] = googlenet_blocks()
     model: Any = get_model(name, weights=None, num_classes=num_classes, **options)

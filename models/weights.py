@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from types import MethodType
@@ -15,7 +16,7 @@ from torch import nn
 
 from common.text import both_sides, counted, places, some
 from errors import UserError
-from models import lookup, told_by_weights
+from models import TIMM, lookup, timm_zoo, told_by_weights
 from models.hooks import NamesAuxiliaryHeads
 from models.own_file import is_own_file
 from models.state import beside_state_dict, is_extra, load_whole_state, twin, whole_state
@@ -26,13 +27,15 @@ REACH_SECONDS = 4.0  # name resolution can block for a minute where nothing answ
 def imagenet_reach(name: str) -> tuple[bool, str]:
     """Can ImageNet weights of this model be had, and a sentence that says where or why not.
 
-    Looks into torch hub's cache first, then asks the server within four seconds.
+    Of a timm model they are those that timm names, whatever they were trained on. Looks into the
+    hub's cache first, then asks the server within four seconds.
     """
     if not lookup(name).pretrained:
         return False, f"there are no ImageNet weights for {name}{_same_net_in_torchvision(name)}"
     url, file = _imagenet_url(name), _imagenet_file(name)
+    hub = "the hub's cache" if name.startswith(TIMM) else "torch hub's cache"
     if file.is_file():
-        return True, f"ImageNet weights for {name} are in torch hub's cache ({file})"
+        return True, f"ImageNet weights for {name} are in {hub} ({file})"
     # A process of its own: a blocked name resolution cannot be interrupted within ours.
     # urllib honours HTTPS_PROXY and NO_PROXY.
     ask = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], method='HEAD'))"
@@ -45,10 +48,12 @@ def imagenet_reach(name: str) -> tuple[bool, str]:
         if asked.returncode == 0:
             return True, f"ImageNet weights for {name} can be downloaded ({url})"
         reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+    there = f"put it into {file.parent} and run again"
+    if name.startswith(TIMM):
+        there = "and type --weights FILE"
     return False, (
-        f"ImageNet weights for {name} are not in torch hub's cache and cannot be downloaded "
-        f"({reason}); set HTTPS_PROXY if you need one, or fetch {url} elsewhere, put it into "
-        f"{file.parent} and run again"
+        f"ImageNet weights for {name} are not in {hub} and cannot be downloaded "
+        f"({reason}); set HTTPS_PROXY if you need one, or fetch {url} elsewhere, {there}"
     )
 
 
@@ -75,8 +80,9 @@ def load_weights(
     loaded = {_key(key, own): value for key, value in _read(file).items()}
     if lookup(name).pretrained.startswith("densenet"):  # published under their names of 2017
         loaded = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in loaded.items()}
+    loaded, resized = _for_this_size(loaded, own, model, name, image_size)
 
-    known = _classes_of(weights)
+    known = _classes_of(weights, name)
     mine = _as_imagenet(classes) if weights == "imagenet" else list(classes)
     rows = places(mine, known) if known and mine else []
     same_names = None not in rows and len(rows) == len(known)
@@ -88,10 +94,13 @@ def load_weights(
     by_name = kept > 0 and rows != list(range(len(known)))
     if by_name:
         _match_rows(loaded, own, heads, rows, len(known), weights)
-    others = [_other_classes(head, loaded, own) or bool(rows and not kept) for head in heads]
+    headless = not any(key.startswith(heads) for key in loaded) and name.startswith(TIMM)
+    others = [
+        _other_classes(head, loaded, own) or headless or bool(rows and not kept) for head in heads
+    ]
     fresh = [head for head, other in zip(heads, others, strict=True) if other]
+    theirs = 0 if headless or not fresh else loaded[_head_key(fresh[0], own)].shape[0]
     if fresh and as_they_are:
-        theirs = loaded[_head_key(fresh[0], own)].shape[0]
         raise UserError(
             f"--weights {weights}: they know {counted(theirs, 'class')}, and the data have "
             f"{num_classes}: the head would be a new one, which knows nothing",
@@ -119,13 +128,14 @@ def load_weights(
         raise UserError(
             f"--weights {weights} does not fit --model {name}: {'; '.join(problems)}; "
             + (
-                f"it was trained as --model {theirs['model']} --image-size {theirs['image_size']}"
-                if (theirs := told_by_weights(weights))
+                f"it was trained as --model {told['model']} --image-size {told['image_size']}"
+                if (told := told_by_weights(weights))
                 else "name the model (and --image-size) that these weights were trained with"
             ),
             code="weights-do-not-fit",
         )
     load_whole_state(model, whole_state(model) | given | extra)
+    origin += resized
     if by_name and same_names:
         return f"{origin}, all {len(given)} tensors, the head's rows in the order of the data"
     if by_name:
@@ -140,7 +150,6 @@ def load_weights(
             doubt = "; it names no classes: those of the data are taken to be its own, in order"
         return f"{origin}, all {len(given)} tensors{doubt}"
     heads = ", ".join(head.removesuffix(".") or "all of it" for head in fresh)
-    theirs = loaded[_head_key(fresh[0], own)].shape[0]
     which = counted(theirs, "class")
     if rows:
         which = f"{counted(theirs, 'other class')} ({some(known, 4)})"
@@ -161,6 +170,8 @@ def head_prefixes(model: nn.Module, name: str, image_size: int = 0) -> tuple[str
     have another order; else the last one registered, as in each auxiliary head. "" means the model
     itself.
     """
+    if name.startswith(TIMM):
+        return tuple(f"{head}." for head in timm_zoo.heads_of(name.removeprefix(TIMM)))
     tops = ("", *(model.auxiliary_heads if isinstance(model, NamesAuxiliaryHeads) else ()))
     heads = []
     for top in tops:
@@ -238,13 +249,48 @@ def _same_net_in_torchvision(name: str) -> str:
     return "; torchvision:resnet18 has them" if name == "resnet18" else ""
 
 
+def _for_this_size(
+    loaded: dict[str, torch.Tensor], own: dict[str, torch.Tensor], model: nn.Module, name: str,
+    image_size: int,
+) -> tuple[dict[str, torch.Tensor], str]:  # fmt: skip
+    """Weights with the shapes that a model for these images has, and what to tell of that.
+
+    Position embeddings of other sizes are interpolated, as the libraries do it.
+    """
+    shapes = {k: tuple(v.shape) for k, v in own.items()}
+    if name.startswith(TIMM):
+        heads = tuple(f"{head}." for head in timm_zoo.heads_of(name.removeprefix(TIMM)))
+        fits = all(
+            k in loaded and shapes[k] == tuple(loaded[k].shape)
+            for k in own if not k.startswith(heads)
+        )  # fmt: skip
+        if not fits:
+            loaded = timm_zoo.as_this_version_has(loaded, own, name.removeprefix(TIMM), image_size)
+            return loaded, ", as timm converts them to this version and size"
+    places = "encoder.pos_embedding"  # of torchvision's vision transformers
+    if lookup(name).pretrained.startswith("vit_") and places in loaded:
+        from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+        if isinstance(model, VisionTransformer) and shapes[places] != loaded[places].shape:
+            sides = [int((s[1] - 1) ** 0.5) for s in (loaded[places].shape, shapes[places])]
+            state = OrderedDict(loaded)
+            loaded = interpolate_embeddings(model.image_size, model.patch_size, state)
+            then, now = (f"{side} x {side}" for side in sides)
+            return loaded, f", position embeddings of {then} patches interpolated to {now}"
+    return loaded, ""
+
+
 def _imagenet_url(name: str) -> str:
+    if name.startswith(TIMM):
+        return timm_zoo.published(name.removeprefix(TIMM))[0]
     from torchvision.models import get_model_weights
 
     return get_model_weights(lookup(name).pretrained)["DEFAULT"].url
 
 
 def _imagenet_file(name: str) -> Path:
+    if name.startswith(TIMM):
+        return timm_zoo.published(name.removeprefix(TIMM))[1]
     return Path(torch.hub.get_dir(), "checkpoints", _imagenet_url(name).rpartition("/")[2])
 
 
@@ -253,6 +299,14 @@ def _fetch_imagenet(name: str) -> Path:
     if not reachable:
         raise UserError(f"--weights imagenet: {sentence}", code="weights-unreachable")
     file, url = _imagenet_file(name), _imagenet_url(name)
+    if not file.is_file() and "/resolve/" in url:
+        try:
+            return timm_zoo.fetch(name.removeprefix(TIMM))
+        except Exception as error:  # of the hub's client, which has many
+            raise UserError(
+                f"--weights imagenet: {url} did not arrive ({str(error).splitlines()[0]})",
+                code="weights-unreachable",
+            ) from error
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         checksum = re.search(r"-([0-9a-f]{8,})\.", file.name)  # published names end in it
@@ -316,10 +370,13 @@ def _key(key: str, own: dict[str, torch.Tensor]) -> str:
     return key
 
 
-def _classes_of(weights: str) -> Sequence[str]:
+def _classes_of(weights: str, name: str) -> Sequence[str]:
     """What the rows of the file's head are called; () where it does not say."""
     if weights != "imagenet":
         return told_by_weights(weights).get("classes", ())
+    if name.startswith(TIMM):
+        count = timm_zoo.config_of(name.removeprefix(TIMM)).num_classes
+        return imagenet_classes() if count == 1000 else ()
     return imagenet_classes()
 
 

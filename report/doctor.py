@@ -13,6 +13,7 @@ from distributed.checkpoint import verify, visible
 from distributed.watch import alive
 from errors import FAILED, FINISHED, UserError
 from report.screen import Report
+from training.goodput import goodput, in_words
 from training.run_dir import free_bytes
 
 
@@ -26,6 +27,8 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     if status.get("reason"):
         rows.append(("reason", status["reason"]))
     rows.append(("lives", f"{(status.get('life') or 0) + 1}, the last from step {resumed(status)}"))
+    if spent := goodput(status.get("lives") or []):
+        rows.append(("goodput", in_words(spent)))
     if status.get("last_save_error"):
         rows.append(("last save", status["last_save_error"]))
     whole, found = checkpoints(folder / "checkpoints")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from report.samples import draw_pictures
 from report.screen import quiet_libraries, show_tracebacks
 from training.checkpoints import LAST, Checkpoints
 from training.data import Data
+from training.goodput import goodput
 from training.learner import Learner
 from training.observer import Observer
 from training.recorder import observer_asked_for
@@ -32,6 +34,7 @@ def finish(
 ) -> int:  # fmt: skip
     """The last save, the final report, status and summary; returns the exit status."""
     world.phase("end", progress.step)
+    began = time.monotonic()
     log.screen.close_bar()
     if folder := world.main_decides(lambda: log.follow_folder(data, checkpoints.facts, progress)):
         checkpoints.go_on_in(folder)
@@ -54,6 +57,7 @@ def finish(
             reason = f"no better {learner.task.best.title} for {count} (--patience)"
         elif code == FINISHED and schedule.stops_early:
             reason = f"{panels.STOP_AFTER} {schedule.last_step}"
+        log.ledger.charge("end", time.monotonic() - began)
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)
     if code == STOPPED and restarts_left():
         return FINISHED  # an agent would count any other status as a failure, and restart
@@ -74,10 +78,14 @@ def _write(
     if problem := checkpoints.write_waiting() or log.folder.write_rows():
         screen.warn(problem)
     skipped = learner.guard.report()["skipped"]
+    log.ledger.close()
+    log.status()  # what this life has come to, for the summary and the page
+    spent = goodput(log.folder.read_status().get("lives") or [])
     try:
         panels.write_summary(
-            folder, plan, learner.task, data, schedule, progress, status, reason, log.life, skipped
-        )
+            folder, plan, learner.task, data, schedule, progress, status, reason, log.life,
+            skipped, spent,
+        )  # fmt: skip
     except OSError as error:
         screen.warn(f"the run's summary cannot be written ({error})")
     try:

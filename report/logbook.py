@@ -23,6 +23,7 @@ from report.screen import Report, SpeedMeter
 from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_trackers
 from tasks import Task
 from training.data import Data, pictures_of
+from training.goodput import Ledger
 from training.plan import Plan, starts_over
 from training.run_dir import (
     RunDir,
@@ -60,6 +61,7 @@ class Logbook(contextlib.AbstractContextManager):
         self.folder: RunDir | None = None  # on the main process, where there is one
         self.life = 0
         self.clock = SpeedMeter()
+        self.ledger = Ledger(own_process=not world.guest)
         self.trackers: list[Tracker] = []
         self._row_problem = ""
         self._begun = False
@@ -177,6 +179,8 @@ class Logbook(contextlib.AbstractContextManager):
         )  # fmt: skip
         folder.begin_life(self.life, progress.step, self.world.num_processes, gpus)
         self._begun = True
+        self.ledger.step = progress.step
+        self.status()
 
     def _write_birth(self, data: Data, facts: dict[str, str]) -> None:
         settings, gpus = self.plan.settings, self.world.device.type == "cuda"
@@ -213,6 +217,7 @@ class Logbook(contextlib.AbstractContextManager):
 
     def open_epoch(self, schedule: Schedule, progress: Progress) -> None:
         """A bar for what is left of an epoch, where the screen has one."""
+        self.ledger.begin_steps()
         epoch, first = schedule.place(progress.step)
         self._epoch, self._row_step = [], progress.step
         title = f"epoch {epoch + 1}/{schedule.epochs}"
@@ -222,7 +227,9 @@ class Logbook(contextlib.AbstractContextManager):
         """An update was made."""
         self.clock.step()
         if self.plan.config.compile and self.clock.steps == 2:
-            self.screen.show(f"compiling took {duration(self.clock.leave_out_compiling())}")
+            compiling = self.clock.leave_out_compiling()
+            self.ledger.charge("compile", compiling)
+            self.screen.show(f"compiling took {duration(compiling)}")
             self.world.watch.patient -= {"data", "step"}
         self.screen.advance(schedule.place(progress.step - 1)[1] + 1)
 
@@ -230,15 +237,18 @@ class Logbook(contextlib.AbstractContextManager):
         self, numbers: dict[str, float], data: Data, schedule: Schedule, progress: Progress
     ) -> None:
         """A row of training: the learner's numbers since the last one."""
+        waits = data.waits()
         row = {
             "step": progress.step,
             "epoch": schedule.place(progress.step - 1)[0] + 1,
             **numbers,
             "lr": schedule.lr(progress.step - 1, progress.drops),
             "speed/images_per_second": self.clock.speed(data.batch.batch_size),
-            **data.waits(),
+            **waits,
             **self.world.peak_memory(),
         }
+        for share in waits.values():
+            self.ledger.charge("data", share * self.clock.timed)
         left = self._left(data, schedule, progress)
         self._record(row, progress, steps=schedule.last_step, left=round(left, 1))
         self._epoch.append((progress.step - self._row_step, numbers))
@@ -281,12 +291,13 @@ class Logbook(contextlib.AbstractContextManager):
             )})  # fmt: skip
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, cause: str) -> Iterator[None]:
         """What happens within counts as no training: the speed and the time left leave it out."""
         began = time.monotonic()
         yield
         self._paused = time.monotonic() - began
         self.clock.pause(self._paused)
+        self.ledger.charge(cause, self._paused)
 
     def evaluated(
         self, results: dict[str, dict], task: Task, data: Data,
@@ -331,6 +342,7 @@ class Logbook(contextlib.AbstractContextManager):
         if problem and not self._row_problem:
             self.screen.warn(f"metrics.jsonl cannot be written ({problem}); rows wait in memory")
         self._row_problem = problem
+        self.ledger.step = progress.step
         self.status(step=progress.step, **status)
         for tracker in self.trackers:
             tracker.log(row)
@@ -339,7 +351,7 @@ class Logbook(contextlib.AbstractContextManager):
         """Into status.json, which is worth no crash where the disk is full."""
         if self.folder is not None:
             with contextlib.suppress(OSError):
-                self.folder.status(**values)
+                self.folder.status(self.ledger.entry() if self._begun else None, **values)
 
     def saved(self, problem: str) -> None:
         """From the writer's thread: a failed save is on the screen and in the status at once."""

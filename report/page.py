@@ -27,6 +27,7 @@ from config import TrainConfig
 from errors import FINISHED, UserError
 from report.chart import chart, short
 from report.pictures import MOST_NAMES
+from training.goodput import LOST, goodput
 
 HERE = Path(__file__).resolve().parent
 STYLE = (HERE / "page.css").read_text(encoding="utf-8")
@@ -313,7 +314,14 @@ def lives(files: Files) -> Markup:
         how = f"{'killed' if dead else end['status']} at step {end['step']}"
         message = f"{how}: {end['reason']}" if end["reason"] else how
         rows.append([life["life"], life["began"], life["step"], message])
-    return PARTS.table(["life", "began", "#from step", "ended"], rows, "lives")
+    made = PARTS.table(["life", "began", "#from step", "ended"], rows, "lives")
+    spent = goodput(known)
+    if not spent:
+        return made
+    names = {"useful": "steps", **LOST}
+    parts = [(cause, 100 * spent[cause] / spent["wall"], names[cause]) for cause in names]
+    parts = [part for part in parts if part[1] > 0.05]
+    return PARTS.goodput(parts, f"Of {duration(spent['wall'])}:") + made
 
 
 def repeat(files: Files) -> Markup:

@@ -12,7 +12,7 @@ from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
-from config import TrainConfig, recipe_of
+from config import TrainConfig, mean_and_std, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL
@@ -49,10 +49,6 @@ def show_start(
     total = sum(p.numel() for p in learner.bare.parameters())
     trainable = sum(p.numel() for p in learner.parameters)
     held = "" if trainable == total else f", {trainable:,} of them train"
-    equation = (
-        f"{batch.batch_size} = {counted(batch.num_processes, 'process')} x "
-        f"{counted(batch.shards_per_process, 'shard')} x {counted(batch.micro_batch_size, 'image')}"
-    )
     validation = f"{len(data.places['val']):,} validation, " if "val" in data.places else ""
     amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
     amount += f"{len(data.test):,} test images"
@@ -68,7 +64,7 @@ def show_start(
         *started.task.criterion.in_words(data.classes),
         *(("sampler", b.in_words(data.classes)) for b in (data.sampler.balance,) if b),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
-        ("batch", equation),
+        ("batch", batch.in_words()),
         ("steps", steps_shown(schedule, progress)),
         ("folder", config.run_dir or "none (dry run)"),
     ]
@@ -84,6 +80,12 @@ def show_start(
         ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
         rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{ahead}{shown}"))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
+    if config.normalize not in ("auto", "data"):
+        hidden.add("normalize")
+        numbers = (
+            f"{m:.3g} / {s:.3g}" for m, s in zip(*mean_and_std(config.normalize), strict=True)
+        )
+        rows.append(("normalised", f"by {', '.join(numbers)} ({settings.origin('normalize')})"))
     changed = [
         (f.name, str(getattr(config, f.name)), settings.origin(f.name))
         for f in fields(TrainConfig)
@@ -272,7 +274,7 @@ def show_trial(screen: Report) -> int:
 
 def write_summary(
     folder: Path, plan: Plan, task: Task, data: Data, schedule: Schedule, progress: Progress,
-    status: str, reason: str, life: int, skipped_updates: int,
+    status: str, reason: str, life: int, skipped_updates: int, spent: dict[str, float],
 ) -> None:  # fmt: skip
     """summary.json and confusion.json. Raises OSError."""
     best, last = progress.best_metrics, progress.last
@@ -284,6 +286,7 @@ def write_summary(
         "best/epoch": progress.best_epoch, "best/step": progress.best_step,
         "life": life, "skipped_images": len(data.source.skipped),
         "skipped_updates": skipped_updates,
+        "goodput": {cause: round(seconds, 3) for cause, seconds in spent.items()},
     }  # fmt: skip
     for prefix, found in (("test", last), ("best/test", best)):
         summary |= {f"{prefix}/{m.key}": found[m.key] for m in task.metrics if m.key in found}

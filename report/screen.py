@@ -262,7 +262,7 @@ class SpeedMeter:
         self.steps = 0
         self._began: float | None = None
         self._mark = clock()
-        self._window = 0
+        self._window, self.timed = 0, 0.0
         self._ends = [self._mark]  # of the beginning, the first and the second step
 
     def step(self) -> None:
@@ -276,7 +276,8 @@ class SpeedMeter:
     def speed(self, batch_size: int) -> float:
         """Images per second since the last call."""
         now = self.clock()
-        value = self._window * batch_size / max(now - self._mark, 1e-9)
+        self.timed = now - self._mark  # seconds, of the speed that was told last
+        value = self._window * batch_size / max(self.timed, 1e-9)
         self._mark, self._window = now, 0
         return value
 

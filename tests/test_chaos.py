@@ -11,6 +11,7 @@ import time
 import pytest
 from launches import SMALL, command, finish, rows, same_weights, start, train
 
+from common.disk import read_json
 from distributed.checkpoint import visible
 
 
@@ -64,3 +65,51 @@ def test_a_run_that_is_killed_signalled_and_damaged_at_random_loses_nothing(nets
 @pytest.mark.chaos
 def test_a_long_soak(nets, request):
     soak(nets, request.config.getoption("--rounds"), seed=2026, processes=1)
+
+
+def accident(chance: random.Random, step: int, processes: int) -> str:
+    """What happens to one process of a life that goes on at this step."""
+    rank, at = chance.randrange(processes), step + chance.randrange(2, 12)
+    save = chance.choice(["begin", "written", "manifest", "renamed", "pruned"])
+    return chance.choice([
+        f"kill@step={at},rank={rank}",
+        f"kill@point=backward,step={at},rank={rank}",
+        f"term@step={at},rank={rank}",
+        f"oom@step={at},rank={rank}",
+        f"hang@step={at},rank={rank},seconds=1.5;kill@step={at + 2},rank={rank}",
+        f"kill@point=save:{save}",
+        f"enospc@point=save:{save};term@step={at},rank={rank}",
+    ])  # fmt: skip
+
+
+def roam(nets, rounds: int, seed: int) -> None:
+    """Each life on another number of processes, in each an accident: the same bits in the end."""
+    chance, name = random.Random(seed), f"roam-{seed}"
+    words = ["--model", "full.py:Net", *SMALL, "--epochs", str(6 * rounds), "--augment", "crop"]
+    words += ["--checkpoint-every", "5", "--ema", "0.9", "--limit", "640", "--lr", "0.002"]
+    words += ["--stop-after", str(12 * rounds + 20), "--shards", "4", "--bitwise"]
+    whole = train([*words, "--run-dir", f"{name}-whole"], nets)
+    assert whole.status == 0, whole.out
+    for number in range(rounds):
+        step = read_json(nets / name / "status.json", {}).get("step", 0)
+        processes = chance.randrange(1, 5)
+        planted = accident(chance, step, processes)
+        done = train([*words, "--run-dir", name], nets, processes, LOCKSTEP_FAULT=planted)
+        at = read_json(nets / name / "status.json", {}).get("step")
+        print(f"round {number}: {processes} processes, {planted}, status {done.status}, step {at}"
+              f"{disturb(nets / name, chance)}")  # fmt: skip
+        assert at is not None and "disagree" not in done.out, done.out
+    done = train([*words, "--run-dir", name], nets, chance.randrange(1, 5))
+    assert done.status == 0, done.out
+    assert rows(nets / name) == rows(nets / f"{name}-whole")
+    assert same_weights(nets / name, nets / f"{name}-whole") == []
+
+
+@pytest.mark.slow
+def test_a_run_that_changes_its_processes_with_each_accident_has_the_same_bits(nets):
+    roam(nets, rounds=5, seed=4)
+
+
+@pytest.mark.chaos
+def test_a_long_journey(nets, request):
+    roam(nets, request.config.getoption("--rounds"), seed=2027)

@@ -36,7 +36,7 @@ DOORS = {
     "sklearn": {"data/"},
     "PIL": {"data/", "predict.py"},
     **{name: {"export/forms.py"} for name in ("onnx", "onnxruntime")},
-    "huggingface_hub": {"export/hub.py", "data/"},
+    "huggingface_hub": {"export/hub.py", "data/", "models/timm_zoo.py"},
 }
 HEAVY = {
     "torchvision",

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,9 +15,20 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launches import Command, finish, linked_repository, start
+from launches import (
+    SMALL,
+    Command,
+    finish,
+    linked_repository,
+    rows,
+    same_weights,
+    start,
+    train,
+    wait_for,
+)  # fmt: skip
 from refusals import refused
 
+from common.disk import read_json
 from config import build_parser
 from errors import UserError
 
@@ -515,6 +527,8 @@ def test_submit_hands_sbatch_every_byte(tmp_path):
         (["--sbatch=--signal=B:USR1@600", "--time", "9m"], TINY, "600 s"),
         (["--sbatch=--export=NONE"], TINY, "--export"),
         (["--nodes", "0"], TINY, "at least 1"),
+        (["--cpus", "1"], [*TINY, "--threads", "4"], "ask for --cpus 4"),
+        (["--lr", "0.1"], TINY, "--lr 0.1: not submit.py's; what is train.py's stands after --"),
         ([], [], "flags are missing"),
     ],
 )
@@ -748,7 +762,7 @@ def torchrun(*words: str, **env: str) -> subprocess.CompletedProcess:
     ("words", "env", "told"),
     [
         (["--model", "alexnet"], {}, "after --"),
-        (["--nproc", "x", "--"], {}, "whole numbers"),
+        (["--nproc", "x", "--"], {}, "whole number"),
         (["--nnodes", "2", "--"], {}, "--head ADDRESS:PORT"),
         (["--id", "a b", "--"], {}, "--id"),
         (["--nproc"], {}, "needs a value"),
@@ -1374,3 +1388,57 @@ def test_torchrun_on_two_hosts_that_only_a_wire_joins(tmp_path):
     assert [one.status for one in done] == [0, 0], told
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
     assert any("2 x " in text.partition("devices")[2].partition("\n")[0] for text in told), told
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_the_steps_since_a_checkpoint_and_one_that_comes_back_is_taken_in(
+    tmp_path,
+):
+    """kill -9 of all that runs on the second of two hosts: the same bits as an undisturbed run."""
+    from slurm_cluster import Hosts, can_make_hosts
+
+    if not can_make_hosts():
+        pytest.skip("no network namespaces here: needs root and ip netns")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(768, 16), nn.BatchNorm1d(16),\n"
+        "                         nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, num_classes))\n"
+    )
+    run, alone, hosts = tmp_path / "run", tmp_path / "alone", Hosts()
+    words = ["--model", "net.py:Net", *SMALL, "--epochs", "1000", "--bitwise", "--shards", "3"]
+    words += ["--batch-size", "60", "--checkpoint-every", "10"]
+
+    def begin(number):
+        where = ["--nnodes", "1:2", "--nproc", "1", "--head", f"{hosts.addresses[0]}:29478"]
+        launch = ["bash", str(LAUNCH / "torchrun.sh"), *where, "--", *words, "--run-dir", str(run)]
+        return real([*hosts.inside(number), *launch], tmp_path)
+
+    def trained(life, steps):
+        status = read_json(run / "status.json", {})
+        return status.get("life") == life and status["step"] >= status["resumed_at"] + steps
+
+    try:
+        hosts.start()
+        first, second = begin(0), begin(1)
+        wait_for(lambda: trained(0, 25), *first)
+        lost = subprocess.run(["ip", "netns", "pids", hosts.names[1]], stdout=subprocess.PIPE)
+        for pid in lost.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        wait_for(lambda: trained(1, 25), *first)
+        third = begin(1)
+        wait_for(lambda: trained(2, 25), *third)
+        (run / "STOP").touch()
+        done = [finish(*one) for one in (first, third)]
+    finally:
+        hosts.stop()
+    told = "".join(one.out for one in (*done, finish(*second)))
+    assert [one.status for one in done] == [0, 0], told
+    devices = [line.split("devices")[1] for line in told.splitlines() if "devices" in line]
+    assert sum("2 x CPU" in line for line in devices) == 2 and len(devices) == 3, told
+    steps = ["--stop-after", str(read_json(run / "status.json", {})["step"])]
+    assert train([*words, *steps, "--run-dir", str(alone)], tmp_path).status == 0
+    found = rows(run)
+    assert found == rows(alone)[: len(found)] and len(found) > 75  # a stop evaluates no more
+    assert same_weights(run, alone) == []

@@ -806,7 +806,7 @@ def test_an_error_in_a_learners_file_names_file_and_line_in_init_and_in_forward(
     assert done.status == 2 and "broken.py, line 11: mat1 and mat2" in done.out, done.out
 
 
-@pytest.mark.parametrize("name", ["resnet34", "timm:resnet34", "RegNet_y-400mf", "timm:resnet18"])
+@pytest.mark.parametrize("name", ["resnet34", "hub:resnet34", "RegNet_y-400mf", "hub:resnet18"])
 def test_a_model_of_another_library_is_answered_with_one_that_is_accepted(name):
     with pytest.raises(UserError, match=r"did you mean ") as e:
         lookup(name)

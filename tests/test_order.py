@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from torch.utils.data import DataLoader
 
-from data.loaders import Resident
+from config import BatchPlan
+from data.image_set import ImageSet
+from data.loaders import Resident, build_train_loader
 from data.order import Balance, EvaluationBatchSampler, GlobalBatchSampler
 
 
@@ -101,6 +103,28 @@ def test_a_data_loader_hands_each_batch_to_the_data_set_in_one_piece():
     assert len(loader) == 2
     for (indices, squares), expected in zip(loader, sampler, strict=True):
         assert torch.equal(indices, expected) and torch.equal(squares, expected**2)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4, 5, 7, 12])
+def test_any_number_of_processes_gets_each_image_of_a_batch_once_and_no_padding(processes):
+    """12 shards of 3 images, by Accelerate's slices of a padded batch."""
+    plan = BatchPlan(36, 12, processes)
+    images = ImageSet(torch.zeros(80, 3, 1, 1, dtype=torch.uint8), torch.arange(80))
+    shares = [3 * count for count in plan.shares]
+    cpu, found = torch.device("cpu"), []
+    for rank in range(processes):
+        loader, sampler = build_train_loader(images, 36, 5, cpu, shares=shares, process_index=rank)
+        mine = prepare_data_loader(
+            loader, cpu, processes, rank, split_batches=True, put_on_device=False
+        )
+        sampler.start(1, 1)
+        (only,) = mine
+        assert len(only["indices"]) == shares[rank] and only["weights"].eq(1).all()
+        found.append(only["labels"])
+    whole = GlobalBatchSampler(80, 36, 5)
+    whole.start(1, 1)
+    assert torch.equal(torch.cat(found), next(iter(whole)))
+    assert sampler.fingerprint() == whole.fingerprint()
 
 
 def test_accelerate_finds_nothing_to_reset_an_epoch_with():

@@ -243,7 +243,7 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
     """A row of training tells the status its step alone, which needs no fsync."""
     with World(settings("--run-dir", "run")) as world:
         log, written = world.enter(Logbook(decide(world), world)), []
-        monkeypatch.setattr(log.folder, "status", lambda **values: written.append(values))
+        monkeypatch.setattr(log.folder, "status", lambda spent, **values: written.append(values))
         task, progress = Classification(3), Progress(step=7)
         data = SimpleNamespace(
             batch=BatchPlan(8, 1, 1), classes=["a", "b", "c"], chosen_on="test", waits=dict

@@ -261,7 +261,7 @@ def pixels_of(record) -> dict:
     [
         ("threads", 1, ["--decode-threads", "3"]),
         ("two", 2, []),
-        pytest.param("three", 3, ["--decode-threads", "2"], marks=pytest.mark.slow),
+        pytest.param("four", 4, ["--decode-threads", "2"], marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_processes_and_threads_makes_the_same_run(place, name, processes, words):

@@ -327,7 +327,7 @@ def test_a_picture_is_seen_as_the_evaluation_sees_it(tmp_path, words, shape):
         Image.fromarray(pixels).save(tmp_path / folder / "x.png")
     settings = parse([*words.split(), "--batch-size", "1", "--model", "my_cnn"])
     source = load_source(str(tmp_path), image_size=settings.config.image_size)
-    data = build_data(settings, source, 1, cpu)
+    data = build_data(settings, source, cpu, 1, 0)
     told = {"image_size": settings.config.image_size, "mean": source.mean, **data.cut_as()}
     for place, name in enumerate("ab"):
         (batch, *_) = data.evaluation("test")

@@ -90,17 +90,17 @@ def test_what_a_run_began_with_is_not_needed_to_go_on_and_a_requeued_fresh_start
 
 
 @pytest.mark.slow
-def test_a_run_continues_on_another_number_of_processes_that_divides_its_shards(nets):
+def test_a_run_continues_on_any_number_of_processes_up_to_its_shards(nets):
     arguments = ["--model", "plain.py:Net", *COMMON, "--shards", "4", "--optimizer", "sgd"]
     done = train([*arguments, "--run-dir", "elastic-whole"], nets)
     assert done.status == 0, done.out
-    for processes, fault in ((4, "term@step=8,rank=2"), (1, "term@step=19"), (2, "")):
+    for processes, fault in ((3, "term@step=8,rank=2"), (1, "term@step=19"), (4, "")):
         done = train([*arguments, "--run-dir", "elastic"], nets, processes, LOCKSTEP_FAULT=fault)
         assert "finished" in done.out or "stopped at step" in done.out, done.out
     assert json.loads((nets / "elastic" / "status.json").read_text())["life"] == 2
     assert losses(nets / "elastic") == pytest.approx(losses(nets / "elastic-whole"), rel=1e-5)
-    done = train(["--resume", "elastic", "--epochs", "4"], nets, 3)
-    assert "3 processes cannot share 4 shards evenly; numbers that can: 1, 2, 4" in done.out
+    done = train(["--resume", "elastic", "--epochs", "4"], nets, 5)
+    assert "5 processes cannot share 4 shards" in done.out and "at most 4 processes" in done.out
 
 
 def test_a_finished_run_says_so_and_conflicting_flags_are_listed(nets):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from common.disk import Json
 from common.text import counted
-from config import HINTS, BatchPlan, Settings, TrainConfig, plan_batch
+from config import HINTS, BatchPlan, Settings, TrainConfig, mean_and_std, plan_batch
 from data.augment import Augment
 from data.cache import Entry, read_entry
 from data.cuts import Cuts, default_resize, lost
@@ -38,6 +38,7 @@ from distributed.stop import DAMAGED
 from distributed.world import World
 from errors import UserError
 from models import lookup
+from models.looks import Look, look_of, published_look
 from training.elsewhere import as_the_run_sees, card_of_run
 from training.plan import Plan, classes_of_run
 from training.run_dir import PICTURES
@@ -134,6 +135,7 @@ class Data:
         return levels | {
             "photographs": True, "eval_size": cuts.eval_size, "eval_resize": cuts.eval_resize,
             "resize": cuts.resize,
+            **({"interpolation": cuts.interpolation} if cuts.interpolation != "bilinear" else {}),
         }  # fmt: skip
 
     def cut_off(self) -> list[str]:
@@ -184,7 +186,8 @@ class Data:
     def indices(self, epoch: int, step: int) -> list[int]:
         """Which training images the global batch of a step of an epoch holds."""
         self.sampler.start(epoch, step)
-        return (next(iter(self.sampler)) % len(self.train)).tolist()
+        batch = next(iter(self.sampler))
+        return (batch[batch >= 0] % len(self.train)).tolist()
 
 
 def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> tuple[Plan, Data]:
@@ -212,13 +215,17 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
         source = as_the_run_sees(source, card)
         plan = _cut_as_the_run(plan, source, card)
         config = plan.config
+    plan, source = as_the_weights_saw(plan, source, world)
+    config = plan.config
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
     known = world.main_decides(lambda: classes_of_run(plan))
     numbered = numbered_as(source, known)
     if isinstance(source.train, PhotoSet):
         watch_damage(source.train.photos, config, world)
-    data = build_data(plan.settings, numbered, world.num_processes, world.device)
+    data = build_data(
+        plan.settings, numbered, world.device, world.num_processes, world.process_index
+    )
     notes = ["the data name the run's classes in another order: by name"]
     notes = (numbered is not source) * notes + without_effect(config, source)
     if card.get("photographs") and not isinstance(source.train, PhotoSet):
@@ -236,6 +243,47 @@ def _cut_as_the_run(plan: Plan, source: Source, card: dict) -> Plan:
     side = plan.config.eval_size or plan.config.image_size
     settings = plan.settings.with_layer("the run's images", {"eval_resize": side})
     return replace(plan, settings=settings, config=settings.config)
+
+
+def as_the_weights_saw(plan: Plan, source: Source, world: World) -> tuple[Plan, Source]:
+    """The plan with the look that starting weights ask for, and the data normalised as it says.
+
+    What the user typed wins; a run that goes on has it all in its config already.
+    """
+    config = plan.config
+    if source.task != "classification" or lookup(config.model).task != source.task:
+        return plan, source
+    begins = config.weights not in ("none", "auto") and not plan.goes_on
+
+    def look() -> Look | None:
+        found = look_of(config.model, config.weights) if begins else None
+        if found is None and config.normalize == "weights":
+            found = published_look(config.model)
+        return found
+
+    found, decided = world.main_decides(look), {}
+    if found is not None:
+        if config.normalize in ("auto", "weights"):
+            numbers = (",".join(map(repr, part)) for part in (found.mean, found.std))
+            decided["normalize"] = "/".join(numbers)
+        if config.interpolation == "auto" and found.interpolation in ("bilinear", "bicubic"):
+            decided["interpolation"] = found.interpolation
+        size = config.eval_size or config.image_size
+        margin = int(size / found.crop + 1e-6)
+        if isinstance(source.train, PhotoSet) and not config.eval_resize and begins:
+            decided |= {"eval_resize": margin} if margin != default_resize(size) else {}
+    elif config.normalize == "weights":
+        raise UserError(
+            f"--normalize weights: {config.weights} does not say what its pictures were "
+            "normalised by, and nothing is published of this model; type --normalize MEAN/STD",
+            code="weights-do-not-say",
+        )
+    settings = plan.settings.with_layer("weights", decided) if decided else plan.settings
+    plan = replace(plan, settings=settings, config=settings.config)
+    if (text := plan.config.normalize) not in ("auto", "data"):
+        mean, std = mean_and_std(text)
+        source = replace(source, mean=mean, std=std)
+    return plan, source
 
 
 def _index_of_run(plan: Plan) -> Entry | None:
@@ -301,9 +349,10 @@ def excluded(photos: Photos, names: str | None) -> frozenset[int]:
 
 
 def build_data(
-    settings: Settings, source: Source, num_processes: int, device: torch.device
-) -> Data:
-    """Loaders and augmentation of a loaded source for so many processes.
+    settings: Settings, source: Source, device: torch.device, num_processes: int,
+    process_index: int,
+) -> Data:  # fmt: skip
+    """Loaders and augmentation of a loaded source for one of so many processes.
 
     Raises UserError where the batch, the shards and the processes do not fit together.
     """
@@ -331,8 +380,9 @@ def build_data(
     tests = {**sets, "test": test}
     batch = plan_batch(settings, num_processes, len(train))
     train_loader, sampler = build_train_loader(
-        train, batch.batch_size, config.seed, device, decoding, config.sampler == "balanced"
-    )
+        train, batch.batch_size, config.seed, device, decoding, config.sampler == "balanced",
+        [count * batch.micro_batch_size for count in batch.shares], process_index,
+    )  # fmt: skip
     augment = Augment(
         config.augment, config.image_size, source.mean, source.std, config.seed,
         cutout=config.cutout, mixup=config.mixup, cutmix=config.cutmix,
@@ -357,6 +407,7 @@ def cutting(config: TrainConfig, source: Source, device: torch.device) -> Decodi
         policy.kind, config.image_size, eval_size,
         config.eval_resize or default_resize(eval_size), config.resize, config.seed,
         policy.flip, source.no_flip or not config.flip, config.alternating_flip,
+        "bicubic" if config.interpolation == "bicubic" else "bilinear",
     )  # fmt: skip
     threads = config.decode_threads or torch.get_num_threads()
     return decoding_of(cuts, source.mean, threads, device)

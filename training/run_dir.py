@@ -243,10 +243,15 @@ class RunDir:
 
     # --- status, metrics, summary -------------------------------------------------------------
 
-    def status(self, **values: Json) -> None:
-        """Merge into status.json: what scripts read, since launchers mangle exit codes."""
+    def status(self, spent: dict[str, Json] | None = None, **values: Json) -> None:
+        """Merge into status.json: what scripts read, since launchers mangle exit codes.
+
+        `spent` is what this life, the last of the list, has come to: goodput.Ledger.
+        """
         with self._one_at_a_time:
             old = read_json(self.folder / "status.json", {})
+            if spent and isinstance(old.get("lives"), list) and old["lives"]:
+                old["lives"][-1] |= spent
             text = json.dumps({**old, **values}, indent=2) + "\n"
             try:
                 # The step of each row need not outlive a power cut: no wait for the disk in the

@@ -138,10 +138,12 @@ def try_model(
                 code="not-deterministic",
             ) from None
         shape = tuple(data.train.seen(torch.arange(size) % len(data.train)).shape)
+        own = lookup(config.model).recipe.get("image_size", config.image_size)
+        usual = f"--image-size {own} is its own; " if own != config.image_size else ""
         raise UserError(
             f"--model {config.model}: fails on {size} images {shape} at --image-size "
             f"{config.image_size}: {place_in(config.model, error)}"
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}; "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}; {usual}"
             "python train.py --debug with the same flags but --run-dir shows where",
             code="model-fails",
         ) from None
