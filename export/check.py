@@ -61,7 +61,7 @@ def pictures_of_run(folder: Path, told: dict, built: str, most: int) -> Tensor:
     count = len(source.test)
     chosen = torch.linspace(0, count - 1, min(most, count)).long()
     few = replace(source, test=source.test.part(chosen))
-    data = build_data(settings, few, 1, 0, torch.device("cpu"))
+    data = build_data(settings, few, torch.device("cpu"), 1, 0)
     batches = [batch["images"][batch["weights"] > 0] for batch in data.evaluation("test")]
     return torch.cat(batches)
 
