@@ -1,35 +1,40 @@
 """A run folder (or ImageNet weights) and pictures -> class names with confidences.
 
-`python predict.py dog.png photos/ --run runs/latest`. Pictures are predicted one by one in
-evaluation mode, without random crops: the same answer every time, whatever else is with them.
+`python predict.py dog.png photos/ --run runs/latest`. Pictures are predicted in evaluation mode,
+without random crops: the same answer every time, whatever else is with them. On a CPU each is asked
+alone; on a GPU in batches of one size, for the last bits of an answer depend on that size.
 """
 
 import argparse
 import contextlib
-import csv
-import io
+import itertools
 import json
+import os
 import signal
 import sys
-import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from common.cpus import cpus
+from common.disk import digest
 from common.parser import Parser, need_packages
 from common.streams import lost_words, steady_streams
 from common.text import printable
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
 from models.own_file import code_of_weights, is_own_file
+from report.answers import Answer, Answers
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 LATEST = Path("runs/latest")
+TOP, ALL = 5, 10**9  # classes shown of each picture
+BATCH = 32  # pictures at once on a GPU
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -41,14 +46,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, default=LATEST, help="a run folder, or its weights")
     parser.add_argument("--model", help="instead of a run: a model of `python -m models`, with ...")
     parser.add_argument("--weights", help="... imagenet, or a file with ImageNet's 1,000 classes")
-    parser.add_argument(
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
         "--top", type=int, help="classes shown for each picture (5; with many labels: all it has)"
     )
+    shown.add_argument("--all", action="store_true", help="every class of each picture")
     parser.add_argument(
         "--threshold", type=float, help="confidence from which a picture has a class (the run's)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--csv", action="store_true", help="print CSV")
+    parser.add_argument(
+        "--tta", type=int, choices=(0, 1, 2), default=0,
+        help="average over views: 1 mirrored, 2 shifted too (digits are never mirrored)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=int, default=0,
+        help=f"pictures asked at once, always so many (default: 1, on a GPU {BATCH})",
+    )  # fmt: skip
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--csv", action="store_true", help="print CSV")
+    form.add_argument(
+        "--out", type=Path, metavar="FILE.csv|FILE.jsonl",
+        help="write there; the same command goes on with the pictures that are not in it",
+    )  # fmt: skip
     parser.add_argument(
         "--trust-code", action="store_true",
         help="execute the model's own file also for weights that are not of a run of yours",
@@ -60,6 +80,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--top {arguments.top}: must be at least 1")
     if arguments.threshold is not None and not 0 < arguments.threshold < 1:
         parser.error(f"--threshold {arguments.threshold}: must lie between 0 and 1")
+    if arguments.batch_size < 0:
+        parser.error(f"--batch-size {arguments.batch_size}: must be at least 1")
+    if arguments.out and arguments.out.suffix not in (".csv", ".jsonl"):
+        parser.error(f"--out {arguments.out}: name a file that ends in .csv or .jsonl")
+    arguments.top = ALL if arguments.all else arguments.top
     return arguments
 
 
@@ -148,18 +173,28 @@ def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
     }  # fmt: skip
 
 
-def pictures(paths: list[str]) -> list[Path]:
-    """The files named, and those in the folders named, in order of their names."""
+def pictures(paths: list[str]) -> Iterator[Path]:
+    """The files named, and those in the folders named, in order of their names, as they come."""
+    for path in map(Path, paths):
+        inside = inside_of(path)
+        first = next(inside, path)  # a folder without pictures is named like a failure
+        yield from itertools.chain([first], inside)
+
+
+def inside_of(folder: Path) -> Iterator[Path]:
+    """The pictures below a folder; no more names are held than those of one folder at a time."""
     from data.files import SUFFIXES
 
-    found = []
-    for path in map(Path, paths):
-        inside = (
-            p for p in path.rglob("*")
-            if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
-        )  # fmt: skip
-        found += sorted(inside) or [path]  # a folder without pictures is named like a failure
-    return found
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:  # a picture; a folder that may not be read is named as one without any
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from inside_of(path)
+        elif path.suffix.lower() in SUFFIXES and entry.name[0] != "." and entry.is_file():
+            yield path
 
 
 def prepare(path: Path, told: dict) -> "torch.Tensor":
@@ -195,8 +230,16 @@ def with_threshold(told: dict, threshold: float | None) -> dict:
     return {**told, "threshold": threshold}
 
 
-def predict(model: "nn.Module", told: dict, path: Path, top: int | None) -> list[tuple[str, float]]:
+def predict(model: "nn.Module", told: dict, path: Path, top: int | None) -> list[Answer]:
     """The most likely classes of one picture with their probabilities; see Task.told."""
+    return ask(model, told, [prepare(path, told)], top)[0]
+
+
+def ask(
+    model: "nn.Module", told: dict, prepared: list["torch.Tensor"], top: int | None, tta: int = 0,
+    size: int = 1,
+) -> list[list[Answer]]:  # fmt: skip
+    """The most likely classes of each picture, asked together, filled up to `size` of them."""
     import torch
 
     from data.augment import Augment
@@ -206,15 +249,21 @@ def predict(model: "nn.Module", told: dict, path: Path, top: int | None) -> list
     device = next(model.parameters()).device
     Generators(device, [model]).seed(0)  # a model that draws even now answers the same each time
     augment = Augment(
-        "none", told["image_size"], told["mean"], told["std"], seed=0,
+        "none", told["image_size"], told["mean"], told["std"], seed=0, tta=tta,
+        no_flip=bool(told.get("no_flip")) or told.get("dataset") == "digits",
         cut=bool(told.get("photographs")),  # they come in the size that evaluation saw
     )  # fmt: skip
     with torch.no_grad():
-        images = augment.evaluate(prepare(path, told).to(device))
-        logits = split_outputs(model(images))[0][0].float()
+        images = torch.cat([augment.evaluate(one.to(device)) for one in prepared])
+        fill = images[-1:].expand(max(0, size - len(images)), -1, -1, -1)
+        images = torch.cat([images, fill]) if len(fill) else images
+        logits = augment.vote(lambda view: split_outputs(model(view))[0], images).float()
     name, threshold = told.get("task", "classification"), told.get("threshold", 0.5)
-    task = build_task(name, len(logits), 0.0, model, threshold=threshold)
-    return [(told["classes"][index], value) for index, value in task.told(logits, top)]
+    task = build_task(name, logits.shape[1], 0.0, model, threshold=threshold)
+    return [
+        [Answer(told["classes"][index], index, value) for index, value in task.told(row, top)]
+        for row in logits[: len(prepared)]
+    ]
 
 
 def on_gpu(model: "nn.Module") -> "nn.Module":
@@ -257,34 +306,100 @@ def main(argv: list[str]) -> int:
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # a GPU's answer is a CPU's, to float32's rounding
-    status, model, paths = FINISHED, on_gpu(model), pictures(arguments.paths)
-    answers = Answers(arguments)
-    with stop_signals() as came:
-        for path in paths:
-            if came or lost_words():
-                break
-            try:
-                try:
-                    found = predict(model, told, path, arguments.top)
-                except RuntimeError as error:
-                    if not gpu_refuses(model, error):
-                        raise
-                    model = back_on_cpu(model, error)
-                    found = predict(model, told, path, arguments.top)
-                answers.add(str(path), found)
-            except Exception as error:  # Pillow raises many kinds on damaged files
-                why = error.strerror if isinstance(error, OSError) and error.strerror else error
-                print(f"{printable(path)}: {printable(why)}", file=sys.stderr)
-                status = FAILED
+    asker = Asker(on_gpu(model), told, arguments)
+    total = sum(1 for _ in pictures(arguments.paths))
+    try:
+        answers = Answers(arguments, total, made_by(arguments, told))
+        with stop_signals() as came, warnings.catch_warnings(action="ignore"):
+            # Here, for a filter of a decoding thread would be everybody's.
+            for path, answer in asker.answers(pictures(arguments.paths), answers.lacks):
+                if isinstance(answer, Exception):
+                    why = getattr(answer, "strerror", None) or answer
+                    print(f"{printable(path)}: {printable(why)}", file=sys.stderr)
+                else:
+                    answers.add(str(path), answer)
+                if came or lost_words():
+                    break
         answers.close()
-        done = f"{answers.count} of {len(paths)} pictures were predicted"
-        if lost := lost_words():
-            print(f"stdout cannot be written ({lost}): {done}", file=sys.stderr)
-            return FAILED
-        if came and answers.count < len(paths):
-            print(f"stopped by {came[0].name}: {done}", file=sys.stderr)
-            return 128 + came[0]
-    return status
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.filename is not None or not arguments.out:
+            raise
+        print(f"{arguments.out} cannot be written ({error.strerror}): {answers.count} of {total} "
+              "pictures are in it, and the same command goes on", file=sys.stderr)  # fmt: skip
+        return FAILED
+    done = f"{answers.count} of {total} pictures were predicted"
+    if lost := lost_words():
+        print(f"stdout cannot be written ({lost}): {done}", file=sys.stderr)
+        return FAILED
+    if came and answers.count < total:
+        print(f"stopped by {came[0].name}: {done}", file=sys.stderr)
+        return 128 + came[0]
+    return FAILED if asker.failed else FINISHED
+
+
+class Asker:
+    """Decodes on threads, a few pictures ahead, and asks the model; a GPU that fails is left."""
+
+    def __init__(self, model: "nn.Module", told: dict, arguments: argparse.Namespace) -> None:
+        self.model, self.told, self.top, self.tta = model, told, arguments.top, arguments.tta
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.size = arguments.batch_size or (1 if on_cpu else BATCH)
+        self.failed = False
+
+    def answers(
+        self, paths: Iterator[Path], lacks: Callable[[str], bool]
+    ) -> Iterator[tuple[Path, list[Answer] | Exception]]:
+        """What each picture is, or why it could not be told, in their order."""
+        from data.ahead import Ahead, Threads, Work
+
+        threads = Threads(max(1, min(8, cpus())))
+
+        def begin(
+            path: Path,
+        ) -> tuple[Work, Callable[[], tuple[Path, "torch.Tensor | Exception"]]]:
+            found: list[torch.Tensor | Exception] = []
+
+            def piece() -> None:
+                try:
+                    found.append(prepare(path, self.told))
+                except Exception as error:  # Pillow raises many kinds on damaged files
+                    found.append(error)
+
+            return threads.do([piece]), lambda: (path, found[0])
+
+        wanted = (path for path in paths if lacks(str(path)))
+        come = Ahead(self.size + threads.count).over(wanted, begin)
+        while batch := list(itertools.islice(come, self.size)):
+            yield from self._batch(batch)
+        threads.end()
+
+    def _batch(
+        self, batch: list[tuple[Path, "torch.Tensor | Exception"]]
+    ) -> Iterator[tuple[Path, list[Answer] | Exception]]:
+        good = [found for _, found in batch if not isinstance(found, Exception)]
+        problem: Exception | None = None
+        rows: Iterator[list[Answer]] = iter(())
+        try:
+            rows = iter(self._ask(good) if good else [])
+        except Exception as error:  # whatever a model of one's own raises
+            problem = error
+        for path, found in batch:
+            failed = found if isinstance(found, Exception) else problem
+            self.failed |= failed is not None
+            yield path, failed if failed is not None else next(rows)
+
+    def _ask(self, prepared: list["torch.Tensor"]) -> list[list[Answer]]:
+        words = self.told, prepared, self.top, self.tta, self.size
+        try:
+            return ask(self.model, *words)
+        except RuntimeError as error:
+            if not gpu_refuses(self.model, error):
+                raise
+            self.model = back_on_cpu(self.model, error)
+            return ask(self.model, *words)
 
 
 @contextlib.contextmanager
@@ -308,46 +423,23 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-class Answers:
-    """Writes each answer to stdout as it comes; a table, whose columns need all, at the end."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.json, self.count = arguments.json, 0
-        self.table: dict[str, list[tuple[str, float]]] = {}
-        self.rows = None
-        if self.json:
-            print("[", end="", flush=True)
-        elif arguments.csv:
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-            self.rows = csv.writer(sys.stdout, lineterminator="\n")
-            self.rows.writerow(["path", "rank", "class", "confidence"])
-            sys.stdout.flush()
-
-    def add(self, path: str, found: list[tuple[str, float]]) -> None:
-        """What was found for one picture, the likeliest class first."""
-        self.count += 1
-        if self.json:
-            row = {
-                "path": path, "predictions": [{"class": c, "confidence": v} for c, v in found]
-            }  # fmt: skip
-            text = textwrap.indent(json.dumps(row, indent=2), "  ")
-            print(",\n" if self.count > 1 else "\n", text, sep="", end="", flush=True)
-        elif self.rows is not None:
-            rows = [[path, rank, *pair] for rank, pair in enumerate(found, 1)]
-            self.rows.writerows(rows or [[path, "", "", ""]])  # many labels, of which it has none
-            sys.stdout.flush()
-        else:
-            self.table[path] = found
-
-    def close(self) -> None:
-        """The answers are complete, or all that there will be."""
-        if self.json:
-            print("\n]" if self.count else "]", flush=True)
-        elif self.rows is None:
-            from report.screen import Report
-
-            Report().predictions(self.table)
+def made_by(arguments: argparse.Namespace, told: dict) -> dict:
+    """What decides the rows of a file that is gone on with."""
+    path = arguments.run
+    weights = path if path.is_file() else path / "model.safetensors"
+    if arguments.model:
+        weights = Path(arguments.weights)
+    known = digest(weights.read_bytes()) if weights.is_file() else str(arguments.weights)
+    found = {"weights": known, "tta": arguments.tta}
+    if arguments.top is None and told["task"] == "multilabel":
+        if arguments.out and arguments.out.suffix == ".csv":
+            raise UserError(
+                f"--out {arguments.out}: with many labels a picture has any number of rows, and "
+                "none tells that it is whole; name a file that ends in .jsonl, or add --top N",
+                code="contradiction",
+            )
+        return {**found, "classes": 0, "threshold": told["threshold"]}
+    return {**found, "classes": min(arguments.top or TOP, len(told["classes"]))}
 
 
 if __name__ == "__main__":

@@ -287,7 +287,10 @@ class TrainConfig:
     )
     plots: bool = setting(True, "draw the run's pictures at its end", group="run")
     track: str = setting(
-        "none", "also report to", group="run", choices=("none", "wandb", "tensorboard")
+        "none",
+        "also report to",
+        group="run",
+        choices=("none", "wandb", "tensorboard", "trackio", "mlflow"),
     )
 
     @property

@@ -1,4 +1,4 @@
-"""`python -m report page RUN`, `... doctor RUN`, `... compare RUN...`; `... FOLDER` lists runs."""
+"""`python -m report page|doctor|live RUN`, `... compare RUN...`; `... FOLDER` lists runs."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ from errors import USER_ERROR, UserError
 COMMANDS = {
     "page": "write report.html into a run's folder, from the files that are there",
     "doctor": "what happened to a run, on one screen, and what to type",
+    "live": "a page on this machine that follows a run while it trains",
     "compare": "runs, or a folder of many, beside each other: tables and compare.html",
     "list": "the runs in a folder; a folder alone means this",
 }
@@ -27,6 +28,8 @@ def main(arguments: list[str]) -> int:
         else:
             usual = "runs" if name == "list" else "runs/latest"
             command.add_argument("run", nargs="?", default=usual, type=Path)
+        if name == "live":
+            command.add_argument("--port", type=int, default=0, help="of this machine (any free)")
     if arguments and arguments[0] not in COMMANDS and Path(arguments[0]).is_dir():
         arguments = ["list", *arguments]
     try:
@@ -35,6 +38,10 @@ def main(arguments: list[str]) -> int:
             from report.compare import command as compare
 
             return compare(given.runs)
+        if given.command == "live":
+            from report.live import command as serve
+
+            return serve(given.run, given.port)
         if given.command == "page":
             from report.page import command as show
         elif given.command == "doctor":

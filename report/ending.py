@@ -16,6 +16,7 @@ from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
 from optim import ScheduleFreeWeights
 from report import panels
+from report.gradcam import keep_mistakes
 from report.logbook import Logbook
 from report.samples import draw_pictures
 from report.screen import quiet_libraries, show_tracebacks
@@ -101,6 +102,7 @@ def _write(
     try:
         if plan.config.plots and code == FINISHED:
             draw_pictures(log.folder.read_metrics(), learner.task, data, progress, folder)
+            screen.note(keep_mistakes(data, progress, folder, plan.config.model))
     except Exception as error:  # pictures are worth no failed run
         screen.warn(f"not all pictures could be drawn: {type(error).__name__}: {error}")
     written: Path | None = None

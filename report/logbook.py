@@ -24,7 +24,7 @@ from report import panels
 from report.screen import Report, SpeedMeter
 from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_trackers
 from tasks import Task
-from training.data import Data
+from training.data import Data, pictures_of
 from training.goodput import Ledger
 from training.plan import Plan, starts_over
 from training.predictions import PREDICTIONS, take_answers, write_predictions
@@ -70,6 +70,7 @@ class Logbook(contextlib.AbstractContextManager):
         self._begun = False
         self._epoch: list[tuple[int, dict]] = []  # steps and numbers of its rows, in this life
         self._row_step = 0
+        self._paused = self._evaluation = 0.0  # seconds, of the last pause and evaluation
         if plan.folder is not None:
             self.life, owner = world.main_decides(partial(self._enter_folder, plan.folder))
             self._refuse_unshared(plan.folder, owner)
@@ -251,14 +252,23 @@ class Logbook(contextlib.AbstractContextManager):
         }
         for share in waits.values():
             self.ledger.charge("data", share * self.clock.timed)
-        self._record(row, progress)
+        left = self._left(data, schedule, progress)
+        self._record(row, progress, steps=schedule.last_step, left=round(left, 1))
         self._epoch.append((progress.step - self._row_step, numbers))
         self._row_step = progress.step
-        left = self.clock.left(schedule.last_step - progress.step)
         self.screen.train_line(row, schedule.last_step, left)
         if self.clock.steps >= STEPS_TO_TELL:
             self._tell_time_limit(schedule, progress)
             panels.advise_on_time(self.screen, self.plan, self.world, left)
+
+    def _left(self, data: Data, schedule: Schedule, progress: Progress) -> float:
+        """Seconds to the end with all evaluations; 0 within the first tenth of an epoch."""
+        if self.clock.steps < schedule.steps_per_epoch / 10:
+            return 0.0
+        tested = sum(len(pictures_of(loader)) for loader in data.test_loaders.values())
+        return time_left(
+            self.clock, schedule, progress, self._evaluation, tested / data.batch.batch_size
+        )
 
     def _epoch_means(self) -> dict[str, float]:
         """Of an image of the epoch the mean of each number, as far as this life trained it."""
@@ -288,9 +298,9 @@ class Logbook(contextlib.AbstractContextManager):
         """What happens within counts as no training: the speed and the time left leave it out."""
         began = time.monotonic()
         yield
-        seconds = time.monotonic() - began
-        self.clock.pause(seconds)
-        self.ledger.charge(cause, seconds)
+        self._paused = time.monotonic() - began
+        self.clock.pause(self._paused)
+        self.ledger.charge(cause, self._paused)
 
     def evaluated(
         self, results: dict[str, dict], task: Task, data: Data,
@@ -315,7 +325,8 @@ class Logbook(contextlib.AbstractContextManager):
             self.predicted(answers, task, data)
         self._record(row, progress)
         self.status(best=progress.best)
-        left = self.clock.left(schedule.last_step - progress.step)
+        self._evaluation = self._paused
+        left = self._left(data, schedule, progress)
         stopping = bool(self.world.stop.reason)
         panels.show_epoch(
             self.screen, self.plan, task, data, schedule, progress, row, better, left, stopping,
@@ -336,8 +347,8 @@ class Logbook(contextlib.AbstractContextManager):
         except OSError as error:
             self.screen.warn(f"{PREDICTIONS} cannot be written ({error})")
 
-    def _record(self, row: dict, progress: Progress) -> None:
-        """A row for metrics.jsonl, the truth, and for the trackers, its copies."""
+    def _record(self, row: dict, progress: Progress, **status: float) -> None:
+        """A row for metrics.jsonl, the truth, and for the trackers, its copies; the status too."""
         progress.metrics_rows += 1
         if self.folder is None:
             return
@@ -346,7 +357,7 @@ class Logbook(contextlib.AbstractContextManager):
             self.screen.warn(f"metrics.jsonl cannot be written ({problem}); rows wait in memory")
         self._row_problem = problem
         self.ledger.step = progress.step
-        self.status(step=progress.step)
+        self.status(step=progress.step, **status)
         for tracker in self.trackers:
             tracker.log(row)
 
@@ -406,3 +417,17 @@ class Logbook(contextlib.AbstractContextManager):
         self.screen.close()
         if self.folder is not None:
             self.folder.close()
+
+
+def time_left(
+    clock: SpeedMeter, schedule: Schedule, progress: Progress, evaluation: float, batches: float
+) -> float:
+    """Seconds to the end of a run: steps at the speed so far, and the evaluations between them.
+
+    evaluation: seconds of the last one. Before the first a batch is taken to cost a third of a
+    step, without its backward; `batches` of them make an evaluation. 0 where nothing is known.
+    """
+    step = clock.left(1)
+    each = evaluation or step * batches / 3
+    steps = schedule.last_step - progress.step
+    return step and step * steps + each * schedule.evaluations_left(progress)

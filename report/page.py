@@ -302,9 +302,20 @@ def per_class(files: Files) -> Markup | str:
 
 
 def mistakes(files: Files) -> Markup | str:
-    """The sheet of the surest mistakes."""
+    """The sheet of the surest mistakes of each class, their names, and where the model looked."""
     message = "What it is, what it was taken for: the surest mistakes among the test images"
-    return picture(files.folder / "mistakes.png", message, "sheet")
+    made = picture(files.folder / "mistakes.png", message, "sheet")
+    told = read_json(files.folder / "mistakes.json", {}).get("mistakes", [])
+    if named := [one for one in told if one.get("name")]:
+        names = [str(name) for name in files.classes["classes"]]
+        rows = [
+            [o["name"], names[o["label"]], names[o["answer"]], percent(o["confidence"])]
+            for o in named
+        ]
+        table = PARTS.table(["picture", "class", "taken for", "#confidence"], rows, "wide")
+        made += PARTS.folded(f"the names of these {len(rows)} pictures", table)
+    words = "What spoke for the wrong answer, of the surest: red, yellow where most (Grad-CAM)"
+    return made + picture(files.folder / "gradcam.png", words, "sheet")
 
 
 def lives(files: Files) -> Markup:

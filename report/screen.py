@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -217,17 +217,19 @@ class Report:
             table.add_row(Text(printable(classes[place])), *words)
         self.show(table)
 
-    def predictions(self, results: dict[str, list[tuple[str, float]]]) -> None:
-        """What predict.py found: a picture a block, the likeliest class first."""
+    def predictions(self, results: Mapping[str, Sequence[tuple[str, int, float]]]) -> None:
+        """What predict.py found: a picture a block, the likeliest class first, and its number."""
         table = Table("picture", "class")
+        table.add_column("number", justify="right")
         table.add_column("confidence", justify="right")
         for path, found in results.items():
             if not found:
-                table.add_row(Text(printable(path)), Text("none", style="dim"), "")
-            for rank, (name, confidence) in enumerate(found):
+                table.add_row(Text(printable(path)), Text("none", style="dim"), "", "")
+            for rank, (name, index, confidence) in enumerate(found):
                 first = Text(printable(path)) if rank == 0 else ""
                 style = "bold" if rank == 0 else "dim"
-                table.add_row(first, Text(printable(name), style=style), percent(confidence))
+                words = Text(printable(name), style=style)
+                table.add_row(first, words, str(index), percent(confidence))
             table.add_section()
         self.show(table)
 
@@ -267,6 +269,11 @@ class Report:
             with contextlib.suppress(OSError):
                 self.log.file.close()
             self.log = None
+
+
+def on_stderr() -> Report:
+    """For a bar beside what is printed."""
+    return Report(console=Console(stderr=True, highlight=False))
 
 
 class SpeedMeter:

@@ -1,4 +1,4 @@
-"""Copies of metrics.jsonl elsewhere: wandb and TensorBoard, which may fail but never stop a run."""
+"""Copies of metrics.jsonl elsewhere, in trackers that may fail but never stop a run."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ FINISH_SECONDS, STOP_SECONDS = 60.0, 10.0  # for its last rows; a stop may have 
 
 
 class Sink(Protocol):
-    """Where rows go: a run of wandb, a writer of TensorBoard."""
+    """Where rows go: a run of wandb, trackio or mlflow, a writer of TensorBoard."""
 
     def log(self, row: dict) -> None:
         """One row of metrics.jsonl."""
@@ -38,11 +39,13 @@ def build_trackers(
     """The trackers of `--track`; on the main process only. An empty list for "none"."""
     if kind == "none":
         return []
+    package, begin = TRACKERS[kind]
+    if find_spec(package) is None:
+        warn(f"--track {kind} is off: {package} is not installed (pip install {package})")
+        return []
     file = folder / "metrics.jsonl"  # read here and now: the loop will write to it
     known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    if kind == "tensorboard":
-        return [Tracker(lambda: start_tensorboard(folder, known), kind, warn)]
-    return [Tracker(lambda: start_wandb(folder, name, config, known, warn), kind, warn)]
+    return [Tracker(lambda: begin(folder, name, config, known, warn), kind, warn)]
 
 
 class Tracker:
@@ -162,7 +165,9 @@ class Rows:
         self.run.finish()
 
 
-def start_tensorboard(folder: Path, known: list[str]) -> Sink:
+def start_tensorboard(
+    folder: Path, name: str, config: dict, known: list[str], warn: Callable[[str], None]
+) -> Sink:
     """A writer of TensorBoard's files, which shows each step once over all lives of the run.
 
     What an earlier life wrote from the last known step on is purged, and the rows of that step,
@@ -190,3 +195,86 @@ def start_tensorboard(folder: Path, known: list[str]) -> Sink:
         if row["step"] == last:
             writer.log(row)
     return writer
+
+
+def start_mlflow(
+    folder: Path, name: str, config: dict, known: list[str], warn: Callable[[str], None]
+) -> Sink:
+    """A run of mlflow through Accelerate's tracker: one over all lives, each number once.
+
+    Where MLFLOW_TRACKING_URI names no server it lies in the run folder, in mlflow's own files.
+    """
+    place = os.environ.get("MLFLOW_TRACKING_URI") or (folder.resolve() / "mlruns").as_uri()
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow 3 asks for it
+    import mlflow  # pyright: ignore[reportMissingImports] - of an extra
+    from accelerate.tracking import MLflowTracker
+
+    mlflow.set_tracking_uri(place)
+    earlier = read_json(folder / "tracking.json", {}).get("mlflow")
+    tracker = MLflowTracker("lockstep", run_id=earlier, run_name=None if earlier else name)
+    tracker.start()
+    run = tracker.tracker.info.run_id
+    client, there = mlflow.MlflowClient(), set()
+    if earlier:
+        for key in client.get_run(run).data.metrics:
+            there |= {(key, one.step) for one in client.get_metric_history(run, key)}
+    else:
+        write_json(folder / "tracking.json", {"mlflow": run})
+        tracker.store_init_configuration(config)
+
+    class Run:
+        def log(self, row: dict) -> None:
+            step = row["step"]
+            new = {k: v for k, v in row.items() if k != "step" and (k, step) not in there}
+            if new:  # a life that was killed had sent the rest of it
+                there.update((key, step) for key in new)
+                tracker.log(new, step=step)
+
+        def finish(self) -> None:
+            tracker.finish()
+
+    return caught_up(Run(), known)
+
+
+def start_trackio(
+    folder: Path, name: str, config: dict, known: list[str], warn: Callable[[str], None]
+) -> Sink:
+    """A run of trackio through Accelerate's tracker; each life of ours is one, with all rows.
+
+    trackio cannot take back what a life that was killed had written. Where TRACKIO_DIR names no
+    other place its files lie in the run folder.
+    """
+    os.environ.setdefault("TRACKIO_DIR", str(folder.resolve() / "trackio"))
+    from accelerate.tracking import TrackioTracker
+
+    lives = int(read_json(folder / "tracking.json", {}).get("trackio", 0)) + 1
+    title = name if lives == 1 else f"{name} life {lives}"
+    plain = {k: v for k, v in config.items() if isinstance(v, str | int | float | bool)}
+    tracker = TrackioTracker(os.environ.get("TRACKIO_PROJECT", "lockstep"), name=title,
+                             config=plain, auto_log_gpu=False, embed=False)  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        tracker.start()
+    write_json(folder / "tracking.json", {"trackio": lives})
+
+    class Run:
+        def log(self, row: dict) -> None:
+            tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+        def finish(self) -> None:
+            tracker.finish()
+
+    return caught_up(Run(), known)
+
+
+def caught_up(sink: Sink, known: list[str]) -> Sink:
+    """The same, which has been given the rows of earlier lives."""
+    for line in known:
+        sink.log(json.loads(line))
+    return sink
+
+
+# What --track may name: the package it needs, and how it begins.
+TRACKERS = {
+    "wandb": ("wandb", start_wandb), "tensorboard": ("tensorboard", start_tensorboard),
+    "trackio": ("trackio", start_trackio), "mlflow": ("mlflow", start_mlflow),
+}  # fmt: skip

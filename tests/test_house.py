@@ -31,7 +31,7 @@ FLOORS = [
 DOORS = {
     "rich": {"report/", "models/__main__.py", "common/progress.py"},
     "datasets": {"data/"},
-    "wandb": {"report/tracking.py"},
+    **{name: {"report/tracking.py"} for name in ("wandb", "trackio", "mlflow")},
     "matplotlib": {"report/pictures.py", "data/__main__.py"},
     "accelerate": {"distributed/", "report/tracking.py", "training/learner.py"},
     "sklearn": {"data/"},
@@ -39,7 +39,18 @@ DOORS = {
     **{name: {"export/forms.py"} for name in ("onnx", "onnxruntime")},
     "huggingface_hub": {"export/hub.py", "data/", "models/timm_zoo.py"},
 }
-HEAVY = {"torchvision", "datasets", "wandb", "matplotlib", "sklearn", "PIL", "onnx", "onnxruntime"}
+HEAVY = {
+    "torchvision",
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "sklearn",
+    "PIL",
+    "onnx",
+    "onnxruntime",
+    "mlflow",
+    "trackio",
+}
 WITHOUT_TORCH = (
     "errors.py", "common/", "config/", "data/sources/__init__.py", "data/image_set.py",
     "models/__init__.py", "models/own_file.py",

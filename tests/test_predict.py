@@ -37,6 +37,7 @@ from predict import main as predict_main
 from predict import predict as predict_picture
 from predict import prepare
 from report import page, panels
+from report.answers import Answer
 from report.screen import Report
 from training import lr_finder
 from training.data import build_data
@@ -121,6 +122,138 @@ def weights(tmp_path_factory):
     return folder
 
 
+def answers(run, *words) -> list[dict]:
+    """What a file of answers holds after predict.py, called in this process."""
+    out = Path(next(word for word in words if str(word).endswith(".jsonl")))
+    assert predict_main([*map(str, words), "--run", str(run)]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_all_classes_with_their_numbers_and_the_same_in_batches(run, digits, tmp_path):
+    alone = answers(run, digits, "--all", "--out", tmp_path / "a.jsonl")
+    names = json.loads((run / "classes.json").read_text())["classes"]
+    for row in alone:
+        assert sorted(p["index"] for p in row["predictions"]) == list(range(10))
+        assert all(p["class"] == names[p["index"]] for p in row["predictions"])
+        assert abs(sum(p["confidence"] for p in row["predictions"]) - 1) < 1e-5
+    whole = [{p["index"]: p["confidence"] for p in row["predictions"]} for row in alone]
+    for size in (7, 64):
+        words = ("--all", "--batch-size", size, "--out", tmp_path / f"{size}.jsonl")
+        for row, found in zip(answers(run, digits, *words), whole, strict=True):
+            near = [abs(found[p["index"]] - p["confidence"]) for p in row["predictions"]]
+            assert max(near) < 1e-5
+    some = sorted(digits.glob("*.png"))[5:9]
+    few = answers(run, *some, "--all", "--out", tmp_path / "few.jsonl")
+    assert few == alone[5:9]  # the same bits, whatever else is with them
+
+
+def test_views_are_those_of_the_evaluation(tmp_path):
+    from data.augment import Augment
+    from predict import ask
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
+    told = {"image_size": 8, "mean": [0.5] * 3, "std": [0.2] * 3, "classes": "abc"}
+    one = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
+    for no_flip in (False, True):
+        for tta in (0, 1, 2):
+            augment = Augment("none", 8, (0.5,) * 3, (0.2,) * 3, 0, tta=tta, no_flip=no_flip)
+            with torch.no_grad():
+                votes = augment.vote(model, augment.evaluate(one)).softmax(1)[0]
+            ((*found,),) = ask(model, told | {"no_flip": no_flip}, [one], 3, tta)
+            assert {a.index: a.confidence for a in found} == dict(enumerate(votes.tolist()))
+            assert isinstance(found[0], Answer) and found[0].name == "abc"[found[0].index]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_answers_in_a_file_go_on_after_any_cut_without_a_picture_twice(
+    run, digits, tmp_path, monkeypatch, form
+):
+    import predict as module
+
+    asked, real = [], module.ask
+    monkeypatch.setattr(module, "ask", lambda *words: asked.append(len(words[2])) or real(*words))
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for number, path in enumerate(sorted(digits.glob("*.png"))[:6]):
+        name = ['a "quoted", one', "two\nlines", "é", "\udcff", "plain", "z"][number]
+        (folder / f"{name}.png").write_bytes(path.read_bytes())
+    out = tmp_path / f"found.{form}"
+    words = [str(folder), "--run", str(run), "--out", str(out), "--top", "3"]
+    assert predict_main(words) == 0
+    whole = out.read_bytes()
+    assert sum(asked) == 6 and whole.count(b"plain") == (3 if form == "csv" else 1)
+    for end in range(0, len(whole), 37 if form == "csv" else 61):
+        out.write_bytes(whole[:end])
+        asked.clear()
+        assert predict_main(words) == 0
+        assert out.read_bytes() == whole, end
+        kept = 6 - sum(asked)
+        assert kept >= whole[:end].count(b"\n") // 4 - 1 and (end or not kept)
+    asked.clear()
+    assert predict_main(words) == 0 and asked == [] and out.read_bytes() == whole
+
+
+def test_answers_of_other_weights_do_not_get_into_a_file(run, digits, tmp_path, capsys):
+    words = [str(digits), "--out", str(tmp_path / "x.csv"), "--run"]
+    assert predict_main([*words, str(run)]) == 0
+    whole = (tmp_path / "x.csv").read_bytes()
+    capsys.readouterr()
+    others = (["last.safetensors"], ["model.safetensors", "--top", "2"], ["", "--tta", "1"])
+    for name, *more in others:
+        assert predict_main([*words, str(run / name), *more]) == 2
+        assert "not made by these weights" in capsys.readouterr().err
+    (tmp_path / "y.csv").write_text("mine\n")
+    assert predict_main([str(digits), "--out", str(tmp_path / "y.csv"), "--run", str(run)]) == 2
+    assert (tmp_path / "y.csv").read_text() == "mine\n"
+    assert (tmp_path / "x.csv").read_bytes() == whole
+
+
+def test_a_folder_is_streamed_with_few_pictures_in_memory(run, digits, tmp_path, monkeypatch):
+    import predict as module
+
+    held, most, real = [0], [0], module.prepare
+
+    def counted(path, told):
+        held[0] += 1
+        most[0] = max(most[0], held[0])
+        return real(path, told)
+
+    def asked(model, told, prepared, *words):
+        held[0] -= len(prepared)
+        return ask(model, told, prepared, *words)
+
+    ask = module.ask
+    monkeypatch.setattr(module, "prepare", counted)
+    monkeypatch.setattr(module, "ask", asked)
+    monkeypatch.setattr(module, "cpus", lambda: 2)
+    for number in range(10):
+        (tmp_path / str(number)).mkdir()
+        for path in digits.glob("*.png"):
+            (tmp_path / str(number) / path.name).symlink_to(path)
+    found = answers(run, tmp_path, "--out", tmp_path / "x.jsonl")
+    assert len(found) == 400 and most[0] <= 1 + 2 + 2
+    names = [row["path"] for row in found]
+    assert names == sorted(names, key=lambda name: Path(name).parts)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe that has a name")
+def test_a_killed_prediction_goes_on(run, digits, tmp_path):
+    first, second = sorted(digits.glob("*.png"))[:2]
+    os.mkfifo(tmp_path / "slow.png")
+    out = tmp_path / "found.jsonl"
+    words = [REPOSITORY / "predict.py", first, tmp_path / "slow.png", "--run", run, "--out", out]
+    process, log = start(Command(words), tmp_path)
+    wait_for(lambda: out.exists() and out.read_bytes().endswith(b"\n"), process, log)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    (tmp_path / "slow.png").unlink()
+    (tmp_path / "slow.png").write_bytes(second.read_bytes())
+    before = out.read_bytes()
+    done = finish(*start(Command(words), tmp_path))
+    assert done.status == 0 and "2 of 2 pictures, 1 of them from before" in done.out, done.out
+    assert out.read_bytes().startswith(before) and out.read_bytes().count(b"\n") == 2
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe that has a name")
 @pytest.mark.parametrize("form", ["--csv", "--json", "--top=1"])
 def test_what_was_predicted_before_an_interrupt_is_kept(run, digits, tmp_path, form):
@@ -168,6 +301,9 @@ def test_answers_that_cannot_be_written_are_a_sentence(run, digits, tmp_path):
         ("--model resnet18 --weights ten.pth", "ten.pth: these are not ImageNet's 1,000 classes"),
         ("--model resnet18 --weights five.pth", "does not fit --model resnet18: missing"),
         ("--top 0", "--top 0: must be at least 1"),
+        ("--top 2 --all", "not allowed with argument --top"),
+        ("--out x.txt", "name a file that ends in .csv or .jsonl"),
+        ("--batch-size -1", "--batch-size -1: must be"),
         ("--jsn", "--jsn; see python predict.py --help"),
     ],
 )
@@ -247,7 +383,7 @@ def test_a_run_leaves_its_page_and_names_it(run):
     told = f"<strong>{100 * summary['best/test/accuracy']:.2f} %</strong>"
     assert told in made and f"at epoch {summary['best/epoch']}, " in made
     assert "Not shown" not in made and "finished</b>" in made
-    assert made.count("data:image/png") == 2  # mistakes and samples; the rest is drawn by the page
+    assert made.count("data:image/png") == 3  # mistakes, gradcam, samples; the page draws the rest
     assert re.search(r"page +after/report.html", (run / "out.txt").read_text())
     assert page.build(run) == made.replace("report page after<", f"report page {run}<")
 

@@ -1,13 +1,17 @@
 """Trackers are copies: they may fail, sleep or hang, and nobody is asked or held."""
 
+import contextlib
 import json
 import socket
+import sqlite3
+import subprocess
+import sys
 import threading
 
 import pytest
-from launches import SMALL, children_with, rows, train
+from launches import REPOSITORY, SMALL, children_with, rows, train
 
-from report.tracking import Tracker, build_trackers, wandb_mode
+from report.tracking import TRACKERS, Tracker, build_trackers, wandb_mode
 
 
 def test_a_tracker_that_fails_is_told_once_and_stops_nothing(tmp_path):
@@ -104,3 +108,78 @@ def test_tensorboard_shows_each_step_once_after_a_life_that_was_killed(tmp_path)
     found = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
     assert [s.step for s in found.Scalars("train/loss")] == [2, 4, 6, 8, 10]
     assert [s.step for s in found.Scalars("test/loss")] == [4]
+
+
+def test_there_is_one_table_of_names():
+    from config import TrainConfig
+    from config.fields import HINTS
+
+    assert HINTS["track"].metadata["choices"] == ("none", *TRACKERS) and TrainConfig.track == "none"
+
+
+@pytest.mark.parametrize("kind", TRACKERS)
+def test_a_package_that_is_not_there_is_a_sentence(kind, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("report.tracking.find_spec", lambda name: None)
+    assert build_trackers(kind, tmp_path, "x", {}, told.append) == []
+    assert len(told) == 1 and "is not installed (pip install" in told[0]
+
+
+ROWS = [{"step": step, "train/loss": 1.0 / step} for step in (2, 4, 6, 8)]
+ROWS.insert(2, {"step": 4, "test/loss": 0.5})
+
+
+def lives(kind, folder, warn) -> None:
+    """Two lives: the first is killed after four rows, of which a checkpoint knew two."""
+    for known, made in (([], ROWS[:4]), (ROWS[:2], ROWS[2:])):
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+        config = {"lr": 0.1, "loss": None, "model": "x" * 9000}
+        (tracker,) = build_trackers(kind, folder, "mine", config, warn)
+        for row in made:
+            tracker.log(row)
+        assert tracker.finish()
+
+
+@pytest.fixture
+def secrets(tmp_path, monkeypatch):
+    """What a user's environment may hold, and whether a folder has it."""
+    pytest.importorskip("accelerate").PartialState()
+    canary = "canary0123456789abcdef"
+    for name in ("HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, canary)
+    for name in ("MLFLOW_TRACKING_URI", "TRACKIO_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not [p for p in files if canary.encode() in p.read_bytes()]
+
+
+def test_mlflow_has_each_number_once_over_two_lives(tmp_path, secrets):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    lives("mlflow", tmp_path, pytest.fail)
+    client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
+    run = client.get_run(json.loads((tmp_path / "tracking.json").read_text())["mlflow"])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted((one.step, one.value) for one in history) == [(s, 1.0 / s) for s in (2, 4, 6, 8)]
+    assert [one.step for one in client.get_metric_history(run.info.run_id, "test/loss")] == [4]
+    assert run.data.params["lr"] == "0.1" and run.info.run_name == "mine"
+
+
+def test_trackio_has_all_rows_of_the_last_life(tmp_path, secrets):
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    code = f"""
+import sys; sys.path[:0] = {[str(REPOSITORY), str(REPOSITORY / "tests")]!r}
+from pathlib import Path
+from accelerate import PartialState; PartialState()
+from test_tracking import lives
+lives("trackio", Path({str(tmp_path)!r}), lambda text: sys.exit(text))
+"""
+    # In a process of its own: trackio reads TRACKIO_DIR when it is imported, and leaves a thread.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for path in (tmp_path / "trackio").rglob("*.db"):
+        with contextlib.closing(sqlite3.connect(path)) as base:
+            for name, step, metrics in base.execute("select run_name, step, metrics from metrics"):
+                found.setdefault(name, []).append((step, *json.loads(metrics)))
+    assert sorted(found["mine life 2"]) == sorted((r["step"], list(r)[1]) for r in ROWS)

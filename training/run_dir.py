@@ -35,6 +35,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+PASSING = {"step", "steps", "left"}  # in status.json: written anew with the next row
 EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
 PICTURES = "pictures.safetensors"  # of photographs: names, sizes, a digest of each
@@ -255,7 +256,7 @@ class RunDir:
             try:
                 # The step of each row need not outlive a power cut: no wait for the disk in the
                 # loop.
-                write_text(self.folder / "status.json", text, sync=values.keys() != {"step"})
+                write_text(self.folder / "status.json", text, sync=not values.keys() <= PASSING)
             except OSError:  # on a full disk its old bytes still have room for the new ones
                 with (self.folder / "status.json").open("r+", encoding="utf-8") as file:
                     file.write(text)

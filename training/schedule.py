@@ -80,6 +80,13 @@ class Schedule:
         due = (step + self.ahead) % every == 0 or step >= self.last_step
         return due and step > progress.evaluated
 
+    def evaluations_left(self, progress: Progress) -> int:
+        """How many evaluations are to come, where nothing ends the run early."""
+        every, now = self.steps_per_epoch * self.eval_every, progress.step + self.ahead
+        end = self.last_step + self.ahead
+        last = end % every > 0 and now < end  # in mid-epoch
+        return end // every - now // every + last + self.evaluates(progress)
+
     def over(self, progress: Progress) -> bool:
         return not (self.trains(progress) or self.evaluates(progress))
 
