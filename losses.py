@@ -25,6 +25,7 @@ class Criterion(nn.Module):
     """
 
     units: Tensor | None  # (classes,) int64, of WEIGHT_UNIT
+    soft = False  # whether labels are a row of numbers for each image, whatever is mixed
 
     def __init__(
         self, name: str = "cross_entropy", smoothing: float = 0.0, own: nn.Module | None = None,
@@ -62,16 +63,7 @@ class Criterion(nn.Module):
 
     def _each(self, logits: Tensor, labels: Tensor) -> Tensor:  # (n,)
         if self.own is not None:
-            each = self.own(logits, labels)
-            if not isinstance(each, Tensor) or each.shape != (len(logits),):
-                shape = tuple(getattr(each, "shape", ())) or type(each).__name__
-                raise UserError(
-                    f"--loss {self.name}: answers {shape} to {len(logits)} images; it must be the "
-                    f"loss of each, ({len(logits)},), of which sums over shards can be made: "
-                    'without .mean(), or with reduction="none"',
-                    code="loss-not-per-image",
-                )
-            return each.float()
+            return self._own(logits, labels)
         if self.name == "cross_entropy":
             smoothing = self.smoothing
             return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
@@ -81,6 +73,19 @@ class Criterion(nn.Module):
             return -(targets * (1 - logs.exp()) ** self.focus * logs).sum(1) * counts
         each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return each.sum(1) * counts
+
+    def _own(self, logits: Tensor, labels: Tensor) -> Tensor:  # (n,)
+        assert self.own is not None
+        each = self.own(logits, labels)
+        if not isinstance(each, Tensor) or each.shape != (len(logits),):
+            shape = tuple(getattr(each, "shape", ())) or type(each).__name__
+            raise UserError(
+                f"--loss {self.name}: answers {shape} to {len(logits)} images; it must be the "
+                f"loss of each, ({len(logits)},), of which sums over shards can be made: "
+                'without .mean(), or with reduction="none"',
+                code="loss-not-per-image",
+            )
+        return each.float()
 
     def _targets(self, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Soft labels (n, classes), smoothed, and which images count (n,)."""
@@ -101,6 +106,36 @@ class Criterion(nn.Module):
             shown = f"{', '.join(named)}; " if len(named) <= MOST_NAMED else ""
             rows.append(("class weights", f"{shown}smallest {low}, largest {high}"))
         return rows
+
+
+class Binary(Criterion):
+    """The same of pictures that have any number of classes: a yes or no for each, summed.
+
+    Labels are multi-hot (n, classes), 0 or 1, between them where two pictures are mixed, below 0
+    for a picture that does not count. A smoothed yes is 1 - smoothing / 2, a no smoothing / 2.
+    """
+
+    soft = True
+
+    def __init__(
+        self, name: str = "bce", smoothing: float = 0.0, own: nn.Module | None = None,
+        weights: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__("bce" if name == "cross_entropy" else name, smoothing, own, weights)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum over the pictures, 0-dim."""
+        counts = (labels >= 0).all(1)
+        targets = labels.clamp(min=0).float()
+        if self.own is not None:
+            return (self._own(logits, targets) * counts).sum()
+        targets = targets * (1 - self.smoothing) + self.smoothing / 2
+        each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        if self.name == "focal":
+            chances = logits.sigmoid()
+            wrong = targets * (1 - chances) ** FOCUS, (1 - targets) * chances**FOCUS
+            each = -(wrong[0] * F.logsigmoid(logits) + wrong[1] * F.logsigmoid(-logits))
+        return (each.sum(1) * counts).sum()
 
 
 def class_weights(asked: str, labels: Tensor, classes: list[str]) -> Tensor | None:
@@ -130,25 +165,26 @@ def class_weights(asked: str, labels: Tensor, classes: list[str]) -> Tensor | No
 
 def build_criterion(
     name: str, smoothing: float, num_classes: int, weights: Tensor | None, mixes: bool,
-    focus: float = FOCUS,
+    kind: type[Criterion] = Criterion, focus: float = FOCUS,
 ) -> Criterion:  # fmt: skip
     """The training loss of this name; a FILE.py:Class is tried on labels as training has them."""
     if not is_own_file(name):
-        return Criterion(name, smoothing, weights=weights, focus=focus)
+        return kind(name, smoothing, weights=weights, focus=focus)
     made = load_own_class(name, "--loss")
     known = {"num_classes": num_classes}
     takes = inspect.signature(made).parameters
     try:
         own = made(**{key: value for key, value in known.items() if key in takes})
-        criterion = Criterion(name, own=own, weights=weights)
+        criterion = kind(name, own=own, weights=weights)
         labels = torch.arange(2) % num_classes
         soft = F.one_hot(labels, num_classes).float()
-        for target in (labels, soft) if mixes else (labels,):
+        for target in (labels, soft)[kind.soft : 1 + (mixes or kind.soft)]:
             criterion(torch.zeros(2, num_classes), target)
     except UserError:
         raise
     except Exception as error:  # whatever a learner's code may raise
         kinds = "labels (2,) and, for --mixup or --cutmix, (2, classes)" if mixes else "labels (2,)"
+        kinds = "labels (2, classes), 0 or 1" if kind.soft else kinds
         raise UserError(
             f"--loss {name}: fails: {type(error).__name__}: {error}; it is made with num_classes "
             f"where it takes that, and called with logits (2, {num_classes}) and {kinds}",

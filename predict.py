@@ -41,7 +41,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, default=LATEST, help="a run folder, or its weights")
     parser.add_argument("--model", help="instead of a run: a model of `python -m models`, with ...")
     parser.add_argument("--weights", help="... imagenet, or a file with ImageNet's 1,000 classes")
-    parser.add_argument("--top", type=int, default=5, help="classes shown for each picture")
+    parser.add_argument(
+        "--top", type=int, help="classes shown for each picture (5; with many labels: all it has)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="confidence from which a picture has a class (the run's)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--csv", action="store_true", help="print CSV")
     parser.add_argument(
@@ -51,8 +56,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if bool(arguments.model) != bool(arguments.weights):
         parser.error("--model and --weights go together; without them a --run is used")
-    if arguments.top < 1:
+    if arguments.top is not None and arguments.top < 1:
         parser.error(f"--top {arguments.top}: must be at least 1")
+    if arguments.threshold is not None and not 0 < arguments.threshold < 1:
+        parser.error(f"--threshold {arguments.threshold}: must lie between 0 and 1")
     return arguments
 
 
@@ -160,22 +167,41 @@ def prepare(path: Path, told: dict) -> "torch.Tensor":
     import torch
 
     from data.files import SUFFIXES, decode
-    from data.photographs import as_evaluated
+    from data.photographs import as_evaluated, reduced_as_evaluated
 
     if path.is_dir():
         raise ValueError(f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
     with warnings.catch_warnings(action="ignore"):  # what is too large is an error below
-        pixels = decode(path, levels=told.get("levels"))
-    return torch.from_numpy(as_evaluated(pixels, told)).permute(2, 0, 1)[None]
+        if told.get("decode") == "scaled":
+            seen = reduced_as_evaluated(path.read_bytes(), told)
+        else:
+            seen = as_evaluated(decode(path, levels=told.get("levels")), told)
+    return torch.from_numpy(seen).permute(2, 0, 1)[None]
 
 
-def predict(model: "nn.Module", told: dict, path: Path, top: int) -> list[tuple[str, float]]:
-    """The most likely classes of one picture with their probabilities."""
+def with_threshold(told: dict, threshold: float | None) -> dict:
+    """What the weights say of themselves, with the threshold that was typed; it may make no sense.
+
+    Older weights say nothing of a task: they classify.
+    """
+    told = {"task": "classification", **told}
+    if threshold is None:
+        return told
+    if told["task"] != "multilabel":
+        raise UserError(
+            "--threshold: this model answers the likeliest class; it is for --task multilabel",
+            code="contradiction",
+        )
+    return {**told, "threshold": threshold}
+
+
+def predict(model: "nn.Module", told: dict, path: Path, top: int | None) -> list[tuple[str, float]]:
+    """The most likely classes of one picture with their probabilities; see Task.told."""
     import torch
 
     from data.augment import Augment
     from distributed.generators import Generators
-    from tasks import split_outputs
+    from tasks import build_task, split_outputs
 
     device = next(model.parameters()).device
     Generators(device, [model]).seed(0)  # a model that draws even now answers the same each time
@@ -186,9 +212,9 @@ def predict(model: "nn.Module", told: dict, path: Path, top: int) -> list[tuple[
     with torch.no_grad():
         images = augment.evaluate(prepare(path, told).to(device))
         logits = split_outputs(model(images))[0][0].float()
-    best = logits.softmax(0).topk(min(top, len(logits)))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [(told["classes"][index], value) for index, value in pairs]
+    name, threshold = told.get("task", "classification"), told.get("threshold", 0.5)
+    task = build_task(name, len(logits), 0.0, model, threshold=threshold)
+    return [(told["classes"][index], value) for index, value in task.told(logits, top)]
 
 
 def on_gpu(model: "nn.Module") -> "nn.Module":
@@ -224,6 +250,7 @@ def main(argv: list[str]) -> int:
             model, told = load_imagenet(arguments.model, arguments.weights)
         else:
             model, told = load_run(arguments.run, arguments.trust_code)
+        told = with_threshold(told, arguments.threshold)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
@@ -307,7 +334,8 @@ class Answers:
             text = textwrap.indent(json.dumps(row, indent=2), "  ")
             print(",\n" if self.count > 1 else "\n", text, sep="", end="", flush=True)
         elif self.rows is not None:
-            self.rows.writerows([path, rank, *pair] for rank, pair in enumerate(found, 1))
+            rows = [[path, rank, *pair] for rank, pair in enumerate(found, 1)]
+            self.rows.writerows(rows or [[path, "", "", ""]])  # many labels, of which it has none
             sys.stdout.flush()
         else:
             self.table[path] = found

@@ -19,6 +19,7 @@ from report import panels
 from report.ending import finish, run_to_exit
 from report.logbook import Logbook
 from report.notebook import Flag, Model, Result, run_as_guest
+from tasks.evaluation import Evaluation
 from training.best import keep_best_comparable
 from training.checkpoints import Checkpoints
 from training.data import Batch, Data, load_data
@@ -136,22 +137,18 @@ def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int
 def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> dict | None:
     """Metrics of each split, every image counted once; None if the run was told to stop."""
     world.phase("evaluate", progress.step, new_beats=True)
-    model, augment, task = learner.evaluated_model(data).eval(), data.augment, learner.task
-    results = {}
+    model, augment, results = learner.evaluated_model(data).eval(), data.augment, {}
     for split in data.test_loaders:
-        counts, kept = task.new_counts(world.device), task.new_examples(world.device)
+        found = Evaluation(learner.task, data.amount(split), world.device)
         for batch in learner.seeded(data.evaluation(split)):
             faults.hit("evaluate", progress.step)
             images = augment.evaluate(batch["images"])
             with world.accelerator.autocast():
                 logits = augment.vote(lambda view: learner.logits(model, view), images)
-            labels, weights = (batch[name].to(logits.device) for name in ("labels", "weights"))
-            answers = task.count(counts, logits, labels, weights)
-            task.keep(kept, answers, labels, batch["indices"].to(logits.device))
+            found.add(logits, batch)
             if world.beat(progress.step):
                 return None
-        counts, kept = world.together(counts, kept)
-        results[split] = task.results(counts) | {"examples": task.examples(kept)}
+        results[split] = found.results(world.together)
         assert results[split]["images"] == data.counted(split, world), "an image lost or doubled"
     return results
 

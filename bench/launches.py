@@ -32,6 +32,7 @@ from distributed.shards import Guard, Shards
 from models import build_model, lookup
 from optim import WeightAverage, build_optimizer
 from tasks import Classification
+from tasks.evaluation import Evaluation
 
 MODELS = ("speednet", "resnet18")
 BATCH, SAMPLES, CLASSES = 128, 1000, 10
@@ -128,7 +129,7 @@ def evaluating(device: torch.device, image_size: int, tta: int = 0) -> tuple[lis
     size = evaluation_batch(10_000, image_size, device)
     augment = Augment("none", image_size, (0.5,) * 3, (0.25,) * 3, 0, tta=tta)
     task, data = Classification(CLASSES), resident(device)
-    counts, kept = task.new_counts(device), task.new_examples(device)
+    found = Evaluation(task, 10_000, device)
     indices = next(iter(EvaluationBatchSampler(10_000, size, device)))
     logits = torch.empty(size, CLASSES, device=device, dtype=torch.bfloat16)
 
@@ -139,8 +140,7 @@ def evaluating(device: torch.device, image_size: int, tta: int = 0) -> tuple[lis
     def piece() -> None:
         batch = data.__getitems__(indices)
         answer = augment.vote(model, augment.evaluate(batch["images"]))
-        answers = task.count(counts, answer, batch["labels"], batch["weights"])
-        task.keep(kept, answers, batch["labels"], batch["indices"])
+        found.add(answer, batch)
 
     return count(piece), -(-10_000 // size)
 

@@ -39,6 +39,7 @@ from config.layers import (
 from errors import UserError, all_of
 from models import lookup
 from models.own_file import is_own_file
+from models.recipes import RECIPES
 
 
 def parse(argv: list[str]) -> Settings:
@@ -115,8 +116,13 @@ def parse(argv: list[str]) -> Settings:
     if folder is not None:
         saved["run_dir"] = str(folder)
     layers: dict[str, dict] = {}
-    model = typed.get("model", saved.get("model", TrainConfig.model))
-    layers["recipe"] = recipe_of(model, typed.get("weights", saved.get("weights", "none")))
+    name = str(typed.get("recipe", saved.get("recipe", "none")))
+    named = dict(RECIPES[name].settings) if name in RECIPES else {}
+    model = typed.get("model", saved.get("model", named.get("model", TrainConfig.model)))
+    weights = typed.get("weights", saved.get("weights", named.get("weights", "none")))
+    layers["recipe"] = recipe_of(str(model), str(weights))
+    if named:
+        layers[f"recipe {name}"] = named
     if saved:
         layers["saved run"] = saved
     if actions.debug:

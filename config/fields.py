@@ -11,6 +11,7 @@ from data.policy import KINDS
 from data.sources import NAMES
 from errors import UserError
 from models.own_file import is_own_file
+from models.recipes import RECIPES
 
 T = TypeVar("T")
 
@@ -36,6 +37,10 @@ class TrainConfig:
         "alexnet", "a name from `python -m models`, torchvision:NAME, timm:NAME or FILE.py:Class",
         group="what",
     )  # fmt: skip
+    recipe: str = setting(
+        "none", "settings that belong together, with a claim: see docs/recipes.md", group="what",
+        choices=("none", *RECIPES),
+    )  # fmt: skip
     dataset: str = setting("auto", f"{', '.join(NAMES)}, a path, a hub name", group="what")
     data_dir: str | None = setting(None, "where a local copy of the data lies", group="what")
     weights: str = setting(
@@ -44,6 +49,10 @@ class TrainConfig:
         ".pth/.safetensors file to start from",
         group="what",
     )
+    task: str = setting(
+        "auto", "multilabel: pictures have any number of classes, or none; see docs/craft.md",
+        group="what", choices=("auto", "classification", "multilabel"),
+    )  # fmt: skip
     freeze: str = setting(
         "none", "none, backbone (only the head trains), or what stays as it is, by name: "
         "conv1,layer1.* (parameters or modules, * as in file names)", group="what",
@@ -204,12 +213,17 @@ class TrainConfig:
         "expression (its first group) on their paths", group="images",
     )  # fmt: skip
     select: str = setting(
-        "auto", "the metric that chooses the best epoch (auto: accuracy; of a regression, loss)",
+        "auto", "the metric that chooses the best epoch (auto: accuracy; with many labels mAP; of "
+        "a regression, loss)",
         group="images",
         choices=(
-            "auto", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece", "loss",
-            "r2",
+            "auto", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece", "mean_ap",
+            "micro_f1", "exact_match", "loss", "r2",
         ),
+    )  # fmt: skip
+    threshold: float = setting(
+        0.5, "confidence from which a picture has a class, with --task multilabel", group="images",
+        low=0.001, high=0.999,
     )  # fmt: skip
     limit: int = setting(
         0, "use only so many training and test images; 0: all", group="images", low=0
@@ -235,6 +249,11 @@ class TrainConfig:
     threads: int = setting(
         0, "CPU threads per process; 0: the CPUs shared by the processes", group="machine", low=0
     )
+    decode: str = setting(
+        "full", "scaled: a JPEG far larger than what is seen of it is decoded at 1/2, 1/4 or 1/8, "
+        "never below twice of that: faster, other pixels", group="images",
+        choices=("full", "scaled"),
+    )  # fmt: skip
     decode_threads: int = setting(
         0, "threads that decode photographs, per process; 0: as many as threads", group="machine",
         low=0,
@@ -284,7 +303,7 @@ DATA = ("dataset", "data_dir")
 OTHER_DATA = (*DATA, "split", "group_by", "val_fraction", "limit", "exclude", "stage")
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
-    | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select"}
+    | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select", "threshold"}
     | {"decode_threads", "exclude", "skip_bad_images", "patience"}
 )
 DEBUG_PRESET = {

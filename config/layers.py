@@ -1,6 +1,7 @@
 """The layers a configuration is made of, and where each value comes from.
 
-Later layers win: default < recipe of the model < data set < saved run < --debug < YAML file < flag.
+Later layers win: default < recipe of the model < --recipe < data set < saved run < --debug < YAML
+file < flag.
 """
 
 import json
@@ -24,7 +25,19 @@ from models.own_file import (
     refuse_foreign_code,
 )
 
-OF_CLASSES = ("accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece")
+SELECTABLE = {  # by task, what --select may name beside auto
+    "classification": (
+        "loss", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece",
+    ),
+    "multilabel": ("loss", "mean_ap", "macro_f1", "micro_f1", "exact_match"),
+    "regression": ("loss", "r2"),
+}  # fmt: skip
+# By task, what has no meaning for it.
+NOT_OF = {
+    "regression": ("mixup", "cutmix", "loss", "class_weights", "sampler", "threshold"),
+    "multilabel": ("class_weights", "sampler"),
+    "classification": ("threshold",),
+}
 __version__ = "0.1.0"
 
 
@@ -93,6 +106,11 @@ def recipe_of(model: str, weights: str) -> Recipe:
         if size and entry.task == "classification" and not size_problem(model, entry, size):
             recipe["image_size"] = size
     return recipe
+
+
+def task_of(config: TrainConfig) -> str:
+    """What is trained for: what the model is for, unless another task is asked for."""
+    return lookup(config.model).task if config.task == "auto" else config.task
 
 
 def known_run_dir(typed: dict, actions: Actions) -> Path | None:
@@ -223,10 +241,23 @@ def check(settings: Settings) -> None:
         wrong("--checkpoint-every 0: must be at least 1 step")
     if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
         wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
-    of_classes = ["mixup", "cutmix", "loss", "class_weights", "sampler"]
-    asked = [f"--{n.replace('_', '-')}" for n in of_classes if getattr(c, n) != HINTS[n].default]
-    if asked and entry.task == "regression":
-        wrong(f"{', '.join(asked)}: of classes; {c.model} is for regression", "contradiction")
+    task = task_of(c)
+    if "regression" in (task, entry.task) and task != entry.task:
+        wrong(f"--task {task}: {c.model} is for {entry.task}: drop one", "contradiction")
+    asked = [
+        f"--{name.replace('_', '-')}"
+        for name in NOT_OF[task]
+        if getattr(c, name) != HINTS[name].default
+    ]
+    if asked:
+        why = {
+            "regression": f"of classes; {c.model} is for regression",
+            "multilabel": "of pictures with one class each; --task multilabel has none",
+            "classification": "of --task multilabel; the likeliest class is the answer here",
+        }
+        wrong(f"{', '.join(asked)}: {why[task]}", "contradiction")
+    if task == "multilabel" and c.loss == "cross_entropy" and settings.asked("loss"):
+        wrong("--loss cross_entropy: of pictures with one class each; bce or focal here")
     for name in ("loss", "optimizer"):
         if is_own_file(getattr(c, name)) and not settings.actions.eval_only:
             try:
@@ -282,9 +313,9 @@ def check(settings: Settings) -> None:
         problems.append(error)
     if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
         wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
-    known = ("auto", "loss", "r2") if entry.task == "regression" else ("auto", "loss", *OF_CLASSES)
+    known = ("auto", *SELECTABLE[task])
     if c.select not in known:
-        wrong(f"--select {c.select}: {c.model} is for {entry.task}: {', '.join(known)}")
+        wrong(f"--select {c.select}: {c.model} is for {task}: {', '.join(known)}")
     if settings.actions.fresh and settings.actions.resume:
         wrong("--fresh and --resume contradict each other: drop one", "contradiction")
     if problems:

@@ -1,10 +1,10 @@
 """`python -m data`: look at a data set, count it, or cache it before a job needs it."""
 
 import argparse
-import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,13 @@ from common.text import counted, printable
 from data.augment import Augment
 from data.cache import cache_dir, kept, size_limit, trim
 from data.cuts import Cuts, default_resize
+from data.image_set import class_counts
 from data.loaders import decoding_of, place
-from data.pack import Count, Form, check, is_pack, pack
+from data.pack import Form, check, is_pack, pack
 from data.photographs import PHOTOGRAPH, PhotoSet, sizes_in_words
 from data.policy import parse_policy
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
+from data.sources.many import multi_hot
 from data.splits import divided, rows_of, split_text, write_split
 from errors import UserError
 
@@ -41,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.run in (_check, _cache):
             return options.run(options)
         name, sentence = choose_dataset(options.dataset, options.data_dir)
-        print(sentence, file=sys.stderr if options.run is _list else sys.stdout)
+        say = functools.partial(print, file=sys.stderr if options.run is _list else sys.stdout)
+        say(sentence)
         source = load_source(
             name,
             data_dir=options.data_dir,
@@ -50,8 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
             split=options.split,
             group_by=options.group_by,
-            say=print,
+            say=say,
+            many=options.task == "multilabel",
         )
+        if options.task == "multilabel" and options.run is not _prepare:
+            source = multi_hot(source)
         options.run(source, options)
     except KeyboardInterrupt:
         print("\nstopped. What is finished stays: the same command goes on.", file=sys.stderr)
@@ -71,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--data-dir", metavar="FOLDER", help="where a local copy lies")
     common.add_argument("--image-size", type=_whole(1), metavar="PIXELS", help="side of the images")
     common.add_argument("--skip-bad-images", action="store_true", help="leave damaged ones out")
+    common.add_argument(
+        "--task", choices=("classification", "multilabel"), default="classification",
+        help="multilabel: pictures have any number of classes",
+    )  # fmt: skip
     common.add_argument("--seed", type=_whole(0), default=0)
     common.add_argument("--split", metavar="FILE|RUN", help="splits as in a list or in a run")
     common.add_argument("--group-by", metavar="COLUMN|REGEX", help="what stays on one side")
@@ -135,7 +145,7 @@ def _whole(low: int) -> Callable[[str], int]:
 def _show(source: Source, options: argparse.Namespace) -> None:
     from PIL import Image
 
-    if source.task != "classification":
+    if not source.classes:
         raise UserError(
             f"{source.name} has no pictures to show: try --dataset digits.", code="no-pictures"
         )
@@ -211,10 +221,9 @@ def _stats(source: Source, options: argparse.Namespace) -> None:
     if source.classes:
         places = divided(source, 0, 0.0, 0)
         counts = [
-            torch.bincount(
-                (source.test if split == "test" else source.train).labels[chosen],
-                minlength=len(source.classes),
-            ).tolist()
+            class_counts(
+                (source.test if split == "test" else source.train).labels[chosen], source.classes
+            )
             for split, chosen in places.items()
         ]
         names = [printable(name) for name in source.classes]
@@ -295,56 +304,24 @@ def _pack(source: Source, options: argparse.Namespace) -> None:
         "--dataset": dataset or options.dataset, "--data-dir": options.data_dir,
         "--split": options.split and str(Path(options.split).absolute()),
         "--group-by": options.group_by,
+        "--task": options.task if options.task != "classification" else None,
         "--image-size": options.image_size, "--store": options.store,
         "--short-side": options.short_side or "keep",
     }  # fmt: skip
     command = [str(word) for flag in given.items() if flag[1] for word in flag]
     command += ["--skip-bad-images"] * options.skip_bad_images
-    with _bar("pictures") as count:
-        pack(
-            source, Form(options.store, options.short_side), options.out, command=command,
-            image_size=options.image_size or PHOTOGRAPH, skip_bad=options.skip_bad_images,
-            say=print, count=count,
-        )  # fmt: skip
+    pack(
+        source, Form(options.store, options.short_side), options.out, command=command,
+        image_size=options.image_size or PHOTOGRAPH, skip_bad=options.skip_bad_images, say=print,
+    )  # fmt: skip
 
 
 def _check(options: argparse.Namespace) -> int:
     if not is_pack(options.folder):
         raise UserError(f"{printable(options.folder)} is no pack", code="no-pack")
-    with _bar("bytes") as count:
-        files = check(options.folder, count)
+    files = check(options.folder)
     print(f"{printable(options.folder)}: {counted(files, 'file')}, all bytes as written")
     return 0
-
-
-@contextlib.contextmanager
-def _bar(unit: str) -> Iterator[Count]:
-    """A bar with what is done and the time to come; it appears with the first of it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    text = TextColumn("{task.description}")
-    columns = (BarColumn(), done, text, TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = None
-
-        def count(done: int, total: int) -> None:
-            nonlocal task
-            if task is None:
-                task = bar.add_task(unit if unit != "bytes" else "", total=total)
-            bar.update(task, completed=done, total=total)
-
-        yield count
 
 
 def _tell(source: Source) -> None:

@@ -1,10 +1,12 @@
 """Work for the batches to come, by threads, in the order of the batches."""
 
+import contextlib
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
@@ -13,6 +15,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Piece = Callable[[], None]
+
+
+@contextlib.contextmanager
+def pool_of(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for one piece of work; an error or an interrupt waits for nothing not yet begun."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Threads:

@@ -144,7 +144,9 @@ class Augment:
         """
         if not (self.mixup or self.cutmix) or epoch >= self.until:
             return images, labels
-        targets = (labels[:, None] == pixels(num_classes, labels.device)).float()
+        if labels.ndim == 1:
+            labels = labels[:, None] == pixels(num_classes, labels.device)
+        targets = labels.float()
         first = indices[:1].to(images.device, non_blocking=True)
         mixture = self._rows(self.mixtures, first, epoch, images)  # (1, 7)
         share = part = mixture[:, 6:]  # (1, 1) or (H, W): the part of its own image in each pixel

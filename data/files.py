@@ -6,17 +6,17 @@ import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar, overload
 
 import numpy as np
 import torch
 
 from common.cpus import cpus
 from common.text import printable
+from data.ahead import pool_of
 from data.image_set import Decoded, Levels, Reasons
 from data.keyed_random import SAMPLE, permutation
 from errors import UserError
@@ -54,6 +54,27 @@ class Part:
 
 
 Item = bytes | Path | Part
+T = TypeVar("T")
+
+
+class Made(Sequence[T]):
+    """What is made of names when it is asked for: a million paths would take half a gigabyte."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], T]) -> None:
+        self.names, self.make = names, make
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Made[T]": ...
+    def __getitem__(self, place: int | slice) -> "T | Made[T]":
+        """One, or some of them."""
+        if isinstance(place, slice):
+            return Made(self.names[place], self.make)
+        return self.make(self.names[place])
 
 
 @dataclass(frozen=True)
@@ -65,8 +86,8 @@ class Records:
     how many other files are not among them, and one of those; `notes`: sentences to be told.
     """
 
-    items: list[Item]
-    names: list[str]
+    items: Sequence[Item]
+    names: Sequence[str]
     labels: list[int]
     is_test: list[bool]
     classes: tuple[str, ...]
@@ -77,6 +98,7 @@ class Records:
     notes: tuple[str, ...] = ()
     root: Path | None = None
     hashed: bool = False  # what tests was chosen by a hash
+    many: bool = False  # each class is a set of names: see data/sources/many.py
 
     def part(self, kept: Sequence[int]) -> Self:
         """Those of these positions; all of them is this itself."""
@@ -103,8 +125,9 @@ def cannot_decode(problem: str) -> UserError:
 
 
 def decode_records(
-    records: Records, image_size: int | None, skip_bad: bool, levels: Levels | None = None
-) -> "Decoded | Scanned":
+    records: Records, image_size: int | None, skip_bad: bool, levels: Levels | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> "Decoded | Scanned":  # fmt: skip
     """The pictures of the records that can be read, with what belongs to each.
 
     Decoded where all of them are small; photographs are only looked at. levels: of pictures of 16
@@ -117,7 +140,7 @@ def decode_records(
     except Large:
         from data.scan import scan
 
-        return scan(records, skip_bad, levels)
+        return scan(records, skip_bad, levels, say)
     records = records.part(kept)
     return Decoded(
         images, records.labels, records.is_test, records.classes, skipped, records, levels,
@@ -132,7 +155,7 @@ def levels_of(records: Records) -> Levels | None:
     """
     places = [place for place, tests in enumerate(records.is_test) if not tests]
     chosen = permutation(0, 0, len(places), SAMPLE)[:SAMPLED].tolist() if places else []
-    with ThreadPoolExecutor(cpus()) as pool:
+    with pool_of(cpus()) as pool:
         found = pool.map(lambda place: _levels(records.items[places[place]]), chosen)
         known = [levels for levels in found if levels]
     return (min(low for low, _ in known), max(high for _, high in known)) if known else None
@@ -210,7 +233,7 @@ def decode_all(
 
     kept, arrays, skipped = [], [], []
     chunks = [range(i, min(i + 64, len(records.items))) for i in range(0, len(records.items), 64)]
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), pool_of(min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # odd metadata, not damaged pixels
         for chunk, results in zip(chunks, pool.map(attempt, chunks), strict=True):
@@ -221,7 +244,6 @@ def decode_all(
                     continue
                 reason = f"{records.names[index]}: {printable(result).rstrip('.')}"
                 if not skip_bad_images:
-                    pool.shutdown(wait=False, cancel_futures=True)
                     raise cannot_decode(reason)
                 skipped.append(reason)
     if not arrays:
@@ -272,17 +294,21 @@ def refuse_too_large(image: "Image.Image") -> None:
 
 def decode(
     item: Item, most: int | None = None, levels: Levels | None = None,
-    clipped: list[int] | None = None,
+    clipped: list[int] | None = None, times: int = 1,
 ) -> np.ndarray:  # fmt: skip
     """One picture as upright RGB (H, W, 3) uint8; raises Large if a side has more than `most`.
 
     levels: of a picture of 16 bits; `clipped` gets how many of its values lie outside, if some do.
+    times: what the sides of a JPEG are divided by while it is decoded.
     """
     item = item.read() if isinstance(item, Part) else item
     with opened(item) as image:
         if most is not None and max(image.size) > most:
             raise Large
         refuse_too_large(image)
+        if times > 1:
+            width, height = image.size
+            image.draft(None, (width // times, height // times))
         image.load()
         return np.asarray(upright_rgb(image, levels, clipped))
 

@@ -57,7 +57,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images (N, 3, H, W) uint8 and labels (N,) int64; regression: (N, F) and (N, 1) float32."""
+    """images (N, 3, H, W) uint8 and labels (N,) int64; regression: (N, F) and (N, 1) float32.
+
+    Of any number of classes: labels (N, classes) int8, 0 or 1.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -99,7 +102,7 @@ class Source:
     """A data set, in memory or photographs. `mean` and `std` are of training images, in 0..1."""
 
     name: str
-    task: str  # "classification" or "regression"
+    task: str  # a name of tasks.TASKS
     train: ImageSet | PhotoSet
     test: ImageSet | PhotoSet
     classes: tuple[str, ...]
@@ -149,6 +152,30 @@ class Decoded:
     clipped: tuple[int, ...] = ()  # how many values of images lie outside of the levels
 
 
+def labels_in_words(labels: torch.Tensor, classes: Sequence[str], between: str = "|") -> list[str]:
+    """The class of each label (n,), or all those that each row of (n, classes) says yes to."""
+    if labels.ndim == 1:
+        return [str(classes[label]) for label in labels.tolist()]
+    found: list[list[str]] = [[] for _ in labels]
+    for row, label in (labels > 0).nonzero().tolist():
+        found[row].append(classes[label])
+    return [between.join(names) for names in found]
+
+
+def class_counts(labels: torch.Tensor, classes: Sequence[str]) -> list[int]:
+    """How many pictures are of each class."""
+    if labels.ndim == 1:
+        return labels.bincount(minlength=len(classes)).tolist()
+    return (labels > 0).sum(0).tolist()
+
+
+def renumbered(labels: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """Labels of classes that have these numbers among `count` others."""
+    if labels.ndim == 1:
+        return numbers[labels]
+    return labels.new_zeros(len(labels), count).index_copy(1, numbers, labels)
+
+
 def numbered_as(source: Source, classes: tuple[str, ...]) -> Source:
     """The data set with the numbers that these classes have; itself where they are others."""
     there = places(source.classes, classes)
@@ -158,6 +185,7 @@ def numbered_as(source: Source, classes: tuple[str, ...]) -> Source:
 
     numbers = torch.tensor(there)
     train, test = (
-        replace(images, labels=numbers[images.labels]) for images in (source.train, source.test)
+        replace(images, labels=renumbered(images.labels, numbers, len(classes)))
+        for images in (source.train, source.test)
     )
     return replace(source, train=train, test=test, classes=classes)

@@ -132,8 +132,9 @@ class Photographs(Dataset):
             boxes = decoding.cuts.training(sizes, rows, epoch)
         places = self.pictures.places[chosen].masked_fill(rows < 0, -1).tolist()
         work, images, bad = self.pictures.photos.batch(
-            places, boxes, decoding.fill, decoding.threads, decoding.device.type == "cuda"
-        )
+            places, boxes, decoding.fill, decoding.threads, decoding.device.type == "cuda",
+            decoding.scaled,
+        )  # fmt: skip
 
         def whole() -> dict[str, Tensor]:
             found = {**batch, "images": images.to(decoding.device, non_blocking=True)}
@@ -157,14 +158,15 @@ class Decoding:
     fill: tuple[int, int, int]
     threads: Threads
     device: torch.device
+    scaled: bool = False  # JPEGs are decoded smaller where that is enough: other pixels
 
 
 def decoding_of(
-    cuts: Cuts, mean: tuple[float, ...], threads: int, device: torch.device
+    cuts: Cuts, mean: tuple[float, ...], threads: int, device: torch.device, scaled: bool = False
 ) -> Decoding:
     """Photographs cut in this way by so many threads; what is empty has the mean colour."""
     red, green, blue = (round(255 * value) for value in mean)
-    return Decoding(cuts, (red, green, blue), Threads(threads), device)
+    return Decoding(cuts, (red, green, blue), Threads(threads), device, scaled)
 
 
 def place(

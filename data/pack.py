@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -13,7 +14,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from common.cpus import cpus
 from common.disk import digest, read_json, whole, write_json
+from common.progress import Count, progress
 from common.text import duration, printable
-from data.ahead import Ahead, Threads, Work
+from data.ahead import Ahead, Threads, Work, pool_of
 from data.cache import Entry, cached, read_entry, write_entry
 from data.files import Part, cannot_decode
 from data.image_set import Levels, Source, kept_beside
@@ -45,10 +46,9 @@ READ = 2**23  # bytes that are hashed at a time
 UPRIGHT = 1 | PLAIN  # the kind of a JPEG that was made here
 
 Say = Callable[[str], None]
-Count = Callable[[int, int], None]  # how much is done, of how much
 
 
-def silent(*_: str | int) -> None:
+def silent(_: str) -> None:
     """Nobody is told."""
 
 
@@ -262,25 +262,25 @@ def _mean_and_std(
     )
 
 
-def check(path: Path, count: Count = silent) -> int:
+def check(path: Path) -> int:
     """Read all of a pack and compare each file with its hash; how many files there are.
 
     Raises UserError that names the first damaged file and the command that mends it.
     """
     _, meta = _index(path)
     files = _written(meta)
-    bad = _differing(path, files, count)
+    bad = _differing(path, files)
     if bad:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise _damaged(path, f"{bad[0]} is not what was written{more}", meta)
     return len(files)
 
 
-def _differing(path: Path, files: list[tuple[str, int, str]], count: Count) -> list[str]:
+def _differing(path: Path, files: list[tuple[str, int, str]]) -> list[str]:
     """Those of these files (name, bytes, hash) that are damaged or missing, in their order."""
     total, done, lock = sum(length for _, length, _ in files), 0, threading.Lock()
 
-    def same(file: tuple[str, int, str]) -> bool:
+    def same(file: tuple[str, int, str], count: Count) -> bool:
         nonlocal done
         state = hashlib.blake2b(digest_size=16)
         try:
@@ -294,14 +294,9 @@ def _differing(path: Path, files: list[tuple[str, int, str]], count: Count) -> l
             return False
         return state.hexdigest() == file[2]
 
-    with ThreadPoolExecutor(cpus()) as pool:
-        try:
-            return [
-                file[0] for file, ok in zip(files, pool.map(same, files), strict=True) if not ok
-            ]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with progress("comparing", "bytes") as count, pool_of(cpus()) as pool:
+        found = pool.map(same, files, itertools.repeat(count))
+        return [file[0] for file, ok in zip(files, found, strict=False) if not ok]
 
 
 def staged(path: Path, folder: Path, say: Say = silent) -> Path:
@@ -334,12 +329,8 @@ def staged(path: Path, folder: Path, say: Say = silent) -> Path:
                     raise _damaged(path, f"{name} is not what was written", meta)
             shutil.copyfile(_note_of(path / name), _note_of(out / name))  # it is whole
 
-        with ThreadPoolExecutor(cpus()) as pool:
-            try:
-                list(pool.map(copy, to_do))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with pool_of(cpus()) as pool:
+            list(pool.map(copy, to_do))
         with whole(out / INDEX) as partial:
             shutil.copyfile(path / INDEX, partial)
     return out
@@ -364,7 +355,7 @@ def _copied(source: Path, out: Path) -> str:
 
 def pack(
     source: Source, form: Form, out: Path, *, image_size: int, command: list[str],
-    skip_bad: bool = False, wait: bool = False, say: Say = silent, count: Count = silent,
+    skip_bad: bool = False, wait: bool = False, say: Say = silent,
 ) -> None:  # fmt: skip
     """Write all photographs of a data set into a pack; files that are finished already stay.
 
@@ -373,7 +364,7 @@ def pack(
     Raises UserError where something cannot be read or written, or lies there already.
     """
     with _told(out, "--out"), _alone(out, wait, "--out"):
-        _Packing(source, form, out, image_size, command, skip_bad, say, count).write()
+        _Packing(source, form, out, image_size, command, skip_bad, say).write()
 
 
 @contextlib.contextmanager
@@ -428,7 +419,7 @@ class _Packing:
 
     def __init__(
         self, source: Source, form: Form, out: Path, image_size: int, command: list[str],
-        skip_bad: bool, say: Say, count: Count,
+        skip_bad: bool, say: Say,
     ) -> None:  # fmt: skip
         assert isinstance(source.train, PhotoSet) and isinstance(source.test, PhotoSet)
         self.source, self.form, self.out, self.image_size = source, form, out, image_size
@@ -440,7 +431,7 @@ class _Packing:
                 code="no-files-to-keep",
             )
         self.train, self.test, self.photos = source.train, source.test, source.train.photos
-        self.skip_bad, self.say, self.count, self.command = skip_bad, say, count, command
+        self.skip_bad, self.say, self.command = skip_bad, say, command
         self.sizes = form.sizes(self.photos.sizes)
         self.states = _states(self.photos.store, range(len(self.photos)))
         self.planned = self._planned()
@@ -461,7 +452,8 @@ class _Packing:
         to_do = [number for number in range(len(self.shards)) if number not in done]
         if to_do:
             self._announce(to_do, done)
-            self._write_shards(to_do)
+            with progress("packing", "pictures") as count:
+                self._write_shards(to_do, count)
         elif (self.out / INDEX).is_file() and read_entry(self.out / INDEX):
             self.say(f"{printable(self.out)} is whole already")
             return
@@ -495,7 +487,7 @@ class _Packing:
             self.say("comparing the pack with its hashes")
             notes = [(number, self._note(number)) for number in sorted(done)]
             files = [(_name(number), note["bytes"], note["hash"]) for number, note in notes]
-            bad = set(_differing(self.out, files, self.count))
+            bad = set(_differing(self.out, files))
             done = {number for number in done if _name(number) not in bad}
         return done
 
@@ -542,7 +534,7 @@ class _Packing:
             f"{duration(seconds)}{already}; into {printable(self.out)}"
         )
 
-    def _write_shards(self, to_do: list[int]) -> None:
+    def _write_shards(self, to_do: list[int], count: Count) -> None:
         chunks = [
             range(self.shards[number].start + run.start, self.shards[number].start + run.stop)
             for number in to_do
@@ -575,7 +567,7 @@ class _Packing:
                                 note["checksums"].append(checksum)
                                 made += 1
                                 done += 1
-                            self.count(done, total)
+                            count(done, total)
                     self._refuse_changed(rows)
                 note |= {"bytes": sum(note["lengths"]), "hash": state.hexdigest()}
                 write_json(_note_of(self.out / _name(number)), note | {"damaged": damaged})
@@ -705,7 +697,7 @@ def _states(store: Store, rows: range) -> Tensor:
             return -1, 0
         return found.st_size, found.st_mtime_ns
 
-    with ThreadPoolExecutor(4 * cpus()) as pool:  # on a network disk most of it is waiting
+    with pool_of(4 * cpus()) as pool:  # on a network disk most of it is waiting
         found = list(pool.map(state, rows, chunksize=256))
     return torch.tensor(found, dtype=torch.int64).view(-1, 2)
 

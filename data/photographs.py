@@ -26,6 +26,11 @@ PLAIN = 16  # in a picture's kind: a JPEG whose colours need no thought; below i
 RETRIES = (1.0, 3.0, 6.0)  # seconds before a picture that cannot be read is tried once more
 PIECE = 4  # pictures that a thread takes at a time
 PHOTOGRAPH = 224  # pixels a side, where nobody says how large photographs are seen
+SCALING = {  # antialiased, as torch.nn.functional.interpolate calls them
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+REDUCTIONS = (8, 4, 2)  # what libjpeg can divide the sides of a picture by while it decodes
 
 
 class Store(Protocol):
@@ -131,19 +136,27 @@ class Photos:
 
     def pixels(self, place: int) -> np.ndarray:
         """A whole picture, upright RGB (H, W, 3) uint8, as its size was when it was scanned."""
+        return self.reduced(place, 1)[0]
+
+    def reduced(self, place: int, times: int) -> tuple[np.ndarray, int]:
+        """A whole picture of which the sides are divided, and by what: 1 where it is no JPEG."""
         found = self.store.raw(place)
         if found is None:
             outside: list[int] = []
-            found = decoded(self._read(place), int(self.kinds[place]), self.levels, outside)
+            kind = int(self.kinds[place])
+            times = times if kind & PLAIN else 1
+            found = decoded(self._read(place), kind, self.levels, outside, times)
             if outside:
                 self.clipped[place] = sum(outside)
-        height, width = self.sizes[place].tolist()
+        else:
+            times = 1
+        height, width = (-(-side // times) for side in self.sizes[place].tolist())
         if found.shape != (height, width, 3):
             raise ValueError(
                 f"is {found.shape[1]} x {found.shape[0]} now, was {width} x {height} when the "
                 "folder was scanned"
             )
-        return found
+        return found, times
 
     def _read(self, place: int) -> bytes:
         for pause in RETRIES:  # a network disk has bad seconds
@@ -157,12 +170,12 @@ class Photos:
 
     def batch(
         self, places: list[int], boxes: Boxes, fill: tuple[int, int, int], threads: Threads,
-        pinned: bool = False,
+        pinned: bool = False, scaled: bool = False,
     ) -> tuple[Work, Tensor, list[int]]:  # fmt: skip
         """The work that cuts these pictures; their images, (n, 3, S, S) uint8, once it is done.
 
         The last are the rows that turned out to be damaged: those are all of the fill colour.
-        Place -1 is padding.
+        Place -1 is padding. scaled: JPEGs are decoded smaller, as far as `reduction` allows.
         """
         shape = (len(places), boxes.size, boxes.size, 3)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
@@ -171,7 +184,7 @@ class Photos:
         def piece(rows: range) -> None:
             for row in rows:
                 place = places[row]
-                if place < 0 or not self._cut(place, row, boxes, pixels[row], fill):
+                if place < 0 or not self._cut(place, row, boxes, pixels[row], fill, scaled):
                     pixels[row] = fill
                     if place >= 0:
                         bad.append(row)
@@ -181,12 +194,15 @@ class Photos:
         return threads.do(pieces), images.permute(0, 3, 1, 2), bad
 
     def _cut(
-        self, place: int, row: int, boxes: Boxes, out: np.ndarray, fill: tuple[int, int, int]
-    ) -> bool:
+        self, place: int, row: int, boxes: Boxes, out: np.ndarray, fill: tuple[int, int, int],
+        scaled: bool,
+    ) -> bool:  # fmt: skip
         if place in self.damage.excluded or place in self.damage.found:
             return False
         try:
-            cut(self.pixels(place), boxes.rows[row], out, fill, boxes.interpolation)
+            wanted = boxes.rows[row]
+            pixels, times = self.reduced(place, reduction(wanted) if scaled else 1)
+            cut(pixels, in_reduced(wanted, times), out, fill, boxes.interpolation)
         except MemoryError:
             raise  # says nothing of the picture
         except Exception as error:  # Pillow raises many kinds on damaged files
@@ -261,13 +277,38 @@ def _simplejpeg() -> Callable[..., np.ndarray] | None:
 
 
 def decoded(
-    encoded: bytes, kind: int, levels: Levels | None = None, clipped: list[int] | None = None
-) -> np.ndarray:
-    """A whole picture, upright RGB (H, W, 3) uint8; levels and clipped are as of `decode`."""
+    encoded: bytes, kind: int, levels: Levels | None = None, clipped: list[int] | None = None,
+    times: int = 1,
+) -> np.ndarray:  # fmt: skip
+    """A whole picture, upright RGB (H, W, 3) uint8; levels and clipped are as of `decode`.
+
+    times: what the sides of a PLAIN one are divided by while it is decoded; they are rounded up.
+    """
     jpeg = _simplejpeg()
     if not kind & PLAIN or jpeg is None:
-        return decode(encoded, None, levels, clipped)
-    return upright(jpeg(encoded, "RGB"), kind % PLAIN)
+        return decode(encoded, None, levels, clipped, times)
+    if times == 1:
+        return upright(jpeg(encoded, "RGB"), kind % PLAIN)
+    from simplejpeg import decode_jpeg_header
+
+    height, width = (-(-int(side) // times) for side in decode_jpeg_header(encoded)[:2])
+    smaller = jpeg(encoded, "RGB", min_height=height, min_width=width, min_factor=times)
+    return upright(smaller, kind % PLAIN)
+
+
+def reduction(row: list[int]) -> int:
+    """By what a JPEG's sides may be divided while it is decoded, for a row of Boxes: 1, 2, 4, 8.
+
+    What is scaled then still has at least twice the pixels a side that are wanted.
+    """
+    left, top, right, bottom, height, width = row[:6]
+    room = min((bottom - top) // height, (right - left) // width)
+    return next((times for times in REDUCTIONS if 2 * times <= room), 1)
+
+
+def in_reduced(row: list[int], times: int) -> list[int]:
+    """A row of Boxes for the picture of which the sides were divided; to the nearest pixel."""
+    return row if times == 1 else [*((side + times // 2) // times for side in row[:4]), *row[4:]]
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -292,17 +333,20 @@ def cut(
     left, top, right, bottom, height, width, y, x, flips = row
     part = np.ascontiguousarray(pixels[top:bottom, left:right])
     part = torch.from_numpy(part if part.flags.writeable else part.copy())  # a page of a pack
-    if part.shape[:2] != (height, width):
-        part = torch.nn.functional.interpolate(
-            part.permute(2, 0, 1)[None], (height, width), mode=interpolation, antialias=True
-        )[0].permute(1, 2, 0)
+    if part.shape[:2] != (height, width):  # into what lies as a picture does: half the time
+        scaled = torch.empty((1, height, width, 3), dtype=torch.uint8)
+        SCALING[interpolation](
+            part.permute(2, 0, 1)[None], [height, width], False, out=scaled.permute(0, 3, 1, 2)
+        )
+        part = scaled[0]
     size = len(out)
-    seen = part[max(0, -y) : size - y, max(0, -x) : size - x].numpy()
+    seen = part[max(0, -y) : size - y, max(0, -x) : size - x]
     if seen.shape != out.shape:
         out[:] = fill
     y, x = max(0, y), max(0, x)
-    inside = out[:, ::-1] if flips else out
-    inside[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
+    if flips:  # torch turns rows around ten times faster than numpy does
+        seen, x = seen.flip(1), size - x - seen.shape[1]
+    out[y : y + seen.shape[0], x : x + seen.shape[1]] = seen.numpy()
 
 
 def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
@@ -322,16 +366,36 @@ def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
         return pixels.copy()
     if not told.get("photographs") and max(pixels.shape[:2]) <= SMALL:
         return np.asarray(square(Image.fromarray(pixels), size)).copy()
+    return _cut_as_told(lambda _: (pixels, 1), (height, width), told)
+
+
+def reduced_as_evaluated(encoded: bytes, told: Mapping) -> np.ndarray:
+    """A picture as the evaluation of a run with --decode scaled saw its own, (S, S, 3) uint8."""
+    height, width, kind = header(encoded)
+
+    def pixels(times: int) -> tuple[np.ndarray, int]:
+        times = times if kind & PLAIN else 1
+        return decoded(encoded, kind, told.get("levels"), times=times), times
+
+    return _cut_as_told(pixels, (height, width), told)
+
+
+def _cut_as_told(
+    reduced: Callable[[int], tuple[np.ndarray, int]], shape: tuple[int, int], told: Mapping
+) -> np.ndarray:
     # Small pictures that a run was trained on were not cut; nor were those of older runs.
+    size = told["image_size"]
     margin = default_resize(size) if told.get("photographs") else size
     cuts = Cuts(
         "none", size, told.get("eval_size", size), told.get("eval_resize", margin),
         told.get("resize", "crop"), 0, interpolation=told.get("interpolation", "bilinear"),
     )  # fmt: skip
-    boxes = cuts.evaluation(torch.tensor([pixels.shape[:2]]))
+    boxes = cuts.evaluation(torch.tensor([shape]))
     out = np.empty((boxes.size, boxes.size, 3), np.uint8)
     red, green, blue = (round(255 * value) for value in told["mean"])
-    cut(pixels, boxes.rows[0], out, (red, green, blue), boxes.interpolation)
+    pixels, times = reduced(reduction(boxes.rows[0]))
+    row = in_reduced(boxes.rows[0], times)
+    cut(pixels, row, out, (red, green, blue), boxes.interpolation)
     return out
 
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from common.cpus import cpus
-from common.text import printable
-from data.ahead import Threads
+from common.progress import progress
+from common.text import counted, duration, printable
+from data.ahead import Threads, pool_of
 from data.cuts import Cuts, default_resize
 from data.files import SAMPLED, Item, Part, Records, cannot_decode
 from data.image_set import Levels
@@ -38,36 +39,45 @@ class Scanned:
     levels: Levels | None = None
 
 
-def scan(records: Records, skip_bad: bool, levels: Levels | None = None) -> Scanned:
+def scan(
+    records: Records, skip_bad: bool, levels: Levels | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Scanned:  # fmt: skip
     """Sizes and kinds of all records that are pictures; `levels` of those that have 16 bits.
 
     Raises UserError on the first that is none, or leaves such out.
     """
-    total = len(records.items)
+    total, began = len(records.items), time.monotonic()
     ranges = [range(i, min(i + CHUNK, total)) for i in range(0, total, CHUNK)]
     kept: list[int] = []
     rows: list[tuple[int, int, int]] = []
     heads, skipped = [], []
-    with ThreadPoolExecutor(min(MOST_THREADS, 4 * cpus())) as pool:
+    with (
+        progress("reading headers", "pictures") as count,
+        pool_of(min(MOST_THREADS, 4 * cpus())) as pool,
+    ):
         looked = pool.map(lambda chunk: [_look(records.items[i]) for i in chunk], ranges)
         for chunk, found in zip(ranges, looked, strict=True):
             for index, one in zip(chunk, found, strict=True):
                 if isinstance(one, str):
                     problem = f"{records.names[index]}: {one}"
                     if not skip_bad:
-                        pool.shutdown(wait=False, cancel_futures=True)
                         raise cannot_decode(problem)
                     skipped.append(problem)
                     continue
                 kept.append(index)
                 rows.append(one[:3])
                 heads.append(one[3])
+            count(chunk.stop, total)
     if not kept:
         raise UserError(
             f"not one image could be read; the first: {[*skipped, 'none there'][0]}",
             code="bad-image",
         )
     numbers = torch.tensor(rows)
+    bad = f", {len(skipped):,} of which cannot be read" if skipped else ""
+    took = duration(time.monotonic() - began)
+    say(f"read the headers of {counted(total, 'photograph')} in {took}{bad}")
     return Scanned(
         records.part(kept), numbers[:, :2].int(), numbers[:, 2].to(torch.uint8), tuple(heads),
         tuple(skipped), levels,
@@ -113,7 +123,7 @@ def root_and_names(records: Records) -> tuple[Path, list[str]]:
 class RowStore:
     """Pictures in the rows of a table, in memory: on their way into a pack."""
 
-    items: list[Item]
+    items: Sequence[Item]
     words: str = "in memory"
 
     def encoded(self, place: int) -> bytes:

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.disk import digest, whole
 from common.text import class_name, printable, some
 from data.files import Records
-from data.image_set import LeftOut, Source
+from data.image_set import LeftOut, Source, labels_in_words
 from data.keyed_random import SPLIT, permutation
 from data.photographs import PhotoSet
 from errors import UserError
@@ -40,12 +40,15 @@ class Wanted:
 
     split: str | None = None
     group_by: str | None = None
+    many: bool = False  # a picture has any number of classes: see data/sources/many.py
 
     def key(self) -> list[str]:
         """What a cached data set depends on; nothing where nothing is asked for."""
         told = [] if self.group_by is None else [f"group by {self.group_by}"]
         if self.split is not None:
             told.append(f"split {digest(_file_of(self.split).read_bytes(), 16)}")
+        if self.many:
+            told.append("many labels")
         return told
 
 
@@ -236,7 +239,8 @@ def arranged(
     if any(records.is_test):
         return replace(records, notes=(*records.notes, *_parted(records)))
     keys = keys or [os.fsencode(name) for name in records.ids]
-    is_test = keyed_split(keys, records.labels, records.groups)
+    labels = [0] * len(keys) if wanted.many else records.labels
+    is_test = keyed_split(keys, labels, records.groups)
     if records.groups and not any(is_test):
         raise UserError(
             f"--group-by {printable(wanted.group_by)} makes {len(set(records.groups))} groups "
@@ -367,9 +371,10 @@ def rows_of(source: Source, places: Mapping[str, Tensor]) -> list[tuple[str, str
     rows = []
     for split, chosen in places.items():
         side = "test" if split == "test" else "train"
-        names, labels = names_of(source, side), getattr(source, side).labels.tolist()
-        if names:
-            rows += [(names[i], split, source.classes[labels[i]]) for i in chosen.tolist()]
+        if names := names_of(source, side):
+            words = labels_in_words(getattr(source, side).labels[chosen], source.classes)
+            numbers = chosen.tolist()
+            rows += [(names[i], split, w) for i, w in zip(numbers, words, strict=True)]
     return rows
 
 

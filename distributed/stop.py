@@ -14,9 +14,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from errors import UserError
 
 SECONDS_PER_ROW = 0.5  # at least, where rows are due by time: on a GPU
 REQUEUE = "requeue"  # in the STOP file of a job that its script puts back into the queue
@@ -33,6 +36,7 @@ REASONS = {
 }
 
 
+T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal has them
 
 
@@ -85,6 +89,27 @@ class StopVote:
             with contextlib.suppress(ValueError, OSError, TypeError):
                 signal.signal(number, handler)
         self._handlers.clear()
+
+    def interruptible(self, work: Callable[[], T]) -> Callable[[], T]:
+        """The work, which an interrupt ends with a UserError: no step comes that would vote."""
+
+        def wrapped() -> T:
+            before = signal.getsignal(signal.SIGINT)
+            if self.guest or before != self._on_signal:
+                return work()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                return work()
+            except KeyboardInterrupt:
+                raise UserError(
+                    "stopped before the first step. What is finished stays: the same command goes "
+                    "on.",
+                    code="stopped-early",
+                ) from None
+            finally:
+                signal.signal(signal.SIGINT, before)
+
+        return wrapped
 
     def connect(self, group: dist.ProcessGroup | None, is_main: bool) -> None:
         """Vote in this group (None: alone) from now on."""

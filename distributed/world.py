@@ -123,19 +123,18 @@ class World(contextlib.AbstractContextManager):
         """This value of every process, by rank."""
         return machine.everyones(self.accelerator, mine)
 
-    def together(self, counts: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
-        """The sum of every process's counts, and (processes, ...) what each kept, on the CPU.
+    def together(
+        self, counts: Tensor, answers: Tensor, kept: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums of every process's counts and answers, (processes, ...) what each kept: here.
 
-        Both int64, so that the host waits once.
+        All int64, so that the host waits once.
         """
-        counts = self.sum(counts)
+        sums = self.sum(torch.cat([counts.flatten(), answers.flatten()]))
         kept = cast(Tensor, self.accelerator.gather(kept[None]))
-        host = (
-            torch.cat([counts.flatten(), kept.flatten()])
-            .cpu()
-            .split([counts.numel(), kept.numel()])
-        )
-        return host[0].view(counts.shape), host[1].view(kept.shape)
+        sizes = [counts.numel(), answers.numel(), kept.numel()]
+        host = torch.cat([sums, kept.flatten()]).cpu().split(sizes)
+        return host[0].view(counts.shape), host[1].view(answers.shape), host[2].view(kept.shape)
 
     def all_or_none(self, work: Callable[[], T]) -> T:
         """What work() returns here; a UserError of any process is raised on all, naming it."""

@@ -11,6 +11,7 @@ from config import parse
 from data.augment import Augment
 from data.pack import levels_in
 from data.sources import load_source
+from data.sources.many import multi_hot
 from errors import UserError
 from export.forms import Ask, answer
 from export.service import in_unit
@@ -54,14 +55,16 @@ def pictures_of_run(folder: Path, told: dict, built: str, most: int) -> Tensor:
     source = load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=config.split,
-        group_by=config.group_by, levels=levels_in(told),
+        group_by=config.group_by, levels=levels_in(told), many=config.task == "multilabel",
     )  # fmt: skip
+    if config.task == "multilabel":
+        source = multi_hot(source)
     if list(source.classes) != list(told["classes"]):
         raise UserError("the data have other classes by now", code="other-classes")
     count = len(source.test)
     chosen = torch.linspace(0, count - 1, min(most, count)).long()
     few = replace(source, test=source.test.part(chosen))
-    data = build_data(settings, few, 1, torch.device("cpu"))
+    data = build_data(settings, few, torch.device("cpu"), 1, 0)
     batches = [batch["images"][batch["weights"] > 0] for batch in data.evaluation("test")]
     return torch.cat(batches)
 

@@ -87,6 +87,12 @@ def preprocessing(told: dict) -> dict[str, Json]:
     }  # fmt: skip
 
 
+def confidences(told: dict) -> str:
+    """What makes confidences of the logits."""
+    many = told.get("task") == "multilabel"
+    return "sigmoid of each class" if many else "softmax over the classes"
+
+
 def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str, Json]:
     """All that a program needs to know of an exported file.
 
@@ -106,7 +112,7 @@ def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str
         },
         "output": {
             "name": OUTPUT, "shape": ["batch", len(classes)], "type": "float32",
-            "confidences": "softmax over the classes",
+            "confidences": confidences(told),
         },
         "preprocessing": preprocessing(told),
         "metrics": {k.removeprefix(start): v for k, v in summary.items() if k.startswith(start)

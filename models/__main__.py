@@ -1,4 +1,4 @@
-"""The table of models; with the name of one its layers, with torchvision: or 'timm:vit_*' names."""
+"""The tables of models and recipes; of one its layers; with torchvision: or 'timm:vit_*' names."""
 
 import argparse
 import fnmatch
@@ -11,6 +11,7 @@ from errors import UserError
 from models import MODELS, build_model, lookup
 from models.looks import published_look
 from models.own_file import is_own_file
+from models.recipes import RECIPES
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ def main() -> int:
     try:
         if arguments.model is None:
             console.print(table_of_models(arguments.classes))
+            console.print(table_of_recipes())
         elif arguments.model.endswith(":") or "*" in arguments.model:
             console.print("\n".join(names_like(arguments.model)), highlight=False, markup=False)
         else:
@@ -70,6 +72,18 @@ def table_of_models(num_classes: int) -> "Table":
             f"batch {recipe['batch_size']}, {counted(int(recipe['epochs']), 'epoch')}",
             entry.summary,
         )
+    return table
+
+
+def table_of_recipes() -> "Table":
+    """The recipes that --recipe names, with what is claimed of each and by whom."""
+    from rich.table import Table
+
+    table = Table("recipe", title="Recipes: train.py --recipe NAME; more in docs/recipes.md")
+    for heading in ("what it is", "test accuracy claimed", "time"):
+        table.add_column(heading)
+    for name, recipe in RECIPES.items():
+        table.add_row(name, recipe.summary, recipe.claim, recipe.cost)
     return table
 
 

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 from common.disk import read_json
-from common.text import duration, pasted
+from common.text import duration, pasted, printable
+from data.pack import BEGUN
 from distributed.checkpoint import verify, visible
 from distributed.watch import alive
 from errors import FAILED, FINISHED, UserError
-from report.screen import Report
+from report.screen import WORTH_TELLING, Report
 from training.goodput import goodput, in_words
 from training.run_dir import free_bytes
 
@@ -29,6 +30,7 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     rows.append(("lives", f"{(status.get('life') or 0) + 1}, the last from step {resumed(status)}"))
     if spent := goodput(status.get("lives") or []):
         rows.append(("goodput", in_words(spent)))
+        rows += [("images", line) for line in what_helps(spent, config.get("config", {}))]
     if status.get("last_save_error"):
         rows.append(("last save", status["last_save_error"]))
     whole, found = checkpoints(folder / "checkpoints")
@@ -54,6 +56,25 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     typed = str(status.get("go_on") or "")
     typed = typed if typed.startswith("sbatch ") else pasted("train.py", "--resume", folder)
     return rows, typed, state == "stopped"
+
+
+def what_helps(spent: dict[str, float], config: dict) -> list[str]:
+    """What limits a run whose steps waited for photographs, and what is to be done."""
+    waited = spent["data"] / max(1e-9, spent["data"] + spent["useful"])
+    if waited < WORTH_TELLING:
+        return []
+    path = Path(str(config.get("data_dir") or config.get("dataset")))
+    store = read_json(path / BEGUN, {}).get("store")
+    prepare = ["python -m data prepare --dataset", printable(shlex.quote(str(path))), "--out PACK"]
+    if store == "raw":
+        helps = "they lie decoded, so the disk limits: --stage FOLDER reads them from a local one"
+    elif store == "jpeg":
+        helps = "decoding or the disk limits: more --decode-threads where CPUs are free, or "
+        helps += f"{' '.join(prepare)} --store raw"
+    else:
+        helps = "decoding or the disk limits: more --decode-threads where CPUs are free, or "
+        helps += f"{' '.join(prepare)} (--store raw: no decoding at all)"
+    return [f"{100 * waited:.0f} % of the training time waited for them; {helps}"]
 
 
 def state_in_queue(job: str) -> str:

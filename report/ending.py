@@ -109,6 +109,7 @@ def _write(
         screen.warn(f"report.html cannot be written: {type(error).__name__}: {error}")
     panels.show_ending(
         screen,
+        plan,
         folder,
         written,
         learner.task,
@@ -139,7 +140,7 @@ def run_to_exit(
         with world:
             status = main(world, observer or observer_asked_for())
     except UserError as error:
-        status, words = USER_ERROR, str(error)
+        status, words = STOPPED if error.code == "stopped-early" else USER_ERROR, str(error)
         if not speaks(world):
             words = world.own_words if world is not None else ""
         if error.told:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+from torch import Tensor
+
 from common.disk import Json
 from common.text import counted, duration
 from config import restarted, to_json
@@ -25,6 +27,7 @@ from tasks import Task
 from training.data import Data
 from training.goodput import Ledger
 from training.plan import Plan, starts_over
+from training.predictions import PREDICTIONS, take_answers, write_predictions
 from training.run_dir import (
     RunDir,
     describe_environment,
@@ -295,6 +298,7 @@ class Logbook(contextlib.AbstractContextManager):
     ) -> bool:  # fmt: skip
         """Record an evaluation in rows and progress; whether it is the best so far."""
         self.world.watch.patient.discard("evaluate")
+        answers = take_answers(results)
         progress.evaluated = progress.step
         progress.last = results["test"]
         epoch = schedule.seen(progress.step)
@@ -308,6 +312,7 @@ class Logbook(contextlib.AbstractContextManager):
         if better:
             progress.best, progress.best_epoch = chosen, epoch
             progress.best_step, progress.best_metrics = progress.step, results["test"]
+            self.predicted(answers, task, data)
         self._record(row, progress)
         self.status(best=progress.best)
         left = self.clock.left(schedule.last_step - progress.step)
@@ -321,6 +326,15 @@ class Logbook(contextlib.AbstractContextManager):
             words = f"no better {task.best.title} for {counted(schedule.plateau, 'evaluation')}"
             self.screen.show(f"{words}: the learning rate falls to {rate:.3g}")
         return better
+
+    def predicted(self, answers: dict[str, Tensor], task: Task, data: Data) -> None:
+        """What the best weights answer to each picture goes beside them."""
+        if self.folder is None:
+            return
+        try:
+            write_predictions(self.folder.folder / PREDICTIONS, answers, task, data)
+        except OSError as error:
+            self.screen.warn(f"{PREDICTIONS} cannot be written ({error})")
 
     def _record(self, row: dict, progress: Progress) -> None:
         """A row for metrics.jsonl, the truth, and for the trackers, its copies."""

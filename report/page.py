@@ -128,7 +128,7 @@ class Files:
     def has_matrix(self) -> bool:
         """Whether there ought to be one: not for a regression, nor before an evaluation."""
         evaluated = is_number(self.best[0].get(f"test/{self.deciding.key}"))
-        return evaluated and self.classes.get("classes") != []
+        return evaluated and self.classes.get("classes") != [] and not self.summary.get("by_class")
 
     def matrix(self) -> tuple[list[list[int]], list[str]]:
         """The confusion matrix, rows: the true class, and the names of the classes."""
@@ -212,6 +212,11 @@ def curves(files: Files) -> Markup:
     drawn += [
         chart("learning rate", {"lr": files.points("lr")}),
         chart("images per second", {SPEED: files.points(SPEED)}),
+        chart(
+            "waited for photographs, part of the time",
+            {"data/wait": files.points("data/wait")},
+            lambda share: f"{short(100 * share)} %",
+        ),
         chart("gradient norm, before clipping", {"train": files.points("train/grad_norm")}),
         chart("peak memory so far, GB", {"memory": files.points("system/peak_memory_gb")}),
     ]
@@ -264,7 +269,16 @@ def confusion(files: Files) -> Markup | str:
 
 
 def per_class(files: Files) -> Markup | str:
-    """Accuracy and precision of each class."""
+    """Accuracy and precision of each class, or what the task tells of each."""
+    if told := files.summary.get("by_class"):
+        metrics = [Metric(**metric) for metric in told["metrics"]]
+        columns = [told["values"][metric.key] for metric in metrics]
+        rows = [
+            [name, *("-" if v is None else m.show(v) for m, v in zip(metrics, row, strict=True))]
+            for name, *row in zip(files.classes["classes"], *columns, strict=True)
+        ]
+        made = PARTS.table(["class", *(f"#{metric.title}" for metric in metrics)], rows)
+        return PARTS.folded(f"{len(rows)} classes", made) if len(rows) > MOST_NAMES else made
     if not files.has_matrix:
         return ""
     if not files.confusion and len(files.classes["classes"]) > MOST_NAMES:

@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,13 +21,15 @@ from errors import FAILED, FINISHED, STOPPED
 from models.__main__ import table_of_layers
 from models.own_file import is_own_file
 from report import pictures
+from report.claim import far_from_claim, told_claim
 from report.screen import Report
-from tasks import Task, never_found
+from tasks import Task
 from training.data import Data
 from training.elsewhere import write_evaluation
 from training.learner import Learner
 from training.lr_finder import Rates
 from training.plan import Plan
+from training.predictions import take_answers, write_predictions
 from training.run_dir import DAMAGED as DAMAGED_LIST
 from training.run_dir import SKIPPED, go_on, job
 from training.schedule import Schedule
@@ -82,7 +84,9 @@ def show_start(
         epoch = schedule.place(progress.step)[0]
         ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
         rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{ahead}{shown}"))
-    hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads"}
+    if config.recipe != "none":
+        rows.insert(0, ("recipe", told_claim(config.recipe)))
+    hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads", "recipe"}
     if config.normalize not in ("auto", "data"):
         hidden.add("normalize")
         mean, std = (
@@ -249,7 +253,7 @@ def show_evaluation(
     """What --eval-only prints, and writes into the run folder. The exit status."""
     if results is None:
         return STOPPED
-    rows = []
+    rows, answers = [], take_answers(results)
     for split, found in results.items():
         shown = on_line(started.task)
         more = [metric for metric in started.task.metrics if metric not in shown]
@@ -258,9 +262,13 @@ def show_evaluation(
         rows.append((split, f"{counted(found['images'], 'image')}: {in_full(found, shown)}"))
     if "confusion" in results["test"]:
         screen.class_table(data.classes, dense(results["test"]["confusion"]))
+    if by_class := results["test"].get("by_class"):
+        screen.class_numbers(data.classes, started.task.class_metrics, by_class)
     if world.is_main and plan.config.run_dir:
         try:
-            rows.append(("written", str(write_evaluation(plan, data.source, results))))
+            path = write_evaluation(plan, data.source, results)
+            write_predictions(path.with_suffix(".csv"), answers, started.task, data)
+            rows.append(("written", f"{path}, and {path.stem}.csv with the answer to each image"))
         except OSError as error:
             screen.warn(f"the evaluation cannot be written ({error})")
     screen.end_panel(f"evaluated {weights_shown(plan, started)}", rows, good=True)
@@ -296,6 +304,9 @@ def write_summary(
     summary["test/images"] = last.get("images")
     if "calibration" in best:
         summary["calibration"] = best["calibration"]
+    if "by_class" in best:
+        declared = [asdict(metric) for metric in task.class_metrics]
+        summary["by_class"] = {"metrics": declared, "values": best["by_class"]}
     write_json(folder / "summary.json", summary)
     if "confusion" in best:  # a file of its own: a thousand classes are a million numbers
         about = {"split": "test", "step": progress.best_step, "epoch": progress.best_epoch}
@@ -311,8 +322,8 @@ def cannot_decode(damaged: dict[str, str]) -> str:
 
 
 def show_ending(
-    screen: Report, folder: Path, page: Path | None, task: Task, data: Data, progress: Progress,
-    model: nn.Module, code: int, reason: str, world: World,
+    screen: Report, plan: Plan, folder: Path, page: Path | None, task: Task, data: Data,
+    progress: Progress, model: nn.Module, code: int, reason: str, world: World,
 ) -> None:  # fmt: skip
     """The table and the panel of the end."""
     best, last, metric = progress.best_metrics, progress.last, task.best
@@ -321,12 +332,17 @@ def show_ending(
         screen.class_table(
             data.classes, dense(best["confusion"]), f"at epoch {progress.best_epoch}, the best"
         )
+    if "by_class" in best:
+        when = f"at epoch {progress.best_epoch}, the best"
+        screen.class_numbers(data.classes, task.class_metrics, best["by_class"], when)
     if best and metric.has("best"):
         split = "validation part" if data.chosen_on == "val" else "test split"
         images = metric.about(counted(last["images"], "test image"))
         rows.append(("last", f"{metric.show(last[metric.key])} {images}"))
-        if missed := never_found(best, data.classes):
+        if missed := task.never_found(best, data.classes):
             screen.warn(missed)
+        if code == FINISHED and not reason and (far := far_from_claim(plan.config, data, last)):
+            screen.warn(far)
         words = f"{metric.show(best[metric.key])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
         also = [m.named(best[m.key]) for m in task.metrics if m.has("end") and m.key in best]
@@ -366,7 +382,7 @@ def show_ending(
     elif code == FAILED:
         title = f"ended without its last checkpoint: {reason}"
     else:
-        if data.source.task == "classification":
+        if data.classes:
             commands.append(("predict", pasted("predict.py", "PICTURE.png", "--run", folder)))
         commands.append(("repeat", shlex.join(["sh", str(folder / "command.sh")])))
     good = code == FINISHED or (code == STOPPED and world.stop.goes_on_by_itself())

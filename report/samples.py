@@ -1,18 +1,21 @@
 """Pictures of what a model was given and what it was most wrongly sure of."""
 
+import textwrap
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.confusion import dense
-from common.text import percent, printable
+from common.text import printable
+from data.image_set import labels_in_words
 from distributed.checkpoint import Progress
 from report import pictures
 from tasks import Task
 from training.data import Data
 
 MOST_SAMPLES = 32
+WIDTH = 24  # characters above a picture
 
 
 def draw_pictures(
@@ -42,22 +45,30 @@ def draw_pictures(
     draw_samples(data, classes, folder / "samples.png")
     if examples:
         images = data.test.seen(places).cpu()
+        labels = in_lines(data.test.labels.cpu()[places], classes)
         words = [
-            f"{classes[e['label']]}\nas {classes[e['answer']]} {percent(e['confidence'])}"
-            for e in examples
+            task.caption(example, label, classes)
+            for example, label in zip(examples, labels, strict=True)
         ]
         pictures.sheet(images, words, folder / "mistakes.png")
 
 
 def draw_samples(data: Data, classes: list[str], path: Path) -> None:
     """Training images of each class as the model sees them."""
-    chosen = of_each_class(data.train.labels.cpu(), MOST_SAMPLES)
+    labels = data.train.labels.cpu()
+    chosen = of_each_class(labels if labels.ndim == 1 else labels.argmax(1), MOST_SAMPLES)
     images = data.train.shown(chosen)
     images = data.augment.train(images, chosen.to(images.device), 0).float().cpu()
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.source.mean, data.source.std))
     shown = ((images * std + mean) * 255).clamp(0, 255).byte()
-    names = [classes[label] for label in data.train.labels.cpu()[chosen].tolist()]
-    pictures.sheet(shown, names, path)
+    pictures.sheet(shown, in_lines(labels[chosen], classes), path)
+
+
+def in_lines(labels: Tensor, classes: list[str]) -> list[str]:
+    """What pictures are, in lines that fit above them."""
+    if labels.ndim == 1:
+        return labels_in_words(labels, classes)
+    return [textwrap.fill(words, WIDTH) for words in labels_in_words(labels, classes, ", ")]
 
 
 def of_each_class(labels: Tensor, most: int) -> Tensor:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.confusion import totals
+from common.metric import Metric
 from common.streams import lost_words
 from common.text import duration, percent, printable
 
@@ -195,11 +196,34 @@ class Report:
             )  # fmt: skip
         self.show(table)
 
+    def class_numbers(
+        self, classes: list[str], metrics: Sequence[Metric], values: dict[str, list], when: str = ""
+    ) -> None:
+        """The metrics of each class, of many classes those that are lowest by the second metric."""
+        few = len(classes) <= MOST_CLASSES
+        shown = "test images per class" if few else f"the {MOST_CLASSES} classes least well known"
+        table = Table(title=f"{shown} {when}".strip(), title_justify="left")
+        table.add_column("class")
+        for metric in metrics:
+            table.add_column(metric.title, justify="right")
+        places = list(range(len(classes)))
+        if not few:
+            told = values[metrics[1].key]
+            there = [place for place in places if told[place] is not None]
+            places = sorted(there, key=lambda place: told[place])[:MOST_CLASSES]
+        for place in places:
+            cells = [(metric, values[metric.key][place]) for metric in metrics]
+            words = ["-" if value is None else metric.show(value) for metric, value in cells]
+            table.add_row(Text(printable(classes[place])), *words)
+        self.show(table)
+
     def predictions(self, results: dict[str, list[tuple[str, float]]]) -> None:
         """What predict.py found: a picture a block, the likeliest class first."""
         table = Table("picture", "class")
         table.add_column("confidence", justify="right")
         for path, found in results.items():
+            if not found:
+                table.add_row(Text(printable(path)), Text("none", style="dim"), "")
             for rank, (name, confidence) in enumerate(found):
                 first = Text(printable(path)) if rank == 0 else ""
                 style = "bold" if rank == 0 else "dim"

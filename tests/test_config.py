@@ -318,10 +318,13 @@ def test_a_resumed_run_keeps_its_settings_and_lists_what_was_typed_otherwise(tmp
 
 def test_what_may_change_may_change(tmp_path):
     folder = saved_run(tmp_path)
-    for name in MAY_CHANGE - {"run_dir", "track", "plots", "tta", "select", "skip_bad_images"}:
+    for name in MAY_CHANGE - {"run_dir", "track", "plots", "tta", "select", "skip_bad_images",
+                             "threshold"}:  # fmt: skip
         text = TYPES[name] in (str, str | None)
         parse(["--resume", folder, f"--{name}", "9m" if text else "7"])
     parse(["--resume", folder, "--select", "loss"])
+    many = saved_run(tmp_path, "--task", "multilabel", name="many")
+    assert config("--resume", many, "--threshold", "0.3").threshold == 0.3
     parse(
         [
             "--resume",

@@ -17,6 +17,7 @@ WAYS = {
     "focal-given-weights": "--loss focal --class-weights 1,2,3,4,5,1,2,3,4,5",
     "own-loss": f"--loss {OWN_LOSS} --class-weights balanced",
     "balanced-order": "--sampler balanced",
+    "many-labels": "--task multilabel --mixup 0.4 --loss focal --label-smoothing 0.1",
     **{
         name: f"--optimizer {name} --lr 0.002 --weight-decay 0.1"
         for name in ("lion", "nadamw", "lamb", "rmsprop")
@@ -25,7 +26,7 @@ WAYS = {
     "own-optimizer": "--optimizer my_optim.py:Counts --lr 0.02 --schedule one_cycle",
     "plateau-and-patience": "--schedule plateau --plateau 1 --patience 2 --lr 1e-9 --epochs 9",
 }
-FAST = {"bce-weights-mixup", "schedule-free"}
+FAST = {"bce-weights-mixup", "schedule-free", "many-labels"}
 CODE = """
 from torch import nn
 from torch.nn import functional as F

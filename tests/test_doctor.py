@@ -2,8 +2,12 @@
 
 import json
 import os
+import time
 
+import pytest
 from launches import SMALL, newest, python, train
+
+from report.doctor import examine
 
 
 def doctor(folder) -> tuple[int, str]:
@@ -46,3 +50,25 @@ def test_the_doctor_tells_finished_died_damaged_and_foreign_folders_apart(nets):
     assert status == 0 and "finished, step 8" in said and "predict.py" in said
     status, said = doctor(nets)
     assert status == 2 and "holds no run" in said
+
+
+@pytest.mark.parametrize(
+    ("store", "says"),
+    [("raw", "--stage FOLDER"), ("jpeg", "PACK --store raw"), (None, "(--store raw: no decoding")],
+)
+def test_a_run_that_waited_for_photographs_hears_what_helps(tmp_path, store, says):
+    """The part is of the time in which steps were made, whatever else the run did."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    for folder in (run, data):
+        folder.mkdir()
+    if store:
+        (data / "begun.json").write_text(json.dumps({"store": store}))
+    (run / "config.json").write_text(json.dumps({"config": {"dataset": str(data)}}))
+    now = time.time()
+    for waited, told in ((30, True), (2, False)):
+        seconds = {"start": 100, "data": waited}
+        life = {"born": now - 200, "until": now, "at": 10, "step": 0, "seconds": seconds}
+        (run / "status.json").write_text(json.dumps({"status": "stopped", "lives": [life]}))
+        lines = [words for name, words in examine(run)[0] if name == "images"]
+        assert bool(lines) == told
+        assert not told or (lines[0].startswith("30 % of the training time") and says in lines[0])

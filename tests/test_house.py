@@ -28,7 +28,7 @@ FLOORS = [
 ]
 # Packages with one door; a __main__.py prints tables of its own, outside any run.
 DOORS = {
-    "rich": {"report/", "models/__main__.py", "data/__main__.py"},
+    "rich": {"report/", "models/__main__.py", "common/progress.py"},
     "datasets": {"data/"},
     "wandb": {"report/tracking.py"},
     "matplotlib": {"report/pictures.py", "data/__main__.py"},

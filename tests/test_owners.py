@@ -253,7 +253,9 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
         assert written == [{"step": 7}]
         result = {metric.key: 0.5 for metric in task.metrics} | {"images": 6}
         result["confusion"] = [[2, 0, 0]] * 3
-        assert log.evaluated({"test": result}, task, data, plan, progress)
+        monkeypatch.setattr(log, "predicted", lambda *_: None)
+        answers = {"answers": task.new_answers(6, torch.device("cpu"))}
+        assert log.evaluated({"test": result | answers}, task, data, plan, progress)
         assert {"best": 0.5} in [{"best": w.get("best")} for w in written]
 
 

@@ -511,3 +511,16 @@ def test_pages_of_real_runs_are_whole_in_a_browser(look, runs, name, images):
     assert console == [] and asked == ["/harness.html", "/report.html"]
     assert len(seen["images"]) == images and all(seen["images"])
     assert seen["scroll"] == 360 and seen["outside"] == []
+
+
+def test_the_share_that_waited_for_photographs_is_a_chart_where_it_was_measured(tmp_path):
+    fabricate(tmp_path / "run")
+    curves = section(page.build(tmp_path / "run"), "Curves")
+    assert "waited for photographs" not in curves and curves.count("<polyline") == 5
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [row | {"data/wait": 0.25} if "lr" in row else row for row in rows]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = section(page.build(tmp_path / "run"), "Curves")
+    assert "waited for photographs" in curves and curves.count("<polyline") == 6
+    assert "25 %" in curves

@@ -15,11 +15,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from data import files
+from data import photographs as module
 from data.ahead import Ahead, Threads
 from data.augment import random_boxes
 from data.cuts import Cuts, default_resize
 from data.keyed_random import AUGMENT, uniforms
-from data.photographs import Names, cut, decoded, header
+from data.photographs import PLAIN, Names, cut, decoded, header, reduction
 from data.scan import scan
 from data.sources import load_source
 from errors import UserError
@@ -152,6 +153,39 @@ def test_every_kind_of_picture_is_decoded_as_pillow_decodes_it():
         assert (upright == files.decode(turned)).all(), orientation
 
 
+@pytest.mark.parametrize("kind", ["resized_crop", "none"])
+def test_a_smaller_jpeg_still_has_twice_the_pixels_that_are_wanted(kind):
+    shapes = [(height, width) for height in (64, 300, 450, 1200, 5000) for width in (64, 449, 3000)]
+    cuts, met = Cuts(kind, 96, 96, 110, "crop", seed=0), set()
+    for row in cuts.training(torch.tensor(shapes * 9), torch.arange(9 * len(shapes)), 0).rows:
+        left, top, right, bottom, height, width, *_ = row
+        times = reduction(row)
+        met.add(times)
+        room = min((bottom - top) / height, (right - left) / width)
+        assert times == 1 or room / times >= 2
+        assert times == 8 or room / (2 * times) < 2  # and no more than that
+    assert met == {1, 2, 4, 8}
+
+
+def test_a_smaller_jpeg_is_the_same_whoever_decodes_it(monkeypatch):
+    jpegs = [encoded(noise(391, 173, seed)) for seed in range(2)]
+    jpegs.append(encoded(np.ascontiguousarray(noise(64, 90)[..., 0])))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpegs.append(encoded(noise(120, 333), exif=exif, progressive=True))
+    ways = []
+    for found in (module._simplejpeg(), None):
+        monkeypatch.setattr(module, "_simplejpeg", lambda found=found: found)
+        ways.append([decoded(jpeg, header(jpeg)[2], times=k) for jpeg in jpegs for k in (2, 4, 8)])
+    for jpeg, one in zip([jpeg for jpeg in jpegs for _ in range(3)], ways[0], strict=True):
+        height, width, kind = header(jpeg)
+        assert kind & PLAIN and one.shape[:2] in [
+            (-(-height // k), -(-width // k)) for k in (2, 4, 8)
+        ]
+    for one, other in zip(*ways, strict=True):
+        assert (one == other).all()
+
+
 def test_names_come_back_as_they_were():
     names = ["a/ü.jpg", "", "b\udcff.png", "long " * 50]
     packed = Names.of(names)
@@ -274,6 +308,29 @@ def test_any_number_of_processes_and_threads_makes_the_same_run(place, name, pro
     assert numbers(place / name) == numbers(place / "one")
     assert pixels_of(place / f"{name}-record") == pixels_of(place / "one-record")
     assert all(0 <= row["data/wait"] <= 1 for row in rows(place / name) if "train/loss" in row)
+
+
+def test_smaller_jpegs_are_a_setting_of_the_run(place):
+    words = [*RUN, "--image-size", "12", "--decode", "scaled"]
+    cache = {"LOCKSTEP_CACHE": str(place / "scaled-cache")}  # with room: no pixels are kept there
+    numbers_of, pixels = [], []
+    for name, processes, more in (
+        ("smaller", 1, []), ("smaller-two", 2, ["--decode-threads", "3"]),
+        ("not-smaller", 1, ["--decode", "full"]),
+    ):  # fmt: skip
+        record = {"LOCKSTEP_RECORD": f"{name}-record"}
+        done = train([*words, *more, "--run-dir", name], place, processes, **record, **cache)
+        assert done.status == 0, done.out
+        said = " ".join(done.out.replace("│", " ").split())
+        assert (", scaled)" in said) == (name != "not-smaller")
+        numbers_of.append(numbers(place / name))
+        pixels.append(pixels_of(place / f"{name}-record"))
+    assert numbers_of[0] == numbers_of[1] and pixels[0] == pixels[1]
+    assert numbers_of[0] != numbers_of[2] and pixels[0] != pixels[2]
+    resumed = train(["--resume", "smaller", "--decode", "full", "--epochs", "3"], place, **cache)
+    assert resumed.status == 2 and "--allow-change decode" in " ".join(resumed.out.split())
+    resumed = train(["--resume", "smaller", "--epochs", "3"], place, **cache)
+    assert resumed.status == 0 and ", scaled)" in " ".join(resumed.out.replace("│", " ").split())
 
 
 def test_a_kill_and_a_move_of_the_folder_change_nothing(place):

@@ -181,14 +181,14 @@ def test_a_wrong_word_is_one_sentence(words, says, weights, monkeypatch, capsys)
 @pytest.mark.parametrize("shape", [(8, 8), (64, 64), (40, 60), (100, 60), (300, 500), (80, 80)])
 @pytest.mark.parametrize("words", ["--image-size 16", "--image-size 48", "--image-size 64"
     " --resize pad", "--image-size 32 --eval-size 48", "--image-size 32 --resize squash",
-    "--image-size 96 --eval-resize 96"])  # fmt: skip
+    "--image-size 96 --eval-resize 96", "--image-size 16 --decode scaled"])  # fmt: skip
 def test_a_picture_is_seen_as_the_evaluation_sees_it(tmp_path, words, shape):
-    (height, width), cpu = shape, torch.device("cpu")
+    (height, width), cpu, scaled = shape, torch.device("cpu"), "scaled" in words
     draw = torch.Generator().manual_seed(0)
     for folder in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / folder).mkdir(parents=True)
         pixels = torch.randint(256, (height, width, 3), generator=draw).byte().numpy()
-        Image.fromarray(pixels).save(tmp_path / folder / "x.png")
+        Image.fromarray(pixels).save(tmp_path / folder / "x.png", "jpeg" if scaled else "png")
     settings = parse([*words.split(), "--batch-size", "1", "--model", "my_cnn"])
     source = load_source(str(tmp_path), image_size=settings.config.image_size)
     data = build_data(settings, source, cpu, 1, 0)

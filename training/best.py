@@ -14,6 +14,7 @@ from tasks import Task
 from training.checkpoints import Checkpoints
 from training.data import Data
 from training.learner import Learner
+from training.predictions import PREDICTIONS, take_answers, write_predictions
 
 Evaluate = Callable[[Learner, Data, World, Progress], dict[str, dict] | None]
 
@@ -28,7 +29,7 @@ def terms(checkpoints: Checkpoints, data: Data, task: Task) -> dict:
         "split": data.chosen_on + held_out,
         "limit": config.limit,
         "tta": config.tta,
-        "metric": task.best_is,
+        "metric": task.chosen_by,
     }
 
 
@@ -68,10 +69,16 @@ def keep_best_comparable(
             if results is None:  # told to stop: the next life does it
                 progress.best_of = before
                 return
+            answers = take_answers(results)
             progress.best = results[data.chosen_on][learner.task.best_is]
             progress.best_step, progress.best_metrics = step, results["test"]
             epoch = (step + progress.ahead) / progress.steps_per_epoch
             progress.best_epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
+            if world.is_main:
+                try:
+                    write_predictions(path.with_name(PREDICTIONS), answers, learner.task, data)
+                except OSError as error:
+                    warn(f"{PREDICTIONS} cannot be written ({error})")
     if why:
         progress.best, progress.best_metrics, progress.best_step = None, {}, 0
         progress.best_epoch = 0

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from common.disk import Json
 from common.text import counted
-from config import HINTS, BatchPlan, Settings, TrainConfig, mean_and_std, plan_batch
+from config import HINTS, BatchPlan, Settings, TrainConfig, mean_and_std, plan_batch, task_of
 from data.augment import Augment
 from data.cache import Entry, read_entry
 from data.cuts import Cuts, default_resize, lost
@@ -32,6 +32,7 @@ from data.pack import levels_in
 from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.policy import parse_policy
 from data.sources import Source, limited, load_source
+from data.sources.many import multi_hot
 from data.splits import SPLIT_FILE, divided
 from distributed import faults
 from distributed.stop import DAMAGED
@@ -122,7 +123,7 @@ class Data:
             seen = f"{cuts.eval_size} pixels ({cuts.resize})"
         return [
             f"{sizes_in_words(pictures.sizes)}; evaluated at {seen}; {store.words} by "
-            f"{counted(count, 'thread')} ({decoder()})"
+            f"{counted(count, 'thread')} ({decoder()}{', scaled' * decoding.scaled})"
         ]
 
     def cut_as(self) -> dict[str, Json]:
@@ -132,6 +133,7 @@ class Data:
             images = self.test.images
             return {"picture_size": list(images.shape[2:]), **levels} if images.ndim == 4 else {}
         cuts = self.test.decoding.cuts
+        levels |= {"decode": "scaled"} if self.test.decoding.scaled else {}
         return levels | {
             "photographs": True, "eval_size": cuts.eval_size, "eval_resize": cuts.eval_resize,
             "resize": cuts.resize,
@@ -171,6 +173,10 @@ class Data:
         met = {place: count for part in parts for place, count in part.items()}
         return [f"16-bit images: {clipped_in_words(list(met.values()))}"] if met else []
 
+    def amount(self, split: str) -> int:
+        """How many images a split has."""
+        return len(pictures_of(self.test_loaders[split]))
+
     def counted(self, split: str, world: World) -> int:
         """How many images of a split count: all but those that could not be decoded just now."""
         pictures = pictures_of(self.test_loaders[split])
@@ -203,14 +209,17 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
         split = config.run_dir  # what it named at the run's birth may have changed or gone
     card = world.main_decides(lambda: card_of_run(plan))
-    source = world.all_or_none(lambda: load_source(
+    source = world.all_or_none(world.stop.interruptible(lambda: load_source(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
-        group_by=config.group_by, keep_decoded=not card, stage=config.stage,
-        levels=levels_in(card),
+        group_by=config.group_by, stage=config.stage,
+        keep_decoded=not card and config.decode == "full",
+        levels=levels_in(card), many=config.task == "multilabel",
         say=say if world.is_main else print, before=_index_of_run(plan),
         excluded=excluded_names(config.exclude),
-    ))  # fmt: skip
+    )))  # fmt: skip
+    if config.task == "multilabel" and source.classes:
+        source = multi_hot(source)
     if card:
         source = as_the_run_sees(source, card)
         plan = _cut_as_the_run(plan, source, card)
@@ -296,12 +305,14 @@ def _index_of_run(plan: Plan) -> Entry | None:
 
 def without_effect(config: TrainConfig, source: Source) -> list[str]:
     """What to tell of settings that change nothing for these data, or more than is meant."""
-    names = ("resize", "eval_size", "eval_resize", "exclude", "decode_threads")
+    names = ("resize", "eval_size", "eval_resize", "exclude", "decode", "decode_threads")
     asked = [n for n in names if getattr(config, n) != HINTS[n].default]
     flags, notes = ", ".join(f"--{name.replace('_', '-')}" for name in asked), []
     if asked and not isinstance(source.train, PhotoSet):
         why = f"no picture has more than {SMALL} pixels a side, so none is cut"
         notes.append(f"no effect: {flags}; {why}")
+    elif config.decode == "scaled" and source.decoder:
+        notes.append("no effect: --decode scaled; the pictures of this pack lie decoded")
     if source.no_flip and "flip" in config.augment and config.augment != TrainConfig.augment:
         notes.append(f"no effect: flips; mirrored images of {source.name} are other things")
     if config.plain_epochs >= config.epochs and not config.max_steps:
@@ -359,7 +370,7 @@ def build_data(
     config = settings.config
     decoding = cutting(config, source, device)
     entry = lookup(config.model)
-    if entry.task != source.task:
+    if task_of(config) != source.task:
         fits = "--dataset line" if entry.task == "regression" else "an image data set"
         raise UserError(
             f"--model {config.model} is for {entry.task}, the data set {source.name} is for "
@@ -410,4 +421,4 @@ def cutting(config: TrainConfig, source: Source, device: torch.device) -> Decodi
         "bicubic" if config.interpolation == "bicubic" else "bilinear",
     )  # fmt: skip
     threads = config.decode_threads or torch.get_num_threads()
-    return decoding_of(cuts, source.mean, threads, device)
+    return decoding_of(cuts, source.mean, threads, device, config.decode == "scaled")

@@ -7,7 +7,7 @@ import torch
 
 from common.disk import Json, digest, read_json, write_json
 from common.text import both_sides, file_name, places
-from data.image_set import ImageSet, Source
+from data.image_set import ImageSet, Source, renumbered
 from data.photographs import PhotoSet
 from data.splits import names_of
 from distributed.checkpoint import card_of
@@ -49,7 +49,8 @@ def as_the_run_sees(source: Source, card: dict) -> Source:
         )
     numbers = torch.tensor(there)
     train, test = (
-        replace(part, labels=numbers[part.labels]) for part in (source.train, source.test)
+        replace(part, labels=renumbered(part.labels, numbers, len(known)))
+        for part in (source.train, source.test)
     )
     names = {side: names_of(source, side) for side in ("train", "test")}
     if source.hashed:

@@ -24,7 +24,7 @@ from models.hooks import StartsFromData
 from models.own_file import digests_of, is_own_file
 from models.state import load_whole_state, separate_views, whole_state
 from models.weights import freeze, load_weights
-from tasks import Task, build_task
+from tasks import TASKS, Task, build_task
 from training.data import Data
 from training.learner import Learner
 from training.plan import Plan
@@ -68,7 +68,9 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     if isinstance(model, StartsFromData) and not weights:
         _start_from_data(model, data, world)
     criterion = _build_criterion(plan, data).to(world.device)
-    task = build_task(data.source.task, num_classes, config.label_smoothing, model, criterion)
+    task = build_task(
+        data.source.task, num_classes, config.label_smoothing, model, criterion, config.threshold
+    )
     if config.select != "auto":
         if config.select not in (known := [m.key for m in task.metrics]):
             raise UserError(
@@ -102,14 +104,15 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
 
 def _build_criterion(plan: Plan, data: Data) -> Criterion:
     """The training loss; to evaluate, none of one's own is needed."""
-    config = plan.config
-    if data.source.task != "classification" or plan.actions.eval_only:
-        return Criterion(smoothing=config.label_smoothing)
+    config, kind = plan.config, TASKS[data.source.task].criterion_kind
+    if not data.classes or plan.actions.eval_only:
+        return kind(smoothing=config.label_smoothing)
     weights = class_weights(config.class_weights, data.train.labels, data.classes)
     mixes = bool(config.mixup or config.cutmix)
     return build_criterion(
-        config.loss, config.label_smoothing, data.num_outputs, weights, mixes, config.focal_gamma
-    )
+        config.loss, config.label_smoothing, data.num_outputs, weights, mixes, kind,
+        config.focal_gamma,
+    )  # fmt: skip
 
 
 def _seed_weights(seed: int) -> None:
@@ -204,4 +207,5 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
         "dataset": plan.config.dataset, "code": digests_of(plan.config.model), **data.cut_as(),
+        "task": source.task, "threshold": plan.config.threshold,
     }  # fmt: skip

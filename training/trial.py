@@ -294,7 +294,7 @@ def refuse_other_shape(answer: Outputs, size: int, data: Data, name: str) -> Non
             "logits, a tuple that begins with one, or a dict or object that has one as `logits`",
             code="no-logits",
         )
-    if data.source.task == "classification" and tuple(logits.shape) != wanted:
+    if data.classes and tuple(logits.shape) != wanted:
         raise UserError(
             f"--model {name}: answers {tuple(logits.shape)} to {size} images, but "
             f"{data.source.name} has {wanted[1]} classes: it must be {wanted}; a class whose "

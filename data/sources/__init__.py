@@ -10,7 +10,7 @@ import importlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -168,23 +168,25 @@ class Copy:
         return (True, "") if hub.folder_of(self.where) else hub.reach(self.where)
 
 
-def _mark(path: Path) -> tuple[str, int, int, int, int]:
+def _mark(path: Path | str) -> tuple[str, int, int, int, int]:
     try:
-        seen = path.stat()
+        seen = os.stat(path)  # noqa: PTH116 - of a million, text as it comes
     except PermissionError:
-        raise not_permitted(path.parent) from None
+        raise not_permitted(Path(path).parent) from None
     return str(path), seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_ctime_ns
 
 
 def _marks_of(records: Records) -> str:
     """A digest of which files there are, where each belongs, and whether one is another one."""
     state = hashlib.blake2b(repr(records.classes).encode("utf-8", "surrogatepass"), digest_size=16)
+    paths: Iterable[Path | str] = (item for item in records.items if isinstance(item, Path))
+    if records.root is not None:  # text alone: a million paths take seconds
+        paths = (os.path.join(records.root, name) for name in records.ids)  # noqa: PTH118
     sides = zip(
-        records.items, records.labels, records.is_test, records.is_val,
+        paths, records.labels, records.is_test, records.is_val,
         records.groups or itertools.repeat(""), strict=False,
     )  # fmt: skip
     for item, *belongs in sides:
-        assert isinstance(item, Path)  # of a listing
         state.update(repr((*_mark(item), *belongs)).encode("utf-8", "surrogatepass"))
     return state.hexdigest()
 
@@ -236,6 +238,7 @@ def load_source(
     before: Entry | None = None,
     excluded: Collection[str] = (),
     levels: Levels | None = None,
+    many: bool = False,
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
@@ -246,6 +249,7 @@ def load_source(
     `stage`: a folder of this node that a pack is copied to, once, and read from.
     `say` hears of work that takes long, before it begins.
     `levels`: what becomes of 16 bits, where that was decided before.
+    `many`: a picture has any number of classes; each set of them is a class: see many.multi_hot.
     `before`: the index that a run began with; what is `excluded` since may be gone or another file.
     """
     if name in SOURCES and SOURCES[name].made:
@@ -257,7 +261,7 @@ def load_source(
     from data.sources.describe import at_hand, in_pack, source_of, without
     from data.splits import Wanted
 
-    copy, wanted, records = locate(name, data_dir), Wanted(split, group_by), None
+    copy, wanted, records = locate(name, data_dir), Wanted(split, group_by, many), None
     if stage:
         copy = _staged(copy, Path(stage).expanduser(), say)
     if copy.published:
@@ -345,7 +349,7 @@ def build(
                 if not reached:
                     raise copy.refuse(why)
             records = hub.read_records(copy.where, wanted)
-        found = decode_records(records, image_size, skip_bad, levels)
+        found = decode_records(records, image_size, skip_bad, levels, say)
     if copy.published:
         found = copy.published.recognised(found, copy.where)
     key = [*copy.key(None, skip_bad, wanted), levels]  # whatever the size

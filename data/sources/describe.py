@@ -13,7 +13,16 @@ from common.disk import Json, digest
 from common.text import class_name, some
 from data.cache import Entry, cached, digest_of, entry_path, size_limit, trim, use
 from data.files import Part, Records, told_levels
-from data.image_set import UNREADABLE, Decoded, ImageSet, LeftOut, Reasons, Source, Tally
+from data.image_set import (
+    UNREADABLE,
+    Decoded,
+    ImageSet,
+    LeftOut,
+    Reasons,
+    Source,
+    Tally,
+    class_counts,
+)
 from data.pack import Form, Say, levels_in, open_pack, pack, photos_of, silent, store_of
 from data.photographs import PHOTOGRAPH, FileStore, Names, PhotoSet, Store, decoder
 from data.scan import RowStore, Scanned, mean_and_std_of, root_and_names
@@ -260,7 +269,8 @@ def with_records(entry: Entry, records: Records | None, at: str, told: Sequence[
         numbers = {name: number for number, name in enumerate(dict.fromkeys(records.groups))}
         groups = torch.tensor([numbers[name] for name in records.groups])
         tensors["groups"] = groups[~is_test]
-    notes = [*told, *_lacking(tensors, meta["classes"]), *told_twice(records)]
+    lack = [] if records.many else _lacking(tensors, meta["classes"])
+    notes = [*told, *lack, *told_twice(records)]
     meta |= {"notes": notes, "record_notes": records.notes, "left_out": records.left_out}
     return tensors, meta | {"hashed": records.hashed}
 
@@ -284,16 +294,20 @@ def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
 
 
 def _lacking(tensors: dict[str, torch.Tensor], classes: tuple[str, ...]) -> list[str]:
-    """A sentence on the classes that have no picture to learn from, and on those without a test."""
-    told = []
     held, train = tensors.get("held_out"), tensors["train_labels"]
     if held is not None:
         train = train[~torch.isin(torch.arange(len(train)), held)]
-    for word, labels, what in (
+    counts = (class_counts(labels, classes) for labels in (train, tensors["test_labels"]))
+    return lacking(classes, *counts)
+
+
+def lacking(classes: tuple[str, ...], train: list[int], test: list[int]) -> list[str]:
+    """A sentence on the classes that have no picture to learn from, and on those without a test."""
+    told = []
+    for word, counts, what in (
         ("training", train, "it cannot be learned"),
-        ("test", tensors["test_labels"], "nothing tells how well it is known"),
+        ("test", test, "nothing tells how well it is known"),
     ):
-        counts = torch.bincount(labels, minlength=len(classes)).tolist()
         if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
             told.append(f"no {word} picture that can be read is of class {some(missing)}: {what}")
     return told

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.text import class_name, printable, some
-from data.files import SUFFIXES, Records
+from data.files import SUFFIXES, Made, Records
 from data.image_set import LeftOut
 from data.sources.layout import Layout
 from data.sources.walk import entries, is_folder, once, walk
@@ -66,9 +66,9 @@ def read_class_folders(root: Path, wanted: Wanted = AS_IT_IS) -> Records:
         *(pair for pair, keep in zip(found, kept, strict=True) if keep), strict=True
     )
     names = [name for name, keep in zip(names, kept, strict=True) if keep]
-    paths = [root / name for name in names]
     records = Records(
-        list(paths), [printable(path) for path in paths], list(labels),
+        Made(names, lambda name: root / name), Made(names, lambda name: printable(root / name)),
+        list(labels),
         [side == "test" for side in sides], classes, names, [side == "val" for side in sides],
         left_out=left.reasons, notes=(*splits.notes, *_one_too_deep(root)), root=root,
     )  # fmt: skip

@@ -5,7 +5,7 @@ As `datasets` reads an image folder: a column file_name, seen from the list's ow
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from common.disk import Json, parse_object
 from common.text import class_name, printable, some
 from data.files import Records
 from data.image_set import LeftOut
+from data.sources import many
 from data.sources.folder import subfolders
 from data.sources.layout import Layout
 from data.sources.walk import entries, is_folder, once, walk
@@ -24,6 +25,7 @@ STEMS = ("metadata", "labels", "annotations")
 FILE = ("file_name", "filename", "file", "image", "image_path", "path", "image_id", "id")
 LABEL = ("label", "class", "target", "category", "labels")
 SPLIT = ("split", "set", "subset")
+OF_MANY = (*LABEL, "tags", "classes")  # where a picture has any number of classes
 FEW = 20  # rows are tried for a picture
 
 
@@ -86,6 +88,8 @@ def read_list(path: Path) -> List:
 
 
 def _cell(value: Json) -> str:
+    if isinstance(value, list):
+        return many.BETWEEN.join(map(str, value))
     return "" if value is None else str(value)
 
 
@@ -166,12 +170,13 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     path = path.resolve()
     root = path if path.is_dir() else path.parent
     lists = [read_list(one) for one in lists_of(path)]
-    used = [one for one in lists if one.file and one.label]
-    if not used:
+    said = _labels(lists, wanted.many)
+    if not (used := said.used):
+        classes = ", or a column of 0 and 1 for each class" if wanted.many else ""
         raise UserError(
             f"{printable(lists[0].path)} has the columns {some(lists[0].columns)}; this program "
             f"needs one with the file ({', '.join(FILE[:-2])} or id) and one with the class "
-            f"({', '.join(LABEL[:-1])}): rename them in its first line.",
+            f"({', '.join(LABEL[:-1])}){classes}: rename them in its first line.",
             code="no-such-column",
         )
     left = LeftOut()
@@ -179,14 +184,17 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     found: dict[str, tuple[str, str, dict[str, str]]] = {}
     for one in used:
         for number, row in enumerate(one.rows):
-            name, label = where.find(one, row), (row.get(one.label) or "").strip()
+            name, label = where.find(one, row), said.of(one, row)
             if not name:
                 file = row.get(one.file) or f"row {number}"
                 left.add("rows without their picture", f"{one.path.name}: {file}")
                 continue
-            if not label:
+            if not label and not wanted.many:
                 continue  # counted below, with those that no row names
-            if name in found and class_name(found[name][1]) != class_name(label):
+            if name in found and wanted.many:  # a row for each of its classes
+                label = many.BETWEEN.join(filter(None, (found[name][1], label)))
+                found[name] = (found[name][0], label, row)
+            elif name in found and class_name(found[name][1]) != class_name(label):
                 raise UserError(
                     f"{printable(name)} is of two classes in {printable(one.path)}: "
                     f"{printable(found[name][1])} and {printable(label)}; a picture has one here, "
@@ -206,17 +214,65 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     for name in where.names:
         if name not in found:
             left.add("without a label", name)
-    return _records(root, found, left, wanted)
+    return _records(root, found, left, wanted, said.known)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The lists that say something of pictures, what a row says, and the classes by their order.
+
+    Where a picture has any number of classes a row says their names, parted by many.BETWEEN.
+    """
+
+    used: list[List]
+    of: Callable[[List, dict[str, str]], str]
+    known: tuple[str, ...] = ()
+
+
+def _labels(lists: list[List], any_number: bool) -> _Labels:
+    if not any_number:
+        used = [one for one in lists if one.file and one.label]
+        return _Labels(used, lambda one, row: (row.get(one.label) or "").strip())
+    columns = {}
+    for one in lists:
+        named = next((name for name in one.columns if _word(name) in OF_MANY), "")
+        others = [name for name in one.columns if name not in (one.file, one.split)]
+        columns[one.path] = (named, () if named else many.yes_columns(others, one.rows))
+    used = [one for one in lists if one.file and any(columns[one.path])]
+    cells = [row.get(columns[one.path][0]) or "" for one in used for row in one.rows]
+    files = [row.get(one.file) for one in used for row in one.rows]
+    names_in = many.apart(cells, rows_of_one=len(set(files)) < len(files))
+
+    def names_of(one: List, row: dict[str, str]) -> str:
+        named, yes = columns[one.path]
+        if named:
+            return many.BETWEEN.join(names_in(row.get(named) or ""))
+        return many.BETWEEN.join(class_name(c.strip()) for c in yes if many.says_yes(row.get(c)))
+
+    in_words = any(columns[one.path][0] for one in used)
+    known = [class_name(name.strip()) for one in used for name in columns[one.path][1]]
+    return _Labels(used, names_of, () if in_words else tuple(dict.fromkeys(known)))
+
+
+def _word(column: str) -> str:
+    return column.strip().casefold()
 
 
 def _records(
-    root: Path, found: dict[str, tuple[str, str, dict[str, str]]], left: LeftOut, wanted: Wanted
-) -> Records:
+    root: Path, found: dict[str, tuple[str, str, dict[str, str]]], left: LeftOut, wanted: Wanted,
+    known: tuple[str, ...],
+) -> Records:  # fmt: skip
     names = sorted(found)
     names = [n for n, keep in zip(names, once(root, names, left), strict=True) if keep]
     sides = [found[name][0] for name in names]
-    classes = class_names([found[name][1] for name in names])
-    number = {name: place for place, name in enumerate(classes)}
+    texts = [found[name][1] for name in names]
+    if wanted.many:
+        sets = [filter(None, text.split(many.BETWEEN)) for text in texts]
+        classes, labels = many.combined([list(those) for those in sets], known, printable(root))
+    else:
+        classes = class_names(texts)
+        number = {name: place for place, name in enumerate(classes)}
+        labels = [number[class_name(text)] for text in texts]
     which = test_and_val(sides)
     paths = [root / name for name in names]
 
@@ -227,9 +283,9 @@ def _records(
 
     records = Records(
         list(paths), [printable(path) for path in paths],
-        [number[class_name(found[name][1])] for name in names],
-        [which.get(side) == "test" for side in sides], classes, names,
+        labels, [which.get(side) == "test" for side in sides], classes, names,
         [which.get(side) == "val" for side in sides], left_out=left.reasons, root=root,
+        many=wanted.many,
     )  # fmt: skip
     return arranged(records, wanted, column=column)
 

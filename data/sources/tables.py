@@ -8,9 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.text import both_sides, class_name, places, printable
+from common.text import both_sides, class_name, places, printable, some
 from data.files import Records
 from data.image_set import LeftOut
+from data.sources import many
 from data.sources.layout import Layout
 from data.splits import AS_IT_IS, Column, Wanted, arranged, split_word, test_and_val
 from errors import UserError
@@ -148,7 +149,7 @@ def records_of_tables(
             f"{origin} has no train split, only {', '.join(map(repr, splits))}.",
             code="no-train-split",
         )
-    image, label = _columns(splits["train"][0][0].schema, origin)
+    image, label = _columns(splits["train"][0][0].schema, origin, wanted.many)
     left, items, values, lists, places = LeftOut(), [], [], [], []
     order = ("train", *(word for word in ("test", "val") if word in splits))
     for split in order:
@@ -164,13 +165,17 @@ def records_of_tables(
     for split in (word for word in splits if word not in order):
         left.add("in no split that is used", f"the rows of {split or 'another table'}")
     names = [f"row {row} of {split} in {origin}" for split, row in places]
-    classes, labels = _by_name(values, lists, names, label)
+    if wanted.many:
+        classes, labels = _sets(values, lists, names, label, origin)
+    else:
+        classes, labels = _by_name(values, lists, names, label)
     which = test_and_val(split for split, _ in places)
     sides = [which.get(split) for split, _ in places]
     keys = [item if isinstance(item, bytes) else os.fsencode(item.name) for item in items]
     records = Records(
         [*items], names, labels, [side == "test" for side in sides], classes,
         _ids(splits, image, places), [side == "val" for side in sides], left_out=left.reasons,
+        many=wanted.many,
     )  # fmt: skip
     return arranged(records, wanted, keys, _values(splits, places))
 
@@ -275,6 +280,41 @@ def _by_name(
     return known, labels
 
 
+def _sets(
+    values: list, lists: list[tuple[str, ...] | None], rows: list[str], label: str, origin: str
+) -> tuple[tuple[str, ...], list[int]]:
+    """Each row's set of names as a class, and the number of each row's: see many.combined.
+
+    A cell is a list of names or of numbers, or one of them, or text that holds several names.
+    """
+    known = next(filter(None, lists), ())
+    names_in = many.apart(value for value in values if isinstance(value, str))
+    sets = []
+    for row, value, names in zip(rows, values, lists, strict=True):
+        cell = names_in(value) if isinstance(value, str) else value
+        cell = [] if cell is None else cell if isinstance(cell, list) else [cell]
+        found = []
+        for one in cell:
+            if isinstance(one, int) and not isinstance(one, bool):
+                one = one if not names else names[one] if 0 <= one < len(names) else None
+            if not isinstance(one, str | int) or isinstance(one, bool):
+                raise UserError(
+                    f"{row} has {printable(value)[:60]} in column '{label}': with --task "
+                    "multilabel a cell is a list of class names, or of the numbers of the classes "
+                    "that the table names.",
+                    code="bad-label",
+                )
+            found.append(class_name(one))
+        if other := next((name for name in found if known and name not in known), None):
+            raise UserError(
+                f"{row} is of the class {printable(other)}, which the first table does not name: "
+                f"it has {some(known)}; mend the names or drop the rows.",
+                code="other-classes",
+            )
+        sets.append(found)
+    return many.combined(sets, known, origin)
+
+
 def _features(schema: "pyarrow.Schema") -> dict:
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     return metadata.get("info", {}).get("features", {})
@@ -282,11 +322,16 @@ def _features(schema: "pyarrow.Schema") -> dict:
 
 def _class_names(schema: "pyarrow.Schema", label: str) -> tuple[str, ...] | None:
     """What a table calls the numbers in its label column."""
-    names = _features(schema).get(label, {}).get("names")
+    feature = _features(schema).get(label, {})
+    if inner := feature[:1] if isinstance(feature, list) else [feature.get("feature")]:
+        feature = inner[0] or feature  # of a list of classes, as older and newer tables write it
+    names = feature.get("names") if isinstance(feature, dict) else None
     return tuple(map(class_name, names)) if names else None
 
 
-def _columns(schema: "pyarrow.Schema", origin: str) -> tuple[str, str]:
+def _columns(schema: "pyarrow.Schema", origin: str, of_many: bool = False) -> tuple[str, str]:
+    import pyarrow
+
     features = _features(schema)
 
     def pick(known: tuple[str, ...], kind: str) -> str:
@@ -305,6 +350,9 @@ def _columns(schema: "pyarrow.Schema", origin: str) -> tuple[str, str]:
         )
 
     image = pick(IMAGES, "Image")
+    if of_many:
+        listed = [field.name for field in schema if pyarrow.types.is_list(field.type)]
+        return image, pick(("labels", "label", "tags", "classes", *listed[:1]), "ClassLabel")
     label = pick(("label", "labels", "fine_label"), "ClassLabel")
     return image, label
 

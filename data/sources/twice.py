@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.text import printable
+from data.ahead import pool_of
 from data.files import Item, Part, Records
 
 SAMPLE = 512  # bytes from the middle, before whole files are read
@@ -21,7 +22,7 @@ def told_twice(records: Records) -> list[str]:
     Of files that share their size the middle is compared, and where that is equal a hash of all.
     """
     groups: list[Places] = [list(range(len(records.items)))]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with pool_of(THREADS) as pool:
         for look in (_size, _middle, _whole):
             groups = _apart(records, groups, look, pool)
     across: list[tuple[str, str, str]] = []

@@ -1,48 +1,29 @@
-"""What a batch means: loss and metrics of classification and of regression."""
+"""Classification: a picture has one class."""
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import scores
 from common.confusion import MOST, WHOLE, precisions, totals
 from common.metric import Metric
-from common.text import counted
+from common.text import counted, percent
 from losses import Criterion
-from models.hooks import WeighsAuxiliaryHeads
+from tasks.task import (
+    LARGEST_LOSS,
+    LOSS_UNIT,
+    MOST_EXAMPLES,
+    SURE,
+    Answers,
+    Outputs,
+    Task,
+    split_outputs,
+)  # fmt: skip
 
-# Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
-# order of addition, hence on every number of processes.
-LOSS_UNIT = 2**-20
-LARGEST_LOSS = 2.0**20
-
-Outputs = Tensor | tuple | list | dict  # what a model answers, with its auxiliary heads if any
-MOST_EXAMPLES = 32  # mistakes in all; of a class not so many, where there are several
-MOST_POINTS = 200  # answers of a regression that are kept
-
-
-class Answers(NamedTuple):
-    """What a model answers to a batch, (n,): classes or numbers, and how sure it is, 0 to 1."""
-
-    given: Tensor
-    sure: Tensor
-
-
-def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A model's answer as (logits, auxiliary logits): some models have extra heads in training.
-
-    A dict or an object may hold the logits under that name, as Hugging Face's classifiers answer.
-    """
-    if isinstance(outputs, dict):
-        outputs = outputs.get("logits", outputs)
-    outputs = getattr(outputs, "logits", outputs)
-    if isinstance(outputs, tuple | list):
-        return outputs[0], tuple(o for o in outputs[1:] if o is not None)
-    return cast(Tensor, outputs), ()
+TOP = 5  # classes told of a picture
 
 
 def balanced_accuracy(results: dict) -> float:
@@ -64,77 +45,6 @@ def never_found(results: dict, classes: Sequence[str]) -> str:
         f"the best weights find none of class {', '.join(missed[:5])}{more}; --select "
         "balanced_accuracy chooses weights by the mean over the classes"
     )
-
-
-class Task:
-    """What is trained for: a loss, counters that an evaluation fills, and what they come to.
-
-    `metrics` declares each number of an evaluation, and nothing else need know it: rows, screen,
-    page, plots and the best weights follow. The loss is always among them, as "loss". `best_is` is
-    the key of the one that decides which weights are the best, `right_is` that of the one whose
-    name the share of right answers has in training, if answers can be right.
-    """
-
-    name: str
-    metrics: tuple[Metric, ...]
-    best_is: str
-    right_is = ""
-
-    def __init__(
-        self, num_classes: int = 1, label_smoothing: float = 0.0, auxiliary: float = 0.3,
-        criterion: Criterion | None = None,
-    ) -> None:  # fmt: skip
-        self.num_classes = num_classes
-        self.criterion = criterion or Criterion(smoothing=label_smoothing)
-        self.auxiliary = auxiliary
-
-    @property
-    def best(self) -> Metric:
-        """The metric that decides."""
-        return next(metric for metric in self.metrics if metric.key == self.best_is)
-
-    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        """The training loss summed over the batch."""
-        raise NotImplementedError
-
-    def weight(self, labels: Tensor) -> Tensor | None:
-        """What samples weigh together in the loss, in units of WEIGHT_UNIT; None: 1 each."""
-        return None
-
-    def right(self, outputs: Outputs, labels: Tensor) -> Tensor | int:
-        """How many answers of a training batch are right; on the device, read with a row."""
-        return 0
-
-    def new_counts(self, device: torch.device) -> Tensor:
-        """Integer counters, all zero, which processes may add up in any order."""
-        raise NotImplementedError
-
-    def count(self, counts: Tensor, outputs: Outputs, labels: Tensor, weights: Tensor) -> Answers:
-        """Add a batch to the counters; weights (n,) int64 is 1, or 0 for padding."""
-        raise NotImplementedError
-
-    def results(self, counts: Tensor) -> dict:
-        """Counters of all processes together -> a float for each metric, "images", and more."""
-        raise NotImplementedError
-
-    def new_examples(self, device: torch.device) -> Tensor:
-        """What an evaluation keeps to be shown, int64, all zero: no larger for more images."""
-        raise NotImplementedError
-
-    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
-        """Keep what is worth showing of a batch that was counted, without a wait of the host.
-
-        indices (n,) int64 are the samples' numbers, -1 for padding.
-        """
-        raise NotImplementedError
-
-    def examples(self, kept: Tensor) -> list[dict]:
-        """What to show of what all processes kept (processes, ...): the same however many."""
-        raise NotImplementedError
-
-    def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
-        """What looks wrong in an evaluation: a word for each doubt -> a sentence with a way out."""
-        return {}
 
 
 class Classification(Task):
@@ -165,10 +75,11 @@ class Classification(Task):
 
     def __init__(
         self, num_classes: int = 1, label_smoothing: float = 0.0, auxiliary: float = 0.3,
-        criterion: Criterion | None = None,
+        criterion: Criterion | None = None, threshold: float = 0.5,
     ) -> None:  # fmt: skip
-        super().__init__(num_classes, label_smoothing, auxiliary, criterion)
+        super().__init__(num_classes, label_smoothing, auxiliary, criterion, threshold)
         said = {"top5": num_classes >= 5, "auroc": scores.ranks(num_classes)}
+        self._numbers = torch.empty(0)
         self.metrics = tuple(m for m in type(self).metrics if said.get(m.key, True))
 
     @property
@@ -176,14 +87,6 @@ class Classification(Task):
         """Those of the counters that tell of each class."""
         cells = self.num_classes if self.num_classes <= MOST else 3
         return slice(4, 4 + self.num_classes * cells)
-
-    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        """The training loss summed over the images; labels (n,) int64 or soft (n, classes)."""
-        logits, extra = split_outputs(outputs)
-        loss = self.criterion(logits.float(), labels)
-        for head in extra:
-            loss = loss + self.auxiliary * self.criterion(head.float(), labels)
-        return loss
 
     def weight(self, labels: Tensor) -> Tensor | None:
         return self.criterion.total(labels)
@@ -210,16 +113,18 @@ class Classification(Task):
         loss = loss.nan_to_num(nan=LARGEST_LOSS)
         # The rank of the true class, ties by class number; the same for every batch shape.
         true = logits.gather(1, labels[:, None])
-        tied_before = (logits == true) & (self._classes(logits) < labels[:, None])
+        tied_before = (logits == true) & (self._classes(logits.device) < labels[:, None])
         before = ((logits > true) | tied_before).sum(1)
         broken = logits.isnan().any(1)  # an answer that is no number is wrong everywhere
         rank = before.masked_fill(broken, self.num_classes)
         predicted = torch.where(broken, (labels + 1) % self.num_classes, logits.argmax(1))
         units = (loss / LOSS_UNIT).round().long()
-        found = torch.stack([units, rank == 0, rank < 5, weights]) * weights
+        first = rank == 0
+        found = torch.stack([units, first, rank < 5, weights]) * weights
         counts[:4].add_(found.sum(1))
-        answers = Answers(predicted, chances.gather(1, predicted[:, None])[:, 0].exp())
-        scores.count(counts[self._places.stop :], chances, labels, rank == 0, weights)
+        sure = chances.gather(1, predicted[:, None])[:, 0].exp().nan_to_num(0.0)
+        answers = Answers(predicted, (sure * SURE).long())
+        scores.count(counts[self._places.stop :], chances, labels, first, weights)
         if self.num_classes > MOST:
             images, given, right = counts[self._places].view(3, self.num_classes)
             images.scatter_add_(0, labels, weights)
@@ -230,8 +135,11 @@ class Classification(Task):
         counts[4:].scatter_add_(0, cells, weights)
         return answers
 
-    def _classes(self, logits: Tensor) -> Tensor:
-        return torch.arange(logits.shape[1], device=logits.device)[None]
+    def _classes(self, device: torch.device) -> Tensor:
+        """The numbers of the classes (1, classes), made once."""
+        if self._numbers.device != device or not len(self._numbers):
+            self._numbers = torch.arange(self.num_classes, device=device)[None]
+        return self._numbers
 
     def results(self, counts: Tensor) -> dict:
         """The metrics, and what is known of each class: see MOST."""
@@ -272,17 +180,26 @@ class Classification(Task):
     def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
         """Of a mistake its key, label and answer; neither batches nor processes decide which.
 
-        The key is how sure it is in units of 2**-20, times 2**32, less its index: no two are equal.
+        The key is how sure it is in parts of SURE, times 2**32, less its index: no two are equal.
         """
-        keys = (answers.sure.nan_to_num(0.0) * 2**20).long() * 2**32 - indices
+        keys = answers.sure * 2**32 - indices
         keys = keys * ((answers.given != labels) & (indices >= 0))
-        rows = torch.arange(kept.shape[1], device=labels.device)[:, None]
-        mine = labels == rows if len(rows) == self.num_classes else labels >= rows
+        each = kept.shape[1] == self.num_classes  # else one row is for all
+        mine = labels == self._classes(labels.device).T if each else labels[None] >= 0
         keys = torch.cat([kept[0], keys * mine], 1)
         cells = torch.add(answers.given, labels, alpha=self.num_classes)
         cells = torch.cat([kept[1], cells.expand(kept.shape[1], -1)], 1)
         best, places = keys.topk(kept.shape[2])
         torch.stack([best, cells.gather(1, places)], out=kept)
+
+    def as_integers(self, answers: Answers) -> Tensor:
+        return torch.stack([answers.given + 1, answers.sure], 1)
+
+    def answered(self, answers: Tensor, classes: list[str]) -> list[tuple[str, str]]:
+        return [
+            (classes[given - 1], f"{sure / SURE:.6f}") if given else ("", "")
+            for given, sure in answers.tolist()
+        ]
 
     def examples(self, kept: Tensor) -> list[dict]:
         """The surest mistakes: the first of every class, surest first, before the second of any."""
@@ -304,6 +221,16 @@ class Classification(Task):
             }
             for _, less, label, answer in sorted(found)[:MOST_EXAMPLES]
         ]  # fmt: skip
+
+    def caption(self, example: dict, label: str, classes: list[str]) -> str:
+        return f"{label}\nas {classes[example['answer']]} {percent(example['confidence'])}"
+
+    def told(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
+        best = logits.softmax(0).topk(min(top or TOP, len(logits)))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def never_found(self, results: dict, classes: list[str]) -> str:
+        return never_found(results, classes)
 
     def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
         there, answered, _ = (torch.tensor(t, dtype=torch.float64) for t in totals(results))
@@ -354,76 +281,3 @@ def _taken_for_each_other(results: dict) -> tuple[int, int] | None:
             if both >= 20 and each > 0.3 and swapped + right > 0.8 * both:
                 return other, one
     return None
-
-
-class Regression(Task):
-    """Mean squared error and R2, from exact sums in units of 2**-20."""
-
-    name = "regression"
-    metrics = (
-        Metric(key="loss", title="loss"),
-        Metric(key="r2", title="R2", higher_is_better=True),
-    )
-    best_is = "loss"
-
-    def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
-        """Squared error summed over the samples; a shape that would broadcast is an error."""
-        predictions = split_outputs(outputs)[0]
-        if predictions.shape != targets.shape:
-            raise ValueError(
-                f"the model answers {tuple(predictions.shape)} where the targets are "
-                f"{tuple(targets.shape)}; a difference of the two would broadcast to something else"
-            )
-        return F.mse_loss(predictions.float(), targets, reduction="sum")
-
-    def new_counts(self, device: torch.device) -> Tensor:
-        return torch.zeros(4, dtype=torch.int64, device=device)
-
-    def count(self, counts: Tensor, outputs: Outputs, targets: Tensor, weights: Tensor) -> Answers:
-        predictions = split_outputs(outputs)[0].float()
-        if predictions.shape != targets.shape:
-            self.loss(outputs, targets)
-        squares = ((predictions - targets) ** 2).sum(1).clamp(max=LARGEST_LOSS)
-        values = (squares.nan_to_num(nan=LARGEST_LOSS), targets.sum(1), (targets**2).sum(1))
-        units = (torch.stack(values) / LOSS_UNIT).round().long() * weights
-        counts[:3].add_(units.sum(1))
-        counts[3].add_(weights.sum())
-        return Answers(predictions[:, 0], torch.ones_like(predictions[:, 0]))
-
-    def results(self, counts: Tensor) -> dict:
-        squares, total, total_squares = (x * LOSS_UNIT for x in counts[:3].tolist())
-        images = int(counts[3])
-        spread = total_squares - total**2 / images
-        return {
-            "loss": squares / images,
-            "r2": 1 - squares / spread if spread > 0 else 0.0,
-            "images": images,
-        }
-
-    def new_examples(self, device: torch.device) -> Tensor:
-        """By the sample's index, int64 (MOST_POINTS + 1, 2): its answer's bits, 1 where it is."""
-        return torch.zeros(MOST_POINTS + 1, 2, dtype=torch.int64, device=device)
-
-    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
-        shown = (indices >= 0) & (indices < MOST_POINTS)
-        places = torch.where(shown, indices, MOST_POINTS)  # the last is for all others
-        bits = answers.given.view(torch.int32).long()
-        kept.index_copy_(0, places, torch.stack([bits, torch.ones_like(bits)], 1))
-
-    def examples(self, kept: Tensor) -> list[dict]:
-        """The answers to the first samples."""
-        bits, there = kept.sum(0)[:MOST_POINTS].T  # each is one process's
-        answers = bits.int().view(torch.float32)
-        return [{"index": int(i), "answer": float(answers[i])} for i in there.nonzero().flatten()]
-
-
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression)}
-
-
-def build_task(
-    name: str, num_classes: int, label_smoothing: float, model: nn.Module,
-    criterion: Criterion | None = None,
-) -> Task:  # fmt: skip
-    """The task of this name; the model may weigh its auxiliary heads itself."""
-    auxiliary = model.auxiliary_weight if isinstance(model, WeighsAuxiliaryHeads) else 0.3
-    return TASKS[name](num_classes, label_smoothing, auxiliary, criterion)
