@@ -90,10 +90,10 @@ def show_start(
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads", "recipe"}
     if config.normalize not in ("auto", "data"):
         hidden.add("normalize")
-        numbers = (
-            f"{m:.3g} / {s:.3g}" for m, s in zip(*mean_and_std(config.normalize), strict=True)
+        mean, std = (
+            ", ".join(f"{number:.3g}" for number in part) for part in mean_and_std(config.normalize)
         )
-        rows.append(("normalised", f"by {', '.join(numbers)} ({settings.origin('normalize')})"))
+        rows.append(("normalised", f"by {mean} / {std} ({settings.origin('normalize')})"))
     changed = [
         (f.name, str(getattr(config, f.name)), settings.origin(f.name))
         for f in fields(TrainConfig)
