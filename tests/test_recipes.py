@@ -116,7 +116,7 @@ def test_a_run_of_a_recipe_names_its_claim_and_keeps_it(tmp_path):
     words = " ".join(done.out.replace("│", " ").split())
     assert done.status == 0 and "far from" not in words, done.out
     assert f"digits-my_cnn: {RECIPES['digits-my_cnn'].summary}; claimed: " in words
-    assert re.search(r"lr +0\.003 +recipe digits-my_cnn", words), done.out
+    assert re.search(r"lr +0\.003 +\(recipe digits-my_cnn\)", words), done.out
     short = train([*flags, "--epochs", "1", "--run-dir", "short"], tmp_path)
     assert short.status == 0 and "far from" not in short.out, short.out
 
