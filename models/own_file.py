@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.disk import digest
+from common.disk import digest, read_json
 from common.text import did_you_mean
 from errors import UserError
 
@@ -257,7 +257,7 @@ def code_of_weights(name: str, told: dict[str, str], folder: Path, trust: bool =
 def refuse_foreign_code(name: str, folder: Path) -> None:
     """UserError unless this is a run folder of one's own."""
     why = ""
-    if not (folder / "config.json").is_file():
+    if "config" not in read_json(folder / "config.json", {}):  # a folder of the hub has another
         why = f"{folder} is no run folder, and weights alone bring no code"
     elif not _is_mine(folder):
         why = f"{folder} belongs to somebody else"

@@ -67,7 +67,7 @@ def run(loaded, tmp_path) -> Path:
     """A run folder that keeps that model's code."""
     folder = tmp_path / "runs" / "a b"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"config": {}}')
     assert keep_code(folder, loaded) == ""
     return folder
 
@@ -136,6 +136,9 @@ def test_weights_alone_and_folders_of_others_bring_no_code(loaded, run, monkeypa
     with pytest.raises(UserError, match=r"weights alone bring no code.*--trust-code"):
         code_of_weights(loaded, told, run)
     assert code_of_weights(loaded, told, run, trust=True) == loaded
+    (run / "config.json").write_text('{"architectures": ["Net"]}')  # a folder of the hub
+    with pytest.raises(UserError, match=r"weights alone bring no code.*--trust-code"):
+        code_of_weights(loaded, told, run)
     (run / "x").rename(run / "config.json")
     assert code_of_weights(loaded, told, run) == loaded
     if not hasattr(os, "geteuid"):
