@@ -68,9 +68,17 @@ class Run:
 
 
 def found_in(paths: Iterable[Path]) -> list[Path]:
-    """The run folders that are meant: themselves, or those in a folder of many. UserError: none."""
+    """The run folders that are meant: themselves, or those in a folder of many. UserError: none.
+
+    `runs/*` also names files, and `latest`, which is one of the runs.
+    """
     found: dict[Path, None] = {}
-    for path in paths:
+    given = list(paths)
+    folders = [path for path in given if path.is_dir()] or given
+    real = {path.resolve() for path in folders if not path.is_symlink()}
+    for path in folders:
+        if path.is_symlink() and path.resolve() in real:
+            continue
         if (path / "config.json").is_file():
             found[path] = None
             continue
@@ -256,14 +264,14 @@ def run_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         return all(is_number(run.values.get(name)) for run in runs)
 
     head = ["run", *["#" * number(name) + name.replace("_", " ") for name in comparison.differing]]
-    head += [f"#best {metric.title}", "#at epoch", "#last", "#minutes", "status"]
+    head += [f"#best {metric.title}", "#at epoch", "#last", "#seconds", "status"]
     rows = []
     for run in runs:
         values = [str(run.values.get(name)) for name in comparison.differing]
         best, last = (shown(metric, of(metric)) for of in (run.best, run.last))
         epoch = run.files.best[0].get("epoch", "")
-        minutes = "" if run.seconds is None else f"{run.seconds / 60:.1f}"
-        rows.append([run.name, *values, best, str(epoch), last, minutes, run.files.state])
+        seconds = "" if run.seconds is None else f"{run.seconds:,.0f}"
+        rows.append([run.name, *values, best, str(epoch), last, seconds, run.files.state])
     return head, rows
 
 

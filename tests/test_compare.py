@@ -67,7 +67,7 @@ def test_only_settings_that_differ_are_shown_and_the_best_stands_first(many):
         "#best accuracy",
         "#at epoch",
         "#last",
-        "#minutes",
+        "#seconds",
         "status",
     ]
     assert rows[0][1] == "0.2" and rows[0][3:5] == ["97.00 %", "1"] and rows[-1][1] == "0.1"
@@ -127,6 +127,10 @@ def test_a_folder_of_many_is_read_in_its_order_and_what_is_none_is_told(many):
     (many / "sweep.json").write_text(json.dumps({"rows": rows}))
     assert [path.name for path in found_in([many])] == ["b1", "a0"]
     assert [path.name for path in found_in([many / "a1", many, many / "a0"])] == ["a1", "b1", "a0"]
+    (many / "latest").symlink_to("a0")
+    every = sorted(many.iterdir())  # as a shell expands runs/*: files too, and one run twice
+    assert [path.name for path in found_in(every)] == [x + str(n) for x in "ab" for n in range(4)]
+    assert [path.name for path in found_in([many / "latest"])] == ["latest"]
     with refused("no-run", match="nowhere"):
         found_in([many / "nowhere"])
 
