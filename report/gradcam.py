@@ -1,4 +1,8 @@
-"""Where a model looked: Grad-CAM (Selvaraju et al., ICCV 2017) of its surest mistakes."""
+"""Where a model looked: Grad-CAM (Selvaraju et al., ICCV 2017) of its surest mistakes.
+
+Each place counts with its own slope (HiResCAM, Draelos and Carin 2020): the same where a mean over
+the places leads to the classes, and right also where a layer reads each place apart.
+"""
 
 import json
 from pathlib import Path
@@ -76,7 +80,7 @@ def gradcam(model: nn.Module, images: Tensor, answers: list[int]) -> Tensor | No
                 (slopes,) = torch.autograd.grad(logits[0, answer], chosen, allow_unused=True)
             if slopes is None:  # of an auxiliary head
                 return None
-            heat = (slopes.mean((2, 3), keepdim=True) * chosen.detach()).sum(1).relu()[0]
+            heat = (slopes * chosen.detach()).sum(1).relu()[0]
             found.append(heat / heat.max().clamp(min=1e-12))
     finally:
         for hook in hooks:

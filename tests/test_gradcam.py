@@ -37,6 +37,16 @@ def test_the_place_that_spoke_for_the_answer_is_hot():
     assert hot[0, 5, 14] > 200 > 80 > hot[0, 14, 2] and hot[2, 5, 14] < 20
 
 
+def test_a_layer_that_reads_each_place_apart_is_believed_place_by_place():
+    """What one place says for the answer, and another against it, has a mean of zero."""
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(48, 2))
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].weight[1, 7], model[2].weight[1, 8] = 1.0, -1.0  # places (1, 3) and (2, 0)
+    (heat,) = gradcam(model, torch.ones(1, 3, 16, 16), [1])
+    assert heat[1, 3] == 1 and heat.sum() == 1
+
+
 def test_a_model_without_a_map_of_places_has_none():
     assert gradcam(Corner(flat=True), torch.rand(1, 3, 16, 16), [0]) is None
 
