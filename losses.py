@@ -119,9 +119,9 @@ class Binary(Criterion):
 
     def __init__(
         self, name: str = "bce", smoothing: float = 0.0, own: nn.Module | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | None = None, focus: float = FOCUS,
     ) -> None:  # fmt: skip
-        super().__init__("bce" if name == "cross_entropy" else name, smoothing, own, weights)
+        super().__init__("bce" if name == "cross_entropy" else name, smoothing, own, weights, focus)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum over the pictures, 0-dim."""
@@ -133,7 +133,8 @@ class Binary(Criterion):
         each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         if self.name == "focal":
             chances = logits.sigmoid()
-            wrong = targets * (1 - chances) ** FOCUS, (1 - targets) * chances**FOCUS
+            focus = self.focus
+            wrong = targets * (1 - chances) ** focus, (1 - targets) * chances**focus
             each = -(wrong[0] * F.logsigmoid(logits) + wrong[1] * F.logsigmoid(-logits))
         return (each.sum(1) * counts).sum()
 

@@ -534,12 +534,13 @@ def submit(argv: list[str]) -> int:
     if many and kept is None:
         env.pop("LOCKSTEP_SWEEP")  # written where it is submitted
     told = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
-    tell(f"{told} {shlex.join(command)}".strip())
     if kept is None:
         for row in many["rows"] if many else ():
             tell(f"row {row['row']:<4}   {shlex.join(row['words'][len(arguments) :])}")
         for line in rehearsed(options, settings, len(each)):
             tell(line)
+    tell(f"{told} {shlex.join(command)}".strip())  # last, for what reads it
+    if kept is None:
         return 0
     try:
         done = subprocess.run(

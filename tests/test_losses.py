@@ -50,7 +50,7 @@ def test_the_focal_loss_takes_the_gamma_it_is_given(gamma):
     logits, labels, targets = sample()
     p = logits.double().softmax(1)
     wanted = -(targets * (1 - p) ** gamma * p.log()).sum()
-    found = build_criterion("focal", 0.0, CLASSES, None, False, gamma)(logits, labels)
+    found = build_criterion("focal", 0.0, CLASSES, None, False, focus=gamma)(logits, labels)
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
     with pytest.raises(UserError, match="--focal-gamma: --loss bce has none"):
         parse(["--model", "my_cnn", "--loss", "bce", "--focal-gamma", "3"])

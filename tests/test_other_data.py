@@ -69,7 +69,7 @@ def test_a_run_is_evaluated_on_other_data_as_predict_sees_them(nets, tmp_path, s
     shutil.move(tmp_path / "other", tmp_path / "more" / "other")
     done = train(["--resume", "r", "--eval-only", "--dataset", "more/other"], tmp_path, **cache)
     assert done.status == 0
-    names = sorted(path.name for path in (tmp_path / "r" / "evaluations").iterdir())
+    names = sorted(path.name for path in (tmp_path / "r" / "evaluations").glob("*.json"))
     assert len(names) == 2 and "other.json" in names and names[0].startswith("other-")
     (tmp_path / "more" / "other" / "bee").rename(tmp_path / "more" / "other" / "wasp")
     done = train(["--resume", "r", "--eval-only", "--dataset", "more/other"], tmp_path, **cache)

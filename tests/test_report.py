@@ -75,7 +75,7 @@ def test_the_class_table_tells_accuracy_and_what_a_class_is_taken_for():
     "show",
     [
         lambda r: r.class_table([HOSTILE, "b"], [[1, 1], [0, 1]]),
-        lambda r: r.predictions({HOSTILE: [(HOSTILE, 0.5)]}),
+        lambda r: r.predictions({HOSTILE: [(HOSTILE, 3, 0.5)]}),
         lambda r: r.start_panel("t", [("data", HOSTILE)], [("lr", HOSTILE, HOSTILE)]),
         lambda r: r.end_panel("t", [("folder", HOSTILE)], good=True),
         lambda r: r.end_panel(HOSTILE, [(HOSTILE, "x")], good=False),

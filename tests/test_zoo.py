@@ -90,12 +90,22 @@ def test_a_model_of_the_zoos_learns_a_batch(name):
     [
         ("timm:resnt50", r"no model of that name \(did you mean \w*resn\w*\?\)"),
         ("timm:test_vit.r160", r"no weights r160 of test_vit \(did you mean r160_in1k\?\)"),
-        ("timm:sam2_hiera_tiny", "no layer that classifies"),
     ],
 )
 def test_a_wrong_name_of_timm_is_answered_with_what_would_work(name, says):
     with pytest.raises(UserError, match=says):
         lookup(name)
+
+
+def test_a_model_of_timm_without_classes_is_none():
+    from timm.models import get_pretrained_cfg
+
+    configs = {name: get_pretrained_cfg(name) for name in timm.list_models()}
+    bare = [name for name, found in configs.items() if not (found and found.classifier)]
+    assert len(bare) < len(configs) / 10
+    for name in bare[:2]:
+        with pytest.raises(UserError, match="no layer that classifies"):
+            lookup(f"timm:{name}")
 
 
 def test_without_timm_the_sentence_says_what_to_type(monkeypatch):
