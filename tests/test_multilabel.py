@@ -340,9 +340,10 @@ def test_a_run_from_a_list_to_its_page_and_its_predictions(nets):
     assert ">average precision<" in made and "mAP on " in made and "Not shown" not in made
     model, told = load_run(run)
     told = with_threshold(told, None)
-    answers = {f: {n for n, _ in predict(model, told, nets / "many" / f, None)} for f, _ in found}
+    asked = {f: predict(model, told, nets / "many" / f, None) for f, _ in found}
+    answers = {f: {answer.name for answer in found_there} for f, found_there in asked.items()}
     assert sum(answers[file] == set(has) for file, has in found) > 45
-    assert all(sure >= 0.999 for _, sure in predict(
+    assert all(sure >= 0.999 for _, _, sure in predict(
         model, with_threshold(told, 0.999), nets / "many" / found[0][0], None))  # fmt: skip
     done = train(["--resume", "labels", "--eval-only", "--threshold", "0.01"], nets)
     assert done.status == 0 and f"mean_ap {max(values):.6g}" in done.out, done.out
