@@ -55,8 +55,9 @@ class Hosts:
         tag = os.getpid() % 10_000
         self.names = [f"ls{tag}a", f"ls{tag}b"]
         self.bridge = f"ls{tag}br"
-        self.addresses = ["10.213.7.1", "10.213.7.2"]
-        self.gateway = "10.213.7.254"
+        net = f"10.213.{tag % 250}"  # two sets of hosts may be there at once
+        self.addresses = [f"{net}.1", f"{net}.2"]
+        self.gateway = f"{net}.254"
 
     def ip(self, *words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True)
