@@ -14,7 +14,7 @@ CALLS = ("fork", "killpg", "getpgid", "setsid", "getuid", "geteuid", "uname", "s
          "sched_getaffinity", "getloadavg", "mkfifo", "nice")  # fmt: skip
 PRELUDE = f"""
 import multiprocessing, os, runpy, signal, sys
-import accelerate, torch  # they see that this is Linux, and rely on it
+import accelerate, psutil, torch  # they see that this is Linux, and rely on it
 multiprocessing.set_start_method("spawn")
 for name in {MODULES}:
     sys.modules[name] = None
