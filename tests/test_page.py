@@ -505,7 +505,7 @@ def test_it_is_dark_where_the_reader_is_and_legible_in_both(look, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "images"), [("page-digits", 2), ("page-line", 1)])
+@pytest.mark.parametrize(("name", "images"), [("page-digits", 3), ("page-line", 1)])
 def test_pages_of_real_runs_are_whole_in_a_browser(look, runs, name, images):
     seen, console, asked = look(page.build(runs / name))
     assert console == [] and asked == ["/harness.html", "/report.html"]
