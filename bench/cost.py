@@ -53,6 +53,7 @@ def run(tree: Path, folder: Path, steps: int) -> tuple[float, float, float]:
     words = [sys.executable, str(tree / "train.py"), "--model", "tiny.py:Net", *FLAGS.split()]
     words += ["--run-dir", "run", "--fresh"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's second start compiles nothing
     with log.open("w") as file:
         done = subprocess.run(words, cwd=folder, env=env, stdout=file, stderr=file)
     if done.returncode:
