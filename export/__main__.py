@@ -98,7 +98,8 @@ def export(arguments: argparse.Namespace) -> int:
     commands = []
     if form == "hub":
         rows.append(("card", hub.write_folder(path, about, told, built)))
-        commands.append(("try", pasted("predict.py", "PICTURE.png", "--run", path)))
+        trust = ["--trust-code"] * is_own_file(built)
+        commands.append(("try", pasted("predict.py", "PICTURE.png", "--run", path, *trust)))
         if arguments.upload:
             rows.append(("uploaded", hub.upload(path, arguments.upload)))
     Report().end_panel(f"exported {folder}", rows, good=not doubt, commands=commands)

@@ -148,13 +148,13 @@ def test_a_folder_for_the_hub_loads_by_its_own_words_and_keeps_a_card(run, digit
     script.write_text(code + "print(sum(p.sum().item() for p in model.parameters()))\n")
     done = python(script, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert predicted(folder, digits) == predicted(run / "last.safetensors", digits)
+    assert predicted(folder, digits, "--trust-code") == predicted(run / "last.safetensors", digits)
     for path in folder.rglob("*"):  # nothing of this machine leaves with it
         assert path.is_dir() or str(run.parent).encode() not in path.read_bytes(), path
     (folder / "README.md").write_text("mine")
     assert export_main([str(run), "--to", "hub"]) == 0
     assert (folder / "README.md").read_text() == "mine"
-    assert predicted(folder, digits) == predicted(run, digits)
+    assert predicted(folder, digits, "--trust-code") == predicted(run, digits)
 
 
 def test_an_upload_that_cannot_be_is_told_at_once_and_the_folder_is_there(run, capfd, monkeypatch):
