@@ -34,6 +34,7 @@ class Threads:
         self.count = count
         self._pieces: queue.SimpleQueue[tuple[Work, Piece] | None] = queue.SimpleQueue()
         self._started = False
+        self._there: list[threading.Thread] = []
 
     def do(self, pieces: list[Piece]) -> "Work":
         """Begin with these pieces, after all that were given before."""
@@ -49,16 +50,25 @@ class Threads:
         ready = threading.Barrier(self.count + 1)
         for number in range(self.count):
             name = f"decode-{number}"
-            threading.Thread(target=self._run, args=(ready,), name=name, daemon=True).start()
+            one = threading.Thread(target=self._run, args=(ready,), name=name, daemon=True)
+            one.start()
+            self._there.append(one)
         mine = torch.get_num_threads()
         ready.wait()  # each has told torch that it works alone: a team of its own would be slower,
         torch.set_num_threads(mine)  # and what it told would hold for later threads too
 
     def end(self) -> None:
-        """No more work comes: the threads leave when they have done what there is."""
-        if self._started:
-            for _ in range(self.count):
-                self._pieces.put(None)
+        """No more work comes: the threads leave when they have done what there is.
+
+        They are waited for, though not for long: an interpreter that ends beside a thread of
+        torch's may abort.
+        """
+        for _ in self._there:
+            self._pieces.put(None)
+        until = time.monotonic() + 2.0
+        for one in self._there:
+            one.join(max(0.0, until - time.monotonic()))
+        self._there.clear()
         self._started = False
 
     def _run(self, ready: threading.Barrier) -> None:
