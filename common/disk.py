@@ -1,11 +1,13 @@
 """Files that are whole or not there, JSON that may be damaged, and digests."""
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -37,6 +39,19 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
     """A text file in UTF-8, whole or not at all."""
     with whole(path, sync) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def csv_text(rows: Iterable[Sequence]) -> str:
+    """Rows as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
+    """Rows as a CSV file, whole or not at all; names that are not UTF-8 keep their bytes."""
+    with whole(path) as partial:
+        partial.write_bytes(csv_text(rows).encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path, content: Json) -> None:

@@ -1,7 +1,6 @@
 """Which picture trains, validates or tests: by folder names, by a hash, by an older run's list."""
 
 import csv
-import io
 import math
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.disk import digest, whole
+from common.disk import csv_text, digest, write_csv
 from common.text import class_name, printable, some
 from data.files import Records
 from data.image_set import ImageSet, LeftOut, Source, labels_in_words
@@ -299,17 +298,12 @@ def read_split(split: str) -> dict[str, str]:
 
 def split_text(rows: Iterable[tuple[str, str, str]]) -> str:
     """The list as a file: a row (name, split, class) for each picture."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(HEAD)
-    writer.writerows(rows)
-    return buffer.getvalue()
+    return csv_text([HEAD, *rows])
 
 
 def write_split(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """The list on disk, whole or not at all; names that are not UTF-8 keep their bytes."""
-    with whole(path) as partial:
-        partial.write_bytes(split_text(rows).encode("utf-8", "surrogateescape"))
+    """The list on disk, whole or not at all."""
+    write_csv(path, [HEAD, *rows])
 
 
 # --- records -------------------------------------------------------------------------------------

@@ -10,12 +10,10 @@ from common.text import counted
 from config import parse
 from data.augment import Augment
 from data.pack import levels_in
-from data.sources import load_source
-from data.sources.many import multi_hot
 from errors import UserError
 from export.forms import Ask, answer
 from export.service import in_unit
-from training.data import build_data
+from training.data import build_data, source_named
 
 MOST_APART = 1e-3  # of a confidence: float32 in another order of additions is far nearer
 AT_ONCE = 32  # pictures
@@ -52,13 +50,7 @@ def pictures_of_run(folder: Path, told: dict, built: str, most: int) -> Tensor:
     moved = ["--model", built, "--allow-change", "model"] * (built != told["model"])
     settings = parse(["--resume", str(folder), *moved])
     config = settings.config
-    source = load_source(
-        config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images, seed=config.seed, split=config.split,
-        group_by=config.group_by, levels=levels_in(told), many=config.task == "multilabel",
-    )  # fmt: skip
-    if config.task == "multilabel":
-        source = multi_hot(source)
+    source = source_named(config, config.split, levels_in(told))
     if list(source.classes) != list(told["classes"]):
         raise UserError("the data have other classes by now", code="other-classes")
     count = len(source.test)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from common.disk import digest, read_json, write_json
+from common.disk import csv_text, digest, read_json, write_json
 from common.text import printable
 from errors import UserError
 
@@ -176,13 +176,6 @@ class Kept:
 
     def close(self) -> None:
         self.file.close()
-
-
-def csv_text(rows: list[list]) -> str:
-    """Rows as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def records(path: Path, quoted: bool) -> Iterator[bytes]:

@@ -5,8 +5,6 @@ probability reaches the mean that the pictures of that label have. One that coun
 than it is labelled with is a suspect, the more so the less its own label has.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy
 from markupsafe import Markup
 from safetensors.numpy import load_file
 
-from common.disk import read_json, whole
+from common.disk import read_json, write_csv
 from common.text import counted, printable
 from data.splits import names_of, read_split
 from report import pictures
@@ -92,13 +90,9 @@ def suspects_of(runs: Sequence[Path]) -> tuple[int, list[Suspect]]:
 
 
 def write_suspects(folder: Path, found: Sequence[Suspect]) -> None:
-    """suspects.csv, whole or not at all; names that are not UTF-8 keep their bytes."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(HEAD)
-    writer.writerows((one.name, one.given, one.suggested, one.score) for one in found)
-    with whole(folder / CSV) as partial:
-        partial.write_bytes(buffer.getvalue().encode("utf-8", "surrogateescape"))
+    """suspects.csv, whole or not at all."""
+    rows = ((one.name, one.given, one.suggested, one.score) for one in found)
+    write_csv(folder / CSV, [HEAD, *rows])
 
 
 def draw(folder: Path, run: Path, found: Sequence[Suspect]) -> None:
@@ -106,17 +100,11 @@ def draw(folder: Path, run: Path, found: Sequence[Suspect]) -> None:
     import torch
 
     from config import parse
-    from data.sources import load_source
-    from data.splits import folded
-    from training.data import build_data, pictures_of
+    from training.data import build_data, pictures_of, source_named
 
     settings = parse(["--resume", str(run)])
     config = settings.config
-    source = folded(load_source(
-        config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images, seed=config.seed, group_by=config.group_by,
-        stage=config.stage,
-    ), config.fold)  # fmt: skip
+    source = source_named(config, None, None, stage=config.stage)
     data = build_data(settings, source, torch.device("cpu"), 1, 0)
     there = {
         name: (split, place)

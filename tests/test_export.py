@@ -13,9 +13,11 @@ from common.disk import write_json
 from distributed.checkpoint import save_tensors
 from export import forms
 from export.__main__ import main as export_main
+from export.check import pictures_of_run
 from export.service import Service
 from models import build_model
 from models.state import whole_state
+from predict import load_run
 
 # What another program does: it reads the file's own words, and follows them.
 CONSUMER = """
@@ -253,3 +255,12 @@ def test_each_kind_of_model_leaves_as_onnx(name, tmp_path):
     for count in (1, 3):
         images = torch.rand(count, 3, 96, 96)
         assert torch.allclose(ask(images), forms.answer(model, (images - 0.4) / 0.2), atol=1e-4)
+
+
+def test_the_pictures_that_are_asked_about_are_those_of_the_runs_own_fold(nets):
+    words = ["--model", f"{nets / 'plain.py'}:Net", *SMALL, "--epochs", "1", "--fold", "2/3"]
+    assert train([*words, "--run-dir", "one-fold"], nets).status == 0
+    folder = nets / "one-fold"
+    _, told = load_run(folder)
+    images = json.loads((folder / "summary.json").read_text())["test/images"]
+    assert len(pictures_of_run(folder, told, told["model"], 10_000)) == images > 500

@@ -1,7 +1,7 @@
 """All that a run reads: the data set, the batch that is possible, loaders, augmentation."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, cast
@@ -17,7 +17,7 @@ from data.augment import Augment
 from data.cache import Entry, read_entry
 from data.cuts import Cuts, default_resize, lost
 from data.files import SMALL, clipped_in_words
-from data.image_set import numbered_as
+from data.image_set import Levels, numbered_as
 from data.loaders import (
     Decoding,
     Photographs,
@@ -196,6 +196,25 @@ class Data:
         return (batch[batch >= 0] % len(self.train)).tolist()
 
 
+def source_named(
+    config: TrainConfig, split: str | None, levels: Levels | None, stage: str | None = None,
+    keep_decoded: bool = False, say: Callable[[str], None] = lambda _: None,
+    before: Entry | None = None, excluded: Collection[str] = (),
+) -> Source:  # fmt: skip
+    """The data set that a configuration names, in its fold, with a yes or no for each class.
+
+    All but `config` is as load_source has it.
+    """
+    many = config.task == "multilabel"
+    source = folded(load_source(
+        config.dataset, data_dir=config.data_dir, image_size=config.image_size,
+        skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
+        group_by=config.group_by, stage=stage, keep_decoded=keep_decoded, levels=levels, many=many,
+        say=say, before=before, excluded=excluded,
+    ), config.fold)  # fmt: skip
+    return multi_hot(source) if many and source.classes else source
+
+
 def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> tuple[Plan, Data]:
     """The data set of a plan, the same on every process, with its loaders and augmentation.
 
@@ -209,17 +228,11 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
         split = config.run_dir  # what it named at the run's birth may have changed or gone
     card = world.main_decides(lambda: card_of_run(plan))
-    source = world.all_or_none(world.stop.interruptible(lambda: folded(load_source(
-        config.dataset, data_dir=config.data_dir, image_size=config.image_size,
-        skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
-        group_by=config.group_by, stage=config.stage,
-        keep_decoded=not card and config.decode == "full",
-        levels=levels_in(card), many=config.task == "multilabel",
-        say=say if world.is_main else print, before=_index_of_run(plan),
-        excluded=excluded_names(config.exclude),
-    ), config.fold)))  # fmt: skip
-    if config.task == "multilabel" and source.classes:
-        source = multi_hot(source)
+    source = world.all_or_none(world.stop.interruptible(lambda: source_named(
+        config, split, levels_in(card), stage=config.stage,
+        keep_decoded=not card and config.decode == "full", say=say if world.is_main else print,
+        before=_index_of_run(plan), excluded=excluded_names(config.exclude),
+    )))  # fmt: skip
     if card:
         source = as_the_run_sees(source, card)
         plan = _cut_as_the_run(plan, source, card)
@@ -275,7 +288,7 @@ def as_the_weights_saw(plan: Plan, source: Source, world: World) -> tuple[Plan, 
         if config.normalize in ("auto", "weights"):
             numbers = (",".join(map(repr, part)) for part in (found.mean, found.std))
             decided["normalize"] = "/".join(numbers)
-        if config.interpolation == "auto" and found.interpolation in ("bilinear", "bicubic"):
+        if config.interpolation == "auto":
             decided["interpolation"] = found.interpolation
         size = config.eval_size or config.image_size
         margin = int(size / found.crop + 1e-6)
