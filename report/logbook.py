@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from torch import Tensor
-
 from common.disk import Json
 from common.text import counted, duration
 from config import restarted, to_json
@@ -27,7 +25,7 @@ from tasks import Task
 from training.data import Data, pictures_of
 from training.goodput import Ledger
 from training.plan import Plan, starts_over
-from training.predictions import PREDICTIONS, take_answers, write_predictions
+from training.predictions import keep_predictions, take_answers
 from training.run_dir import (
     RunDir,
     describe_environment,
@@ -322,7 +320,8 @@ class Logbook(contextlib.AbstractContextManager):
         if better:
             progress.best, progress.best_epoch = chosen, epoch
             progress.best_step, progress.best_metrics = progress.step, results["test"]
-            self.predicted(answers, task, data)
+            if self.folder is not None:
+                keep_predictions(self.folder.folder, answers, task, data, self.screen.warn)
         self._record(row, progress)
         self.status(best=progress.best)
         self._evaluation = self._paused
@@ -337,15 +336,6 @@ class Logbook(contextlib.AbstractContextManager):
             words = f"no better {task.best.title} for {counted(schedule.plateau, 'evaluation')}"
             self.screen.show(f"{words}: the learning rate falls to {rate:.3g}")
         return better
-
-    def predicted(self, answers: dict[str, Tensor], task: Task, data: Data) -> None:
-        """What the best weights answer to each picture goes beside them."""
-        if self.folder is None:
-            return
-        try:
-            write_predictions(self.folder.folder / PREDICTIONS, answers, task, data)
-        except OSError as error:
-            self.screen.warn(f"{PREDICTIONS} cannot be written ({error})")
 
     def _record(self, row: dict, progress: Progress, **status: float) -> None:
         """A row for metrics.jsonl, the truth, and for the trackers, its copies; the status too."""

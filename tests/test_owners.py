@@ -18,6 +18,7 @@ from distributed.checkpoint import Progress
 from distributed.world import World
 from errors import NumbersGoneBad, UserError
 from optim import build_optimizer, lr_at
+from report import logbook
 from report.logbook import Logbook
 from tasks import Classification
 from training.checkpoints import Checkpoints
@@ -255,7 +256,7 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
         assert row["step"] == 7 and row.keys() <= PASSING
         result = {metric.key: 0.5 for metric in task.metrics} | {"images": 6}
         result["confusion"] = [[2, 0, 0]] * 3
-        monkeypatch.setattr(log, "predicted", lambda *_: None)
+        monkeypatch.setattr(logbook, "keep_predictions", lambda *_: None)
         answers = {"answers": task.new_answers(6, torch.device("cpu"))}
         assert log.evaluated({"test": result | answers}, task, data, plan, progress)
         assert {"best": 0.5} in [{"best": w.get("best")} for w in written]

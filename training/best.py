@@ -15,7 +15,7 @@ from tasks import Task
 from training.checkpoints import Checkpoints
 from training.data import Data
 from training.learner import Learner
-from training.predictions import PREDICTIONS, take_answers, write_predictions
+from training.predictions import keep_predictions, take_answers
 
 Found = TypeVar("Found")
 Evaluate = Callable[[Learner, Data, World, Progress], dict[str, dict] | None]
@@ -77,10 +77,7 @@ def keep_best_comparable(
             epoch = (step + progress.ahead) / progress.steps_per_epoch
             progress.best_epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
             if world.is_main:
-                try:
-                    write_predictions(path.with_name(PREDICTIONS), answers, learner.task, data)
-                except OSError as error:
-                    warn(f"{PREDICTIONS} cannot be written ({error})")
+                keep_predictions(checkpoints.folder, answers, learner.task, data, warn)
     if why:
         progress.best, progress.best_metrics, progress.best_step = None, {}, 0
         progress.best_epoch = 0

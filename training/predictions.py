@@ -1,15 +1,13 @@
 """predictions.csv: what the best weights answer to each picture that they were evaluated on."""
 
-import csv
-import io
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from common.disk import write_text
-from common.text import printable
+from common.disk import write_csv
 from data.image_set import labels_in_words
-from data.splits import names_of
+from data.splits import rows_of
 from tasks import Task
 from training.data import Data
 
@@ -28,20 +26,31 @@ def write_predictions(path: Path, answers: dict[str, Tensor], task: Task, data: 
     `answers` are those of an evaluation, by split: Evaluation.results. A picture without a name
     has its number; one that could not be decoded has no answer.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(HEAD)
+    table: list[tuple[str, ...]] = [HEAD]
     for split, given in answers.items():
-        side = "test" if split == "test" else "train"
-        names, places = names_of(data.source, side), data.places[split][: len(given)]
-        labels = getattr(data.source, side).labels[places]
-        if data.source.classes:
-            words = labels_in_words(labels, data.source.classes)
-        else:
-            words = [f"{value:.6g}" for value in labels.flatten().tolist()]
-        for place, word, answer in zip(
-            places.tolist(), words, task.answered(given, data.classes), strict=True
-        ):
-            name = printable(names[place]) if names else str(place)
-            table.writerow((name, split, word, *answer))
-    write_text(path, text.getvalue())
+        rows = _known(data, split, len(given))
+        told = task.answered(given, data.classes)
+        table += [(*row, *answer) for row, answer in zip(rows, told, strict=True)]
+    write_csv(path, table)
+
+
+def keep_predictions(
+    folder: Path, answers: dict[str, Tensor], task: Task, data: Data, warn: Callable[[str], None]
+) -> None:
+    """predictions.csv beside the best weights; a disk that does not take it is told."""
+    try:
+        write_predictions(folder / PREDICTIONS, answers, task, data)
+    except OSError as error:
+        warn(f"{PREDICTIONS} cannot be written ({error})")
+
+
+def _known(data: Data, split: str, count: int) -> list[tuple[str, str, str]]:
+    """(name, split, class) of the first so many pictures of a split, or of numbers their target."""
+    places = data.places[split][:count]
+    if rows := rows_of(data.source, {split: places}):
+        return rows
+    labels = (data.source.test if split == "test" else data.source.train).labels[places]
+    words = [f"{value:.6g}" for value in labels.flatten().tolist()]
+    if data.classes:
+        words = labels_in_words(labels, data.classes)
+    return [(str(n), split, word) for n, word in zip(places.tolist(), words, strict=True)]
