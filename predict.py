@@ -309,7 +309,7 @@ def main(argv: list[str]) -> int:
     asker = Asker(on_gpu(model), told, arguments)
     total = sum(1 for _ in pictures(arguments.paths))
     try:
-        answers = Answers(arguments, total, made_by(arguments, told))
+        answers = Answers(arguments, total, made_by(arguments, told) if arguments.out else {})
         with stop_signals() as came, warnings.catch_warnings(action="ignore"):
             # Here, for a filter of a decoding thread would be everybody's.
             for path, answer in asker.answers(pictures(arguments.paths), answers.lacks):
@@ -434,7 +434,7 @@ def made_by(arguments: argparse.Namespace, told: dict) -> dict:
     known = digest(weights.read_bytes()) if weights.is_file() else str(arguments.weights)
     found = {"weights": known, "tta": arguments.tta}
     if arguments.top is None and told["task"] == "multilabel":
-        if arguments.out and arguments.out.suffix == ".csv":
+        if arguments.out.suffix == ".csv":
             raise UserError(
                 f"--out {arguments.out}: with many labels a picture has any number of rows, and "
                 "none tells that it is whole; name a file that ends in .jsonl, or add --top N",

@@ -305,10 +305,10 @@ TAKEN_BY = {
     "betas": ("adamw", "lion", "nadamw", "lamb", "schedule_free"),
     "eps": ("adamw", "nadamw", "lamb", "rmsprop", "schedule_free"),
 }
-# What a resumed run may change without being asked twice: length, placement and reporting.
 # What names the data, and what else of them may differ where a run is evaluated on others.
 DATA = ("dataset", "data_dir")
 OTHER_DATA = (*DATA, "split", "fold", "group_by", "val_fraction", "limit", "exclude", "stage")
+# What a resumed run may change without being asked twice: length, placement and reporting.
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
     | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select", "threshold"}

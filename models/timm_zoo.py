@@ -116,6 +116,10 @@ def can_be_had(cfg: PretrainedCfg) -> bool:
     return bool(cfg.hf_hub_id or (cfg.url and not str(cfg.url).endswith(".npz")))
 
 
+def _files_of(cfg: PretrainedCfg) -> tuple[str, ...]:
+    return (cfg.hf_hub_filename,) if cfg.hf_hub_filename else FILES
+
+
 def published(name: str) -> tuple[str, Path]:
     """Where the weights of a model are, and where a cache has or would have them."""
     cfg = config_of(name)
@@ -126,7 +130,7 @@ def published(name: str) -> tuple[str, Path]:
         return url, Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 
-    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else FILES
+    files = _files_of(cfg)
     for file in files:
         found = try_to_load_from_cache(cfg.hf_hub_id, file)
         if isinstance(found, str):
@@ -141,7 +145,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    for file in [cfg.hf_hub_filename] if cfg.hf_hub_filename else FILES:
+    for file in _files_of(cfg):
         try:
             return Path(hf_hub_download(str(cfg.hf_hub_id), file))
         except EntryNotFoundError:

@@ -4,8 +4,6 @@ It is made of the files of the run folders alone. What is claimed over seeds is 
 no claim; runs that did not share data or code are told.
 """
 
-import base64
-import hashlib
 import os
 import statistics
 from collections import defaultdict
@@ -27,7 +25,7 @@ from config import TrainConfig
 from config.rows import SWEEP
 from errors import FINISHED, UserError
 from report.chart import chart, short
-from report.page import HERE, PARTS, STYLE, TEMPLATES, Files, is_number
+from report.page import HERE, PARTS, STYLE, TEMPLATES, Files, is_number, source_of
 from report.screen import Report
 
 SCRIPT = (HERE / "sort.js").read_text(encoding="utf-8")
@@ -343,14 +341,10 @@ def build(comparison: Comparison, title: str, place: Path, further: Sequence[tup
     sections.append(("Runs", PARTS.table(head, linked, "sorted")))
     sections.append(("Curves", PARTS.charts(curves(comparison))))
     sections += further
-    prints = [
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (STYLE, SCRIPT)
-    ]
     return TEMPLATES.get_template("page.html").render(
         policy=Markup(
-            f"default-src 'none'; img-src data:; style-src 'sha256-{prints[0]}'; "
-            f"script-src 'sha256-{prints[1]}'"
+            f"default-src 'none'; img-src data:; style-src {source_of(STYLE)}; "
+            f"script-src {source_of(SCRIPT)}"
         ),
         style=Markup(STYLE), script=Markup(SCRIPT), name=title,
         state=counted(len(comparison.runs), "run"), sections=sections, folder="",

@@ -4,9 +4,7 @@ The address holds a random token, so that no other user of the machine and no we
 No file is served by its name: there are two answers, the page and what is new in the run's files.
 """
 
-import base64
 import getpass
-import hashlib
 import json
 import secrets
 import signal
@@ -24,7 +22,7 @@ from common.disk import Json, parse_object, read_json
 from common.text import duration, percent, printable
 from errors import FINISHED, UserError
 from report.doctor import describe_status
-from report.page import HERE, SPEED, STYLE, TEMPLATES, Files, is_number
+from report.page import HERE, SPEED, STYLE, TEMPLATES, Files, is_number, source_of
 
 SCRIPT = (HERE / "live.js").read_text(encoding="utf-8")
 HOSTS = {"127.0.0.1", "localhost", "[::1]"}  # an ssh tunnel may have any port at its other end
@@ -105,13 +103,9 @@ def left(folder: Path, status: dict) -> str:
 
 def page_of(name: str) -> tuple[str, str]:
     """The page, and the policy that lets it run this script and nothing else."""
-    hashes = [
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (STYLE, SCRIPT)
-    ]
     policy = (
-        f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'sha256-{hashes[0]}'; "
-        f"script-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'; "
+        f"default-src 'none'; connect-src 'self'; img-src data:; style-src {source_of(STYLE)}; "
+        f"script-src {source_of(SCRIPT)}; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
     made = TEMPLATES.get_template("live.html").render(

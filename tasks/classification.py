@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import scores
 from common.confusion import MOST, WHOLE, precisions, totals
 from common.metric import Metric
-from common.text import counted, percent
+from common.text import percent, some
 from losses import Criterion
 from tasks.task import (
     LARGEST_LOSS,
@@ -20,6 +20,7 @@ from tasks.task import (
     Answers,
     Outputs,
     Task,
+    not_found,
     split_outputs,
 )  # fmt: skip
 
@@ -35,15 +36,11 @@ def balanced_accuracy(results: dict) -> float:
 
 def never_found(results: dict, classes: Sequence[str]) -> str:
     """The classes of which no image is recognised, in a sentence; "" where there are none."""
-    images, _, right = totals(results)
-    each = zip(classes, images, right, strict=False)  # nothing is known after a damage
-    missed = [f"{name} ({counted(n, 'image')})" for name, n, found in each if n and not found]
-    if not missed:
+    if not (missed := not_found(results, classes)):
         return ""
-    more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
     return (
-        f"the best weights find none of class {', '.join(missed[:5])}{more}; --select "
-        "balanced_accuracy chooses weights by the mean over the classes"
+        f"the best weights find none of class {some(missed, 5)}; --select balanced_accuracy "
+        "chooses weights by the mean over the classes"
     )
 
 

@@ -8,9 +8,18 @@ from torch.nn import functional as F
 
 from common.confusion import totals
 from common.metric import Metric
-from common.text import counted, percent
+from common.text import percent, some
 from losses import Binary, Criterion
-from tasks.task import LARGEST_LOSS, LOSS_UNIT, MOST_EXAMPLES, Answers, Outputs, Task, split_outputs
+from tasks.task import (
+    LARGEST_LOSS,
+    LOSS_UNIT,
+    MOST_EXAMPLES,
+    Answers,
+    Outputs,
+    Task,
+    not_found,
+    split_outputs,
+)  # fmt: skip
 
 # Logits are ranked after they were rounded: integer counts are the same in any order of addition.
 RANGE = 16.0  # a sigmoid is 0 or 1 to seven digits beyond it
@@ -200,15 +209,11 @@ class Multilabel(Task):
         return list(zip(yes.tolist(), logits.sigmoid()[yes].tolist(), strict=True))
 
     def never_found(self, results: dict, classes: list[str]) -> str:
-        there, _, hits = totals(results)
-        each = zip(classes, there, hits, strict=False)
-        missed = [f"{name} ({counted(n, 'image')})" for name, n, found in each if n and not found]
-        if not missed:
+        if not (missed := not_found(results, classes)):
             return ""
-        more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
         return (
-            f"the best weights find no picture of class {', '.join(missed[:5])}{more} at the "
-            f"threshold {self.threshold:g}; a lower --threshold says yes more often"
+            f"the best weights find no picture of class {some(missed, 5)} at the threshold "
+            f"{self.threshold:g}; a lower --threshold says yes more often"
         )
 
     def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """What every task is: a loss, counters that an evaluation fills, and what they come to."""
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from common.confusion import totals
 from common.metric import Metric
+from common.text import counted
 from losses import Criterion
 
 # Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
@@ -40,6 +43,13 @@ def split_outputs(outputs: Outputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     if isinstance(outputs, tuple | list):
         return outputs[0], tuple(o for o in outputs[1:] if o is not None)
     return cast(Tensor, outputs), ()
+
+
+def not_found(results: dict, classes: Sequence[str]) -> list[str]:
+    """`ant (3 images)` for each class of which nothing is found."""
+    images, _, right = totals(results)
+    each = zip(classes, images, right, strict=False)  # nothing is known after a damage
+    return [f"{name} ({counted(n, 'image')})" for name, n, found in each if n and not found]
 
 
 class Task:

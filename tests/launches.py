@@ -224,6 +224,23 @@ def same_weights(a: Path, b: Path) -> list[str]:
     return [n for n in names if (newest(a) / n).read_bytes() != (newest(b) / n).read_bytes()]
 
 
+def same_after_a_kill(folder: Path, flags: list, name: str, step: int) -> tuple[Done, Path]:
+    """The law: on one process = on two, of which one is killed at a step and the run resumed.
+
+    The undisturbed run's output, and the folder of the disturbed one.
+    """
+    whole = train([*flags, "--run-dir", f"{name}-whole"], folder)
+    assert whole.status == 0, whole.out
+    broken = [*flags, "--run-dir", f"{name}-broken"]
+    done = train(broken, folder, 2, LOCKSTEP_FAULT=f"kill@step={step},rank=1")
+    assert done.status != 0 and "died without a word" in done.out, done.out
+    done = train(broken, folder, 2)
+    assert done.status == 0 and "resumed" in done.out, done.out
+    assert rows(folder / f"{name}-whole") == rows(folder / f"{name}-broken")
+    assert same_weights(folder / f"{name}-whole", folder / f"{name}-broken") == []
+    return whole, folder / f"{name}-broken"
+
+
 def children_with(name: str) -> list[int]:
     """Processes of this machine that were started with the argument `name`."""
     logs = {str(log) for words, log in PRELOADED if name in words}

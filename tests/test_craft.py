@@ -5,7 +5,7 @@ those of the undisturbed run on one, byte for byte.
 """
 
 import pytest
-from launches import SMALL, rows, same_weights, train
+from launches import SMALL, same_after_a_kill
 from safetensors.torch import load_file
 from test_optim import OWN
 
@@ -49,15 +49,7 @@ def folder(nets):
 )
 def test_the_same_run_on_two_processes_one_of_which_is_killed(folder, way):
     flags = ["--model", "full.py:Net", *COMMON, *WAYS[way].split()]
-    done = train([*flags, "--run-dir", f"{way}-whole"], folder)
-    assert done.status == 0, done.out
-    broken = [*flags, "--run-dir", f"{way}-broken"]
-    done = train(broken, folder, 2, LOCKSTEP_FAULT="kill@step=9,rank=1")
-    assert done.status != 0 and "died without a word" in done.out, done.out
-    done = train(broken, folder, 2)
-    assert done.status == 0 and "resumed" in done.out, done.out
-    assert rows(folder / f"{way}-whole") == rows(folder / f"{way}-broken")
-    assert same_weights(folder / f"{way}-whole", folder / f"{way}-broken") == []
+    _, broken = same_after_a_kill(folder, flags, way, step=9)
     if way == "schedule-free":  # evaluated with statistics of its own, of eight batches
-        kept = load_file(folder / f"{way}-broken" / "model.safetensors")
+        kept = load_file(broken / "model.safetensors")
         assert kept["body.1.num_batches_tracked"] == 8 and kept["body.1.running_mean"].any()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launches import SMALL, rows, same_weights, train
+from launches import SMALL, same_after_a_kill, train
 from safetensors.torch import load_file
 from torch import nn
 
@@ -160,17 +160,10 @@ WAYS = {
 @pytest.mark.parametrize("way", ["frozen", pytest.param("deep", marks=pytest.mark.slow)])
 def test_the_same_run_on_two_processes_one_of_which_is_killed(nets, way):
     flags = [*COMMON, *WAYS[way].split()]
-    done = train([*flags, "--run-dir", f"{way}-whole"], nets)
-    assert done.status == 0 and "depths" in done.out, done.out
-    broken = [*flags, "--run-dir", f"{way}-broken"]
-    done = train(broken, nets, 2, LOCKSTEP_FAULT="kill@step=7,rank=1")
-    assert done.status != 0 and "died without a word" in done.out, done.out
-    done = train(broken, nets, 2)
-    assert done.status == 0 and "resumed" in done.out, done.out
-    assert rows(nets / f"{way}-whole") == rows(nets / f"{way}-broken")
-    assert same_weights(nets / f"{way}-whole", nets / f"{way}-broken") == []
+    whole, broken = same_after_a_kill(nets, flags, way, step=7)
+    assert "depths" in whole.out, whole.out
     if way == "frozen":
-        kept = load_file(nets / f"{way}-broken" / "last.safetensors")
+        kept = load_file(broken / "last.safetensors")
         assert not kept["body.1.running_mean"].any() and kept["body.1.weight"].eq(1).all()
         assert kept["body.4.running_mean"].any()
 

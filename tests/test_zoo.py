@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from launches import REPOSITORY, SMALL, python, rows, same_weights, train
+from launches import REPOSITORY, SMALL, python, rows, same_after_a_kill, train
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models as zoo
@@ -302,17 +302,8 @@ def test_photographs_are_scaled_and_cut_as_the_weights_say(tmp_path):
 @pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_vit"])
 def test_a_model_of_timm_is_the_same_run_on_two_processes_one_of_which_is_killed(nets, name):
     flags = ["--model", name, *DIGITS, "--epochs", "2", "--bitwise", "--checkpoint-every", "2"]
-    whole, broken = (f"{name[5:]}-{kind}" for kind in ("whole", "broken"))
-    done = train([*flags, "--run-dir", whole], nets)
-    assert done.status == 0, done.out
-    broken_flags = [*flags, "--run-dir", broken]
-    done = train(broken_flags, nets, 2, LOCKSTEP_FAULT="kill@step=3,rank=1")
-    assert done.status != 0 and "died without a word" in done.out, done.out
-    done = train(broken_flags, nets, 2)
-    assert done.status == 0 and "resumed" in done.out, done.out
-    assert rows(nets / whole) == rows(nets / broken)
-    assert same_weights(nets / whole, nets / broken) == []
+    _, broken = same_after_a_kill(nets, flags, name[5:], step=3)
     done = train(["--resume", broken, "--eval-only"], nets)
     assert done.status == 0, done.out
-    tensors = load_file(nets / broken / "model.safetensors")
+    tensors = load_file(broken / "model.safetensors")
     assert tensors.keys() == build_model(name, num_classes=10, image_size=32).state_dict().keys()
