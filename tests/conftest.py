@@ -1,6 +1,8 @@
 """What all tests share: no network, one thread, tiny learners' models, real launches."""
 
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,15 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True)
-def clean_environment():
-    """What Accelerate and others leave in the environment ends with the test."""
+def clean_process():
+    """What Accelerate and others leave in the environment, and who waits for signals, ends here."""
     before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     yield
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) != handler:
+            with contextlib.suppress(OSError):  # those that nobody can wait for
+                signal.signal(number, handler)
     theirs = {name: value for name, value in os.environ.items() if name.startswith("PYTEST_")}
     os.environ.clear()
     os.environ.update(before | theirs)
