@@ -184,13 +184,22 @@ def test_an_anchor_is_the_name_of_a_heading():
 
 @pytest.mark.parametrize("page", [chinese for _, chinese in PAIRS], ids=lambda page: page.name)
 def test_a_chinese_page_is_written_in_chinese(page):
-    """No paragraph left in English, no English punctuation behind a Chinese word."""
+    """No English left, no half-width punctuation, nothing that a Markdown reader shows wrong."""
     for block in blocks(page):
         if "code" in block.kind or "fence" in block.kind:
             continue
         prose = LINK.sub("]", CODE.sub("", block.text))
         english = re.search("[a-z]{2,}(?: [a-z]+){3}", re.sub("“.*?”", "", prose))
         assert not english, f"{page.name}:{block.line} is not in Chinese: {english and english[0]}"
+        torn = re.search(f"[{HAN}，。；：、]\n *[{HAN}]", block.text)
+        assert not torn, (
+            f"{page.name}:{block.line}: a line break within a sentence shows as a blank"
+        )
+        for mark in re.finditer(r"(\*\*?)([^*]+)\1(?=(.?))", re.sub(r"^ *\* ", "", prose)):
+            stars = mark[2][-1] in "，。；：、？！”）" and mark[3].isalnum()
+            assert not stars, (
+                f"{page.name}:{block.line}: {mark[0]} shows as stars: 。 goes behind them"
+            )
         half = re.search(f"[{HAN}][,;:?!].{{0,9}}", prose)
         assert not half, f"{page.name}:{block.line}: punctuation of half width: {half and half[0]}"
 
