@@ -221,7 +221,9 @@ def sentences() -> list[tuple[str, str]]:
             (".", "venv")
         ):
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if "docs/" not in (source := path.read_text(encoding="utf-8")):
+            continue
+        tree = ast.parse(source)
         parts = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}
         parts |= {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
         for node in ast.walk(tree):
