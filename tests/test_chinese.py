@@ -12,7 +12,6 @@ from launches import REPOSITORY
 PAIRS = [
     (page.with_name(page.name.replace(".zh.md", ".md")), page)
     for page in sorted([*REPOSITORY.glob("*.zh.md"), *(REPOSITORY / "docs").glob("*.zh.md")])
-    if page.name != "lessons.zh.md"  # tests/test_lessons.py
 ]
 CODE = re.compile(r"(`+)(.+?)\1")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
