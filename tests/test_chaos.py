@@ -16,9 +16,15 @@ from distributed.checkpoint import visible
 
 
 def disturb(folder, chance: random.Random) -> str:
-    """Between two lives: sometimes truncate a file of the newest checkpoint, or flip a bit."""
+    """Between two lives: sometimes truncate a file of the newest checkpoint, or flip a bit.
+
+    Of a snapshot in memory too: they all may be damaged, since the disk has what is older.
+    """
     found = visible(folder / "checkpoints")
-    if len(found) < 2 or chance.random() < 0.5:
+    in_memory = list(MEMORY(folder.parent).glob("lockstep-*/step-*[0-9]"))
+    if in_memory and chance.random() < 0.3:
+        found = in_memory
+    elif len(found) < 2 or chance.random() < 0.5:
         return ""
     path = chance.choice([p for p in found[0].iterdir() if p.stat().st_size > 64])
     content = bytearray(path.read_bytes())
@@ -28,6 +34,11 @@ def disturb(folder, chance: random.Random) -> str:
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     path.write_bytes(content)
     return f", a bit of {path.name} flipped"
+
+
+def MEMORY(nets):
+    """Where the runs of these tests take their snapshots."""
+    return nets / "memory"
 
 
 def soak(nets, rounds: int, seed: int, processes: int) -> None:
