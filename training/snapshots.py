@@ -255,7 +255,7 @@ class Snapshots:
         try:
             facts = verify(path)["facts"]
             progress = read_progress(read_json(path / "progress.json", {}))
-        except (ValueError, UserError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, UserError) as error:
             return f"it is damaged: {error}"
         other = [name for name, value in self.facts.items() if facts.get(name) != value]
         if other:
@@ -300,7 +300,7 @@ class Snapshots:
         problem = self._claim() if home else f"{self._node()} has no /dev/shm"
         target = home / f"step-{step:09d}" if home and not problem else None
         if not problem and target and target.exists():  # damaged, or of another history
-            shutil.rmtree(target)
+            shutil.rmtree(target, ignore_errors=True)
         try:
             send(None, target, [source, *needy])
             if target is not None:
@@ -420,7 +420,8 @@ class Snapshots:
             return
         if not self._told and self._root is not None:  # what the life before left is needed no more
             for home in homes(self._root, self.run.key):
-                if home != writer.folder and is_dead(home):
+                old = is_dead(home) or read_owner(home) == self._owner  # under another number
+                if home != writer.folder and old:
                     shutil.rmtree(home, ignore_errors=True)
         on_cpu = self.world.device.type == "cpu"  # there the writer takes time from the steps
         cost = self._paused + (writer.cpu_seconds if on_cpu else 0.0)
