@@ -167,6 +167,7 @@ def test_what_a_killed_run_left_is_removed_by_a_later_one_and_nothing_else_is(tm
     before = home("before-0", f"another-boot {space} {pid} {began}")
     beside = home("beside-0", f"{boot} pid:[1] {pid} {began}")  # of another container
     opened = home("opened-0", "", 0o755)
+    os.utime(opened, (0, 0))
     own, young = home("own-0", ""), home("young-0", "")
     try:
         snapshots.remove_dead(tmp_path, "own")
