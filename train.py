@@ -104,12 +104,12 @@ def train_one_epoch(
         elif world.device.type == "cpu":  # where it costs no wait
             refuse_not_finite(learner, data, schedule, log.run_folder)
         world.beat(progress.step)
-        saves = not world.stop.reason and checkpoints.due(progress, schedule)
-        if saves or world.stop.reason:  # after a bad number, steps are no longer the weights'
+        where = "" if world.stop.reason else checkpoints.due(progress, schedule)
+        if where or world.stop.reason:  # after a bad number, steps are no longer the weights'
             refuse_not_finite(learner, data, schedule, log.run_folder)
-        if saves:
+        if where:  # to disk or memory
             with log.pause("saving"), observer.phase("save"):
-                checkpoints.save(learner, progress, saves)
+                checkpoints.save(learner, progress, where)
         if world.stop.reason or not schedule.trains(progress):
             break
 
