@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "predict.py", description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("paths", nargs="+", help="pictures, or folders of pictures")
-    parser.add_argument("--run", type=Path, default=LATEST, help="a run folder, or its weights")
+    parser.add_argument("--run", type=Path, help="a run folder, or its weights")
     parser.add_argument("--model", help="instead of a run: a model of `python -m models`, with ...")
     parser.add_argument("--weights", help="... imagenet, or a file with ImageNet's 1,000 classes")
     shown = parser.add_mutually_exclusive_group()
@@ -76,6 +76,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if bool(arguments.model) != bool(arguments.weights):
         parser.error("--model and --weights go together; without them a --run is used")
+    if arguments.model and arguments.run:
+        parser.error("--run brings its own model: drop it, or --model and --weights")
+    arguments.run = arguments.run or LATEST
     if arguments.top is not None and arguments.top < 1:
         parser.error(f"--top {arguments.top}: must be at least 1")
     if arguments.threshold is not None and not 0 < arguments.threshold < 1:

@@ -327,6 +327,11 @@ def check(settings: Settings) -> None:
     known = ("auto", *SELECTABLE[task])
     if c.select not in known:
         wrong(f"--select {c.select}: {c.model} is for {task}: {', '.join(known)}")
+    if settings.actions.eval_only and c.run_dir is None and c.weights in ("none", "auto"):
+        wrong(
+            "--eval-only needs what to evaluate: --resume runs/NAME, or --weights FILE",
+            "nothing-to-evaluate",
+        )
     if settings.actions.fresh and settings.actions.resume:
         wrong("--fresh and --resume contradict each other: drop one", "contradiction")
     if problems:

@@ -30,9 +30,12 @@ def main(arguments: list[str]) -> int:
             command.add_argument("run", nargs="?", default=usual, type=Path)
         if name == "live":
             command.add_argument("--port", type=int, default=0, help="of this machine (any free)")
-    if arguments and arguments[0] not in COMMANDS and Path(arguments[0]).is_dir():
-        arguments = ["list", *arguments]
     try:
+        if arguments and arguments[0] not in COMMANDS and arguments[0][0:1] != "-":
+            if not Path(arguments[0]).is_dir():
+                words = f"{arguments[0]}: no folder, and no command of {', '.join(COMMANDS)}"
+                raise UserError(words, code="no-run")
+            arguments = ["list", *arguments]
         given = parser.parse_args(arguments)
         if given.command == "compare":
             from report.compare import command as compare

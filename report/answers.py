@@ -130,9 +130,14 @@ class Kept:
                 "another file, or delete it",
                 code="answers-of-another",
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(beside, made_by)
-        self.file: BinaryIO = path.open("r+b" if there else "wb", buffering=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(beside, made_by)
+            self.file: BinaryIO = path.open("r+b" if there else "wb", buffering=0)
+        except OSError as error:
+            raise UserError(
+                f"--out {path}: cannot be written ({error.strerror})", code="output-unwritable"
+            ) from None
         self.file.truncate(self._whole() if there else 0)
         self.file.seek(0, os.SEEK_END)
         if self.csv and not self.file.tell():

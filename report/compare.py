@@ -69,11 +69,11 @@ class Run:
 def found_in(paths: Iterable[Path]) -> list[Path]:
     """The run folders that are meant: themselves, or those in a folder of many. UserError: none.
 
-    `runs/*` also names files, and `latest`, which is one of the runs.
+    `runs/*` also names files, and `latest`, which is one of the runs; what is not there is no file.
     """
     found: dict[Path, None] = {}
     given = list(paths)
-    folders = [path for path in given if path.is_dir()] or given
+    folders = [path for path in given if path.is_dir() or not path.exists()] or given
     real = {path.resolve() for path in folders if not path.is_symlink()}
     for path in folders:
         if path.is_symlink() and path.resolve() in real:
@@ -268,7 +268,7 @@ def run_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     for run in runs:
         values = [str(run.values.get(name)) for name in comparison.differing]
         best, last = (shown(metric, of(metric)) for of in (run.best, run.last))
-        epoch = run.files.best[0].get("epoch", "")
+        epoch = run.files.best[0].get("epoch", "") if best else ""
         seconds = "" if run.seconds is None else f"{run.seconds:,.0f}"
         rows.append([run.name, *values, best, str(epoch), last, seconds, run.files.state])
     return head, rows

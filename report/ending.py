@@ -27,6 +27,7 @@ from training.learner import Learner
 from training.observer import Observer
 from training.out_of_fold import write_out_of_fold
 from training.recorder import observer_asked_for
+from training.run_dir import DAMAGED as DAMAGED_LIST
 from training.schedule import Schedule
 
 
@@ -96,6 +97,9 @@ def _write(
         screen.warn(f"the run's summary cannot be written ({error})")
     try:
         log.folder.write_damaged(damaged)
+        if damaged and plan.config.skip_bad_images:
+            count = counted(len(damaged), "image")
+            screen.warn(f"left out, as it cannot be decoded: {count}, see {folder / DAMAGED_LIST}")
     except OSError as error:
         screen.warn(f"the list of damaged images cannot be written ({error})")
     world.left_behind = not log.finish_trackers(code)

@@ -179,9 +179,10 @@ def serve(folder: Path, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
     token = secrets.token_urlsafe(24)
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, folder, token))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or "must be a number from 0 to 65535"
         raise UserError(
-            f"--port {port}: {error.strerror}; without --port a free one is taken", code="port"
+            f"--port {port}: {why}; without --port a free one is taken", code="port"
         ) from None
     server.daemon_threads = True
     return server, f"http://127.0.0.1:{server.server_port}/{token}/"

@@ -51,6 +51,8 @@ def _began(folder: Path) -> str:
 
 def command(folder: Path) -> int:
     """Show the table; UserError where there is no run."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}", code="no-run")
     rows = list_runs(folder)
     if not rows:
         raise UserError(f"{folder} holds no run: no config.json in any folder there", code="no-run")

@@ -219,9 +219,11 @@ class Report:
 
     def predictions(self, results: Mapping[str, Sequence[tuple[str, int, float]]]) -> None:
         """What predict.py found: a picture a block, the likeliest class first, and its number."""
-        table = Table("picture", "class")
-        table.add_column("number", justify="right")
-        table.add_column("confidence", justify="right")
+        table = Table()
+        for name in ("picture", "class"):
+            table.add_column(name, overflow="fold")  # whole on a narrow terminal, too
+        for name in ("number", "confidence"):
+            table.add_column(name, justify="right", no_wrap=True)
         for path, found in results.items():
             if not found:
                 table.add_row(Text(printable(path)), Text("none", style="dim"), "", "")

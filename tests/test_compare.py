@@ -14,6 +14,7 @@ from launches import python
 from refusals import refused
 from scipy import stats
 
+from report.__main__ import main as report
 from report.compare import Comparison, build, found_in, group_rows, holm, read_runs, run_rows
 from report.runs import list_runs
 from report.suspects import confident
@@ -132,7 +133,7 @@ def test_a_folder_of_many_is_read_in_its_order_and_what_is_none_is_told(many):
     assert [path.name for path in found_in(every)] == [x + str(n) for x in "ab" for n in range(4)]
     assert [path.name for path in found_in([many / "latest"])] == ["latest"]
     with refused("no-run", match="nowhere"):
-        found_in([many / "nowhere"])
+        found_in([many / "a0", many / "nowhere"])
 
 
 def test_the_page_asks_no_network_runs_its_own_script_alone_and_believes_no_name(many):
@@ -158,7 +159,22 @@ def test_the_command_shows_tables_and_lists_runs(many):
     assert done.returncode == 0 and "b9" in lines[0] and "died without a word" in lines[0]
     assert "90.00 % accuracy" in lines[0] and len(lines) == 9
     assert [row[0] for row in list_runs(many)][-2:] in (["a0", "b0"], ["b0", "a0"])
-    assert python("-m", "report", "list", many / "a0").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("list a0", "a0 holds no run"),
+        ("list gone", "there is no folder gone"),
+        ("gone", "gone: no folder, and no command of page, doctor"),
+        ("compare a0 gone", "gone holds no run"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(many, words, says, monkeypatch, capsys):
+    monkeypatch.chdir(many)
+    assert report(words.split()) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(says) and told.err.count("\n") == 1 and not told.out
 
 
 def test_a_browser_sorts_the_table_and_nothing_overflows(many, tmp_path):

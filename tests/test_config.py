@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from launches import REPOSITORY
+from refusals import refused
 
 import predict
 from common.text import seconds
@@ -609,3 +610,9 @@ def test_a_run_shows_a_sign_of_life_before_torch_is_loaded_once_for_all_processe
     monkeypatch.setenv("RANK", "1")
     parse_to_train(["--debug"])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", ["", "--weights none"])
+def test_an_evaluation_of_nothing_is_refused_before_data_are_looked_for(words):
+    with refused("nothing-to-evaluate", match="--resume runs/NAME, or --weights FILE"):
+        parse(["--model", "my_cnn", "--eval-only", *words.split()])

@@ -392,7 +392,7 @@ def test_a_process_that_memory_killed_names_mem(desk):
 
 def test_a_stop_is_no_failure_to_srun_but_where_only_its_status_tells(desk):
     """srun would print an error for each process that ends with 75."""
-    for words, code in (([], 0), (["--eval-only"], 75)):
+    for words, code in (([], 0), (["--eval-only", "--weights", "w.safetensors"], 75)):
         noted = desk / "stubs" / "srun"
         noted.write_text(SRUN.replace('exec "$@"', '"$@"; echo $? >code.txt; exit $(cat code.txt)'))
         done = batch(desk, *TINY, *words, STATUS=status(status="stopped"), CODE="75")

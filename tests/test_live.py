@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from launches import REPOSITORY, SMALL, Command, begun, command, finish, start, wait_for
+from refusals import refused
 from test_page import fabricate
 
 from config import parse
@@ -122,6 +123,9 @@ def test_a_port_that_is_taken_and_a_folder_without_a_run_are_sentences(served, t
     port = urlsplit(served.address).port
     with pytest.raises(UserError, match="without --port a free one"):
         live.serve(served.folder, port)
+    for number in (-1, 65536):
+        with refused("port", match="from 0 to 65535"):
+            live.serve(served.folder, number)
     with pytest.raises(UserError, match="holds no run"):
         live.command(tmp_path)
 

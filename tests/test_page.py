@@ -523,4 +523,7 @@ def test_the_share_that_waited_for_photographs_is_a_chart_where_it_was_measured(
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = section(page.build(tmp_path / "run"), "Curves")
     assert "waited for photographs" in curves and curves.count("<polyline") == 6
+    lines = set(re.findall(r'<polyline class="(\w+)"', curves))
+    filled = re.findall(r"(?:^|, )\.(\w+)(?=[^{}\n]*\{[^}]*fill: var)", page.STYLE, flags=re.M)
+    assert "data" in lines and "bar" in filled and not lines & set(filled)  # a line, no area
     assert "25 %" in curves

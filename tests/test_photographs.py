@@ -391,6 +391,8 @@ def test_a_picture_damaged_in_the_middle_stops_the_run_with_its_name_and_excludi
         done = train([*words, *more, "--run-dir", name], place, processes, **cache)
         assert done.status == 0, done.out
         assert numbers(place / name) == numbers(place / "stopped"), name
+        said = "as it cannot be decoded: 2 images, see skipped/damaged.txt" in done.out
+        assert said == (name == "skipped"), done.out
     assert set((place / "skipped/damaged.txt").read_text().split()) == set(
         (place / "both.txt").read_text().split()
     )

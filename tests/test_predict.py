@@ -29,6 +29,7 @@ from launches import (
     wait_for,
 )
 from PIL import Image
+from refusals import refused
 from torch import nn
 
 from config import TrainConfig, parse
@@ -38,7 +39,7 @@ from predict import main as predict_main
 from predict import predict as predict_picture
 from predict import prepare
 from report import page, panels
-from report.answers import Answer
+from report.answers import Answer, Kept
 from report.screen import Report
 from training import lr_finder
 from training.data import build_data
@@ -298,6 +299,7 @@ def test_answers_that_cannot_be_written_are_a_sentence(run, digits, tmp_path):
     [
         ("--run nowhere", "--run nowhere: there is no such folder"),
         ("--run .", "--run .: there are no weights in it that can be read"),
+        ("--run . --model alexnet --weights imagenet", "--run brings its own model"),
         ("--model alexnet", "--model and --weights go together"),
         ("--model alexnt --weights imagenet", "did you mean alexnet?"),
         ("--model my_cnn --weights imagenet", "no ImageNet weights for my_cnn"),
@@ -317,6 +319,14 @@ def test_a_wrong_word_is_one_sentence(words, says, weights, monkeypatch, capsys)
     assert predict_main(["x.png", *words.split()]) == 2
     told = capsys.readouterr()
     assert says in told.err and told.err.count("\n") == 1 and not told.out
+
+
+def test_a_file_of_answers_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file/x.csv", "file/in/x.csv"):
+        with refused("output-unwritable", match="x.csv: cannot be written"):
+            Kept(tmp_path / place, {"classes": 5})
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (64, 64), (40, 60), (100, 60), (300, 500), (80, 80)])

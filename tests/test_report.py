@@ -71,6 +71,15 @@ def test_the_class_table_tells_accuracy_and_what_a_class_is_taken_for():
     assert re.search(r"none\W+0\W+0\W+-", file.getvalue())
 
 
+def test_answers_are_whole_on_a_narrow_terminal():
+    made, file = report(width=40)
+    made.predictions({"photos/a long name.png": [("automobile", 3, 0.5)]})
+    cells = [line.split("│")[1:] for line in file.getvalue().splitlines() if "│" in line]
+    first, second = ("".join(row[n].strip() for row in cells) for n in (0, 1))
+    assert first.replace(" ", "") == "photos/alongname.png" and second == "automobile"
+    assert "confidence" in file.getvalue()
+
+
 @pytest.mark.parametrize(
     "show",
     [

@@ -47,11 +47,6 @@ class Started:
 def start_model(plan: Plan, data: Data, world: World) -> Started:
     """The model with its starting weights, tried before anything is written, on the device."""
     config = plan.config
-    if plan.actions.eval_only and config.run_dir is None and config.weights in ("none", "auto"):
-        raise UserError(
-            "--eval-only needs what to evaluate: --resume runs/NAME, or --weights FILE",
-            code="nothing-to-evaluate",
-        )
     entry = lookup(config.model)
     _seed_weights(config.seed)
     num_classes = data.num_outputs
