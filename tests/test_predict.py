@@ -203,6 +203,14 @@ def test_answers_of_other_weights_do_not_get_into_a_file(run, digits, tmp_path, 
     for name, *more in others:
         assert predict_main([*words, str(run / name), *more]) == 2
         assert "not made by these weights" in capsys.readouterr().err
+    lines = tmp_path / "x.jsonl"
+    assert predict_main([str(digits), "--run", str(run), "--out", str(lines)]) == 0
+    lines.write_text('{"a": 1}\n')
+    capsys.readouterr()
+    for out, said in ((lines, "no answers"), (lines / "x.csv", "cannot be written")):
+        assert predict_main([str(digits), "--run", str(run), "--out", str(out)]) == 2
+        assert f"--out {out}: " in (told := capsys.readouterr().err) and said in told
+    assert lines.read_text() == '{"a": 1}\n'
     (tmp_path / "y.csv").write_text("mine\n")
     assert predict_main([str(digits), "--out", str(tmp_path / "y.csv"), "--run", str(run)]) == 2
     assert (tmp_path / "y.csv").read_text() == "mine\n"
