@@ -105,6 +105,13 @@ def test_nothing_is_claimed_of_few_seeds_nor_of_runs_that_did_not_end(many):
     assert group_rows(alone)[1][0][3:] == ["", ""]
 
 
+def test_the_same_run_twice_counts_once_the_first_that_was_named_and_is_told(many):
+    made(many / "c0", [0.5, 0.99], seed=0, decode_threads=3)
+    found = Comparison(read_runs(sorted(many.iterdir())))
+    assert found.groups[1].values[0, None] == 0.901 and len(found.groups) == 2
+    assert "c0" in (told := " ".join(found.warnings)) and "not counted over seeds" in told
+
+
 def test_several_tests_cost_each_of_them():
     raised = holm({"a": 0.01, "b": 0.04, "c": 0.03})
     assert raised == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
