@@ -71,6 +71,19 @@ def test_rows_are_as_they_stand_and_array_jobs_get_the_same(tmp_path):
     assert "warning: 4 images are left for each GPU" in done.stdout
 
 
+def test_an_array_job_may_have_rows_more_at_the_end_and_no_others(tmp_path):
+    """What docs/many-runs.md promises of a file, wherever its rows run."""
+    words = ["--dataset", "digits", "--model", "my_cnn", "--run-dir", str(tmp_path / "x")]
+    told = parse([*words, "--seeds", "2"]).rows.told()
+    (tmp_path / "x").mkdir()
+    submit = ["launch/submit.py", "--dry-run", "--", *words]
+    for kept, seeds, status in ((told, 3, 0), (told, 1, 2), ({"base": []}, 2, 2)):
+        (tmp_path / "x" / "sweep.json").write_text(json.dumps(kept))
+        done = python(*submit, "--seeds", str(seeds))
+        assert done.returncode == status, (kept, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
