@@ -42,6 +42,7 @@ from report.answers import Answer
 from report.screen import Report
 from training import lr_finder
 from training.data import build_data
+from training.start import weights_card
 
 CANARY = "canary0123456789abcdef0123456789abcdef012345"
 
@@ -192,6 +193,15 @@ def test_answers_in_a_file_go_on_after_any_cut_without_a_picture_twice(
         assert kept >= whole[:end].count(b"\n") // 4 - 1 and (end or not kept)
     asked.clear()
     assert predict_main(words) == 0 and asked == [] and out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("word", ["--flip", "--no-flip"])
+def test_weights_say_whether_what_is_mirrored_is_another_thing(word):
+    """A run that was told --no-flip evaluates no mirror images: no more does predict --tta 1."""
+    settings = parse(["--model", "my_cnn", "--dataset", "synthetic", "--tta", "1", word])
+    data = build_data(settings, load_source("synthetic"), torch.device("cpu"), 1, 0)
+    plan = SimpleNamespace(config=settings.config)
+    assert bool(weights_card(plan, data).get("no_flip")) == data.augment.no_flip  # as predict reads
 
 
 def test_answers_of_other_weights_do_not_get_into_a_file(run, digits, tmp_path, capsys):
