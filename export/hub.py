@@ -4,6 +4,7 @@ import inspect
 import os
 import shutil
 import socket
+from keyword import iskeyword
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -108,8 +109,13 @@ def loading(told: dict, built: str) -> str:
         file, _, name = built.rpartition(":")
         takes = inspect.signature(load_own_class(built)).parameters
         words = ", ".join(f"{key}={value}" for key, value in given.items() if key in takes)
+        stem = Path(file).stem
         lines = ["import sys", "", *lines, f'sys.path.insert(0, "{CODE}")  # read it first']
-        lines += [f"from {Path(file).stem} import {name}", "", f"model = {name}({words})"]
+        called = f"from {stem} import {name}"
+        if not stem.isidentifier() or iskeyword(stem):  # python says import to no such name
+            lines.insert(0, "import importlib")
+            called = f'{name} = importlib.import_module("{stem}").{name}'
+        lines += [called, "", f"model = {name}({words})"]
     else:
         words = ", ".join(f"{key}={value}" for key, value in given.items())
         lines += ["from models import build_model  # in a clone of Lockstep", ""]

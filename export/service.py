@@ -93,6 +93,11 @@ def confidences(told: dict) -> str:
     return "sigmoid of each class" if many else "softmax over the classes"
 
 
+def threshold(told: dict) -> dict[str, Json]:
+    """From which confidence a picture has a class, where it may have several."""
+    return {"threshold": told["threshold"]} if told.get("task") == "multilabel" else {}
+
+
 def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str, Json]:
     """All that a program needs to know of an exported file.
 
@@ -112,7 +117,7 @@ def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str
         },
         "output": {
             "name": OUTPUT, "shape": ["batch", len(classes)], "type": "float32",
-            "confidences": confidences(told),
+            "confidences": confidences(told), **threshold(told),
         },
         "preprocessing": preprocessing(told),
         "metrics": {k.removeprefix(start): v for k, v in summary.items() if k.startswith(start)
