@@ -271,7 +271,9 @@ class Crew:
             self.board.ended(turn)
 
 
-_ALSO = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+_ALSO = [
+    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
 
 
 def _has_threads(words: list[str], folder: Path) -> bool:

@@ -17,6 +17,7 @@ from config import parse
 from config.rows import Row, Rows, read_sweep
 from data.sources import load_source
 from data.splits import folded, keyed_folds, keyed_split
+from distributed.stop import SIGNALS
 from distributed.watch import alive
 
 SMALL = ["--model", "my_cnn", "--dataset", "digits", "--image-size", "16", "--batch-size", "64"]
@@ -211,6 +212,18 @@ def test_a_signal_that_meets_a_row_while_it_starts_stops_it_too(monkeypatch, tmp
     interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     made = crew(monkeypatch, tmp_path, side_by_side=1, at_start=interrupt)
     assert [process.told for process in made] == [1]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_what_stops_a_run_stops_many(monkeypatch, tmp_path, name):
+    """Else the command would be gone at once, and its rows be killed."""
+    seen, number = set(), getattr(signal, name, None)
+    if number is None:
+        pytest.skip("not here")
+    before, board = signal.getsignal(number), Board()
+    board.tick = lambda: seen.add(signal.getsignal(number))
+    crew(monkeypatch, tmp_path, board=board)
+    assert seen != {before} and signal.getsignal(number) == before
 
 
 def threads(made):
