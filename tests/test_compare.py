@@ -16,7 +16,7 @@ from scipy import stats
 
 from report.compare import Comparison, build, found_in, group_rows, holm, read_runs, run_rows
 from report.runs import list_runs
-from report.suspects import confident
+from report.suspects import FILE, confident, section
 
 ACCURACY = {"key": "accuracy", "title": "accuracy", "format": ".2%", "higher_is_better": True}
 LOSS = {"key": "loss", "title": "loss", "format": ".4f", "higher_is_better": False}
@@ -224,3 +224,11 @@ def test_confident_learning_is_as_it_is_defined():
     places, suggested, scores = confident(table, numpy.array([0, 0, 0, 1, 1]))
     assert places.tolist() == [2] and suggested.tolist() == [1]
     assert scores == pytest.approx([(0.4 - 0.6 + 1) / 2])
+
+
+def test_answers_of_a_fold_that_are_damaged_cost_their_section_not_the_page(tmp_path):
+    run = made(tmp_path / "a", [0.5], fold="1/2")
+    assert section(tmp_path, [run]) is None
+    (run / FILE).write_bytes(b"half a file")
+    told = section(tmp_path, [run])
+    assert told is not None and "cannot be read" in told[1]
