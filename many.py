@@ -280,10 +280,16 @@ def _has_threads(words: list[str], folder: Path) -> bool:
     """Whether the number of threads, which decides a CPU's bits, is settled for a row."""
     if (folder / "config.json").is_file():
         return True
+    settings = _understood(words)
+    return settings is None or settings.asked("threads")
+
+
+def _understood(words: list[str]) -> Settings | None:
+    """The settings of a row, files and all; None where its own process will say what is wrong."""
     try:
-        return parse(words).asked("threads")
-    except UserError:  # its own process says it
-        return True
+        return parse(words)
+    except UserError:
+        return None
 
 
 def _last_words(output: Path, status: int) -> str:
@@ -314,7 +320,8 @@ def warm_interpreter() -> Iterator["Start"]:
     with Interpreter(environment) as interpreter:
 
         def start(words: list[str], output: Path, environment: dict[str, str]) -> "Process":
-            if "--compile" in words:  # its workers are started by what a fork is not
+            settings = _understood(words)
+            if settings and settings.config.compile:  # its workers start from what no fork is
                 return _cold(words, output, environment)
             script = [str(HERE / "train.py"), *words]
             return interpreter.start(script, Path.cwd(), output.absolute(), environment=environment)

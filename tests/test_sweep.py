@@ -242,6 +242,19 @@ def test_a_row_has_the_threads_of_so_many_as_were_asked_for(monkeypatch, tmp_pat
     assert threads(crew(monkeypatch, tmp_path, ["--config", file])) == 4
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="all start cold")
+def test_what_is_compiled_starts_cold_whoever_says_so(monkeypatch, tmp_path):
+    file, started = written(tmp_path, "compile: true\n", "c.yaml"), []
+    warm = contextlib.nullcontext(Board())
+    warm.enter_result.start = lambda *words, **more: started.append("warm")
+    monkeypatch.setattr("launch.preloaded.Interpreter", lambda environment: warm)
+    monkeypatch.setattr(many, "_cold", lambda *words: started.append("cold"))
+    with many.warm_interpreter() as start:
+        for words in ([], ["--compile"], ["--config", file], ["--config", file, "--no-compile"]):
+            start(words, tmp_path / "x.txt", {})
+    assert started == ["warm", "cold", "cold", "warm"]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a terminal's signal")
 def test_under_nohup_the_terminal_may_go(monkeypatch, tmp_path):
     seen, board = set(), Board()
