@@ -15,7 +15,7 @@ from export import forms
 from export.__main__ import main as export_main
 from export.check import compare, pictures_of_run
 from export.hub import loading
-from export.service import Service
+from export.service import Service, preprocessing, threshold
 from models import build_model
 from models.state import whole_state
 from predict import load_run
@@ -234,6 +234,13 @@ def test_many_labels_are_compared_by_what_each_class_is_sure_of(classes):
     assert same.holds and same.equal == 40
     off = compare(model, told, lambda images: model((images - 0.5) / 0.5) + 5, pictures)
     assert not off.holds and off.equal < 40
+
+
+def test_a_description_says_how_a_jpeg_is_decoded_and_when_a_class_is_there():
+    told = {"image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3, "photographs": True}
+    assert "1/2" not in preprocessing(told)["steps"][0]
+    assert "1/2" in preprocessing({**told, "decode": "scaled"})["steps"][0]
+    assert threshold(told) == {} and threshold({"task": "multilabel", "threshold": 0.3})
 
 
 def test_a_card_imports_a_file_whose_name_is_no_word_of_python(tmp_path):
