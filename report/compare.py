@@ -33,7 +33,7 @@ PAGE = "compare.html"
 MOST_COLOURS = 8  # of groups in a chart; the others are grey
 FEWEST = 3  # shared seeds, below which nothing is claimed
 NOT_COMPARED = {"run_dir", "keep", "plots", "track", "log_every", "checkpoint_every", "max_time"}
-NOT_COMPARED |= {"decode_threads", "stage"}  # how photographs come, and no number
+NOT_COMPARED |= {"decode_threads", "stage", "snapshot_every"}  # of the machine: no number moves
 USUAL = {field.name: field.default for field in fields(TrainConfig)}
 
 
