@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from common.cpus import cpus
 from common.disk import read_json, write_json
 from common.text import pasted, printable
-from config import Settings
+from config import Settings, parse
 from config.rows import SWEEP, Row, Rows
 from errors import USER_ERROR, UserError
 
@@ -70,7 +70,7 @@ class Turn:
     @property
     def output(self) -> Path:
         """What its process says; not in its folder, which it must find empty."""
-        return self.folder.with_suffix(".txt")
+        return self.folder.with_name(f"{self.folder.name}.txt")
 
     def look(self) -> None:
         """What its folder says of its end."""
@@ -117,8 +117,8 @@ def entered(rows: Rows) -> Iterator[None]:
             code="run-dir-foreign",
         )
     if old is not None:
-        kept = old.get("rows", [])
-        if old.get("base") != told["base"] or kept != told["rows"][: len(kept)]:
+        kept, now = ([_own(row) for row in of.get("rows", [])] for of in (old, told))
+        if old.get("base") != told["base"] or kept != now[: len(kept)]:
             raise UserError(
                 f"{folder} holds other runs: {_difference(old, told)}; what was there can only "
                 "be added to, as rows at the end. Name another folder with --run-dir",
@@ -137,6 +137,11 @@ def entered(rows: Rows) -> Iterator[None]:
                 ) from None
         write_json(folder / SWEEP, told)
         yield
+
+
+def _own(row: dict) -> tuple:
+    """What a row has of its own: its words also name the folder, which may be typed otherwise."""
+    return row.get("name"), row.get("values")
 
 
 def _difference(old: dict, new: dict) -> str:
@@ -179,7 +184,6 @@ def _size(words: list[str]) -> int:
     """Bytes of a row's weights, with a head of ten classes; 0 where it cannot be told."""
     import torch
 
-    from config import parse
     from models import build_model
 
     try:
@@ -199,15 +203,18 @@ class Crew:
     ) -> None:
         self.rows, self.left, self.beside, self.devices = rows, left, beside, devices
         self.board = board
+        # Of so many as were asked for, however many are left: on a CPU the bits depend on it.
+        self.share = min(rows.side_by_side or 1, len(rows.rows))
         self.running: dict[int, tuple[Turn, Process]] = {}  # by place
         self.asked = 0  # how often a signal asked to stop
 
     def work(self) -> None:
         """Until no row is left, or all have stopped."""
-        waiting = iter(self.left)
+        waiting, told = iter(self.left), False
         handlers = {
             number: signal.signal(number, self._stop)
             for number in (signal.SIGINT, signal.SIGTERM, *_ALSO)
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN  # nohup
         }
         try:
             with warm_interpreter() as start:
@@ -219,6 +226,10 @@ class Crew:
                     if not self.running:
                         break
                     time.sleep(LOOK_SECONDS)
+                    if self.asked and not told:
+                        told = True  # once: a second signal is no other wish
+                        for _, process in self.running.values():
+                            process.terminate()
                     self._hear()
                     self.board.tick()
                 for turn, process in self.running.values():
@@ -229,18 +240,16 @@ class Crew:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        # A word only: a row may just be starting, or the interpreter be telling of one.
         self.asked += 1
-        if self.asked == 1:
-            for _, process in self.running.values():
-                process.terminate()
 
     def _begin(self, turn: Turn, start: "Start") -> None:
         turn.place = next(n for n in range(self.beside) if n not in self.running)
         words, environment = self.rows.words(turn.row), dict(os.environ)
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[turn.place % len(self.devices)]
-        elif self.beside > 1 and not _has_threads(words, turn.folder):
-            words += ["--threads", str(max(1, cpus() // self.beside))]
+        elif self.share > 1 and not _has_threads(words, turn.folder):
+            words += ["--threads", str(max(1, cpus() // self.share))]
         turn.state, turn.reason, turn.began = "runs", "", time.monotonic()
         self.running[turn.place] = turn, start(words, turn.output, environment)
         self.board.started(turn)
@@ -262,13 +271,25 @@ class Crew:
             self.board.ended(turn)
 
 
-_ALSO = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+_ALSO = [
+    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
 
 
 def _has_threads(words: list[str], folder: Path) -> bool:
     """Whether the number of threads, which decides a CPU's bits, is settled for a row."""
-    typed = any(word.partition("=")[0] == "--threads" for word in words)
-    return typed or (folder / "config.json").is_file()
+    if (folder / "config.json").is_file():
+        return True
+    settings = _understood(words)
+    return settings is None or settings.asked("threads")
+
+
+def _understood(words: list[str]) -> Settings | None:
+    """The settings of a row, files and all; None where its own process will say what is wrong."""
+    try:
+        return parse(words)
+    except UserError:
+        return None
 
 
 def _last_words(output: Path, status: int) -> str:
@@ -299,7 +320,8 @@ def warm_interpreter() -> Iterator["Start"]:
     with Interpreter(environment) as interpreter:
 
         def start(words: list[str], output: Path, environment: dict[str, str]) -> "Process":
-            if "--compile" in words:  # its workers are started by what a fork is not
+            settings = _understood(words)
+            if settings and settings.config.compile:  # its workers start from what no fork is
                 return _cold(words, output, environment)
             script = [str(HERE / "train.py"), *words]
             return interpreter.start(script, Path.cwd(), output.absolute(), environment=environment)

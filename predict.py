@@ -436,15 +436,17 @@ def made_by(arguments: argparse.Namespace, told: dict) -> dict:
         weights = Path(arguments.weights)
     known = digest(weights.read_bytes()) if weights.is_file() else str(arguments.weights)
     found = {"weights": known, "tta": arguments.tta}
-    if arguments.top is None and told["task"] == "multilabel":
+    shown = min(arguments.top or TOP, len(told["classes"]))
+    if told["task"] == "multilabel":
         if arguments.out.suffix == ".csv":
             raise UserError(
                 f"--out {arguments.out}: with many labels a picture has any number of rows, and "
-                "none tells that it is whole; name a file that ends in .jsonl, or add --top N",
+                "none tells that it is whole; name a file that ends in .jsonl",
                 code="contradiction",
             )
-        return {**found, "classes": 0, "threshold": told["threshold"]}
-    return {**found, "classes": min(arguments.top or TOP, len(told["classes"]))}
+        most = 0 if arguments.top is None else shown
+        return {**found, "classes": most, "threshold": told["threshold"]}
+    return {**found, "classes": shown}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Every setting: fields, layers and their origins, command line and YAML, batch plan; no torch."""
 
-from common.parser import Parser
 from config.batch import BatchPlan, plan_batch
 from config.command_line import (
     build_parser,
@@ -16,7 +15,7 @@ from config.fields import HINTS, MAY_CHANGE, TYPES, TrainConfig, mean_and_std
 from config.layers import Actions, Settings, recipe_of, restarted, task_of, to_json
 
 __all__ = [
-    "HINTS", "MAY_CHANGE", "TYPES", "Actions", "BatchPlan", "Parser", "Settings", "TrainConfig",
+    "HINTS", "MAY_CHANGE", "TYPES", "Actions", "BatchPlan", "Settings", "TrainConfig",
     "build_parser", "has_own_terminal", "host_name", "mean_and_std", "parse", "parse_or_exit",
     "parse_to_train", "plan_batch", "recipe_of", "restarted", "several_nodes", "task_of",
     "tell", "to_json",

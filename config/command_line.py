@@ -87,8 +87,8 @@ def parse(argv: list[str]) -> Settings:
     if problems:
         raise all_of(problems)
     if any(given[flag.strip("-")] is not None for flag in MANY):
-        seed = flag_layer.get("seed", file_layer.get("seed", TrainConfig.seed))
-        return Settings({}, actions, tuple(argv), rows=several(given, argv, seed))
+        rows = several(given, argv, {**file_layer, **flag_layer})
+        return Settings({}, actions, tuple(argv), rows=rows)
     if given["side_by_side"] is not None:
         message = f"--side-by-side is of several runs: add {', '.join(MANY)}"
         raise UserError(message, code="contradiction")
@@ -144,8 +144,11 @@ def parse(argv: list[str]) -> Settings:
     return settings
 
 
-def several(given: dict, argv: list[str], seed: int) -> Rows:
-    """The runs of a command that is more than one; what is wrong with each row is told."""
+def several(given: dict, argv: list[str], typed: dict) -> Rows:
+    """The runs of a command that is more than one; what is wrong with each row is told.
+
+    given: the parser's words; typed: the settings among them, and in a file.
+    """
     if under_a_launcher():
         raise UserError(
             f"{', '.join(MANY)} start a process for each run: leave the launcher out and type "
@@ -156,7 +159,7 @@ def several(given: dict, argv: list[str], seed: int) -> Rows:
     if beside is not None and not (NUMBER.fullmatch(beside) and int(beside) > 0):
         message = f"--side-by-side {beside}: must be a whole number from 1"
         raise UserError(message, code="bad-value")
-    base, rows = rows_of(given, argv, seed)
+    base, rows = rows_of(given, argv, typed.get("seed", TrainConfig.seed))
     problems: dict[str, list[UserError]] = {}  # a mistake that rows share is told once
     found = None
     for row in rows:
@@ -174,7 +177,7 @@ def several(given: dict, argv: list[str], seed: int) -> Rows:
         ])  # fmt: skip
     assert found is not None
     config = found.config
-    folder = given["run_dir"] or default_folder(given, config.model, config.dataset)
+    folder = typed.get("run_dir") or default_folder(given, config.model, config.dataset)
     keep = found.asked("keep") or any("keep" in row.values for row in rows)
     return Rows(Path(folder), base, tuple(rows), int(beside or 0), keep)
 

@@ -70,6 +70,21 @@ def test_and_val(found: Iterable[str]) -> dict[str, str]:
 # --- a hash decides ------------------------------------------------------------------------------
 
 
+def _hashed(
+    keys: Sequence[bytes], labels: Sequence[int], groups: Sequence[str] | None
+) -> tuple[list[bytes], dict[bytes, int], list[set[bytes]]]:
+    """What each picture is called here, the hash of each name, and the names of each class.
+
+    The class of the fewest names is the last: where groups hold several, it has the last word.
+    """
+    names = [os.fsencode(group) for group in groups] if groups else list(keys)
+    words = {name: int(digest(name), 16) for name in set(names)}
+    units = defaultdict(set)
+    for name, label in zip(names, labels, strict=True):
+        units[label].add(name)
+    return names, words, sorted(units.values(), key=len, reverse=True)
+
+
 def keyed_split(
     keys: Sequence[bytes], labels: Sequence[int], groups: Sequence[str] | None = None
 ) -> list[bool]:
@@ -79,14 +94,9 @@ def keyed_split(
     all, or less than half or more than one and a half times its fifth, is mended, by as few
     pictures as will do.
     """
-    names = [os.fsencode(group) for group in groups] if groups else list(keys)
-    words = {name: int(digest(name), 16) for name in set(names)}
-    units = defaultdict(set)
-    for name, label in zip(names, labels, strict=True):
-        units[label].add(name)
+    names, words, rarest_last = _hashed(keys, labels, groups)
     tests = {name for name, word in words.items() if word < 2**64 // TEST_PART}
-    # The rarest last: where groups hold several classes, they have the last word.
-    for members in sorted(units.values(), key=len, reverse=True):
+    for members in rarest_last:
         if (most := len(members)) > 1:
             ordered = sorted(members, key=lambda name: (words[name], name))
             low = min(most - 1, max(1, math.ceil(most / TEST_PART / 2)))
@@ -112,13 +122,9 @@ def keyed_folds(
     than one and a half times its part is mended, by as few pictures as will do; where groups hold
     several classes, the rarest has the last word.
     """
-    names = [os.fsencode(group) for group in groups] if groups else list(keys)
-    words = {name: int(digest(name), 16) for name in set(names)}
-    units = defaultdict(set)
-    for name, label in zip(names, labels, strict=True):
-        units[label].add(name)
+    names, words, rarest_last = _hashed(keys, labels, groups)
     chosen = {name: word * count >> 64 for name, word in words.items()}
-    for members in sorted(units.values(), key=len, reverse=True):
+    for members in rarest_last:
         ordered = sorted(members, key=lambda name: (words[name], name))
         part = len(members) / count
         low, high = math.ceil(part / 2), math.floor(part * 1.5)

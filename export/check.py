@@ -68,12 +68,18 @@ def compare(model: nn.Module, told: dict, ask: Ask, pictures: Tensor) -> Checked
         "none", told["image_size"], told["mean"], told["std"], seed=0,
         cut=bool(told.get("photographs")),
     )  # fmt: skip
+    many, least = told.get("task") == "multilabel", told.get("threshold", 0.5)
     equal, logits, confidence = 0, 0.0, 0.0
     for part in (pictures[:1], *pictures[1:].split(AT_ONCE)):  # one alone, and many together
         mine = answer(model, augment.evaluate(part))
         its = ask(in_unit(part, told))
-        equal += int((mine.argmax(1) == its.argmax(1)).sum())
         logits = max(logits, float((mine - its).abs().max()))
-        apart = (mine.softmax(1) - its.softmax(1)).abs().nan_to_num(nan=1.0)
-        confidence = max(confidence, float(apart.max()))
+        sure, others = (x.sigmoid() if many else x.softmax(1) for x in (mine, its))
+        same = (
+            ((sure >= least) == (others >= least)).all(1)
+            if many
+            else mine.argmax(1) == its.argmax(1)
+        )
+        equal += int(same.sum())
+        confidence = max(confidence, float((sure - others).abs().nan_to_num(nan=1.0).max()))
     return Checked(len(pictures), equal, logits, confidence)

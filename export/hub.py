@@ -3,12 +3,11 @@
 import inspect
 import os
 import shutil
-import socket
+from keyword import iskeyword
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from common.disk import Json, write_json, write_text
+from common.reach import unreached
 from common.text import printable
 from errors import UserError
 from models.own_file import CODE, is_own_file, load_own_class
@@ -108,8 +107,13 @@ def loading(told: dict, built: str) -> str:
         file, _, name = built.rpartition(":")
         takes = inspect.signature(load_own_class(built)).parameters
         words = ", ".join(f"{key}={value}" for key, value in given.items() if key in takes)
+        stem = Path(file).stem
         lines = ["import sys", "", *lines, f'sys.path.insert(0, "{CODE}")  # read it first']
-        lines += [f"from {Path(file).stem} import {name}", "", f"model = {name}({words})"]
+        called = f"from {stem} import {name}"
+        if not stem.isidentifier() or iskeyword(stem):  # python says import to no such name
+            lines.insert(0, "import importlib")
+            called = f'{name} = importlib.import_module("{stem}").{name}'
+        lines += [called, "", f"model = {name}({words})"]
     else:
         words = ", ".join(f"{key}={value}" for key, value in given.items())
         lines += ["from models import build_model  # in a clone of Lockstep", ""]
@@ -127,7 +131,8 @@ def upload(folder: Path, repository: str) -> str:
     kept = f"the folder {folder} is complete: hf upload {repository} {folder} sends it later"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"--upload {repository}: HF_HUB_OFFLINE is set; {kept}", code="hub-offline")
-    refuse_unreachable(endpoint, f"--upload {repository}", kept)
+    if why := unreached(endpoint, REACH_SECONDS):
+        raise UserError(f"--upload {repository}: {why}; {kept}", code="hub-unreached")
     from huggingface_hub import HfApi, get_token
 
     if not get_token():
@@ -144,17 +149,3 @@ def upload(folder: Path, repository: str) -> str:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--upload {repository}: {why}; {kept}", code="hub-refuses") from error
     return f"{endpoint}/{repository}"
-
-
-def refuse_unreachable(endpoint: str, flag: str, kept: str) -> None:
-    """UserError where nothing answers at the hub's address, or at the proxy in front of it."""
-    server = urlsplit(endpoint)
-    proxy = getproxies().get(server.scheme)
-    first = urlsplit(proxy) if proxy else server
-    port = first.port or (443 if first.scheme == "https" else 80)
-    try:
-        socket.create_connection((first.hostname, port), timeout=REACH_SECONDS).close()
-    except OSError as error:
-        raise UserError(
-            f"{flag}: {first.hostname} cannot be reached ({error}); {kept}", code="hub-unreached"
-        ) from None

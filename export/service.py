@@ -56,7 +56,9 @@ def plain_name(name: str) -> str:
 def preprocessing(told: dict) -> dict[str, Json]:
     """From a picture file to the input, in words that another program can follow."""
     size = side_of(told)
-    steps: list[Json] = ["decode, turn as EXIF says, convert to RGB, 8 bits"]
+    scaled = " (a JPEG far larger than what is seen at 1/2, 1/4 or 1/8 of its sides, by libjpeg)"
+    decode = "decode" + scaled * (told.get("decode") == "scaled")
+    steps: list[Json] = [f"{decode}, turn as EXIF says, convert to RGB, 8 bits"]
     fill = "rgb({}, {}, {})".format(*(round(255 * value) for value in told["mean"]))
     small = not told.get("photographs")
     margin = size if small else told.get("eval_resize", default_resize(size))
@@ -64,20 +66,20 @@ def preprocessing(told: dict) -> dict[str, Json]:
     if told.get("levels"):
         low, high = told["levels"]
         steps.append(f"16 bits: {low} becomes 0, {high} becomes 255, what lies outside is clipped")
-    scaled = {
+    fitted = {
         "crop": f"scale the shorter side to {margin}, cut the middle {size} x {size}",
         "squash": f"scale to {size} x {size}, whatever the shape",
         "pad": f"scale the longer side to {size}, fill up to a square with {fill}",
     }[how]
     way = told.get("interpolation", "bilinear")
-    scaled += f" ({way}, antialiased)"
+    fitted += f" ({way}, antialiased)"
     if small and (shape := told.get("picture_size")):
         steps.append(f"a picture of {shape[1]} x {shape[0]} pixels stays whole")
     if small:
         steps.append(f"of at most {SMALL} pixels a side: its middle square to {size} x {size}, "
                      "bicubic (Pillow's ImageOps.fit)")  # fmt: skip
-        scaled = f"a larger one: {scaled}"
-    steps += [scaled, "divide by 255"]
+        fitted = f"a larger one: {fitted}"
+    steps += [fitted, "divide by 255"]
     if small and told.get("picture_size", [size, size]) != [size, size]:
         steps.append(f"scale to {size} x {size} (bilinear, antialiased)")
     return {
@@ -91,6 +93,11 @@ def confidences(told: dict) -> str:
     """What makes confidences of the logits."""
     many = told.get("task") == "multilabel"
     return "sigmoid of each class" if many else "softmax over the classes"
+
+
+def threshold(told: dict) -> dict[str, Json]:
+    """From which confidence a picture has a class, where it may have several."""
+    return {"threshold": told["threshold"]} if told.get("task") == "multilabel" else {}
 
 
 def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str, Json]:
@@ -112,7 +119,7 @@ def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str
         },
         "output": {
             "name": OUTPUT, "shape": ["batch", len(classes)], "type": "float32",
-            "confidences": confidences(told),
+            "confidences": confidences(told), **threshold(told),
         },
         "preprocessing": preprocessing(told),
         "metrics": {k.removeprefix(start): v for k, v in summary.items() if k.startswith(start)

@@ -22,6 +22,7 @@ LEAD = re.compile(r"--signal=B:USR1@([1-9][0-9]{0,5})")  # another lead: the onl
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+,-]*")
 ARRAY = re.compile(r"[0-9]+(-[0-9]+(:[1-9][0-9]*)?)?(,[0-9]+(-[0-9]+)?)*(%[1-9][0-9]*)?")
 MANY = ("--sweep", "--seeds", "--folds")  # of train.py: several runs
+ONE_LOG = "--follow shows one log: follow an array's task with tail -F"
 FEW = 4  # images a process, which keep no GPU busy
 WAITING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
 OWNED = (
@@ -121,7 +122,7 @@ def check(options: argparse.Namespace) -> None:
     if options.array and not ARRAY.fullmatch(options.array):
         problems.append(f"--array {options.array!r}: write 0-4, 0,2,5 or 0-9%2")
     if options.follow and (options.array or options.sweep):
-        problems.append("--follow shows one log: follow an array's task with tail -F")
+        problems.append(ONE_LOG)
     for name in ("sweep", "env"):
         value = getattr(options, name)
         if value and not Path(value).is_file():
@@ -349,8 +350,14 @@ def rows_asked_for(options: argparse.Namespace, arguments: list[str], python: st
     told = resolved(arguments, python)
     old = HERE / told["folder"] / "sweep.json"
     if old.is_file():
-        kept = json.loads(old.read_text(encoding="utf-8"))
-        if any(kept.get(name) != told[name] for name in ("base", "rows")):
+        try:
+            kept = json.loads(old.read_text(encoding="utf-8"))
+            own, now = ([(row["name"], row["values"]) for row in of["rows"]] for of in (kept, told))
+            same = kept["base"] == told["base"] and own == now[: len(own)]  # new ones are the last
+        except (OSError, ValueError, KeyError, TypeError):
+            raise Problem(f"{old} cannot be read; name another folder with --run-dir after the "
+                          "--") from None  # fmt: skip
+        if not same:
             raise Problem(f"{told['folder']} holds other runs; name another folder with --run-dir "
                           "after the --")  # fmt: skip
     return told
@@ -505,6 +512,8 @@ def submit(argv: list[str]) -> int:
         check_python(python)
     many = rows_asked_for(options, arguments, python)
     if many is not None:
+        if options.follow:
+            raise Problem(ONE_LOG)
         arguments = many["base"]
         each = check_rows(options, many, python)
     elif options.array or options.sweep:

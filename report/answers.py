@@ -126,22 +126,30 @@ class Kept:
         there = path.exists() and path.stat().st_size > 0
         if there and read_json(beside) != made_by:
             raise UserError(
-                f"--out {path}: it was not made by these weights with these --top and --tta; name "
-                "another file, or delete it",
+                f"--out {path}: it was not made by these weights with these --top, --tta and "
+                "--threshold; name another file, or delete it",
                 code="answers-of-another",
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(beside, made_by)
+            end = self._whole() if there else 0
             self.file: BinaryIO = path.open("r+b" if there else "wb", buffering=0)
+            self.file.truncate(end)
+            self.file.seek(0, os.SEEK_END)
+            if self.csv and not self.file.tell():
+                self._write(csv_text([HEAD]))
         except OSError as error:
             raise UserError(
-                f"--out {path}: cannot be written ({error.strerror})", code="output-unwritable"
+                f"--out {path}: cannot be written ({error.strerror}); name another file",
+                code="output-unwritable",
             ) from None
-        self.file.truncate(self._whole() if there else 0)
-        self.file.seek(0, os.SEEK_END)
-        if self.csv and not self.file.tell():
-            self._write(csv_text([HEAD]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"--out {path}: holds lines that are no answers of this program; name another "
+                "file, or delete it",
+                code="answers-of-another",
+            ) from None
         self.there = len(self.known)
 
     def _whole(self) -> int:

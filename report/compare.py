@@ -33,7 +33,7 @@ PAGE = "compare.html"
 MOST_COLOURS = 8  # of groups in a chart; the others are grey
 FEWEST = 3  # shared seeds, below which nothing is claimed
 NOT_COMPARED = {"run_dir", "keep", "plots", "track", "log_every", "checkpoint_every", "max_time"}
-NOT_COMPARED |= {"snapshot_every"}
+NOT_COMPARED |= {"decode_threads", "stage", "snapshot_every"}  # of the machine: no number moves
 USUAL = {field.name: field.default for field in fields(TrainConfig)}
 
 
@@ -150,24 +150,28 @@ class Comparison:
         ]
         chosen = {run.files.best[1] for run in runs}
         self.by_last = any("test" in word for word in chosen)
+        self.again: list[str] = []  # runs that a group has already
         self.groups = sorted(
-            self._grouped(), key=lambda group: group.mean, reverse=self.metric.higher_is_better
+            self._grouped(runs), key=lambda group: group.mean, reverse=self.metric.higher_is_better
         )
         self.warnings = [*self._doubts(metrics.values()), *self._strange()]
 
-    def _grouped(self) -> list[Group]:
+    def _grouped(self, given: Sequence[Run]) -> list[Group]:
+        """Of each seed and fold the first that was named counts, whatever it came to."""
         own = [name for name in self.differing if name not in ("seed", "fold")]
         found: dict[str, list[Run]] = defaultdict(list)
-        for run in self.runs:
+        for run in given:
             label = ", ".join(f"{name} {run.values.get(name)}" for name in own)
             found[label or "all"].append(run)
         groups = []
         for label, runs in found.items():
-            values = {
-                (run.values["seed"], run.values["fold"]): value
-                for run in runs
-                if run.files.state == "finished" and (value := self.value(run)) is not None
-            }
+            values: dict[tuple, float] = {}
+            for run in runs:
+                value, key = self.value(run), (run.values["seed"], run.values["fold"])
+                if run.files.state == "finished" and value is not None:
+                    if key in values:
+                        self.again.append(run.name)
+                    values.setdefault(key, value)
             if values:
                 groups.append(Group(label, runs, values))
         return groups
@@ -228,6 +232,9 @@ class Comparison:
         open_ = [run.name for run in self.runs if run.files.state != "finished"]
         if open_:
             found.append(f"not finished, so not counted over seeds: {some(open_, 5)}")
+        if self.again:
+            words = "of the same settings, seed and fold as another, so not counted over seeds"
+            found.append(f"{words}: {some(self.again, 5)}")
         if any(run.values["fold"] for run in self.runs) and len(self.groups) > 1:
             found.append("folds share training pictures, so tests over them are too sure")
         return found

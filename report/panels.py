@@ -242,7 +242,7 @@ def show_epoch(
         doubts = task.doubts(progress.last, data.classes)
         if epoch < PATIENCE and schedule.trains(progress):
             doubts = {word: text for word, text in doubts.items() if word == "explodes"}
-        if plan.config.augment == "none" or data.source.no_flip:
+        if plan.config.augment == "none" or data.augment.no_flip:
             doubts.pop("mirror", None)
         screen.warn_once({word: f"at epoch {epoch}, {text}" for word, text in doubts.items()})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy
 from markupsafe import Markup
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from common.disk import read_json, write_csv
@@ -127,12 +128,17 @@ def draw(folder: Path, run: Path, found: Sequence[Suspect]) -> None:
 def section(folder: Path, runs: Sequence[Path]) -> tuple[str, Markup] | None:
     """Write what there is to say of the labels into the folder of all folds; its part of a page.
 
-    None where no run was a fold. What cannot be drawn costs its sheet, not the list.
+    None where no run was a fold. What cannot be drawn costs its sheet, not the list; what cannot be
+    read costs the list, not the page.
     """
     runs = [run for run in runs if (run / FILE).is_file()]
     if not runs:
         return None
-    names, found = suspects_of(runs)
+    try:
+        names, found = suspects_of(runs)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        words = "What the folds answered cannot be read, so nothing is told"
+        return "Probably wrong labels", PARTS.note(f"{words}: {type(error).__name__}: {error}")
     write_suspects(folder, found)
     (folder / SHEET).unlink(missing_ok=True)
     note = (

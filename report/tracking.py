@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import queue
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -12,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from common.disk import read_json, write_json
+from common.reach import unreached
 
 if TYPE_CHECKING:
     import wandb
@@ -89,19 +88,14 @@ class Tracker:
 
 def wandb_mode() -> tuple[str, str]:
     """("online" | "offline" | ..., why): decided in seconds, never by a prompt."""
-    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     chosen = os.environ.get("WANDB_MODE", "")
     if chosen not in ("", "online"):
         return chosen, f"WANDB_MODE is {chosen}"
-    if not os.environ.get("WANDB_API_KEY") and not _saved_key(server.hostname or ""):
+    if not os.environ.get("WANDB_API_KEY") and not _saved_key(urlsplit(server).hostname or ""):
         return "offline", "there is no key (wandb login, or WANDB_API_KEY)"
-    proxy = getproxies().get(server.scheme)
-    first = urlsplit(proxy) if proxy else server
-    port = first.port or (443 if first.scheme == "https" else 80)
-    try:
-        socket.create_connection((first.hostname, port), timeout=REACH_SECONDS).close()
-    except OSError:
-        return "offline", f"{first.hostname} cannot be reached"
+    if why := unreached(server, REACH_SECONDS):
+        return "offline", why
     return "online", ""
 
 

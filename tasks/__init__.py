@@ -7,10 +7,10 @@ from models.hooks import WeighsAuxiliaryHeads
 from tasks.classification import Classification, balanced_accuracy, never_found
 from tasks.multilabel import Multilabel
 from tasks.regression import Regression
-from tasks.task import LARGEST_LOSS, LOSS_UNIT, Answers, Outputs, Task, split_outputs
+from tasks.task import LARGEST_LOSS, LOSS_UNIT, Outputs, Task, split_outputs
 
 __all__ = [
-    "LARGEST_LOSS", "LOSS_UNIT", "TASKS", "Answers", "Classification", "Multilabel", "Outputs",
+    "LARGEST_LOSS", "LOSS_UNIT", "TASKS", "Classification", "Multilabel", "Outputs",
     "Regression", "Task", "balanced_accuracy", "build_task", "never_found",
     "split_outputs",
 ]  # fmt: skip

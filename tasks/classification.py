@@ -258,7 +258,7 @@ class Classification(Task):
             one, other = (classes[index] for index in pair)
             found["mirror"] = (
                 f"{one} and {other} are taken for each other, and for no other class: if one is "
-                "the mirror image of the other (left and right), type --augment none, for "
+                "the mirror image of the other (left and right), type --no-flip, for "
                 "--augment mirrors training images"
             )
         return found

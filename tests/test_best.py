@@ -1,6 +1,7 @@
 """The best belongs to what it was measured on, and its weights are those on the disk."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from config import parse
 from distributed.checkpoint import card_of
 from errors import UserError
 from tasks import Classification, Regression, balanced_accuracy, never_found
+from training.best import terms
 
 RUN = ["--model", "full.py:Net", *SMALL, "--limit", "640", "--lr", "0.01", "--schedule", "constant"]
 
@@ -45,6 +47,22 @@ def test_what_chooses_is_a_metric_with_its_own_direction():
 def test_a_metric_that_is_not_measured_is_refused(words):
     with pytest.raises(UserError, match="--select"):
         parse(["--model", "my_cnn", *words.split()])
+
+
+@pytest.mark.parametrize(
+    "flags", ["--eval-size 48", "--eval-resize 300", "--resize pad", "--interpolation bicubic",
+              "--normalize 0.5/0.5", "--decode scaled", "--image-size 40", "--tta 1"],
+)  # fmt: skip
+def test_what_an_evaluation_sees_is_among_the_terms(flags):
+    """With --allow-change eval_size an old best of other pixels would stand for ever."""
+    data = SimpleNamespace(chosen_on="test", classes=["a", "b"])
+
+    def of(words):
+        plan = SimpleNamespace(config=parse(["--model", "my_cnn", *words]).config)
+        checkpoints = SimpleNamespace(plan=plan, facts={"data": "d"})
+        return terms(checkpoints, data, Classification(2))
+
+    assert of([]) == of(["--lr", "0.5"]) != of(flags.split())
 
 
 @pytest.mark.parametrize("ema", ["0", pytest.param("0.9", marks=pytest.mark.slow)])

@@ -17,7 +17,7 @@ from scipy import stats
 from report.__main__ import main as report
 from report.compare import Comparison, build, found_in, group_rows, holm, read_runs, run_rows
 from report.runs import list_runs
-from report.suspects import confident
+from report.suspects import FILE, confident, section
 
 ACCURACY = {"key": "accuracy", "title": "accuracy", "format": ".2%", "higher_is_better": True}
 LOSS = {"key": "loss", "title": "loss", "format": ".4f", "higher_is_better": False}
@@ -104,6 +104,13 @@ def test_nothing_is_claimed_of_few_seeds_nor_of_runs_that_did_not_end(many):
     alone = Comparison(read_runs([many / "a0"]))
     assert not alone.repeats and alone.tested() == {} and alone.groups[0].interval is None
     assert group_rows(alone)[1][0][3:] == ["", ""]
+
+
+def test_the_same_run_twice_counts_once_the_first_that_was_named_and_is_told(many):
+    made(many / "c0", [0.5, 0.99], seed=0, decode_threads=3)
+    found = Comparison(read_runs(sorted(many.iterdir())))
+    assert found.groups[1].values[0, None] == 0.901 and len(found.groups) == 2
+    assert "c0" in (told := " ".join(found.warnings)) and "not counted over seeds" in told
 
 
 def test_several_tests_cost_each_of_them():
@@ -233,3 +240,11 @@ def test_confident_learning_is_as_it_is_defined():
     places, suggested, scores = confident(table, numpy.array([0, 0, 0, 1, 1]))
     assert places.tolist() == [2] and suggested.tolist() == [1]
     assert scores == pytest.approx([(0.4 - 0.6 + 1) / 2])
+
+
+def test_answers_of_a_fold_that_are_damaged_cost_their_section_not_the_page(tmp_path):
+    run = made(tmp_path / "a", [0.5], fold="1/2")
+    assert section(tmp_path, [run]) is None
+    (run / FILE).write_bytes(b"half a file")
+    told = section(tmp_path, [run])
+    assert told is not None and "cannot be read" in told[1]

@@ -13,8 +13,9 @@ from common.disk import write_json
 from distributed.checkpoint import save_tensors
 from export import forms
 from export.__main__ import main as export_main
-from export.check import pictures_of_run
-from export.service import Service
+from export.check import compare, pictures_of_run
+from export.hub import loading
+from export.service import Service, preprocessing, threshold
 from models import build_model
 from models.state import whole_state
 from predict import load_run
@@ -220,6 +221,33 @@ def test_a_file_that_answers_otherwise_is_not_kept(run, capfd, monkeypatch):
     assert export_main([str(run), "--to", "torch.export", "--out", str(run / "wrong.pt2")]) == 1
     assert "answers otherwise than the model" in capfd.readouterr().err
     assert not list(run.glob("*wrong*"))
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_many_labels_are_compared_by_what_each_class_is_sure_of(classes):
+    """A shift of all logits changes no softmax, and each of these answers."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).eval()
+    told = {"task": "multilabel", "threshold": 0.5, "image_size": 2, "mean": [0.5] * 3}
+    told |= {"std": [0.5] * 3, "classes": list("abc")[:classes]}
+    pictures = torch.randint(0, 256, (40, 3, 2, 2), dtype=torch.uint8)
+    same = compare(model, told, lambda images: model((images - 0.5) / 0.5), pictures)
+    assert same.holds and same.equal == 40
+    off = compare(model, told, lambda images: model((images - 0.5) / 0.5) + 5, pictures)
+    assert not off.holds and off.equal < 40
+
+
+def test_a_description_says_how_a_jpeg_is_decoded_and_when_a_class_is_there():
+    told = {"image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3, "photographs": True}
+    assert "1/2" not in preprocessing(told)["steps"][0]
+    assert "1/2" in preprocessing({**told, "decode": "scaled"})["steps"][0]
+    assert threshold(told) == {} and threshold({"task": "multilabel", "threshold": 0.3})
+
+
+def test_a_card_imports_a_file_whose_name_is_no_word_of_python(tmp_path):
+    file = tmp_path / "my-net.py"
+    file.write_text("from torch import nn\n\nclass Net(nn.Module):\n    pass\n")
+    told = {"classes": ["a"], "image_size": 8, "model": f"{file}:Net"}
+    compile(loading(told, f"{file}:Net"), "card", "exec")
 
 
 @pytest.mark.parametrize(

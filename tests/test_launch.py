@@ -522,6 +522,7 @@ def test_submit_hands_sbatch_every_byte(tmp_path):
         (["--sweep", "none.txt"], TINY, "no such file"),
         (["--array", "0-1"], [*TINY, "--run-dir", "x"], "same folder"),
         (["--array", "0-1", "--follow"], TINY, "one log"),
+        (["--follow"], [*TINY, "--seeds", "2"], "one log"),
         (["--array", "0-1;id"], TINY, "--array"),
         (["--sbatch=--signal=USR2@9"], TINY, "--sbatch=--signal=B:USR1@600"),
         (["--sbatch=--signal=B:USR1@600", "--time", "9m"], TINY, "600 s"),

@@ -1,7 +1,9 @@
 """Pictures with any number of classes: metrics against scikit-learn, sources, runs, sentences."""
 
+import argparse
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from data.image_set import labels_in_words, numbered_as
 from data.sources import load_source
 from data.sources.many import multi_hot
 from losses import Binary
-from predict import load_run, predict, with_threshold
+from predict import load_run, made_by, predict, with_threshold
 from report import page
 from tasks import TASKS, Multilabel
 from tasks.multilabel import steps
@@ -353,6 +355,18 @@ def test_a_run_from_a_list_to_its_page_and_its_predictions(nets):
     command = Command([REPOSITORY / "predict.py", *words, "--run", "labels", "--csv"])
     done = finish(*start(command, nets))
     assert done.status == 0 and all(word in done.out for word in words), done.out
+
+
+@pytest.mark.parametrize("top", [None, 2, 10**9])
+def test_a_file_of_answers_can_tell_a_whole_picture_and_what_made_it(top):
+    """At most so many rows are not so many rows: a csv could not be gone on with."""
+    told = {"task": "multilabel", "threshold": 0.5, "classes": NAMES}
+    given = {"run": Path("none"), "model": None, "weights": None, "tta": 0, "top": top}
+    with refused("contradiction", match=r"ends in \.jsonl$"):
+        made_by(argparse.Namespace(out=Path("x.csv"), **given), told)
+    lines = argparse.Namespace(out=Path("x.jsonl"), **given)
+    assert made_by(lines, told) == made_by(lines, dict(told))
+    assert made_by(lines, told) != made_by(lines, {**told, "threshold": 0.9})
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Classes are matched by name wherever their numbers cross a border, never by number."""
 
+import csv
 import io
 import json
 import unicodedata
@@ -18,8 +19,10 @@ from torch import nn
 from common.text import class_name, places
 from data.sources import load_source
 from data.sources.folder import read_class_folders
+from data.sources.listed import read_listed
 from errors import UserError
 from models.weights import load_weights
+from training.data import excluded_names
 
 COLOURS = {"ant": 20, "bee": 90, "cow": 160, "dog": 230}
 DECOMPOSED = unicodedata.normalize("NFD", "éclair")
@@ -95,6 +98,22 @@ def test_a_name_is_one_name_in_both_forms_of_unicode(tmp_path):
     source = load_source(str(tmp_path / "d"), image_size=16)
     assert source.classes == (whole, "zoo") and source.test.labels.tolist() == [1, 0]
     assert class_name(DECOMPOSED) == whole != DECOMPOSED
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_what_ends_a_line_for_unicode_ends_no_name_in_a_list(tmp_path, kind):
+    files = {"a.png": "x\u2028y", "b\x85.png": "z"}
+    for name in files:
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    with (tmp_path / f"metadata.{kind}").open("w", encoding="utf-8", newline="") as file:
+        if kind == "csv":
+            csv.writer(file).writerows([("file_name", "label"), *files.items()])
+        for name, label in files.items() if kind == "jsonl" else ():
+            file.write(json.dumps({"file_name": name, "label": label}, ensure_ascii=False) + "\n")
+    found = read_listed(tmp_path)
+    assert dict(zip(found.ids, map(found.classes.__getitem__, found.labels), strict=True)) == files
+    (tmp_path / "damaged.txt").write_text("\n".join(files), encoding="utf-8")
+    assert excluded_names(str(tmp_path / "damaged.txt")) == files.keys()
 
 
 def test_names_that_stand_twice_are_nobodys_unless_the_lists_are_the_same():

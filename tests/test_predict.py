@@ -43,6 +43,7 @@ from report.answers import Answer, Kept
 from report.screen import Report
 from training import lr_finder
 from training.data import build_data
+from training.start import weights_card
 
 CANARY = "canary0123456789abcdef0123456789abcdef012345"
 
@@ -195,6 +196,15 @@ def test_answers_in_a_file_go_on_after_any_cut_without_a_picture_twice(
     assert predict_main(words) == 0 and asked == [] and out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("word", ["--flip", "--no-flip"])
+def test_weights_say_whether_what_is_mirrored_is_another_thing(word):
+    """A run that was told --no-flip evaluates no mirror images: no more does predict --tta 1."""
+    settings = parse(["--model", "my_cnn", "--dataset", "synthetic", "--tta", "1", word])
+    data = build_data(settings, load_source("synthetic"), torch.device("cpu"), 1, 0)
+    plan = SimpleNamespace(config=settings.config)
+    assert bool(weights_card(plan, data).get("no_flip")) == data.augment.no_flip  # as predict reads
+
+
 def test_answers_of_other_weights_do_not_get_into_a_file(run, digits, tmp_path, capsys):
     words = [str(digits), "--out", str(tmp_path / "x.csv"), "--run"]
     assert predict_main([*words, str(run)]) == 0
@@ -204,6 +214,14 @@ def test_answers_of_other_weights_do_not_get_into_a_file(run, digits, tmp_path, 
     for name, *more in others:
         assert predict_main([*words, str(run / name), *more]) == 2
         assert "not made by these weights" in capsys.readouterr().err
+    lines = tmp_path / "x.jsonl"
+    assert predict_main([str(digits), "--run", str(run), "--out", str(lines)]) == 0
+    lines.write_text('{"a": 1}\n')
+    capsys.readouterr()
+    for out, said in ((lines, "no answers"), (lines / "x.csv", "cannot be written")):
+        assert predict_main([str(digits), "--run", str(run), "--out", str(out)]) == 2
+        assert f"--out {out}: " in (told := capsys.readouterr().err) and said in told
+    assert lines.read_text() == '{"a": 1}\n'
     (tmp_path / "y.csv").write_text("mine\n")
     assert predict_main([str(digits), "--out", str(tmp_path / "y.csv"), "--run", str(run)]) == 2
     assert (tmp_path / "y.csv").read_text() == "mine\n"

@@ -1,19 +1,23 @@
 """Many runs of one command: rows, folds, and each row the run that it is alone."""
 
+import contextlib
 import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from launches import REPOSITORY, begun, command, finish, python, rows, start, train, wait_for
 from refusals import refused
 
+import many
 from config import parse
-from config.rows import read_sweep
+from config.rows import Row, Rows, read_sweep
 from data.sources import load_source
 from data.splits import folded, keyed_folds, keyed_split
+from distributed.stop import SIGNALS
 from distributed.watch import alive
 
 SMALL = ["--model", "my_cnn", "--dataset", "digits", "--image-size", "16", "--batch-size", "64"]
@@ -68,6 +72,19 @@ def test_rows_are_as_they_stand_and_array_jobs_get_the_same(tmp_path):
     assert "warning: 4 images are left for each GPU" in done.stdout
 
 
+def test_an_array_job_may_have_rows_more_at_the_end_and_no_others(tmp_path):
+    """What docs/many-runs.md promises of a file, wherever its rows run."""
+    words = ["--dataset", "digits", "--model", "my_cnn", "--run-dir", str(tmp_path / "x")]
+    told = parse([*words, "--seeds", "2"]).rows.told()
+    (tmp_path / "x").mkdir()
+    submit = ["launch/submit.py", "--dry-run", "--", *words]
+    for kept, seeds, status in ((told, 3, 0), (told, 1, 2), ({"base": []}, 2, 2)):
+        (tmp_path / "x" / "sweep.json").write_text(json.dumps(kept))
+        done = python(*submit, "--seeds", str(seeds))
+        assert done.returncode == status, (kept, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -117,6 +134,141 @@ def test_what_contradicts_several_runs_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with refused("under-a-launcher", match=r"submit\.py"):
         parse(["--seeds", "2"])
+
+
+def test_the_folder_may_stand_in_a_file_and_be_typed_otherwise_later(tmp_path):
+    file = written(tmp_path, f"run_dir: {tmp_path}/mine\nseed: 5\n")
+    found = parse(["--config", file, "--seeds", "2"]).rows
+    assert found.folder == tmp_path / "mine"
+    assert [row.values for row in found.rows] == [{"seed": "5"}, {"seed": "6"}]
+    with many.entered(found):
+        pass
+    typed = os.path.relpath(tmp_path / "mine")
+    words = ["--config", file, "--seeds"]
+    with many.entered(parse([*words, "3", "--run-dir", typed]).rows):  # a row more, at the end
+        pass
+    kept = json.loads((tmp_path / "mine" / "sweep.json").read_text())
+    assert [row["name"] for row in kept["rows"]] == ["000-seed5", "001-seed6", "002-seed7"]
+    with (
+        refused("other-sweep", match="002-seed7 is not as it was"),
+        many.entered(parse([*words, "2"]).rows),
+    ):
+        pass
+
+
+# --- who starts them -----------------------------------------------------------------------------
+
+
+class Process:
+    """A row's process that ends when it is told to, else after a few looks."""
+
+    def __init__(self, words):
+        self.words, self.looks, self.told = words, 0, 0
+
+    def poll(self):
+        self.looks += 1
+        return 0 if self.told or self.looks > 3 else None
+
+    def terminate(self):
+        self.told += 1
+
+    def kill(self):
+        self.told += 1
+
+
+class Board:
+    """Nobody looks."""
+
+    def started(self, turn):
+        pass
+
+    ended = started
+
+    def tick(self):
+        pass
+
+
+def crew(monkeypatch, folder, words=(), side_by_side=2, left=3, board=None, at_start=lambda: 0):
+    """The processes that a crew starts of three rows, of which some are left."""
+    made = []
+
+    def start(words, output, environment):
+        made.append(Process(words))
+        at_start()
+        return made[-1]
+
+    monkeypatch.setattr(many, "warm_interpreter", lambda: contextlib.nullcontext(start))
+    monkeypatch.setattr(many, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(many, "cpus", lambda: 6)
+    every = tuple(Row(n, "", {"seed": str(n)}) for n in range(3))
+    rows = Rows(folder, tuple(words), every, side_by_side)
+    turns = [many.Turn(row, folder / row.name) for row in every[3 - left :]]
+    many.Crew(rows, turns, min(side_by_side or 1, left), [], board or Board()).work()
+    return made
+
+
+def test_a_signal_that_meets_a_row_while_it_starts_stops_it_too(monkeypatch, tmp_path):
+    """It would train to its end otherwise, and the command wait for it."""
+    interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    made = crew(monkeypatch, tmp_path, side_by_side=1, at_start=interrupt)
+    assert [process.told for process in made] == [1]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_what_stops_a_run_stops_many(monkeypatch, tmp_path, name):
+    """Else the command would be gone at once, and its rows be killed."""
+    seen, number = set(), getattr(signal, name, None)
+    if number is None:
+        pytest.skip("not here")
+    before, board = signal.getsignal(number), Board()
+    board.tick = lambda: seen.add(signal.getsignal(number))
+    crew(monkeypatch, tmp_path, board=board)
+    assert seen != {before} and signal.getsignal(number) == before
+
+
+def threads(made):
+    found = [parse(process.words).config.threads for process in made]
+    return found[0] if len(set(found)) == 1 else found
+
+
+def test_a_row_has_the_threads_of_so_many_as_were_asked_for(monkeypatch, tmp_path):
+    """However many are left: the bits depend on it, and seeds of other threads stand apart."""
+    assert threads(crew(monkeypatch, tmp_path)) == 3
+    assert threads(crew(monkeypatch, tmp_path, left=1)) == 3
+    assert threads(crew(monkeypatch, tmp_path, side_by_side=9)) == 2
+    assert threads(crew(monkeypatch, tmp_path, side_by_side=0)) == 0
+    assert threads(crew(monkeypatch, tmp_path, ["--threads", "5"])) == 5
+    file = written(tmp_path, "threads: 4\n", "t.yaml")
+    assert threads(crew(monkeypatch, tmp_path, ["--config", file])) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="all start cold")
+def test_what_is_compiled_starts_cold_whoever_says_so(monkeypatch, tmp_path):
+    file, started = written(tmp_path, "compile: true\n", "c.yaml"), []
+    warm = contextlib.nullcontext(Board())
+    warm.enter_result.start = lambda *words, **more: started.append("warm")
+    monkeypatch.setattr("launch.preloaded.Interpreter", lambda environment: warm)
+    monkeypatch.setattr(many, "_cold", lambda *words: started.append("cold"))
+    with many.warm_interpreter() as start:
+        for words in ([], ["--compile"], ["--config", file], ["--config", file, "--no-compile"]):
+            start(words, tmp_path / "x.txt", {})
+    assert started == ["warm", "cold", "cold", "warm"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a terminal's signal")
+def test_under_nohup_the_terminal_may_go(monkeypatch, tmp_path):
+    seen, board = set(), Board()
+    board.tick = lambda: seen.add(signal.getsignal(signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        crew(monkeypatch, tmp_path, board=board)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == {signal.SIG_IGN}
+
+
+def test_what_a_row_says_lies_beside_its_folder_under_its_whole_name():
+    assert many.Turn(Row(0, "", {}), Path("s/000-lr0.003")).output == Path("s/000-lr0.003.txt")
 
 
 # --- folds ---------------------------------------------------------------------------------------
@@ -188,7 +340,7 @@ def test_a_row_is_the_run_that_it_is_alone_and_one_that_fails_stops_nobody(swept
     assert alone.status == 0, alone.out
     first, second, third = (folder / "runs" / "s" / name for name in
                             ("000-lr0.02", "001-class_weights1_2", "002-seed3"))  # fmt: skip
-    same(folder / "alone", first)
+    assert same(folder / "alone", first)
     assert not list(first.glob("checkpoints/step-*")) and not (first / "last.safetensors").exists()
     assert json.loads((third / "status.json").read_text())["status"] == "finished"
     assert "2 of 3 done, 1 failed" in out and "001-class_weights1_2: " in out, out
@@ -234,7 +386,7 @@ def test_stopped_then_killed_with_its_rows_the_same_command_makes_the_undisturbe
     for seed, folder in enumerate((first, second)):
         name = f"alone-{seed}"
         assert train([*words, "--seed", seed, "--run-dir", name], tmp_path).status == 0
-        same(tmp_path / name, folder)
+        assert same(tmp_path / name, folder)
 
 
 def test_a_guard_of_train_py_hands_over_before_torch(tmp_path):

@@ -1,6 +1,7 @@
 """Losses and metrics: against plain computations, and the same in every order and batching."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.confusion import dense, totals
 from common.text import counted as say
+from report import panels
 from tasks import LARGEST_LOSS, LOSS_UNIT, Classification, Regression, build_task, never_found
 
 
@@ -326,3 +328,20 @@ def test_classes_that_mirror_each_other_are_named_and_guessing_is_held_against_t
     assert "mirror" not in doubts([[10, 10, 10], [10, 10, 10], [10, 10, 10]])
     found = doubts([[60, 0, 0], [20, 0, 0], [20, 0, 0]])
     assert "60.0% right is hardly more than 60.0%, which always answering up" in found["guesses"]
+
+
+@pytest.mark.parametrize("no_flip", [False, True])
+def test_nobody_is_told_to_leave_out_mirroring_who_has(no_flip):
+    task, matrix, told = Classification(2), [[14, 16], [16, 14]], {}
+    last = {"confusion": matrix, "loss": 0.5, "accuracy": 28 / 60}
+    screen = SimpleNamespace(epoch_line=lambda *_: None, warn_once=told.update)
+    actions = SimpleNamespace(dry_run=False, debug=False)
+    plan = SimpleNamespace(actions=actions, config=SimpleNamespace(augment="flip"))
+    data = SimpleNamespace(classes=["left", "right"], augment=SimpleNamespace(no_flip=no_flip))
+    data.source = SimpleNamespace(no_flip=False)  # the data set itself says nothing
+    schedule = SimpleNamespace(epochs=9, trains=lambda _: True, over=lambda _: False)
+    progress, row = SimpleNamespace(best=0.5, last=last), {"epoch": 9, "test/loss": 0.5}
+    panels.show_epoch(
+        screen, plan, task, data, schedule, progress, row, False, 0.0, False, {}
+    )  # fmt: skip
+    assert ("mirror" in told) is not no_flip

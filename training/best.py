@@ -18,6 +18,10 @@ from training.learner import Learner
 from training.predictions import keep_predictions, take_answers
 
 Found = TypeVar("Found")
+# What decides the pixels that an evaluation sees; no resumed run changes them unasked.
+VIEW = (
+    "image_size", "eval_size", "eval_resize", "resize", "interpolation", "normalize", "decode",
+)  # fmt: skip
 Evaluate = Callable[[Learner, Data, World, Progress], dict[str, dict] | None]
 
 
@@ -32,6 +36,7 @@ def terms(checkpoints: Checkpoints, data: Data, task: Task) -> dict:
         "limit": config.limit,
         "tta": config.tta,
         "metric": task.chosen_by,
+        "view": " ".join(str(getattr(config, name)) for name in VIEW),
     }
 
 
@@ -52,7 +57,7 @@ def keep_best_comparable(
     assert checkpoints.folder is not None  # a run that has a best keeps it
     path = checkpoints.folder / "model.safetensors"
     card = world.main_decides(lambda: card_of(path))
-    other = [name for name, value in now.items() if before.get(name) != value]
+    other = [name for name, value in now.items() if before.get(name, value) != value]
     step = card.get("step", 0)
     # A later step's are those of a life that was killed before it could save: they come again.
     if not other and (step == progress.best_step or step > progress.step):

@@ -353,7 +353,7 @@ def excluded_names(names: str | None) -> set[str]:
             "a text file with a name on each line",
             code="exclude-unreadable",
         ) from None
-    return set(filter(None, text.splitlines()))
+    return set(filter(None, text.split("\n")))
 
 
 def excluded(photos: Photos, names: str | None) -> frozenset[int]:

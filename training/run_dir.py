@@ -340,9 +340,10 @@ class RunDir:
         """damaged.txt: these photographs too, which could not be decoded while the run went on."""
         path = self.folder / DAMAGED
         try:
-            known = path.read_text("utf-8", "surrogateescape").splitlines()
+            known = path.read_text("utf-8", "surrogateescape").split("\n")
         except OSError:
             known = []
+        known = list(filter(None, known))
         if new := [name for name in names if name not in known]:
             text = "".join(f"{name}\n" for name in [*known, *new])
             with whole(path) as partial:

@@ -203,5 +203,5 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
         "classes": source.classes, "mean": source.mean, "std": source.std,
         "dataset": plan.config.dataset, "code": digests_of(plan.config.model), **data.cut_as(),
         "task": source.task, "threshold": plan.config.threshold,
-        **({"no_flip": True} if source.no_flip else {}),
+        **({"no_flip": True} if source.no_flip or not plan.config.flip else {}),
     }  # fmt: skip

@@ -4,6 +4,7 @@ As `datasets` reads an image folder: a column file_name, seen from the list's ow
 """
 
 import csv
+import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def read_list(path: Path) -> List:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".jsonl":
-            found = [parse_object(line) for line in text.splitlines() if line.strip()]
+            found = [parse_object(line) for line in text.split("\n") if line.strip()]
             if None in found:
                 number = found.index(None) + 1
                 raise ValueError(f"entry {number} is no JSON object")
@@ -67,7 +68,8 @@ def read_list(path: Path) -> List:
         else:
             head = text.partition("\n")[0]
             parted = ";" if head.count(";") > head.count(",") else SUFFIXES[path.suffix.lower()]
-            reader = csv.DictReader(text.splitlines(), delimiter=parted, restval="")
+            # Not splitlines(): to Unicode there are more ends of a line than to a file.
+            reader = csv.DictReader(io.StringIO(text), delimiter=parted, restval="")
             rows, columns = list(reader), tuple(reader.fieldnames or ())
     except PermissionError:
         raise UserError(
