@@ -142,7 +142,7 @@ def test_each_lesson_has_a_command_an_exercise_and_points_into_the_code():
     for page, exercise in zip(PAGES, ("*Exercise.*", "*练习*"), strict=True):
         sections = page.read_text(encoding="utf-8").split("\n## ")
         numbered = [section for section in sections if section[0].isdigit()]
-        assert len(numbered) == 17
+        assert len(numbered) == 16
         for lesson in numbered:
             assert "```sh\n" in lesson and exercise in lesson, lesson[:40]
             assert re.search(r"\]\(\.\./[\w/]+\.(py|sbatch)\)", lesson), lesson[:40]
