@@ -251,7 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         nargs="?",
         const="runs/latest",
-        help="run folder to continue (alone: runs/latest)",
+        help="run folder to continue (alone, or latest: runs/latest)",
     )
     act.add_argument("--fresh", action="store_true", help="start over in --run-dir")
     act.add_argument(

@@ -117,13 +117,22 @@ def task_of(config: TrainConfig) -> str:
     return lookup(config.model).task if config.task == "auto" else config.task
 
 
+def latest_run(folder: Path) -> Path:
+    """What "latest" means: runs/latest, or the newest run where the disk takes no links."""
+    if folder.as_posix() not in ("latest", "runs/latest") or (folder / "config.json").is_file():
+        return folder
+    link, runs = Path("runs/latest"), Path("runs").glob("*/status.json")
+    newest = max(runs, key=lambda file: file.stat().st_mtime, default=link / "status.json").parent
+    return link if link.exists() else newest
+
+
 def known_run_dir(typed: dict, actions: Actions) -> Path | None:
     """The run folder as far as the command or the job decides it; None: a fresh one is chosen.
 
     A SLURM job (or array task), and the lives under one restarting launcher, share a folder.
     """
     if actions.resume is not None:
-        folder = Path(actions.resume)
+        folder = latest_run(Path(actions.resume))
         if typed.get("run_dir") and Path(str(typed["run_dir"])) != folder:
             raise UserError(
                 f"--resume {folder} and --run-dir {typed['run_dir']} name two folders: drop one",

@@ -139,6 +139,10 @@ class StopVote:
     def request(self, code: int) -> None:
         self.code = max(self.code, code)
 
+    def launcher_is_interrupted(self) -> bool:
+        """Whether the launcher heard the same Ctrl-C: it dies at once, with a traceback."""
+        return self.signal_name == "SIGINT" and self._parent is not None and sys.stdin.isatty()
+
     def _look(self) -> int:
         """This process's own wish."""
         if self.is_main and self.stop_file is not None and self.stop_file.exists():

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from common.disk import write_text
 from config import TYPES, Settings, TrainConfig, parse
 from config.command_line import read_yaml
+from config.layers import latest_run
 from distributed.checkpoint import Progress
 from distributed.lent import lent
 from distributed.world import World
@@ -78,7 +80,7 @@ def run_as_guest(main: Callable[[World, Observer], int], model: Model, flags: Fl
     refuse_what_is_no_fit(model, flags)
     named = {**(read_yaml(Path(str(flags["config"]))) if flags.get("config") else {}), **flags}
     if flags.get("resume"):
-        folder = Path("runs/latest" if flags["resume"] is True else str(flags["resume"]))
+        folder = latest_run(Path("latest" if flags["resume"] is True else str(flags["resume"])))
         return _run(main, model, flags, folder.resolve() if folder.is_symlink() else folder)
     if named.get("run_dir"):
         return _run(main, model, flags, Path(str(named["run_dir"])))
@@ -122,6 +124,28 @@ def refuse_what_is_no_fit(model: Model, flags: Flags) -> None:
             'itself, without brackets), a name of python -m models, or "FILE.py:Class"',
             code="not-a-module",
         )
+
+
+def where_it_runs(folder: Path) -> list[str]:
+    """What a hosted notebook would do silently: lose the run folder, leave a GPU idle."""
+    place, found = folder.resolve(), []
+    if "COLAB_RELEASE_TAG" in os.environ and not place.is_relative_to("/content/drive"):
+        found.append(
+            f"{place} goes when Colab's session does, which gives no signal: from google.colab "
+            "import drive; drive.mount('/content/drive'), then run_dir='/content/drive/MyDrive/"
+            f"runs/{folder.name}'"
+        )
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ and not place.is_relative_to("/kaggle/working"):
+        found.append(
+            f"{place} goes when Kaggle's session does, which gives no signal: "
+            f"run_dir='/kaggle/working/runs/{folder.name}'"
+        )
+    if (count := torch.cuda.device_count()) > 1:
+        found.append(
+            f"fit() is one process and takes one of {count} GPUs; all of them: "
+            f"!torchrun --nproc-per-node {count} train.py with the same flags"
+        )
+    return found
 
 
 def words(flags: Flags) -> list[str]:
@@ -168,6 +192,8 @@ def _run(
 def _result(
     main: Callable[[World, Observer], int], settings: Settings, seen: "Seen", folder: Path
 ) -> Result:
+    for message in where_it_runs(folder):
+        Report().warn(message)
     with World(settings, guest=True) as world:
         code = main(world, seen)
     status = {FINISHED: "finished", STOPPED: "stopped", FAILED: "failed"}[code]

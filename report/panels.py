@@ -402,6 +402,8 @@ def show_ending(
             typed = f"by itself: job {job()} asks SLURM to requeue it"
         elif job() and world.stop.reason == SIGNAL:
             typed += f"     unless SLURM requeues job {job()} itself (squeue shows it)"
+        if code == STOPPED and world.stop.launcher_is_interrupted():
+            rows.append(("above", "a traceback is the launcher's: Ctrl-C ends it, not the saving"))
         commands.append(("go on", typed))
     elif code == FAILED and world.stop.reason == DAMAGED:
         title = f"saved at step {progress.step}: {reason}"

@@ -7,6 +7,7 @@ import sys
 import pytest
 from launches import REPOSITORY, SMALL, finish, start, train
 from safetensors.torch import load_file
+from test_lessons import not_printed, run_in, written_here
 
 from config import parse
 
@@ -37,10 +38,20 @@ def test_every_train_command_parses(page, tmp_path, monkeypatch, nets):
         (tmp_path / name).write_text("from torch import nn\nclass MyNet(nn.Module): pass\n")
     for flags in commands(page):
         words = [w for w in shlex.split(flags) if w not in ("&&", "pytest")]
-        if "--resume" in words or "--config" in words:
+        if {"--resume", "--config", "--sweep"} & set(words):
             continue  # they need a run or a file that the reader makes first
         if not {"--help", "--version"} & set(words):
             parse(words)
+
+
+@pytest.mark.slow
+def test_the_small_net_of_the_readme_prints_what_it_shows(tmp_path):
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"```sh\n(python train.py --model my_cnn .*)\n```\n\n```\n(.*?)```", text, re.S
+    )
+    done = run_in(tmp_path, found[1])
+    assert done.status == 0 and not not_printed(found[2], done.out, written_here()), done.out
 
 
 def loop_page(name: str) -> tuple[list[str], list[list[str]]]:

@@ -22,7 +22,7 @@ from torch import nn
 
 from errors import UserError
 from models.class_source import standalone_source
-from report.notebook import KeptClass
+from report.notebook import KeptClass, where_it_runs
 from train import fit
 
 STATES = (AcceleratorState, PartialState, GradientState)
@@ -256,6 +256,37 @@ def test_the_first_interrupt_stops_and_saves_and_the_run_goes_on():
     assert list(went_on.history["train/loss"][0]) == [1, 2, 3, 4]
     whole = fit(Net, **{**TINY, "run_dir": "whole"})
     assert numpy.array_equal(whole.history["train/loss"][1], went_on.history["train/loss"][1])
+
+
+def test_latest_is_the_link_or_where_there_is_none_the_newest_run():
+    """A mounted drive takes no links, and its session ended without a word."""
+    flags = {name: value for name, value in TINY.items() if name != "run_dir"}
+    older = fit(Net, **flags, max_steps=1)
+    stopped = fit(Interrupted, **flags)
+    assert Path("runs/latest").resolve() == stopped.folder.resolve()
+    Path("runs/latest").unlink()
+    os.utime(older.folder / "status.json", (1, 1))
+    went_on = fit(Interrupted, resume="latest")
+    assert went_on.folder == stopped.folder and went_on.status == "finished"
+    assert list(went_on.history["train/loss"][0]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "kept"),
+    [
+        ("COLAB_RELEASE_TAG", "/content/runs/a", "/content/drive/MyDrive/runs/a"),
+        ("KAGGLE_KERNEL_RUN_TYPE", "/tmp/runs/a", "/kaggle/working/runs/a"),
+    ],
+)
+def test_a_hosted_notebook_says_what_would_be_lost(name, gone, kept, monkeypatch):
+    """The environments are made up here; no test runs on either host."""
+    assert not where_it_runs(Path(gone))
+    monkeypatch.setenv(name, "made up")
+    [message] = where_it_runs(Path(gone))
+    assert f"run_dir='{kept}'" in message and not where_it_runs(Path(kept))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    [message] = where_it_runs(Path(kept))
+    assert "takes one of 2 GPUs" in message and "--nproc-per-node 2" in message
 
 
 def test_the_second_interrupt_raises(monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launches import SMALL, command
 from test_photographs import photographs
 
 from common import progress
@@ -160,3 +161,18 @@ def test_long_work_tells_a_file_how_far_it_is(monkeypatch, capsys):
     told = capsys.readouterr().err
     assert told.startswith("packing: 1,000 of 4,000 pictures, about ")
     assert told.endswith(" to come\n") and told.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_accelerate_launch_ends_with_the_runs_own_panel(tmp_path, nets, monkeypatch):
+    """The launcher's traceback cannot be helped: it dies of the terminal's signal, in a wait."""
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "--model", f"{nets / 'plain.py'}:Net", "--epochs", "9999", "--run-dir", "run"]
+    launch = command(words, launcher="accelerate")
+    status, said = at_a_terminal(
+        lambda: os.execv(launch[0], launch), lambda said: "epoch 1/9999  train" in said
+    )
+    assert status != 0 and "stopped at step" in said, said[-3000:]
+    _, _, panel = said.rpartition("stopped at step")
+    assert "Traceback" not in panel and "a traceback is the launcher's" in panel, panel
+    assert "--resume run" in panel

@@ -167,6 +167,12 @@ def test_a_damaged_lock_file_is_nobodys(tmp_path, text):
     made.close()
 
 
+def test_a_heartbeat_while_the_folder_is_closed_is_no_error(tmp_path):
+    made = opened(tmp_path)
+    made._lock.close()  # by the main thread, between two lines of a beat
+    assert made.beat()
+
+
 def test_a_heartbeat_keeps_the_lock_young(tmp_path):
     made = opened(tmp_path)
     os.utime(tmp_path / "lock", (1, 1))

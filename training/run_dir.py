@@ -215,6 +215,8 @@ class RunDir:
             return (self.folder / "crash").is_dir()  # then only the lock was taken away
         except OSError:
             return True  # a disk that does not answer may come back
+        except ValueError:
+            return True  # the main thread closed it just now: the run is over
         return True
 
     def follow(self) -> None:
