@@ -48,11 +48,11 @@ def main(world: World, observer: Observer) -> int:
 
     facts = agreed_facts(plan.settings, data, started, world)
     checkpoints = world.enter(Checkpoints(plan, facts, weights_card(plan, data), world, log.saved))
-    progress = checkpoints.resume(learner, log.screen.warn)
+    progress = checkpoints.resume(learner, log.screen.warn, log.screen.note)
     schedule = plan_schedule(plan, data, progress, world)
     checkpoints.refuse_lost_state(schedule, progress)
     log.begin(plan, data, started.task, facts, progress)
-    panels.show_start(log.screen, plan, data, started, learner, schedule, progress, world)
+    panels.show_start(log.screen, checkpoints, data, started, learner, schedule, progress, world)
     if actions.eval_only:
         results = evaluate(learner, data, world, progress)
         return panels.show_evaluation(log.screen, results, plan, started, data, world)
@@ -104,12 +104,12 @@ def train_one_epoch(
         elif world.device.type == "cpu":  # where it costs no wait
             refuse_not_finite(learner, data, schedule, log.run_folder)
         world.beat(progress.step)
-        saves = checkpoints.due(progress, schedule) and not world.stop.reason
+        saves = not world.stop.reason and checkpoints.due(progress, schedule)
         if saves or world.stop.reason:  # after a bad number, steps are no longer the weights'
             refuse_not_finite(learner, data, schedule, log.run_folder)
         if saves:
             with log.pause("saving"), observer.phase("save"):
-                checkpoints.save(learner, progress)
+                checkpoints.save(learner, progress, saves)
         if world.stop.reason or not schedule.trains(progress):
             break
 

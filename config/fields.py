@@ -278,6 +278,11 @@ class TrainConfig:
     checkpoint_every: str = setting(
         "5m", "steps (500), time (5m) or epoch between checkpoints", group="run"
     )
+    snapshot_every: str = setting(
+        "auto", "time (10s) or steps between snapshots in the memory of each node, for a restart "
+        "after a kill; auto: 2s and at most 1 % of the time, where several processes train or an "
+        "agent restarts them; off", group="run",
+    )  # fmt: skip
     keep: int = setting(3, "newest checkpoints kept, besides the best model", group="run", low=2)
     log_every: int = setting(
         0,
@@ -312,7 +317,7 @@ OTHER_DATA = (*DATA, "split", "fold", "group_by", "val_fraction", "limit", "excl
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_time", "eval_every", "keep", "checkpoint_every", "log_every"}
     | {"track", "plots", "data_dir", "accumulate", "run_dir", "tta", "select", "threshold"}
-    | {"decode_threads", "exclude", "skip_bad_images", "patience"}
+    | {"decode_threads", "exclude", "skip_bad_images", "patience", "snapshot_every"}
 )
 DEBUG_PRESET = {
     "epochs": 1, "limit": 512, "compile": False,

@@ -232,17 +232,18 @@ def check(settings: Settings) -> None:
     entry = lookup(c.model)
     if problem := size_problem(c.model, entry, c.image_size):
         wrong(problem, "image-too-small")
-    for name in ("max_time", "checkpoint_every"):
+    no_times = {"checkpoint_every": ("epoch",), "snapshot_every": ("auto", "off")}
+    for name in ("max_time", *no_times):
         value = getattr(c, name)
         if value and not (
-            name == "checkpoint_every" and (value == "epoch" or NUMBER.fullmatch(value))
+            name in no_times and (value in no_times[name] or NUMBER.fullmatch(value))
         ):
             try:
                 seconds(value)
             except UserError as error:
                 wrong(f"--{name.replace('_', '-')} {error}", error.code)
-    if NUMBER.fullmatch(c.checkpoint_every) and int(c.checkpoint_every) < 1:
-        wrong("--checkpoint-every 0: must be at least 1 step")
+        if name in no_times and NUMBER.fullmatch(value) and int(value) < 1:
+            wrong(f"--{name.replace('_', '-')} 0: must be at least 1 step")
     if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
         wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
     task = task_of(c)

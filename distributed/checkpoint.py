@@ -266,18 +266,23 @@ def digest_of_manifest(manifest: dict) -> str:
     return digest(json.dumps(rest, sort_keys=True), size=16)
 
 
-def write_checkpoint(folder: Path, files: Files, progress: Progress, facts: dict) -> Path:
-    """Write one checkpoint and return its final path; leaves nothing behind when it fails."""
+def write_checkpoint(
+    folder: Path, files: Files, progress: Progress, facts: dict, what: str = "save"
+) -> Path:
+    """Write one checkpoint and return its final path; leaves nothing behind when it fails.
+
+    `what` is the first word of its points for planned faults: save, snapshot.
+    """
     target = folder / f"step-{progress.step:09d}"
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         folder.mkdir(exist_ok=True)  # the run folder must be there: it may have been renamed
         partial.mkdir()
-        faults.hit("save:begin", progress.step)
+        faults.hit(f"{what}:begin", progress.step)
         for name, tensors in files.items():
             _save(tensors, partial / f"{name}.safetensors")
-            faults.hit("save:written", progress.step)
+            faults.hit(f"{what}:written", progress.step)
         path = partial / "progress.json"
         path.write_text(json.dumps(vars(progress)), encoding="utf-8")
         sync(path)
@@ -291,7 +296,7 @@ def write_checkpoint(folder: Path, files: Files, progress: Progress, facts: dict
             },
         }
         manifest["self"] = digest_of_manifest(manifest)
-        faults.hit("save:manifest", progress.step)
+        faults.hit(f"{what}:manifest", progress.step)
         path = partial / MANIFEST
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         sync(path)
@@ -301,7 +306,7 @@ def write_checkpoint(folder: Path, files: Files, progress: Progress, facts: dict
         if target.exists():  # the same step again, with a later phase: rename cannot overwrite
             target.rename(old)
         partial.rename(target)
-        faults.hit("save:renamed", progress.step)
+        faults.hit(f"{what}:renamed", progress.step)
         sync(folder)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
@@ -310,14 +315,14 @@ def write_checkpoint(folder: Path, files: Files, progress: Progress, facts: dict
     return target
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: Path, keep: int, what: str = "save") -> None:
     """Remove all but the newest `keep`; called only after a newer one is whole on the disk."""
     for path in visible(folder)[keep:]:
         doomed = path.with_name(path.name + ".removed")
         with contextlib.suppress(OSError):
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-    faults.hit("save:pruned")
+    faults.hit(f"{what}:pruned")
 
 
 def sweep(folder: Path) -> int:
@@ -334,10 +339,16 @@ def sweep(folder: Path) -> int:
 
 
 class Writer:
-    """Writes checkpoints in a background thread of the main process; one save in flight."""
+    """Writes checkpoints in a background thread; one save in flight.
 
-    def __init__(self, folder: Path, keep: int, on_done: Callable[[str], None]):
-        self.folder, self.keep, self.on_done = folder, keep, on_done
+    `cpu_seconds` is what the latest took of a CPU.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, on_done: Callable[[str], None], what: str = "save"
+    ) -> None:
+        self.folder, self.keep, self.on_done, self.what = folder, keep, on_done, what
+        self.cpu_seconds = 0.0
         self.error = ""  # why the latest save failed; "" once one succeeds
         self._thread: threading.Thread | None = None
 
@@ -353,13 +364,18 @@ class Writer:
     def _run(self, files: Files, progress: Progress, facts: dict) -> None:
         began = time.monotonic()
         try:
-            target = write_checkpoint(self.folder, files, progress, facts)
-            prune(self.folder, self.keep)
-            self.error = ""
+            target = write_checkpoint(self.folder, files, progress, facts, self.what)
+            prune(self.folder, self.keep, self.what)
+            self.error, self.cpu_seconds = "", time.thread_time()  # of this thread from its birth
             self.on_done(f"saved {target.name} in {time.monotonic() - began:.1f} s")
         except Exception as error:
-            self.error = explain_failure(error, self.folder, files)
+            name = "checkpoint" if self.what == "save" else self.what
+            self.error = explain_failure(error, self.folder, files, name)
             self.on_done(self.error)
+
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> None:
         """Until the save under way is done, or for so long."""
@@ -370,7 +386,7 @@ class Writer:
                 self._thread = None
 
 
-def explain_failure(error: Exception, folder: Path, files: Files) -> str:
+def explain_failure(error: Exception, folder: Path, files: Files, name: str = "checkpoint") -> str:
     """Why a save failed, in words; a full disk hides behind several exception types."""
     need = sum(t.numel() * t.element_size() for part in files.values() for t in part.values())
     try:
@@ -380,10 +396,10 @@ def explain_failure(error: Exception, folder: Path, files: Files) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or (isinstance(error, SafetensorError) and free < need):
         return (
-            f"checkpoint not saved: needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB free in "
+            f"{name} not saved: needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB free in "
             f"{folder}; the previous one stays"
         )
-    return f"checkpoint not saved in {folder} ({error}); the previous one stays"
+    return f"{name} not saved in {folder} ({error}); the previous one stays"
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Several plans are separated by `;`. What happens: kill, exit0, stop (SIGSTOP), term, usr1, raise,
 oom, hang, enospc, nan (told to the caller). Where: `point` (step, backward, evaluate, data, start,
-save:begin, save:written, save:manifest, save:renamed, save:pruned), or `step` alone.
+save:begin, save:written, save:manifest, save:renamed, save:pruned; snapshot:begin and so on), or
+`step` alone.
 """
 
 import contextlib

@@ -54,6 +54,8 @@ class StopVote:
         self.deadline: float | None = None
         self.save_every: float | None = None  # seconds between checkpoints, on the main clock
         self.save_agreed = False  # set for all processes at the same beat; the loop clears it
+        self.snapshot_every: float | None = None  # between snapshots in memory; None: not now
+        self.snapshot_agreed = False  # as save_agreed
         self.row_every: float | None = None  # least seconds between rows that are due by time
         self.row_agreed = False  # for one beat, the same on all processes
         self.stop_file: Path | None = None
@@ -61,7 +63,7 @@ class StopVote:
         self._handlers: dict[int, Handler] = {}
         self.is_main = True
         self._parent = os.getppid() if launched() else None
-        self._last_save = self._last_row = time.monotonic()
+        self._last_save = self._last_row = self._last_snapshot = time.monotonic()
         self._first_interrupt = 0.0
         self.before_the_end = lambda: None  # of a second Ctrl-C
         self._beats = 0
@@ -150,6 +152,10 @@ class StopVote:
     def _save_is_due(self) -> bool:
         return self.save_every is not None and time.monotonic() - self._last_save > self.save_every
 
+    def _snapshot_is_due(self) -> bool:
+        every = self.snapshot_every  # of the writer's thread
+        return every is not None and time.monotonic() - self._last_snapshot > every
+
     def _row_is_due(self) -> bool:
         return self.row_every is not None and time.monotonic() - self._last_row > self.row_every
 
@@ -161,6 +167,10 @@ class StopVote:
     def saved(self) -> None:
         """The loop has saved: the clock of the next checkpoint starts."""
         self.save_agreed, self._last_save = False, time.monotonic()
+
+    def snapshotted(self) -> None:
+        """The loop has taken a snapshot: the clock of the next one starts."""
+        self.snapshot_agreed, self._last_snapshot = False, time.monotonic()
 
     def poll(self) -> int:
         """One shared beat: 0, or the agreed reason; the same answer on every process."""
@@ -175,6 +185,7 @@ class StopVote:
                 self._last_vote = now
                 self._look()
                 self.save_agreed = self.save_agreed or self._save_is_due()
+                self.snapshot_agreed = self.snapshot_agreed or self._snapshot_is_due()
                 self._agree_on_row(self._row_is_due())
             return self.code
         agreed = 0
@@ -205,10 +216,11 @@ class StopVote:
         self._last_vote, self._began_at = now, self._beats
         # At most twice as many as were timed: the first beats on a GPU only fill its queue.
         wish = max(1, int(min(self.interval / max(per_beat, 1e-6), 2 * beats, 10_000)))
-        mine = [self._look(), 0, 0, 0]
+        mine = [self._look(), 0, 0, 0, 0]
         if self.is_main:
             save = self._save_is_due() and not self.save_agreed
-            mine[1:] = wish, int(save), int(self._row_is_due())
+            snapshot = self._snapshot_is_due() and not self.snapshot_agreed
+            mine[1:] = wish, int(save), int(self._row_is_due()), int(snapshot)
         ballot = torch.tensor(mine, dtype=torch.int64)
         work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         self._pending = (work, ballot)
@@ -222,10 +234,11 @@ class StopVote:
         work, ballot = self._pending
         self._pending = None
         work.wait()
-        code, wish, save, row = ballot.tolist()
+        code, wish, save, row, snapshot = ballot.tolist()
         self._beats_per_vote = 1 if old_phase else wish
         self.code = max(self.code, code)
         self.save_agreed = self.save_agreed or bool(save)
+        self.snapshot_agreed = self.snapshot_agreed or bool(snapshot)
         self._agree_on_row(bool(row) and not old_phase)
         return code
 

@@ -33,6 +33,7 @@ PAGE = "compare.html"
 MOST_COLOURS = 8  # of groups in a chart; the others are grey
 FEWEST = 3  # shared seeds, below which nothing is claimed
 NOT_COMPARED = {"run_dir", "keep", "plots", "track", "log_every", "checkpoint_every", "max_time"}
+NOT_COMPARED |= {"snapshot_every"}
 USUAL = {field.name: field.default for field in fields(TrainConfig)}
 
 

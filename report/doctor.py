@@ -16,6 +16,7 @@ from errors import FAILED, FINISHED, UserError
 from report.screen import WORTH_TELLING, Report
 from training.goodput import goodput, in_words
 from training.run_dir import free_bytes
+from training.snapshots import in_memory
 
 
 def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
@@ -35,6 +36,7 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
         rows.append(("last save", status["last_save_error"]))
     whole, found = checkpoints(folder / "checkpoints")
     rows += [("checkpoint", line) for line in found]
+    rows += [("snapshot", line) for line in in_memory(folder)]
     rows.append(("disk", f"{free_bytes(folder) / 1e9:.1f} GB free"))
     rows += [("crash", line) for line in crashes(folder / "crash")]
     queued = ""

@@ -24,6 +24,7 @@ from report import pictures
 from report.claim import far_from_claim, told_claim
 from report.screen import Report
 from tasks import Task
+from training.checkpoints import Checkpoints
 from training.data import Data
 from training.elsewhere import write_evaluation
 from training.learner import Learner
@@ -44,10 +45,11 @@ PATIENCE = 3  # epochs: AlexNet and VGG may answer one class for everything befo
 
 
 def show_start(
-    screen: Report, plan: Plan, data: Data, started: Started, learner: Learner,
+    screen: Report, checkpoints: Checkpoints, data: Data, started: Started, learner: Learner,
     schedule: Schedule, progress: Progress, world: World,
 ) -> None:  # fmt: skip
     """The start panel: what will run, and every setting that is not the default."""
+    plan, snapshots = checkpoints.plan, checkpoints.snapshots
     config, batch, settings = plan.config, data.batch, plan.settings
     total = sum(p.numel() for p in learner.bare.parameters())
     trainable = sum(p.numel() for p in learner.parameters)
@@ -70,6 +72,7 @@ def show_start(
         ("batch", batch.in_words()),
         ("steps", steps_shown(schedule, progress)),
         ("folder", config.run_dir or "none (dry run)"),
+        *([("snapshots", snapshots.in_words)] if snapshots.in_words else []),
     ]
     if config.layer_decay != 1:
         scales = sorted({g["lr_scale"] for g in learner.optimizer.param_groups})
@@ -84,7 +87,9 @@ def show_start(
         shown = f", best {metric.show(best)}" if best is not None and metric.has("best") else ""
         epoch = schedule.place(progress.step)[0]
         ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
-        rows.insert(0, ("resumed", f"at step {progress.step}, epoch {epoch}{ahead}{shown}"))
+        source = f", {snapshots.source}" if snapshots.source else ""
+        told = f"at step {progress.step}, epoch {epoch}{ahead}{shown}{source}"
+        rows.insert(0, ("resumed", told))
     if config.recipe != "none":
         rows.insert(0, ("recipe", told_claim(config.recipe)))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads", "recipe"}

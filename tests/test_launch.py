@@ -1391,7 +1391,7 @@ def test_torchrun_on_two_hosts_that_only_a_wire_joins(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lost_node_costs_the_steps_since_a_checkpoint_and_one_that_comes_back_is_taken_in(
+def test_a_lost_node_costs_the_steps_since_a_snapshot_and_one_that_comes_back_is_taken_in(
     tmp_path,
 ):
     """kill -9 of all that runs on the second of two hosts: the same bits as an undisturbed run."""
@@ -1408,12 +1408,15 @@ def test_a_lost_node_costs_the_steps_since_a_checkpoint_and_one_that_comes_back_
     )
     run, alone, hosts = tmp_path / "run", tmp_path / "alone", Hosts()
     words = ["--model", "net.py:Net", *SMALL, "--epochs", "1000", "--bitwise", "--shards", "3"]
-    words += ["--batch-size", "60", "--checkpoint-every", "10"]
+    words += ["--batch-size", "60", "--checkpoint-every", "100000", "--snapshot-every", "10"]
+    for number in (0, 1):
+        (tmp_path / f"memory-{number}").mkdir()
 
     def begin(number):
         where = ["--nnodes", "1:2", "--nproc", "1", "--head", f"{hosts.addresses[0]}:29478"]
         launch = ["bash", str(LAUNCH / "torchrun.sh"), *where, "--", *words, "--run-dir", str(run)]
-        return real([*hosts.inside(number), *launch], tmp_path)
+        memory = str(tmp_path / f"memory-{number}")
+        return real([*hosts.inside(number), *launch], tmp_path, LOCKSTEP_SHM=memory)
 
     def trained(life, steps):
         status = read_json(run / "status.json", {})
@@ -1435,6 +1438,9 @@ def test_a_lost_node_costs_the_steps_since_a_checkpoint_and_one_that_comes_back_
         hosts.stop()
     told = "".join(one.out for one in (*done, finish(*second)))
     assert [one.status for one in done] == [0, 0], told
+    flat = " ".join(told.replace("│", " ").split())
+    assert flat.count("from the snapshot in memory") == flat.count("from the disk") == 1, told
+    assert not list(tmp_path.glob("memory-0/lockstep-*"))
     devices = [line.split("devices")[1] for line in told.splitlines() if "devices" in line]
     assert sum("2 x CPU" in line for line in devices) == 2 and len(devices) == 3, told
     steps = ["--stop-after", str(read_json(run / "status.json", {})["step"])]

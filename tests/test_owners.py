@@ -336,7 +336,7 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
             checkpoints.save(learner, progress)
         other = learner_of(world, seed=1)
         with Checkpoints(*args) as checkpoints:
-            found = checkpoints.resume(other, lambda text: None)
+            found = checkpoints.resume(other, print, print)
         assert found.step == 4 and found.summed == 2
         assert other.summed() == ([1.5, 2.5], 6)
         row = other.take_row(8)
@@ -346,7 +346,7 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
             assert torch.equal(tensor, other.bare.state_dict()[name])
         args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints, pytest.raises(UserError, match="not those"):
-            checkpoints.resume(other, lambda text: None)
+            checkpoints.resume(other, print, print)
 
 
 # --- what a person is told while it trains --------------------------------------------------------

@@ -47,8 +47,8 @@ def beats_until(stop_at, wait, limit=5000):
         code = vote.poll()
         if code:
             return beat, code
-        if stop_at is None and vote.save_agreed:
-            return beat, "save"
+        if stop_at is None and (vote.save_agreed or vote.snapshot_agreed):
+            return beat, "save" if vote.save_agreed else "snapshot"
     return limit, None
 
 # A save that the main process's clock asks for is agreed at the same beat by all.
@@ -59,6 +59,11 @@ vote.saved()
 told["again"] = beats_until(None, 0.001)
 vote.saved()
 vote.save_every = None
+if rank == 0:
+    vote.snapshot_every = 0.2
+told["snapshot"] = beats_until(None, 0.001)
+vote.snapshotted()
+vote.snapshot_every = None
 # Fast beats make votes rare, slow ones frequent: the same on all.
 told["quiet"], told["fast"] = [], 1
 for wait in (0.001, 0.03):
@@ -185,9 +190,9 @@ def test_a_signal_on_one_rank_stops_all_at_the_same_beat(told):
 
 
 def test_a_save_is_agreed_by_all_at_the_same_beat(told):
-    for key in ("save", "again"):
+    for key in ("save", "again", "snapshot"):
         assert told[0][key] == told[1][key] == told[2][key]
-        assert told[0][key][1] == "save"
+        assert told[0][key][1] == ("save" if key != "snapshot" else key)
 
 
 def test_without_a_request_nobody_stops_and_the_interval_follows_the_speed(told):

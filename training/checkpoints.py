@@ -28,6 +28,7 @@ from distributed.checkpoint import (
     read_progress,
     restore,
     save_tensors,
+    visible,
 )
 from distributed.world import World
 from errors import UserError
@@ -35,6 +36,7 @@ from models.own_file import CODE, digests_of, holds
 from training.learner import Learner
 from training.plan import Plan, classes_of_run
 from training.schedule import Schedule
+from training.snapshots import Snapshots, step_of
 
 LAST = "last.safetensors"
 
@@ -58,8 +60,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.plan, self.facts, self.card, self.world = plan, facts, card, world
         self.folder, config = plan.folder, plan.config
         self.writer: Writer | None = None  # on the main process, where there is a folder
+        self.snapshots = Snapshots(plan, facts, world)
+        world.watch.before_the_end = self._finish_writing
         if self.folder is not None and world.is_main:
-            world.watch.before_the_end = self._finish_writing
             self.writer = Writer(
                 self.folder / "checkpoints", config.keep, lambda _: on_saved(self._problem())
             )
@@ -76,30 +79,56 @@ class Checkpoints(contextlib.AbstractContextManager):
     ) -> None:  # fmt: skip
         if self.writer is not None:
             self.writer.wait()
+        self.snapshots.wait()
 
-    def resume(self, learner: Learner, warn: Callable[[str], None]) -> Progress:
-        """Restore the newest whole checkpoint, if there is one; where the run stands.
+    def resume(
+        self, learner: Learner, warn: Callable[[str], None], note: Callable[[str], None]
+    ) -> Progress:
+        """Restore the newest whole checkpoint, in memory or on the disk; where the run stands.
 
         For --eval-only it restores the best weights of a named run. Raises UserError where the
         data are others.
         """
+        progress = self._restored(learner, warn)
+        self.snapshots.begin(learner, progress, warn, note)
+        return progress
+
+    def _restored(self, learner: Learner, warn: Callable[[str], None]) -> Progress:
         if self.plan.actions.eval_only and self.plan.config.run_dir is not None:
             self._compare_classes()
             self._load_best(Path(self.plan.config.run_dir) / "model.safetensors", learner)
         if self.folder is None:
             return Progress()
-        places = self.folder / "checkpoints"
-        found = self.world.main_decides(lambda: newest_valid(places, warn))
-        if found is None:
+        in_memory = self.snapshots.find(warn)
+        found = self.world.main_decides(lambda: self._on_disk(in_memory, warn))
+        path = self.snapshots.fetch(warn) if in_memory and found is None else None
+        if in_memory and found is None and path is None:
+            found = self.world.main_decides(lambda: self._on_disk(0, warn))
+        if found is not None:
+            path = found[0]
+            self.snapshots.source = "from the disk" if self.snapshots.takes else ""
+            self._compare(found[1]["facts"], warn)
+        if path is None:
             return self._without_checkpoints(learner, warn)
-        path, manifest = found
-        self._compare(manifest["facts"], warn)
         files, progress = read_checkpoint(path)
         restore(
             files, learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
         )
         self._take_up(learner, progress)
         return progress
+
+    def _on_disk(self, in_memory: int, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
+        """The newest whole checkpoint there; None where the snapshot of that step is newer."""
+        places = Path(str(self.folder)) / "checkpoints"
+        if in_memory and not any(step_of(path) >= in_memory for path in visible(places)):
+            return None
+        try:
+            found = newest_valid(places, warn)
+        except UserError as error:
+            if not in_memory or error.code != "no-whole-checkpoint":
+                raise
+            return None
+        return None if found and step_of(found[0]) < in_memory else found
 
     def _without_checkpoints(self, learner: Learner, warn: Callable[[str], None]) -> Progress:
         """A run begins; where there was one, its checkpoints were deleted, and nothing else may be.
@@ -224,24 +253,29 @@ class Checkpoints(contextlib.AbstractContextManager):
             ) from None
         learner.load_weights(tensors)
 
-    def due(self, progress: Progress, schedule: Schedule) -> bool:
-        """Whether it is time, by steps or by the clock that all processes share."""
-        return self.world.stop.save_agreed or schedule.saves(progress.step)
+    def due(self, progress: Progress, schedule: Schedule) -> str:
+        """Where it is time to save to, by steps or by the clock of all: disk, memory or ""."""
+        if self.world.stop.save_agreed or schedule.saves(progress.step):
+            return "disk"
+        return "memory" if self.snapshots.due(progress.step) else ""
 
-    def save(self, learner: Learner, progress: Progress) -> None:
-        """A checkpoint of this step: a copy to host memory now, the disk in the background.
+    def save(self, learner: Learner, progress: Progress, where: str = "disk") -> None:
+        """A checkpoint of this step: a copy to host memory now, all else in the background.
 
         All processes take part.
         """
         self.world.phase("save", progress.step)
+        began = time.monotonic()
         learner.agree_on_buffers()
         progress.sums, progress.right = learner.summed()
+        progress.seconds += began - self._mark
+        self._mark = began
+        if where == "memory":
+            self.snapshots.take(learner, progress, began)
+            return
         if self.writer is not None:
             self.writer.wait()
             self.write_waiting()
-            now = time.monotonic()
-            progress.seconds += now - self._mark
-            self._mark = now
             files = capture(
                 learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
             )
@@ -257,6 +291,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         if failed:  # once more: the disk may have room again
             self.save(learner, progress)
             failed = self.world.main_decides(self._wait)
+        if not failed:
+            self.snapshots.forget()
         return failed
 
     def _wait(self) -> str:
@@ -268,6 +304,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """From the watch's thread, before it ends a process that hangs: a whole save is no loss."""
         if self.writer is not None:
             self.writer.wait(60)
+        self.snapshots.wait(60)
 
     def _problem(self) -> str:
         return self.writer.error if self.writer is not None else ""
