@@ -189,7 +189,7 @@ def test_a_chinese_page_is_written_in_chinese(page):
         prose = LINK.sub("]", CODE.sub("", block.text))
         english = re.search("[a-z]{2,}(?: [a-z]+){3}", re.sub("“.*?”", "", prose))
         assert not english, f"{page.name}:{block.line} is not in Chinese: {english and english[0]}"
-        torn = re.search(f"[{HAN}，。；：、]\n *[{HAN}]", block.text)
+        torn = re.search(f"[{HAN}，；：、]\n *[{HAN}]", block.text)
         assert not torn, (
             f"{page.name}:{block.line}: a line break within a sentence shows as a blank"
         )
