@@ -288,10 +288,14 @@ def test_a_snapshot_taken_is_whole_owned_and_given_back(tmp_path, monkeypatch):
     taken.find(print)
     taken.begin(learner, Progress(), told.append, told.append)
     assert taken.world.stop.snapshot_every == 3600
+    before = tmp_path / f"lockstep-{USER}-{taken.run.key}-1"  # this node's number was another
+    before.mkdir(mode=0o700)
+    (before / "owner").write_text("another-boot pid:[1] 1 1")
     for step in (3, 4):
         taken.take(learner, Progress(step=step), 0.0)
         taken.wait()
-    home = next(tmp_path.glob("lockstep-*"))
+    home = next(tmp_path.glob("lockstep-*-0"))
+    assert not before.exists()
     assert left(tmp_path) == ["step-000000004"] and not snapshots.is_dead(home)
     assert snapshots.read_owner(home) == snapshots.identity(os.getpid())
     assert taken.world.stop.snapshot_every > 3600  # "began" long ago: it cost much
