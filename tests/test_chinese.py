@@ -12,7 +12,6 @@ from launches import REPOSITORY
 PAIRS = [
     (page.with_name(page.name.replace(".zh.md", ".md")), page)
     for page in sorted([*REPOSITORY.glob("*.zh.md"), *(REPOSITORY / "docs").glob("*.zh.md")])
-    if page.name != "lessons.zh.md"  # tests/test_lessons.py
 ]
 CODE = re.compile(r"(`+)(.+?)\1")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -41,7 +40,7 @@ def blocks(page: Path) -> list[Block]:
             fence = "" if line.strip() == fence else fence
         elif begin := re.match(r"\s*(```+)(\w*)$", line):
             fence, begins = begin[1], f"fence of {begin[2] or 'text'}"
-        elif not line.strip() or line.startswith("<!--"):
+        elif line.strip() in ("", "-->") or line.startswith("<!--"):  # inside: notebook cells
             open_ = False
         elif heading := re.match(r"(#+) ", line):
             begins = f"heading of level {len(heading[1])}"
@@ -98,9 +97,8 @@ def cells(row: str) -> list[str]:
 
 def in_chinese(page: Path, target: str) -> str:
     """Where a Chinese page links in the place of this link: to the twin, where there is one."""
-    twin = target.replace(".md", ".zh.md")
-    file = (page.parent / twin.partition("#")[0]).is_file()
-    return twin if file and not target.endswith((".zh.md", ".zh.md#")) else target
+    twin = re.sub(r"(?<!\.zh)\.(md|ipynb)\b", r".zh.\1", target)
+    return twin if (page.parent / twin.partition("#")[0]).is_file() else target
 
 
 def differences(english: Path, chinese: Path) -> list[str]:
