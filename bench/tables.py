@@ -14,7 +14,8 @@ from pathlib import Path
 
 from bench.measure import REPOSITORY
 
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "bench" / "README.md")
+NAMES = ("README.md", "bench/README.md", "docs/failures.md")
+PAGES = tuple(REPOSITORY / name for name in NAMES)
 PLACE = re.compile(r"(<!-- bench\.(\w+)\.(\w+): ([\w./-]+\.json) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -25,6 +25,7 @@ MODULES = (
     "startup",
     "seeds",
     "checkpoint",
+    "kills",
     "shards",
     "launches",
 )

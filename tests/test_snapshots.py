@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import SMALL, Done, command, finish, rows, same_weights, start, train
+from launches import SMALL, Done, command, finish, newest, rows, same_weights, start, train
 from refusals import refused
 from torch import nn
 
@@ -76,17 +76,18 @@ def test_a_run_killed_between_checkpoints_goes_on_from_memory_bit_for_bit(nets, 
     fourth = life(pause_and_kill(20))
     assert "at step 14" in resumed(fourth) and "from the disk" in resumed(fourth), fourth.out
     flip(tmp_path / home.name / "step-000000018" / "optimizer.safetensors")
-    fifth = life(pause_and_kill(17))
+    fifth = life(pause_and_kill(22))
     assert "at step 14" in resumed(fifth), fifth.out
     assert "the snapshot of step 18 is not used: it is damaged" in fifth.out, fifth.out
-    assert left(tmp_path) == ["step-000000015"]
+    assert left(tmp_path) == ["step-000000018"] and newest(nets / "shm-broken").name[-2:] == "21"
+    flip(newest(nets / "shm-broken") / "model.safetensors")  # the next one there is of step 14
     last = life("")
-    assert "at step 15" in resumed(last) and IN_MEMORY in resumed(last), last.out
+    assert "at step 18" in resumed(last) and IN_MEMORY in resumed(last), last.out
     assert left(tmp_path) == [] and list(tmp_path.glob("lockstep-*")) == []
     assert rows(nets / "shm-broken") == rows(nets / "shm-whole")
     assert same_weights(nets / "shm-whole", nets / "shm-broken") == []
     lives = read_json(nets / "shm-broken" / "status.json", {})["lives"]
-    assert [life["step"] for life in lives] == [0, 3, 3, 14, 14, 15]
+    assert [life["step"] for life in lives] == [0, 3, 3, 14, 14, 18]
 
 
 @pytest.mark.slow
@@ -287,10 +288,14 @@ def test_a_snapshot_taken_is_whole_owned_and_given_back(tmp_path, monkeypatch):
     taken.find(print)
     taken.begin(learner, Progress(), told.append, told.append)
     assert taken.world.stop.snapshot_every == 3600
+    before = tmp_path / f"lockstep-{USER}-{taken.run.key}-1"  # this node's number was another
+    before.mkdir(mode=0o700)
+    (before / "owner").write_text("another-boot pid:[1] 1 1")
     for step in (3, 4):
         taken.take(learner, Progress(step=step), 0.0)
         taken.wait()
-    home = next(tmp_path.glob("lockstep-*"))
+    home = next(tmp_path.glob("lockstep-*-0"))
+    assert not before.exists()
     assert left(tmp_path) == ["step-000000004"] and not snapshots.is_dead(home)
     assert snapshots.read_owner(home) == snapshots.identity(os.getpid())
     assert taken.world.stop.snapshot_every > 3600  # "began" long ago: it cost much
