@@ -102,10 +102,9 @@ class Pace:
         if self.processes == 1:
             return
         mark, marks = self.clock.mark(), self._marks
-        if len(marks) > 2 and len(marks) % 3 == 2 and not first:
-            self._steps += 1
-            if self._steps > WARM_UP:
-                self._begun.append([*marks, mark])
+        self._steps += not first
+        if self._steps > WARM_UP and len(marks) > 2 and len(marks) % 3 == 2 and not first:
+            self._begun.append([*marks, mark])
         self._marks = [mark]
 
     def lap(self) -> None:
@@ -145,8 +144,10 @@ class Pace:
         mine = [0.0] * NUMBERS
         while self._begun and self.clock.known(self._begun[0][-1]):
             self._times.append(self._parts(self._begun.popleft()))
-        if len(self._times) == BLOCKS * STEPS and self._steps >= self._told_at + STEPS:
+        due = self._steps >= self._told_at + STEPS  # for all processes in the same row
+        if due:
             self._told_at = self._steps
+        if due and len(self._times) == BLOCKS * STEPS:
             own = [sum(parts[:3]) for parts in self._times]
             spread = statistics.median(abs(a - b) for a, b in zip(own[1:], own, strict=False))
             mine = [seconds for block in self._blocks() for seconds in block[:3]] + [spread]

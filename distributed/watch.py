@@ -33,7 +33,7 @@ class Watch:
 
     def __init__(self, rank: int, num_processes: int):
         self.rank, self.num_processes = rank, num_processes
-        self.phase, self.step, self.device = "start", 0, "cpu"
+        self.phase, self.step, self.device = "start", 0, ""
         self.folder: Path | None = None
         self.limit = float(os.environ.get("LOCKSTEP_STALL", "300"))
         self.on_beat: Callable[[], None] = lambda: None
@@ -146,7 +146,7 @@ class Watch:
         """Which process that is, in words."""
         if (place := self._places().get(rank)) is None:
             return f"rank {rank}"
-        device = f", {place['device']}" if place["device"] != "cpu" else ""
+        device = f", {place['device']}" if place["device"] else ""
         return f"rank {rank} on {place['host']} (pid {place['pid']}{device})"
 
     def dead_peer(self) -> str:

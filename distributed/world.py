@@ -64,7 +64,7 @@ class World(contextlib.AbstractContextManager):
         if self.settings.config.max_time:
             self.stop.deadline = self.began + seconds(self.settings.config.max_time)
         self.watch = Watch(self.process_index, self.num_processes)
-        self.watch.device = str(self.device)
+        self.watch.device = str(self.device) if self.device.type == "cuda" else ""
         self.pace = Pace(self.process_index, self.num_processes, self.device)
         if guest:
             self.watch.limit = math.inf

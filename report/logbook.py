@@ -262,13 +262,14 @@ class Logbook(contextlib.AbstractContextManager):
 
     def _tell_slow(self, step: int) -> None:
         """A line where the others begin to wait for a process, and where it keeps up again."""
-        pace = self.world.pace
-        for slow in pace.judge(step, self.world.watch.where) if self.world.is_main else ():
+        if not self.world.is_main:
+            return
+        for slow in self.world.pace.judge(step, self.world.watch.where):
             if slow.until is None:
                 self.screen.warn(slow_in_words(asdict(slow)))
             else:
                 self.screen.show(f"{slow.where} keeps up again since step {step}")
-        self.ledger.slow = pace.history()
+            self.ledger.slow = self.world.pace.history()
 
     def _left(self, data: Data, schedule: Schedule, progress: Progress) -> float:
         """Seconds to the end with all evaluations; 0 within the first tenth of an epoch."""

@@ -44,7 +44,7 @@ def judged(steps, shares, planted=lambda step, rank: (0, 0, 0), noise=0.0, seed=
     return told
 
 
-@pytest.mark.parametrize("shares", [(1, 1), (2, 2, 2), (3, 3, 2, 2, 2), (1,) * 16])
+@pytest.mark.parametrize("shares", [(1, 1), (2, 2, 2), (3, 3, 2, 2, 2)])
 @pytest.mark.parametrize("reason", ["data", "forward", "backward", "all"])
 def test_a_slow_process_is_named_with_the_reason_within_20_steps_and_then_that_it_keeps_up(
     shares, reason
@@ -78,8 +78,8 @@ def test_the_reason_is_told_again_when_it_is_another_one():
     assert told[0][3].until == told[1][0] == told[1][3].since
 
 
-@pytest.mark.parametrize("shares", [(1, 1), (1, 1, 1), (2, 2, 1), (1,) * 8])
-@pytest.mark.parametrize("noise", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("shares", [(1, 1), (2, 2, 1), (1,) * 5])
+@pytest.mark.parametrize("noise", [0.02, 1.0])
 def test_an_even_run_names_nobody(shares, noise):
     assert judged(500, shares, noise=noise) == []
 
@@ -177,6 +177,8 @@ def test_events_of_a_gpu_that_are_not_over_wait_for_a_later_row(monkeypatch):
         pace.asks()
     assert not pace.numbers(torch.zeros(1)).any()
     over.until = 10_000
+    assert not pace.numbers(torch.zeros(1)).any()  # the other's turn, too, is five steps later
+    pace._steps += STEPS
     assert pace.numbers(torch.zeros(1)).any()
 
 
@@ -248,7 +250,7 @@ def test_a_planted_delay_is_named_and_what_it_costs(tmp_path, processes, who):
     (tmp_path / "net.py").write_text(text)
     words = ["--model", "net.py:Net", "--dataset", "photos", "--image-size", "16", "--no-plots"]
     words += ["--batch-size", "12", "--max-steps", "215", "--eval-every", "100", "--threads", "1"]
-    words += ["--log-every", "1", "--run-dir", "run", "--augment", "none"]
+    words += ["--log-every", "1", "--run-dir", "run", "--decode", "scaled"]
     done = train(words, tmp_path, processes)
     assert done.status == 0, done.out
     (life,) = json.loads((tmp_path / "run/status.json").read_text())["lives"]
