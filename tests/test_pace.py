@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from launches import python, train
+from launches import train
 from PIL import Image
 from torch import nn
 
 from distributed.pace import BLOCKS, NUMBERS, STEPS, WARM_UP, Pace, middle
+from report.doctor import examine
 from training.goodput import slow_in_words
 
 USUAL = (0.002, 0.010, 0.020)  # seconds of a shard: data, forward, backward
@@ -267,6 +268,6 @@ def test_a_planted_delay_is_named_and_what_it_costs(tmp_path, processes, who):
         assert done.out.count(f"{slow['where']} keeps up again since step {slow['until']}") == 1
         for told in (
             (tmp_path / "run/report.html").read_text(),
-            " ".join(python("-m", "report", "doctor", "run", cwd=tmp_path).stdout.split()),
+            " ".join(line for _, line in examine(tmp_path / "run")[0]),
         ):
             assert f"was slow from step {slow['since']} to {slow['until']}" in told
