@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import BatchPlan
 from distributed.generators import Generators
+from distributed.pace import Pace
 from models.state import as_real
 
 
@@ -183,6 +184,7 @@ class Shards:
         self, accelerator: Accelerator, model: nn.Module, plan: BatchPlan,
         seed_of: Callable[[int, int], int], bitwise: bool, nature: Nature = Nature(),
         weight: Callable[[Tensor], Tensor | None] | None = None, unit: float = 1.0,
+        pace: Pace | None = None,
     ) -> None:  # fmt: skip
         self.accelerator = accelerator
         self.weight, self.unit = weight, unit  # what labels weigh together, in whole units
@@ -207,6 +209,9 @@ class Shards:
         # What the next forward reads is kept equal on all processes step by step; running
         # statistics, which training does not read, before each evaluation and each save.
         self.read_in_training = nature.reads_buffers and bool(self.buffers)
+        self.pace = pace or Pace(0, 1, accelerator.device)
+        if self.by_ddp:
+            self.pace.follow(self.parameters)
         self.undoes = False  # whether undo_buffers puts the buffers from before a step back
         self.before: dict[torch.dtype, Tensor] = {}
         self.sum = ExactSum(self.parameters, plan.shards) if bitwise else None
@@ -235,7 +240,9 @@ class Shards:
             sync = cast(DDP, self.model).no_sync() if quiet else contextlib.nullcontext()
             with sync:
                 part = slice(index * size, (index + 1) * size)
+                self.pace.lap()
                 yield {name: values[part] for name, values in batch.items()}
+            self.pace.shard_done(waits=self.by_ddp and self.last)
             if count > 1 and index == 0:
                 after_first = packed(self.buffers)
             if self.sum is not None:
@@ -259,6 +266,7 @@ class Shards:
 
     def weighed(self, loss: Tensor) -> Tensor:
         """The share in the step's loss of a loss that is summed over the shard handed out."""
+        self.pace.lap()
         loss = loss * self.scale
         if self.by_ddp and self.last:
             return EveryParameter.apply(loss, *self.parameters)

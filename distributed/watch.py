@@ -33,7 +33,7 @@ class Watch:
 
     def __init__(self, rank: int, num_processes: int):
         self.rank, self.num_processes = rank, num_processes
-        self.phase, self.step = "start", 0
+        self.phase, self.step, self.device = "start", 0, ""
         self.folder: Path | None = None
         self.limit = float(os.environ.get("LOCKSTEP_STALL", "300"))
         self.on_beat: Callable[[], None] = lambda: None
@@ -99,6 +99,7 @@ class Watch:
             "rank": self.rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "device": self.device,
             "phase": self.phase,
             "step": self.step,
             "still": round(time.monotonic() - self._since, 1),
@@ -140,6 +141,13 @@ class Watch:
                 place = json.loads(path.read_text(encoding="utf-8"))
                 places[place["rank"]] = place
         return places
+
+    def where(self, rank: int) -> str:
+        """Which process that is, in words."""
+        if (place := self._places().get(rank)) is None:
+            return f"rank {rank}"
+        device = f", {place['device']}" if place["device"] else ""
+        return f"rank {rank} on {place['host']} (pid {place['pid']}{device})"
 
     def dead_peer(self) -> str:
         """Another process that failed with a report, or is gone from this host; '' if none is."""

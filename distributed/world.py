@@ -18,6 +18,7 @@ from config import Settings
 from distributed import accelerator as machine
 from distributed import faults
 from distributed.checkpoint import Progress
+from distributed.pace import Pace
 from distributed.stop import SECONDS_PER_ROW, StopVote
 from distributed.watch import Watch
 from errors import NumbersGoneBad, UserError
@@ -63,6 +64,8 @@ class World(contextlib.AbstractContextManager):
         if self.settings.config.max_time:
             self.stop.deadline = self.began + seconds(self.settings.config.max_time)
         self.watch = Watch(self.process_index, self.num_processes)
+        self.watch.device = str(self.device) if self.device.type == "cuda" else ""
+        self.pace = Pace(self.process_index, self.num_processes, self.device)
         if guest:
             self.watch.limit = math.inf
         self._contexts = contextlib.ExitStack()
@@ -174,11 +177,14 @@ class World(contextlib.AbstractContextManager):
     def watched(self, batches: Iterable[T], progress: Progress) -> Iterator[T]:
         """The batches of an epoch: others see whether this process waits for data or computes."""
         self.phase("data", progress.step, new_beats=True)
+        self.pace.asks(first=True)
         for batch in batches:
             faults.hit("step", progress.step)
             self.watch.at("step", progress.step)
+            self.pace.lap()
             yield batch
             self.watch.at("data", progress.step)
+            self.pace.asks()
             if not self._frozen:  # what there is after a step stays: no collection need walk it
                 self._frozen = True
                 if not (self.guest and gc.get_freeze_count()):  # which could not be put back

@@ -14,7 +14,7 @@ from distributed.checkpoint import verify, visible
 from distributed.watch import alive
 from errors import FAILED, FINISHED, UserError
 from report.screen import WORTH_TELLING, Report
-from training.goodput import goodput, in_words
+from training.goodput import goodput, in_words, slow_ones
 from training.run_dir import free_bytes
 from training.snapshots import in_memory
 
@@ -31,6 +31,7 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     rows.append(("lives", f"{(status.get('life') or 0) + 1}, the last from step {resumed(status)}"))
     if spent := goodput(status.get("lives") or []):
         rows.append(("goodput", in_words(spent)))
+        rows += [("slow", line) for line in slow_ones(status["lives"])]
         rows += [("images", line) for line in what_helps(spent, config.get("config", {}))]
     if status.get("last_save_error"):
         rows.append(("last save", status["last_save_error"]))

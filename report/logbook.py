@@ -23,7 +23,7 @@ from report.screen import Report, SpeedMeter
 from report.tracking import FINISH_SECONDS, STOP_SECONDS, Tracker, build_trackers
 from tasks import Task
 from training.data import Data, pictures_of
-from training.goodput import Ledger
+from training.goodput import Ledger, slow_in_words
 from training.plan import Plan, starts_over
 from training.predictions import keep_predictions, take_answers
 from training.run_dir import (
@@ -250,6 +250,7 @@ class Logbook(contextlib.AbstractContextManager):
         }
         for share in waits.values():
             self.ledger.charge("data", share * self.clock.timed)
+        self._tell_slow(progress.step)
         left = self._left(data, schedule, progress)
         self._record(row, progress, steps=schedule.last_step, left=round(left, 1))
         self._epoch.append((progress.step - self._row_step, numbers))
@@ -258,6 +259,17 @@ class Logbook(contextlib.AbstractContextManager):
         if self.clock.steps >= STEPS_TO_TELL:
             self._tell_time_limit(schedule, progress)
             panels.advise_on_time(self.screen, self.plan, self.world, left)
+
+    def _tell_slow(self, step: int) -> None:
+        """A line where the others begin to wait for a process, and where it keeps up again."""
+        if not self.world.is_main:
+            return
+        for slow in self.world.pace.judge(step, self.world.watch.where):
+            if slow.until is None:
+                self.screen.warn(slow_in_words(asdict(slow)))
+            else:
+                self.screen.show(f"{slow.where} keeps up again since step {step}")
+            self.ledger.slow = self.world.pace.history()
 
     def _left(self, data: Data, schedule: Schedule, progress: Progress) -> float:
         """Seconds to the end with all evaluations; 0 within the first tenth of an epoch."""

@@ -27,7 +27,7 @@ from config import TrainConfig
 from errors import FINISHED, UserError
 from report.chart import chart, short
 from report.pictures import MOST_NAMES
-from training.goodput import LOST, goodput
+from training.goodput import LOST, goodput, slow_ones
 
 HERE = Path(__file__).resolve().parent
 STYLE = (HERE / "page.css").read_text(encoding="utf-8")
@@ -340,7 +340,8 @@ def lives(files: Files) -> Markup:
     names = {"useful": "steps", **LOST}
     parts = [(cause, 100 * spent[cause] / spent["wall"], names[cause]) for cause in names]
     parts = [part for part in parts if part[1] > 0.05]
-    return PARTS.goodput(parts, f"Of {duration(spent['wall'])}:") + made
+    slow = Markup("").join(map(PARTS.note, slow_ones(known)))
+    return PARTS.goodput(parts, f"Of {duration(spent['wall'])}:") + slow + made
 
 
 def repeat(files: Files) -> Markup:

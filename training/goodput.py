@@ -19,6 +19,12 @@ LOST = {
     "end": "ending",
     "between": "between lives",
 }
+SLOW = {  # what a process that the others wait for is slow in: distributed/pace.py
+    "data": "waiting for its data",
+    "forward": "its forward",
+    "backward": "its backward",
+    "all": "all that it computes (a busy core or host, a hot GPU)",
+}
 
 
 class Ledger:
@@ -28,6 +34,7 @@ class Ledger:
         self.clock = clock
         self.born = psutil.Process().create_time() if own_process else clock()
         self.seconds: dict[str, float] = {}
+        self.slow: list[Json] = []  # pace.Slow, as dicts
         self._closed: dict[str, Json] = {}
         self.step = 0  # after the latest one that a row tells of
 
@@ -51,7 +58,8 @@ class Ledger:
         now, spent = self.clock(), dict(self.seconds)
         spent.setdefault("start", now - self.born - sum(spent.values()))
         seconds: dict[str, Json] = {cause: round(s, 3) for cause, s in spent.items()}
-        return {"born": self.born, "until": now, "at": self.step, "seconds": seconds}
+        entry = {"born": self.born, "until": now, "at": self.step, "seconds": seconds}
+        return {**entry, "slow": self.slow} if self.slow else entry
 
 
 def goodput(lives: list[dict]) -> dict[str, float]:
@@ -83,3 +91,20 @@ def in_words(spent: dict[str, float]) -> str:
     lost = ", ".join(f"{100 * part:.0f} % {name}" for name, part in largest if part >= 0.005)
     useful = f"{100 * spent['useful'] / spent['wall']:.0f} % of {duration(spent['wall'])}"
     return f"{useful} computed steps" + (f"; {lost}" if lost else "")
+
+
+def slow_in_words(slow: dict) -> str:
+    """A sentence about a process that the others waited for, a Slow as a dict."""
+    lasts = f"is slow from step {slow['since']} on"
+    if slow["until"] is not None:
+        lasts = f"was slow from step {slow['since']} to {slow['until']}"
+    return (
+        f"{slow['where']} {lasts}: {SLOW[slow['reason']]} takes {1e3 * slow['seconds']:.0f} ms "
+        "of a step longer than the others'; without that the run would be about "
+        f"{100 * slow['faster']:.0f} % faster (estimate)"
+    )
+
+
+def slow_ones(lives: list[dict]) -> list[str]:
+    """What status.json keeps of all lives' slow processes, in sentences."""
+    return [slow_in_words(slow) for life in lives for slow in life.get("slow") or []]

@@ -75,9 +75,10 @@ class Learner:
         self.shards = Shards(
             self.accelerator, model, batch,
             lambda step, shard: hash_integers(config.seed, DROPOUT, step, shard), config.bitwise,
-            started.trial.nature, self.task.weight, WEIGHT_UNIT,
+            started.trial.nature, self.task.weight, WEIGHT_UNIT, world.pace,
         )  # fmt: skip
         self.parameters = self.shards.parameters
+        self.pace, self.pace.shares = world.pace, batch.shares
         skip, most = config.on_nonfinite == "skip", SKIPS_IN_A_ROW
         if self.scaler is not None:  # fp16 overflows now and then, above all at its start
             skip, most = True, 3 * SKIPS_IN_A_ROW
@@ -148,16 +149,20 @@ class Learner:
         *sums, right = self._summed().tolist()
         return sums, int(right)
 
-    def _summed(self) -> Tensor:
-        numbers = torch.cat([self.sums, self.right.to(self.sums).view(1)])
+    def _summed(self, *beside: Tensor) -> Tensor:
+        numbers = torch.cat([self.sums, self.right.to(self.sums).view(1), *beside])
         if self.accelerator.num_processes == 1:
             return numbers
         return cast(Tensor, self.accelerator.reduce(numbers, reduction="sum"))
 
     def take_row(self, images: int) -> dict[str, float]:
         """The numbers of a row about so many images; the sums begin anew. One host wait."""
-        numbers = [self._summed(), self.grad_norm.to(self.sums).view(1)]
-        *sums, right, norm = torch.cat(numbers).tolist()
+        beside = [self.pace.numbers(self.sums)] if self.accelerator.num_processes > 1 else []
+        numbers = [self._summed(*beside), self.grad_norm.to(self.sums).view(1)]
+        *found, norm = torch.cat(numbers).tolist()
+        count = len(self.sums)
+        sums, right = found[:count], found[count]
+        self.pace.hear(found[count + 1 :])
         self.sums.zero_()
         self.right.zero_()
         row = {"train/loss": math.fsum(sums) / images, "train/grad_norm": norm}
