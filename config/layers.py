@@ -13,7 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.text import nearest, seconds
-from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert, mean_and_std
+from config.fields import (
+    HINTS,
+    MAY_CHANGE,
+    NUMBER,
+    TAKEN_BY,
+    TrainConfig,
+    convert,
+    mean_and_std,
+    unfreezing,
+)
 from config.rows import Rows
 from data.policy import parse_policy
 from errors import UserError, all_of
@@ -272,6 +281,16 @@ def check(settings: Settings) -> None:
         other = c.optimizer not in takers and not is_own_file(c.optimizer)
         if other and getattr(c, name) not in (None, False):
             wrong(f"--{name}: {c.optimizer} has none; {', '.join(takers)}", "contradiction")
+    if c.unfreeze is not None:
+        try:
+            unfreezing(c.unfreeze)
+        except UserError as error:
+            problems.append(error)
+        if c.freeze == "none":
+            wrong("--unfreeze: nothing is frozen; say what with --freeze", "contradiction")
+        if c.compile:
+            wrong("--unfreeze and --compile: a compiled model trains what it began with: drop one",
+                  "contradiction")  # fmt: skip
     if c.focal_gamma != HINTS["focal_gamma"].default and c.loss != "focal":
         wrong(f"--focal-gamma: --loss {c.loss} has none; type --loss focal", "contradiction")
     if c.layer_decay != 1 and c.optimizer == "muon":

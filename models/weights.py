@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -250,8 +250,7 @@ def freeze(model: nn.Module, what: str, name: str, image_size: int = 0) -> None:
     modules = [path for path, _ in model.named_modules() if path]
     frozen: set[str] = set()
     for pattern in what.split(","):
-        ways = (pattern, f"{pattern}.*")
-        found = {key for key in known if any(fnmatch.fnmatchcase(key, way) for way in ways)}
+        found = named(pattern, known)
         if not found:
             tops = [path for path, _ in model.named_children()]
             raise UserError(
@@ -269,22 +268,36 @@ def freeze(model: nn.Module, what: str, name: str, image_size: int = 0) -> None:
         )
     for key in frozen:
         known[key].requires_grad_(False)
-    _hold_frozen(model, "", frozen)
+    hold_frozen(model, "", frozen)
 
 
-def _hold_frozen(module: nn.Module, prefix: str, frozen: set[str]) -> None:
+def named(pattern: str, keys: Iterable[str]) -> set[str]:
+    """The parameters that a pattern with * means, or the module that they are in."""
+    ways = (pattern, f"{pattern}.*")
+    return {key for key in keys if any(fnmatch.fnmatchcase(key, way) for way in ways)}
+
+
+def hold_frozen(module: nn.Module, prefix: str, frozen: set[str]) -> None:
+    """Modules below this one, all of whose parameters are frozen, stay in evaluation mode."""
     for child_name, child in module.named_children():
         keys = [f"{prefix}{child_name}.{key}" for key, _ in child.named_parameters()]
         if keys and frozen.issuperset(keys):
             _stay(child)
         elif keys:
-            _hold_frozen(child, f"{prefix}{child_name}.", frozen)
+            hold_frozen(child, f"{prefix}{child_name}.", frozen)
 
 
 def _stay(module: nn.Module) -> None:
     module.eval()
     # On the module itself: whatever wraps the model later still asks it through train().
     module.train = MethodType(_stay_in_eval, module)
+
+
+def let_go(model: nn.Module) -> None:
+    """The next train() reaches all modules again."""
+    for module in model.modules():
+        if getattr(vars(module).get("train"), "__func__", None) is _stay_in_eval:
+            del module.train
 
 
 def depths(model: nn.Module, name: str, image_size: int) -> dict[str, int]:

@@ -74,6 +74,13 @@ def show_start(
     if config.layer_decay != 1:
         scales = sorted({g["lr_scale"] for g in learner.optimizer.param_groups})
         rows.append(("layer rates", f"{len(scales)} depths, {scales[0]:.3g} to 1 of the rate"))
+    if learner.frozen.stages:
+        sizes = {name: p.numel() for name, p in learner.bare.named_parameters()}
+        later = [
+            f"epoch {s.epoch + 1} {s.what} ({sum(sizes[n] for n in s.names):,} parameters)"
+            for s in learner.frozen.stages
+        ]
+        rows.append(("unfreezes", ", ".join(later)))
     resumed = progress.step > 0
     if schedule.over(progress):
         flag = "--patience" if schedule.gave_up(progress) else "--epochs"
