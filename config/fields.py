@@ -61,6 +61,13 @@ class TrainConfig:
         None, "what of --freeze trains from which epoch on, as 3:layer4,5:all; each EPOCH:NAMES as "
         "--freeze names them", group="what",
     )  # fmt: skip
+    channels: int = setting(
+        3, "that the model sees of an image: 1 is its brightness", group="what", choices=(1, 3)
+    )
+    blurpool: str = setting(
+        "none", "anti-aliased downsampling: conv blurs in front of strided convolutions, all in "
+        "max pools, too", group="what", choices=("none", "conv", "all"),
+    )  # fmt: skip
     drop_path: float | None = setting(
         None, "stochastic depth: the chance to leave the last block out, less before; none: the "
         "model's own", group="what", low=0.0, high=0.95,

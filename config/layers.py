@@ -26,7 +26,7 @@ from config.fields import (
 from config.rows import Rows
 from data.policy import parse_policy
 from errors import UserError, all_of
-from models import Recipe, lookup, size_problem, told_by_weights
+from models import Recipe, lookup, parts_of, size_problem, told_by_weights
 from models.own_file import (
     CODE,
     check_own_file,
@@ -115,7 +115,9 @@ def recipe_of(model: str, weights: str) -> Recipe:
     recipe = dict(entry.recipe)
     if weights not in ("none", "auto"):
         recipe |= entry.finetune
-        size = told_by_weights(weights).get("image_size", 0)
+        told = told_by_weights(weights)
+        recipe |= parts_of(told)
+        size = told.get("image_size", 0)
         if size and entry.task == "classification" and not size_problem(model, entry, size):
             recipe["image_size"] = size
     return recipe
@@ -257,6 +259,8 @@ def check(settings: Settings) -> None:
     task = task_of(c)
     if "regression" in (task, entry.task) and task != entry.task:
         wrong(f"--task {task}: {c.model} is for {entry.task}: drop one", "contradiction")
+    if task == "regression" and (more := parts_of(vars(c))):
+        wrong(f"--{', --'.join(more)}: of images; {c.model} sees none", "contradiction")
     asked = [
         f"--{name.replace('_', '-')}"
         for name in NOT_OF[task]

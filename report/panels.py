@@ -12,7 +12,7 @@ from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
-from config import TrainConfig, mean_and_std, recipe_of
+from config import TrainConfig, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL
@@ -98,7 +98,8 @@ def show_start(
     if config.normalize not in ("auto", "data"):
         hidden.add("normalize")
         mean, std = (
-            ", ".join(f"{number:.3g}" for number in part) for part in mean_and_std(config.normalize)
+            ", ".join(f"{number:.3g}" for number in part)
+            for part in (data.source.mean, data.source.std)
         )
         rows.append(("normalised", f"by {mean} / {std} ({settings.origin('normalize')})"))
     changed = [
@@ -111,7 +112,9 @@ def show_start(
         log = os.environ.get("LOCKSTEP_LOG", "")
         rows.append(("job", f"{number}, start {start}" + (f", log {log}" if log else "")))
     if plan.actions.debug:
-        screen.show(table_of_layers(config.model, config.image_size, data.num_outputs))
+        screen.show(table_of_layers(
+            config.model, config.image_size, data.num_outputs, config.channels, config.blurpool
+        ))  # fmt: skip
     screen.start_panel("lockstep", rows, changed)
     odd = schedule_doubts(config, schedule, progress, plan.both_lengths)
     for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world), *odd)):

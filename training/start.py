@@ -19,7 +19,7 @@ from distributed.shards import packed, unpack
 from distributed.world import World
 from errors import UserError
 from losses import Criterion, build_criterion, class_weights
-from models import build_model, lookup
+from models import build_from, lookup, parts_of
 from models.freezing import Frozen
 from models.hooks import StartsFromData
 from models.own_file import digests_of, is_own_file
@@ -57,10 +57,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     entry = lookup(config.model)
     _seed_weights(config.seed)
     num_classes = data.num_outputs
-    build = partial(
-        build_model, config.model, num_classes=num_classes, image_size=config.image_size,
-        drop_path=config.drop_path,
-    )  # fmt: skip
+    build = partial(build_from, vars(config), num_classes)
     model = build()
     separate_views(model)
     weights = ""
@@ -217,6 +214,6 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
         "dataset": plan.config.dataset, "code": digests_of(plan.config.model), **data.cut_as(),
-        "task": source.task, "threshold": plan.config.threshold,
+        "task": source.task, "threshold": plan.config.threshold, **parts_of(vars(plan.config)),
         **({"no_flip": True} if source.no_flip else {}),
     }  # fmt: skip
