@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from common.mounts import own_disk
 from common.text import nearest, seconds
 from config.fields import (
     HINTS,
@@ -353,6 +354,23 @@ def check(settings: Settings) -> None:
         wrong("--fresh and --resume contradict each other: drop one", "contradiction")
     if problems:
         raise all_of(problems)
+
+
+def own_disks(config: TrainConfig) -> list[str]:
+    """What of a run lies where other nodes may not see it, in words; for who asks for several."""
+    given = {
+        "--dataset": config.dataset, "--data-dir": config.data_dir, "--weights": config.weights
+    }  # fmt: skip
+    paths = {k: Path(v).expanduser() for k, v in given.items() if v}
+    paths = {k: path for k, path in paths.items() if path.exists()}  # others are names
+    paths["--run-dir"] = Path(config.run_dir or "runs")
+    found = {flag: (path, own_disk(path)) for flag, path in paths.items()}
+    return [
+        f"{flag} {path} lies on this machine's own disk ({disk}): other nodes see it only if it "
+        "is exported to them"
+        for flag, (path, disk) in found.items()
+        if disk
+    ]
 
 
 def to_json(settings: Settings) -> str:

@@ -12,7 +12,7 @@ from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
-from config import TrainConfig, recipe_of
+from config import TrainConfig, own_disks, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL
@@ -290,7 +290,7 @@ def show_evaluation(
 def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
     """What --dry-run ends with. The exit status."""
     rows = [("tried", "one step and two evaluation batches; nothing was written")]
-    commands, count, share = [], plan.actions.as_processes, FEW + 1
+    commands, count, share, several = [], plan.actions.as_processes, FEW + 1, False
     if count:
         batch = replace(data.batch, num_processes=count)
         size, share = batch.micro_batch_size, batch.micro_batch_size * min(batch.shares)
@@ -306,9 +306,12 @@ def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
         ]  # fmt: skip
         flags = without(list(plan.settings.argv), "--as", "--dry-run")
         node = next(n for n in (8, 4, 2, 1) if count % n == 0)
+        several = count > node
         typed = ("--nodes", count // node, "--gpus", node, "--", *flags)
         commands.append(("launch", pasted("launch/submit.py", *typed)))
     screen.end_panel("dry run: all is well", rows, good=True, commands=commands)
+    for text in own_disks(plan.config) if several else ():
+        screen.warn(text)
     if share <= FEW:
         screen.warn(
             f"{counted(share, 'image')} a step are left for a process: no GPU is busy with so few; "
