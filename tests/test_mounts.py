@@ -12,9 +12,9 @@ from config import own_disks, parse
 
 TABLE = r"""
 /dev/sda1 / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
+server:/nfs /nfs nfs4 rw 0 0
 tmpfs /tmp tmpfs rw 0 0
-/dev/sdb1 /home/big\040disk xfs rw 0 0
+/dev/sdb1 /nfs/big\040disk xfs rw 0 0
 lustre@tcp:/scratch /tmp/shared lustre rw 0 0
 """
 
@@ -23,10 +23,10 @@ lustre@tcp:/scratch /tmp/shared lustre rw 0 0
     ("path", "disk"),
     [
         ("/data/pictures", "ext4 at /"),
-        ("/home/me/runs", ""),
+        ("/nfs/me/runs", ""),
         ("/tmp/not/yet/there", "tmpfs at /tmp"),
-        ("/home/big disk/x", "xfs at /home/big disk"),
-        ("/home/bigger", ""),
+        ("/nfs/big disk/x", "xfs at /nfs/big disk"),
+        ("/nfs/bigger", ""),
         ("/tmp/shared/runs", ""),
     ],
 )
