@@ -16,6 +16,7 @@ from data.augment import Augment
 from data.grey import grey
 from data.image_set import ImageSet
 from data.sources.describe import grey_levels
+from distributed.checkpoint import card_of
 from errors import UserError
 from models import build_from, build_model
 from models.blurpool import add_blur
@@ -117,9 +118,10 @@ def test_one_channel_is_trained_resumed_predicted_and_exported(folder):
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 1, 16, 16]
     told = json.loads(session.get_modelmeta().custom_metadata_map["lockstep"])
-    assert told["input"]["channels"] == "L" and len(told["mean"]) == 1
-    assert (told["channels"], told["blurpool"]) == (1, "conv")
-    model = build_from(told, 10).eval()
+    assert told["input"]["channels"] == "L" and len(told["preprocessing"]["mean"]) == 1
+    card = card_of(broken / "model.safetensors")
+    assert (card["channels"], card["blurpool"]) == (1, "conv")
+    model = build_from(card, 10).eval()
     assert sum(hasattr(m, "blur") for m in model.modules()) == 6
     # Fine-tuned from it, with no word of channels; another number of them is a sentence.
     more = ["--model", "resnet18", *SMALL, "--limit", "60", "--epochs", "1", "--dry-run"]
