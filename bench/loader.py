@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.measure import arguments_of, finish, ratio, shown, spread, table
+from bench.measure import arguments_of, finish, give_memory_back, ratio, shown, spread, table
 from data.__main__ import main as data_command
 from data.ahead import Threads
 from data.cuts import Cuts, default_resize
 from data.loaders import decoding_of, place
 from data.photographs import PhotoSet, decoder, reduction
 from data.sources import load_source
+from distributed.accelerator import keep_freed_memory
 
 SIZE, BATCH = 224, 64
 CLASSES = 10
@@ -59,6 +60,11 @@ def photographs(folder: Path, count: int, times: int = 1) -> int:
     return total
 
 
+def as_usual(worker: int) -> None:
+    """A worker's malloc, which would else keep what it frees, as its parent's does."""
+    give_memory_back()
+
+
 def usual(folder: Path, workers: int) -> Epoch:
     """An epoch of torchvision's reference input pipeline; its persistent workers are warm."""
     from torch.utils.data import DataLoader
@@ -73,8 +79,9 @@ def usual(folder: Path, workers: int) -> Epoch:
     ]
     data = ImageFolder(str(folder), transforms.Compose(steps))
     loader = DataLoader(
-        data, batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=True
-    )
+        data, batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=True,
+        worker_init_fn=as_usual,
+    )  # fmt: skip
 
     def epoch() -> int:
         return sum(len(labels) for _, labels in loader)
@@ -264,6 +271,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="lockstep-loader-"))
+    keep_freed_memory()  # as a training does
     os.environ["LOCKSTEP_CACHE"] = str(folder / "cache")
     mask = os.sched_getaffinity(0)
     results: dict = {"decoder": decoder(), "cores": len(mask), "sets": {}}

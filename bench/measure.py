@@ -1,6 +1,7 @@
 """What the measurements share: windows of a loop that start on a word, medians, tables, JSON."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -15,6 +16,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
+from distributed.accelerator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORD = "BENCH "  # what a measured process says begins with this; the rest is its ordinary output
@@ -194,3 +197,11 @@ def arguments_of(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc and doc.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
     return parser
+
+
+def give_memory_back() -> None:
+    """Malloc as glibc begins, which undoes keep_freed_memory."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_MAX, 2**16)
+    mallopt(M_TRIM_THRESHOLD, 2**17)
+    mallopt(M_TOP_PAD, 2**17)

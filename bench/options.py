@@ -6,7 +6,6 @@ above 1 says that the trainer's own choice is the faster one.
 """
 
 import argparse
-import ctypes
 import os
 import sys
 from pathlib import Path
@@ -15,10 +14,19 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.measure import Arm, Gate, arguments_of, ratio, shown, spread, table, take_turns
+from bench.measure import (
+    Arm,
+    Gate,
+    arguments_of,
+    give_memory_back,
+    ratio,
+    shown,
+    spread,
+    table,
+    take_turns,
+)
 from bench.throughput import Limit, flags_of, of_each_model
 from config import parse_or_exit
-from distributed.accelerator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
 from distributed.checkpoint import Progress
 from report.ending import run_to_exit
 from train import main as train_main
@@ -73,14 +81,6 @@ class Changed(Limit):
                     broadcast_buffers=False,
                 )  # fmt: skip
         super().started(learner, data, schedule, progress)
-
-
-def give_memory_back() -> None:
-    """Malloc as glibc begins, which undoes keep_freed_memory."""
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_MMAP_MAX, 2**16)
-    mallopt(M_TRIM_THRESHOLD, 2**17)
-    mallopt(M_TOP_PAD, 2**17)
 
 
 def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict:

@@ -36,9 +36,9 @@ def whole(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, sync: bool = True) -> None:
-    """A text file in UTF-8, whole or not at all."""
+    """A text file in UTF-8, whole or not at all; names that are not UTF-8 keep their bytes."""
     with whole(path, sync) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def csv_text(rows: Iterable[Sequence]) -> str:
@@ -49,9 +49,8 @@ def csv_text(rows: Iterable[Sequence]) -> str:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    """Rows as a CSV file, whole or not at all; names that are not UTF-8 keep their bytes."""
-    with whole(path) as partial:
-        partial.write_bytes(csv_text(rows).encode("utf-8", "surrogateescape"))
+    """Rows as a CSV file, whole or not at all."""
+    write_text(path, csv_text(rows))
 
 
 def write_json(path: Path, content: Json) -> None:

@@ -195,7 +195,8 @@ class Watch:
         if out_of_memory(error):
             own += (
                 "\nout of memory: in a new run, try a smaller --batch-size or --image-size, "
-                "or more --accumulate (smaller pieces); docs/troubleshooting.md has more"
+                'or more --accumulate (smaller pieces); more at the row "out of memory" in '
+                "docs/troubleshooting.md"
             )
         if peer_failed(error):
             time.sleep(1.5)  # the one that failed first may still be writing its report

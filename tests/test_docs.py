@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import sys
 
 import pytest
-from launches import REPOSITORY, train
+from launches import REPOSITORY, SMALL, finish, start, train
+from safetensors.torch import load_file
 
 from config import parse
 
@@ -39,6 +41,47 @@ def test_every_train_command_parses(page, tmp_path, monkeypatch, nets):
             continue  # they need a run or a file that the reader makes first
         if not {"--help", "--version"} & set(words):
             parse(words)
+
+
+def loop_page(name: str) -> tuple[list[str], list[list[str]]]:
+    """Its blocks of Python, and the first two columns of its table."""
+    text = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")]
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S), rows[1:]
+
+
+def test_ours_on_the_page_of_the_loop_is_train_py_as_it_is():
+    source = (REPOSITORY / "train.py").read_text(encoding="utf-8")
+    blocks, rows = loop_page("loop.md")
+    ours = [block for block in blocks if block.startswith("# train.py\n")]
+    assert len(ours) == 2 and len(rows) == 18
+    for block in ours:
+        assert block.removeprefix("# train.py\n") in source, block
+    for _, cell in rows:
+        assert cell.strip("| `") in source, cell
+    chinese_blocks, chinese_rows = loop_page("loop.zh.md")
+    assert chinese_blocks == blocks
+    assert [row[1] for row in chinese_rows] == [row[1] for row in rows]
+
+
+@pytest.mark.slow
+def test_the_l1_penalty_of_the_page_of_the_loop_trains(tmp_path, nets):
+    [*_, penalty], _ = loop_page("loop.md")
+    source = (REPOSITORY / "train.py").read_text(encoding="utf-8")
+    at = "        loss = task.loss(logits, labels)  # summed over the shard\n"
+    assert source.count(at) == 1
+    lengths = []
+    for name, more in (("without", ""), ("with", penalty.replace("1e-4", "1e-2"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train.py").write_text(source.replace(at, at + more))
+        words = [sys.executable, "train.py", "--model", nets / "plain.py:Net", *SMALL]
+        words += ["--epochs", "2", "--run-dir", "run"]
+        done = finish(*start(words, folder, PYTHONPATH=str(REPOSITORY)))
+        assert done.status == 0, done.out
+        weights = load_file(folder / "run" / "last.safetensors")
+        lengths.append(sum(float(tensor.abs().sum()) for tensor in weights.values()))
+    assert lengths[1] < 0.8 * lengths[0], lengths
 
 
 @pytest.mark.slow

@@ -82,9 +82,9 @@ def slow(monkeypatch, owner: object, name: str, counted: Path) -> None:
     monkeypatch.setattr(owner, name, taking_time)
 
 
-def under_way(said: str, counted: Path) -> bool:
-    """The bar is there, and three are done."""
-    return "/120" in said and counted.exists() and counted.stat().st_size >= 3
+def under_way(counted: Path) -> Callable[[str], bool]:
+    """Whether the bar is there, and three are done."""
+    return lambda said: "/120" in said and counted.exists() and counted.stat().st_size >= 3
 
 
 def test_an_interrupted_scan_waits_for_no_other_picture(folder, monkeypatch):
@@ -93,7 +93,7 @@ def test_an_interrupted_scan_waits_for_no_other_picture(folder, monkeypatch):
     with monkeypatch.context() as patch:
         slow(patch, scan, "_look", folder / "looked")
         words = ["stats", "--dataset", str(folder / "photos")]
-        status, said = at_a_terminal(lambda: main(words), lambda said: under_way(said, folder / "looked"))
+        status, said = at_a_terminal(lambda: main(words), under_way(folder / "looked"))
     assert status == 130 and "stopped. What is finished stays" in said and "Traceback" not in said
     assert "reading headers" in said and "to come" in said
     assert (folder / "looked").stat().st_size < 100
@@ -136,7 +136,7 @@ def test_an_interrupted_start_of_a_run_is_a_sentence(folder, monkeypatch):
     words = ["--model", "my_cnn", "--dataset", str(folder / "photos"), "--image-size", "32"]
     words += ["--run-dir", str(folder / "run"), "--threads", "1"]
     status, said = at_a_terminal(
-        lambda: run_to_exit(train, parse_or_exit(words)), lambda said: under_way(said, folder / "looked")
+        lambda: run_to_exit(train, parse_or_exit(words)), under_way(folder / "looked")
     )
     assert status == 75 and "stopped before the first step" in said and "Traceback" not in said
     assert (folder / "looked").stat().st_size < 100

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self, cast
 
@@ -71,6 +71,7 @@ class Data:
     test_loaders: dict[str, DataLoader]
     places: dict[str, Tensor]
     note: str = ""
+    row_heads: dict[str, list[str]] = field(default_factory=dict)  # of predictions.csv, by split
 
     @property
     def train(self) -> Resident | Photographs:

@@ -7,7 +7,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from data.loaders import EVALUATION_BATCH, Resident
+from data.loaders import EVALUATION_BATCH, Resident, evaluation_batch
 from distributed.world import World
 from models.weights import head_prefixes
 from tasks import split_outputs
@@ -39,7 +39,9 @@ def cache_features(learner: Learner, data: Data, plan: Plan, world: World) -> st
     if len(resident) < len(parts):  # photographs may turn out to be damaged
         return ""
     model.eval()
-    given, answer = features_of(learner, data, names[0], resident[0].images[:EVALUATION_BATCH])
+    device = learner.accelerator.device
+    size = min(EVALUATION_BATCH, evaluation_batch(EVALUATION_BATCH, config.image_size, device))
+    given, answer = features_of(learner, data, names[0], resident[0].images[:size])
     with torch.no_grad(), learner.accelerator.autocast():
         alone = model.get_submodule(names[0])(given)
     if given.ndim != 2 or not torch.equal(alone.float(), answer.float()):
@@ -47,7 +49,7 @@ def cache_features(learner: Learner, data: Data, plan: Plan, world: World) -> st
     if not all(world.everyones(fits(resident, given))):
         return ""
     for part in resident:
-        chunks = part.images.split(EVALUATION_BATCH)
+        chunks = part.images.split(size)
         part.features = torch.cat(
             [
                 features_of(learner, data, names[0], chunk)[0].to(part.images.device)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.disk import write_csv
+from common.disk import csv_text, write_text
 from data.image_set import labels_in_words
 from data.splits import rows_of
 from tasks import Task
@@ -26,12 +26,22 @@ def write_predictions(path: Path, answers: dict[str, Tensor], task: Task, data: 
     `answers` are those of an evaluation, by split: Evaluation.results. A picture without a name
     has its number; one that could not be decoded has no answer.
     """
-    table: list[tuple[str, ...]] = [HEAD]
+    lines, fields = [csv_text([HEAD])], Fields()  # the heads of rows stay the same: made once
     for split, given in answers.items():
-        rows = _known(data, split, len(given))
+        if split not in data.row_heads:
+            data.row_heads[split] = _known(data, split, len(given))
         told = task.answered(given, data.classes)
-        table += [(*row, *answer) for row, answer in zip(rows, told, strict=True)]
-    write_csv(path, table)
+        rows = zip(data.row_heads[split], told, strict=True)
+        lines += [f"{row}{fields[answer]},{sure}\n" for row, (answer, sure) in rows]
+    write_text(path, "".join(lines))
+
+
+class Fields(dict[str, str]):
+    """Texts as fields of a CSV table: classes repeat."""
+
+    def __missing__(self, text: str) -> str:
+        self[text] = found = csv_text([["", text]])[1:-1]
+        return found
 
 
 def keep_predictions(
@@ -44,13 +54,15 @@ def keep_predictions(
         warn(f"{PREDICTIONS} cannot be written ({error})")
 
 
-def _known(data: Data, split: str, count: int) -> list[tuple[str, str, str]]:
-    """(name, split, class) of the first so many pictures of a split, or of numbers their target."""
+def _known(data: Data, split: str, count: int) -> list[str]:
+    """Name, split and class, or target, of the first so many pictures, as a row begins in CSV."""
     places = data.places[split][:count]
-    if rows := rows_of(data.source, {split: places}):
-        return rows
-    labels = (data.source.test if split == "test" else data.source.train).labels[places]
-    words = [f"{value:.6g}" for value in labels.flatten().tolist()]
-    if data.classes:
-        words = labels_in_words(labels, data.classes)
-    return [(str(n), split, word) for n, word in zip(places.tolist(), words, strict=True)]
+    rows = rows_of(data.source, {split: places})
+    if not rows:
+        labels = (data.source.test if split == "test" else data.source.train).labels[places]
+        words = [f"{value:.6g}" for value in labels.flatten().tolist()]
+        if data.classes:
+            words = labels_in_words(labels, data.classes)
+        numbers = places.tolist()
+        rows = [(str(n), split, word) for n, word in zip(numbers, words, strict=True)]
+    return [csv_text([(*row, "")])[:-1] for row in rows]
