@@ -109,7 +109,7 @@ class Learner:
                 old._remove_autograd_hooks()
                 del old.reducer, old.logger
             bare = self.accelerator.unwrap_model(old, keep_fp32_wrapper=False)
-            self.accelerator._models.remove(old)
+            self.accelerator._models.remove(bare)  # where it stands before it is wrapped
             self.model = self.accelerator.prepare_model(bare)
             self.shards = self._build_shards()
             self.shards.undoes, self.parameters = undoes, self.shards.parameters
