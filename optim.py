@@ -110,16 +110,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     is 1 it leaves weights and state alone, the first step too, once `start_state` was called; a
     step that was left out leaves no trace in later ones.
     """
-    groups = parameter_groups(model, config.weight_decay, config.decay_all)
-    if config.layer_decay != 1:
-        groups = layer_groups(model, groups, config)
-    groups = [group for group in groups if group["params"]]
+    groups = build_groups(model, config)
     betas = tuple(map(float, config.betas.split(","))) if config.betas else None
     eps = config.eps
     if config.optimizer in IN_ROWS:
         kind, usual_betas, usual_eps = IN_ROWS[config.optimizer]
-        for group in groups:
-            group["adapts"] = group["params"][0].ndim > 1  # lamb's step is as long as the weights
         defaults = {"lr": config.lr, "momentum": config.momentum, "betas": betas or usual_betas}
         return kind(groups, defaults | {"eps": usual_eps if eps is None else eps})
     if is_own_file(config.optimizer):
@@ -131,10 +126,37 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         adam = {"betas": betas or (0.9, 0.999), "eps": 1e-8 if eps is None else eps}
         return adamw(groups, lr=config.lr, fused=fused, **adam)
     if config.optimizer == "muon":
-        groups = muon_groups(model, config.weight_decay, config.decay_all)
         return Muon(groups, lr=config.lr, momentum=config.momentum)
     momentum, nesterov = config.momentum, config.nesterov
     return plain(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=fused)
+
+
+def build_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """The trainable parameters in groups, as the optimizer of the config takes them."""
+    if config.optimizer == "muon":
+        return muon_groups(model, config.weight_decay, config.decay_all)
+    groups = parameter_groups(model, config.weight_decay, config.decay_all)
+    if config.layer_decay != 1:
+        groups = layer_groups(model, groups, config)
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer in IN_ROWS:
+        for group in groups:
+            group["adapts"] = group["params"][0].ndim > 1  # lamb's step is as long as the weights
+    return groups
+
+
+def add_parameters(
+    optimizer: torch.optim.Optimizer, model: nn.Module, config: TrainConfig,
+    fresh: set[nn.Parameter],
+) -> None:  # fmt: skip
+    """Groups of their own for parameters that begin to train; those of the others stay.
+
+    What is counted per group (Adam's steps) begins with them.
+    """
+    for group in build_groups(model, config):
+        if params := [p for p in group["params"] if p in fresh]:
+            optimizer.add_param_group({**group, "params": params})
+    start_state(optimizer)
 
 
 def start_state(optimizer: torch.optim.Optimizer) -> None:

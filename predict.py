@@ -95,7 +95,7 @@ def load_run(folder: Path, trust_code: bool = False) -> tuple["nn.Module", dict]
     """(model in evaluation mode, what its weights say of themselves) of a run."""
     from safetensors import SafetensorError, safe_open
 
-    from models import build_model
+    from models import build_from
     from models.state import load_whole_state
 
     path = folder if folder.is_file() else folder / "model.safetensors"
@@ -123,8 +123,7 @@ def load_run(folder: Path, trust_code: bool = False) -> tuple["nn.Module", dict]
         raise UserError(
             f"--run {folder}: {name} predicts a number, not a class", code="not-a-classifier"
         )
-    size = told["image_size"]
-    model = build_model(name, num_classes=len(told["classes"]), image_size=size)
+    model = build_from(told, len(told["classes"]), name)
     if wrong := load_whole_state(model, tensors):
         raise UserError(
             f"--run {folder}: its weights no longer fit {name} ({', '.join(wrong[:3])}); did its "

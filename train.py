@@ -31,6 +31,7 @@ from training.observer import Observer
 from training.plan import decide
 from training.schedule import Schedule
 from training.start import agreed_facts, plan_schedule, settle_buckets, start_model, weights_card
+from training.unfreezing import unfreeze
 
 
 def main(world: World, observer: Observer) -> int:
@@ -88,6 +89,7 @@ def train_one_epoch(
     observer: Observer,
 ) -> None:
     """Train on what is left of an epoch; stops early when all processes agreed to stop."""
+    unfreeze(learner, data, schedule, progress, log.screen.note)
     learner.model.train()
     log.open_epoch(schedule, progress)
     batches = world.watched(data.rest_of_epoch(*schedule.place(progress.step)), progress)

@@ -11,12 +11,12 @@ from config.command_line import (
     several_nodes,
     tell,
 )
-from config.fields import HINTS, MAY_CHANGE, TYPES, TrainConfig, mean_and_std
-from config.layers import Actions, Settings, recipe_of, restarted, task_of, to_json
+from config.fields import HINTS, MAY_CHANGE, TYPES, TrainConfig, mean_and_std, unfreezing
+from config.layers import Actions, Settings, own_disks, recipe_of, restarted, task_of, to_json
 
 __all__ = [
     "HINTS", "MAY_CHANGE", "TYPES", "Actions", "BatchPlan", "Settings", "TrainConfig",
-    "build_parser", "has_own_terminal", "host_name", "mean_and_std", "parse", "parse_or_exit",
-    "parse_to_train", "plan_batch", "recipe_of", "restarted", "several_nodes", "task_of",
-    "tell", "to_json",
+    "build_parser", "has_own_terminal", "host_name", "mean_and_std", "own_disks", "parse",
+    "parse_or_exit", "parse_to_train", "plan_batch", "recipe_of", "restarted", "several_nodes",
+    "task_of", "tell", "to_json", "unfreezing",
 ]  # fmt: skip

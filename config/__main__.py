@@ -5,7 +5,7 @@ import shlex
 import sys
 from dataclasses import asdict
 
-from config import parse_or_exit, to_json
+from config import own_disks, parse_or_exit, to_json
 
 
 def main(arguments: list[str]) -> int:
@@ -20,7 +20,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(told) if as_json else "\n".join(lines))
         return 0
     if as_json:
-        print(to_json(shown))
+        told = json.loads(to_json(shown))
+        print(json.dumps({**told, "own_disks": own_disks(shown.config)}, indent=2))
         return 0
     for key, value in asdict(shown.config).items():
         print(f"{key:18} {value!s:24} {shown.origin(key)}")

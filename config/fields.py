@@ -57,6 +57,17 @@ class TrainConfig:
         "none", "none, backbone (only the head trains), or what stays as it is, by name: "
         "conv1,layer1.* (parameters or modules, * as in file names)", group="what",
     )  # fmt: skip
+    unfreeze: str | None = setting(
+        None, "what of --freeze trains from which epoch on, as 3:layer4,5:all; each EPOCH:NAMES as "
+        "--freeze names them", group="what",
+    )  # fmt: skip
+    channels: int = setting(
+        3, "that the model sees of an image: 1 is its brightness", group="what", choices=(1, 3)
+    )
+    blurpool: str = setting(
+        "none", "anti-aliased downsampling: conv blurs in front of strided convolutions, all in "
+        "max pools, too", group="what", choices=("none", "conv", "all"),
+    )  # fmt: skip
     drop_path: float | None = setting(
         None, "stochastic depth: the chance to leave the last block out, less before; none: the "
         "model's own", group="what", low=0.0, high=0.95,
@@ -378,6 +389,30 @@ def mean_and_std(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         "or three for each, as 0.5/0.5 or 0.485,0.456,0.406/0.229,0.224,0.225",
         code="bad-value",
     )
+
+
+def unfreezing(text: str | None) -> list[tuple[int, list[str]]]:
+    """The epochs of --unfreeze, counted from 0, and what trains from each on. Raises UserError."""
+    found: list[tuple[int, list[str]]] = []
+    for part in text.split(",") if text else ():
+        number, colon, name = part.partition(":") if ":" in part else ("", "", part)
+        if colon:
+            epoch = int(number) - 1 if NUMBER.fullmatch(number) else 0
+            if epoch <= (found[-1][0] if found else 0):
+                found.clear()
+                break
+            found.append((epoch, []))
+        if not (found and name):
+            found.clear()
+            break
+        found[-1][1].append(name)
+    if text and not found:
+        raise UserError(
+            f"--unfreeze {text}: must be EPOCH:NAMES, as 3:layer4,5:all; epochs count from 1 and "
+            "rise, and the first one is --freeze's",
+            code="bad-value",
+        )
+    return found
 
 
 def no_such(name: str, known: Iterable[str]) -> str:

@@ -12,12 +12,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from common.mounts import own_disk
 from common.text import nearest, seconds
-from config.fields import HINTS, MAY_CHANGE, NUMBER, TAKEN_BY, TrainConfig, convert, mean_and_std
+from config.fields import (
+    HINTS,
+    MAY_CHANGE,
+    NUMBER,
+    TAKEN_BY,
+    TrainConfig,
+    convert,
+    mean_and_std,
+    unfreezing,
+)
 from config.rows import Rows
 from data.policy import parse_policy
 from errors import UserError, all_of
-from models import Recipe, lookup, size_problem, told_by_weights
+from models import Recipe, lookup, parts_of, size_problem, told_by_weights
 from models.own_file import (
     CODE,
     check_own_file,
@@ -106,7 +116,9 @@ def recipe_of(model: str, weights: str) -> Recipe:
     recipe = dict(entry.recipe)
     if weights not in ("none", "auto"):
         recipe |= entry.finetune
-        size = told_by_weights(weights).get("image_size", 0)
+        told = told_by_weights(weights)
+        recipe |= parts_of(told)
+        size = told.get("image_size", 0)
         if size and entry.task == "classification" and not size_problem(model, entry, size):
             recipe["image_size"] = size
     return recipe
@@ -258,6 +270,8 @@ def check(settings: Settings) -> None:
     task = task_of(c)
     if "regression" in (task, entry.task) and task != entry.task:
         wrong(f"--task {task}: {c.model} is for {entry.task}: drop one", "contradiction")
+    if task == "regression" and (more := parts_of(vars(c))):
+        wrong(f"--{', --'.join(more)}: of images; {c.model} sees none", "contradiction")
     asked = [
         f"--{name.replace('_', '-')}"
         for name in NOT_OF[task]
@@ -282,6 +296,16 @@ def check(settings: Settings) -> None:
         other = c.optimizer not in takers and not is_own_file(c.optimizer)
         if other and getattr(c, name) not in (None, False):
             wrong(f"--{name}: {c.optimizer} has none; {', '.join(takers)}", "contradiction")
+    if c.unfreeze is not None:
+        try:
+            unfreezing(c.unfreeze)
+        except UserError as error:
+            problems.append(error)
+        if c.freeze == "none":
+            wrong("--unfreeze: nothing is frozen; say what with --freeze", "contradiction")
+        if c.compile:
+            wrong("--unfreeze and --compile: a compiled model trains what it began with: drop one",
+                  "contradiction")  # fmt: skip
     if c.focal_gamma != HINTS["focal_gamma"].default and c.loss != "focal":
         wrong(f"--focal-gamma: --loss {c.loss} has none; type --loss focal", "contradiction")
     if c.layer_decay != 1 and c.optimizer == "muon":
@@ -345,6 +369,23 @@ def check(settings: Settings) -> None:
         wrong("--fresh and --resume contradict each other: drop one", "contradiction")
     if problems:
         raise all_of(problems)
+
+
+def own_disks(config: TrainConfig) -> list[str]:
+    """What of a run lies where other nodes may not see it, in words; for who asks for several."""
+    given = {
+        "--dataset": config.dataset, "--data-dir": config.data_dir, "--weights": config.weights
+    }  # fmt: skip
+    paths = {k: Path(v).expanduser() for k, v in given.items() if v}
+    paths = {k: path for k, path in paths.items() if path.exists()}  # others are names
+    paths["--run-dir"] = Path(config.run_dir or "runs")
+    found = {flag: (path, own_disk(path)) for flag, path in paths.items()}
+    return [
+        f"{flag} {path} lies on this machine's own disk ({disk}): other nodes see it only if it "
+        "is exported to them"
+        for flag, (path, disk) in found.items()
+        if disk
+    ]
 
 
 def to_json(settings: Settings) -> str:

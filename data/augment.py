@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data import operators
+from data.grey import grey, of_three
 from data.keyed_random import AUGMENT, FLIP, MIX, POLICY, uniforms
 from data.operators import constant, inside, pixels
 from data.policy import parse_policy
@@ -39,10 +40,11 @@ class Augment:
     reflected, and flips. "resized_crop" is ImageNet's: cut 8 to 100 % of the area at a ratio of 3/4
     to 4/3, scale to image_size, flip. Further steps change pixels of image_size (operators.py).
 
-    mean and std are per channel, of pixels in 0..1. cutout is the side of a square in output
-    pixels; mixup and cutmix are the alpha of Beta(alpha, alpha), 0 means off. alternating_flip
-    mirrors each image in every second epoch instead of by chance (Jordan, 2024, arXiv:2404.00498).
-    no_flip leaves all flips out: mirrored digits are other things. tta is the level of `vote`.
+    mean and std are per channel, of pixels in 0..1; where they are of one, the model sees
+    brightness. cutout is the side of a square in output pixels; mixup and cutmix are the alpha of
+    Beta(alpha, alpha), 0 means off. alternating_flip mirrors each image in every second epoch
+    instead of by chance (Jordan, 2024, arXiv:2404.00498). no_flip leaves all flips out: mirrored
+    digits are other things. tta is the level of `vote`.
     From the epoch `until` on images are only cut and mirrored.
 
     cut: the images are photographs, cut, scaled and mirrored already (cuts.py).
@@ -76,7 +78,7 @@ class Augment:
         if no_flip:
             self.steps = tuple(step for step in self.steps if step.name != "vflip")
         self.mean, self.std = tuple(mean), tuple(std)
-        self.empty = tuple(round(255 * value) for value in mean)  # of what is blanked
+        self.empty = tuple(round(255 * value) for value in of_three(mean))  # of what is blanked
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix
         self.alternating_flip, self.no_flip = alternating_flip, no_flip
         self.tta, self.samples = tta, samples
@@ -251,6 +253,8 @@ class Augment:
         shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
         scale, shift = constant(scale, images.device), constant(shift, images.device)
         images = images.to(torch.float32, copy=True)  # fresh memory costs more than the numbers
+        if len(self.mean) == 1:
+            images = grey(images)
         return torch.addcmul(shift[:, None, None], images, scale[:, None, None], out=images)
 
     def _move(self, images: Tensor, first: Tensor, mirrored: Tensor) -> Tensor:

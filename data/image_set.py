@@ -106,8 +106,8 @@ class Source:
     train: ImageSet | PhotoSet
     test: ImageSet | PhotoSet
     classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of each channel that the model sees: three, or one
+    std: tuple[float, ...]
     fingerprint: str  # of classes, shapes, labels and pixels
     origin: str  # a sentence
     skipped: tuple[str, ...] = ()  # images that cannot be read, with the reason

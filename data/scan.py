@@ -16,6 +16,7 @@ from common.text import counted, duration, printable
 from data.ahead import Threads, pool_of
 from data.cuts import Cuts, default_resize
 from data.files import SAMPLED, Item, Part, Records, cannot_decode
+from data.grey import grey
 from data.image_set import Levels
 from data.keyed_random import SAMPLE, permutation
 from data.photographs import PhotoSet, header, reason
@@ -142,17 +143,23 @@ class RowStore:
         return str(path)
 
 
-def mean_and_std_of(train: PhotoSet, image_size: int) -> tuple[list[float], list[float]]:
+def mean_and_std_of(
+    train: PhotoSet, image_size: int, channels: int = 3
+) -> tuple[list[float], list[float]]:
     """Per channel, in 0..1, of up to 2,048 training pictures as evaluation sees them.
 
-    Which ones is the same in every run. Damaged ones do not count.
+    Of one channel it is the brightness. Which pictures is the same in every run. Damaged ones do
+    not count.
     """
     from data.sources.describe import mean_and_std_of_counts
 
     chosen = permutation(0, 0, len(train), SAMPLE)[:SAMPLED].sort().values
-    counts = torch.zeros(3, 256, dtype=torch.int64)
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
     for images, bad in seen(train.part(chosen), image_size):
         good = [row for row in range(len(images)) if row not in set(bad)]
+        if channels == 1:
+            counts += level_counts(images[good])
+            continue
         for channel in range(3):
             counts[channel] += torch.bincount(images[good, channel].flatten(), minlength=256)
     if not counts.any():
@@ -162,6 +169,12 @@ def mean_and_std_of(train: PhotoSet, image_size: int) -> tuple[list[float], list
             code="bad-image",
         )
     return mean_and_std_of_counts(counts)
+
+
+def level_counts(images: Tensor) -> Tensor:
+    """How often each level of brightness occurs in uint8 (n, 3, H, W), int64 (1, 256)."""
+    levels = grey(images.float()).round().long().flatten()
+    return torch.bincount(levels, minlength=256)[None]
 
 
 def seen(pictures: PhotoSet, image_size: int) -> Iterator[tuple[Tensor, list[int]]]:

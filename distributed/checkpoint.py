@@ -69,6 +69,11 @@ class Progress:
     right: int = 0  # and the right answers
     summed: int = 0  # steps in those sums
 
+    @property
+    def last_epoch(self) -> int:
+        """The epoch, from 0, of the latest update."""
+        return max(0, self.step - 1 + self.ahead) // max(1, self.steps_per_epoch)
+
     def settle(self, batch_size: int, steps_per_epoch: int) -> None:
         """Go on with this batch and so many steps an epoch: at the same place, in epochs seen."""
         if self.batch_size and self.step:

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 def export(arguments: argparse.Namespace) -> int:
     """Write the file, check it, tell what it is."""
     from export import forms, hub
-    from export.service import as_text, card_of, confidences, describe, side_of
+    from export.service import as_text, card_of, channels_of, confidences, describe, side_of
     from models.own_file import code_of_weights, is_own_file
     from predict import load_run
     from report.screen import Report
@@ -90,7 +90,11 @@ def export(arguments: argparse.Namespace) -> int:
     rows = [
         ("file", str(file)),
         ("weights", f"{about['weights']} {averaged}, of step {about['step']}"),
-        ("input", f"images (n, 3, {side}, {side}), float32, RGB in 0..1{outside}"),
+        (
+            "input",
+            f"images (n, {len(told['mean'])}, {side}, {side}), float32, "
+            f"{channels_of(told)} in 0..1{outside}",
+        ),
         ("output", f"logits (n, {len(told['classes'])}); confidences: {confidences(told)}"),
         ("says", "classes, preprocessing, metrics: JSON, as lockstep in its metadata"),
         ("checked", found or f"no, {doubt}"),

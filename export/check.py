@@ -43,7 +43,7 @@ class Checked:
 def pictures_of_run(folder: Path, told: dict, built: str, most: int) -> Tensor:
     """Pictures of a run's test set, evenly spread over it, as evaluation sees them (uint8).
 
-    built: what build_model knows the model by, where its own file has moved.
+    built: what build_from knows the model by, where its own file has moved.
 
     Raises UserError or OSError where the data set is not to be had.
     """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distributed.checkpoint import save_tensors
 from errors import UserError
 from export.service import INPUT, OUTPUT, Service, side_of
-from models import build_model
+from models import build_from
 from models.state import is_extra
 from tasks import split_outputs
 
@@ -77,7 +77,8 @@ def program_of(model: nn.Module, told: dict) -> "ExportedProgram":
     Raises UserError where torch cannot follow its forward.
     """
     side = side_of(told)
-    example = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    shape = (2, len(told["mean"]), side, side)
+    example = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     batch = torch.export.Dim("batch", min=1)
     service = Service(model, told["mean"], told["std"]).eval()
     try:
@@ -168,10 +169,10 @@ def plain_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def write_safetensors(model: nn.Module, told: dict, text: str, path: Path, built: str) -> Ask:
-    """The weights under the architecture's own names; `built` is what build_model knows it by."""
+    """The weights under the architecture's own names; `built` is what build_from knows it by."""
     tensors = plain_state(model, told["model"])
     save_tensors(path, tensors, {"format": "pt", "lockstep": text})
-    fresh = build_model(built, num_classes=len(told["classes"]), image_size=told["image_size"])
+    fresh = build_from(told, len(told["classes"]), built)
     fresh.load_state_dict(load_file(path), strict=True)
     return Service(fresh, told["mean"], told["std"]).eval()
 

@@ -10,6 +10,7 @@ from common.disk import Json, write_json, write_text
 from common.reach import unreached
 from common.text import printable
 from errors import UserError
+from models import parts_of
 from models.own_file import CODE, is_own_file, load_own_class
 
 REACH_SECONDS = 4.0
@@ -102,11 +103,14 @@ and where it fails.
 def loading(told: dict, built: str) -> str:
     """Python that builds the plain architecture and gives it the weights."""
     given = {"num_classes": len(told["classes"]), "image_size": told["image_size"]}
+    given |= parts_of(told)
     lines = ["from safetensors.torch import load_file", ""]
     if is_own_file(built):
         file, _, name = built.rpartition(":")
         takes = inspect.signature(load_own_class(built)).parameters
-        words = ", ".join(f"{key}={value}" for key, value in given.items() if key in takes)
+        if "channels" in given:
+            given |= dict.fromkeys(("in_channels", "in_chans"), given.pop("channels"))
+        words = ", ".join(f"{key}={value!r}" for key, value in given.items() if key in takes)
         stem = Path(file).stem
         lines = ["import sys", "", *lines, f'sys.path.insert(0, "{CODE}")  # read it first']
         called = f"from {stem} import {name}"
@@ -115,7 +119,7 @@ def loading(told: dict, built: str) -> str:
             called = f'{name} = importlib.import_module("{stem}").{name}'
         lines += [called, "", f"model = {name}({words})"]
     else:
-        words = ", ".join(f"{key}={value}" for key, value in given.items())
+        words = ", ".join(f"{key}={value!r}" for key, value in given.items())
         lines += ["from models import build_model  # in a clone of Lockstep", ""]
         lines += [f'model = build_model("{told["model"]}", {words})']
     lines += ['model.load_state_dict(load_file("model.safetensors"))', "model.eval()"]

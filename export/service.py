@@ -12,6 +12,7 @@ from common.disk import Json, read_json
 from data.augment import resize
 from data.cuts import default_resize
 from data.files import SMALL
+from data.grey import grey, of_three
 from models.own_file import CODE, is_own_file
 from tasks import split_outputs
 
@@ -19,7 +20,9 @@ INPUT, OUTPUT = "images", "logits"  # of an exported graph
 
 
 class Service(nn.Module):
-    """A classifier whose normalisation is inside: (n, 3, S, S), RGB in 0..1 -> logits (n, classes).
+    """A classifier whose normalisation is inside: (n, C, S, S) in 0..1 -> logits (n, classes).
+
+    C is 3, RGB, or 1, the brightness.
 
     Pixels in 0..1 are what every image library gives after a division by 255, so that nobody can
     forget a mean; cutting and scaling, which no graph does as well, stay outside and are described.
@@ -45,7 +48,13 @@ def side_of(told: dict) -> int:
 
 def in_unit(pixels: Tensor, told: dict) -> Tensor:
     """uint8 (n, 3, H, W) as evaluation sees it -> what an exported file takes."""
-    return resize(pixels.float() / 255, side_of(told))
+    seen = grey(pixels.float()) if len(told["mean"]) == 1 else pixels.float()
+    return resize(seen / 255, side_of(told))
+
+
+def channels_of(told: dict) -> str:
+    """What a model's images are made of."""
+    return "RGB" if len(told["mean"]) == 3 else "L"
 
 
 def plain_name(name: str) -> str:
@@ -59,7 +68,7 @@ def preprocessing(told: dict) -> dict[str, Json]:
     scaled = " (a JPEG far larger than what is seen at 1/2, 1/4 or 1/8 of its sides, by libjpeg)"
     decode = "decode" + scaled * (told.get("decode") == "scaled")
     steps: list[Json] = [f"{decode}, turn as EXIF says, convert to RGB, 8 bits"]
-    fill = "rgb({}, {}, {})".format(*(round(255 * value) for value in told["mean"]))
+    fill = "rgb({}, {}, {})".format(*(round(255 * value) for value in of_three(told["mean"])))
     small = not told.get("photographs")
     margin = size if small else told.get("eval_resize", default_resize(size))
     how = told.get("resize", "crop")
@@ -79,7 +88,8 @@ def preprocessing(told: dict) -> dict[str, Json]:
         steps.append(f"of at most {SMALL} pixels a side: its middle square to {size} x {size}, "
                      "bicubic (Pillow's ImageOps.fit)")  # fmt: skip
         fitted = f"a larger one: {fitted}"
-    steps += [fitted, "divide by 255"]
+    brightness = "one channel: 0.299 of red, 0.587 of green, 0.114 of blue (ITU-R 601-2)"
+    steps += [fitted, *[brightness] * (len(told["mean"]) == 1), "divide by 255"]
     if small and told.get("picture_size", [size, size]) != [size, size]:
         steps.append(f"scale to {size} x {size} (bilinear, antialiased)")
     return {
@@ -114,8 +124,8 @@ def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str
         "dataset": plain_name(str(told.get("dataset", ""))), "weights": "last" if last else "best",
         "step": told.get("step"), "averaged": bool(config.get("ema")), "classes": classes,
         "input": {
-            "name": INPUT, "shape": ["batch", 3, size, size], "type": "float32", "range": [0, 1],
-            "channels": "RGB", "normalised_inside": normalised,
+            "name": INPUT, "shape": ["batch", len(told["mean"]), size, size], "type": "float32",
+            "range": [0, 1], "channels": channels_of(told), "normalised_inside": normalised,
         },
         "output": {
             "name": OUTPUT, "shape": ["batch", len(classes)], "type": "float32",

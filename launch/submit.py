@@ -393,6 +393,13 @@ def warn_of_time(settings: dict, options: argparse.Namespace, runs: Path) -> str
     return ""
 
 
+def warn_of_disks(options: argparse.Namespace, arguments: list[str], python: str) -> list[str]:
+    """What the other nodes of a job may not see."""
+    if options.nodes == 1:
+        return []
+    return [f"warning: {text}" for text in resolved(arguments, python)["own_disks"]]
+
+
 def seconds_needed(run: Path, batch: int, settings: dict) -> float:
     """What these settings would take at that run's speed.
 
@@ -538,8 +545,8 @@ def submit(argv: list[str]) -> int:
             snapshot(kept / "code", list(folders.values()))
     command, env = sbatch_command(options, arguments), job_environment(options, kept)
     warning = warn_of_time(settings, options, HERE / "runs")
-    if warning:
-        print(warning, file=sys.stderr)
+    for text in filter(None, (warning, *warn_of_disks(options, arguments, python))):
+        print(text, file=sys.stderr)
     if many and kept is None:
         env.pop("LOCKSTEP_SWEEP")  # written where it is submitted
     told = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())

@@ -9,10 +9,11 @@ import functools
 import importlib
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.text import class_name, did_you_mean
 from errors import UserError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
+PARTS = {"channels": 3, "blurpool": "none"}  # what else decides what a model is made of
 Recipe = dict[str, str | int | float]  # fields of TrainConfig -> values
 # How torchvision's names begin: only then it is worth the two seconds to look them up.
 ZOO = (
@@ -253,18 +255,36 @@ def told_by_weights(weights: str) -> dict:
         code = {str(k): str(v) for k, v in dict(card.get("code", {})).items()}
         size = int(card["image_size"])
         facts = {"model": str(card["model"]), "image_size": size, "code": code}
-        seen = ("mean", "std", "eval_size", "eval_resize", "interpolation")
+        seen = ("mean", "std", "eval_size", "eval_resize", "interpolation", *PARTS)
         return {**facts, "classes": classes, **{k: card[k] for k in seen if k in card}}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
+def build_from(told: Mapping[str, Any], num_classes: int, name: str = "") -> nn.Module:
+    """The model of a run: `told` is its configuration, or what its weights say of themselves.
+
+    name: another one, where the file of a class has moved.
+    """
+    return build_model(
+        name or told["model"], num_classes=num_classes, image_size=told["image_size"],
+        drop_path=told.get("drop_path"), **parts_of(told),
+    )  # fmt: skip
+
+
+def parts_of(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is made of beside its name, classes and size, where it is not the usual."""
+    return {k: told[k] for k, usual in PARTS.items() if told.get(k, usual) != usual}
+
+
 def build_model(
-    name: str, *, num_classes: int, image_size: int, drop_path: float | None = None
-) -> nn.Module:
+    name: str, *, num_classes: int, image_size: int, drop_path: float | None = None,
+    channels: int = 3, blurpool: str = "none",
+) -> nn.Module:  # fmt: skip
     """The model, initialised from torch's global generator: seed that for repeatable weights.
 
-    drop_path: the rate of stochastic depth; None: the model's own, in most none.
+    drop_path: the rate of stochastic depth; None: the model's own, in most none. channels: of the
+    images. blurpool: "conv" or "all" of what downsamples is anti-aliased (blurpool.py).
     """
     entry = lookup(name)
     if problem := size_problem(name, entry, image_size):
@@ -282,9 +302,22 @@ def build_model(
         if "drop_path" not in inspect.signature(make).parameters:
             raise no_drop_path(name)
         known["drop_path"] = drop_path
+    if channels != 3:
+        known |= {"in_channels": channels, "in_chans": channels}
+        takes = inspect.signature(make).parameters
+        if not (is_own_file(entry.target) or "in_channels" in takes):
+            raise UserError(f"--channels {channels}: {name} sees no images", code="contradiction")
     model = call_with_known_arguments(make, known, name)
     if is_own_file(entry.target):
-        size_lazy_layers(model, image_size, name)
+        size_lazy_layers(model, image_size, name, channels)
+    if blurpool != "none":
+        blur = importlib.import_module("models.blurpool")
+        if not blur.add_blur(model, pools=blurpool == "all"):
+            raise UserError(
+                f"--blurpool {blurpool}: {name} has no layer that it is for: a strided nn.Conv2d "
+                "of 16 channels and more, or with all an nn.MaxPool2d",
+                code="nothing-to-blur",
+            )
     if {parameter.requires_grad for parameter in model.parameters()} == {False}:
         raise UserError(
             f"--model {name}: no parameter has requires_grad=True, so nothing can learn; take out "

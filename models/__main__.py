@@ -103,7 +103,9 @@ def names_like(pattern: str) -> list[str]:
     return [f"{zoo}:{name}" for name in found]
 
 
-def table_of_layers(name: str, image_size: int | None, num_classes: int) -> "Table":
+def table_of_layers(
+    name: str, image_size: int | None, num_classes: int, channels: int = 3, blurpool: str = "none"
+) -> "Table":
     """Layers in the order in which they run in training, auxiliary heads included."""
     import torch
     from rich.table import Table
@@ -112,12 +114,15 @@ def table_of_layers(name: str, image_size: int | None, num_classes: int) -> "Tab
     entry = lookup(name)
     if image_size is None:
         image_size = int(entry.recipe.get("image_size", 1))
-    shape = (2, 3, image_size, image_size) if entry.task == "classification" else (2, 1)
+    shape = (2, channels, image_size, image_size) if entry.task == "classification" else (2, 1)
     # A forward of others may make tensors of its own, which must then hold numbers.
     for device in ("cpu",) if is_own_file(entry.target) else ("meta", "cpu"):
         try:
             with torch.device(device), torch.no_grad():
-                model = build_model(name, num_classes=num_classes, image_size=image_size)
+                model = build_model(
+                    name, num_classes=num_classes, image_size=image_size, channels=channels,
+                    blurpool=blurpool,
+                )  # fmt: skip
                 inputs = torch.zeros(shape)
                 if not is_own_file(entry.target):
                     model(inputs)

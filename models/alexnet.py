@@ -10,12 +10,12 @@ from models.pooling import AdaptivePool
 
 
 class AlexNet(nn.Module):
-    """(N, 3, S, S) -> (N, num_classes), S at least 63."""
+    """(N, in_channels, S, S) -> (N, num_classes), S at least 63."""
 
-    def __init__(self, num_classes: int = 1000) -> None:
+    def __init__(self, num_classes: int = 1000, in_channels: int = 3) -> None:
         super().__init__()
         self.features = nn.Sequential(  # sizes at S = 224
-            nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),  # 55
+            nn.Conv2d(in_channels, 64, kernel_size=11, stride=4, padding=2),  # 55
             nn.ReLU(inplace=True),
             nn.MaxPool2d(kernel_size=3, stride=2),  # 27
             nn.Conv2d(64, 192, kernel_size=5, padding=2),

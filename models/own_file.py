@@ -303,7 +303,8 @@ def call_with_known_arguments(
         raise UserError(
             f"--model {name}: __init__ needs {', '.join(needed)}, which nobody gives; "
             f"write a default (def __init__(self, num_classes, {needed[0]}=...)); "
-            "only num_classes and image_size are passed (and drop_path, where it is asked for)",
+            "only num_classes and image_size are passed (and drop_path, or in_channels with "
+            "--channels, where they are asked for)",
             code="unknown-argument",
         )
     try:
@@ -319,8 +320,15 @@ def call_with_known_arguments(
         ) from error
 
 
-def size_lazy_layers(model: nn.Module, image_size: int, name: str) -> None:
-    """Give nn.LazyLinear and its kin their sizes by two blank images of (3, image_size, ...)."""
+def about_channels(channels: int) -> str:
+    """What to do where a model does not take images of so many channels, to follow its error."""
+    if channels == 3:
+        return ""
+    return f"; with --channels {channels} its first layer has to take in_channels={channels}"
+
+
+def size_lazy_layers(model: nn.Module, image_size: int, name: str, channels: int = 3) -> None:
+    """Give nn.LazyLinear and its kin their sizes by two blank images (channels, size, size)."""
     import torch
     from torch.nn.parameter import is_lazy
 
@@ -328,11 +336,12 @@ def size_lazy_layers(model: nn.Module, image_size: int, name: str) -> None:
         return
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(2, 3, image_size, image_size))
+            model.eval()(torch.zeros(2, channels, image_size, image_size))
     except Exception as error:
         message = place_in(name, error) + str(error).splitlines()[0]
         raise UserError(
-            f"--model {name}: fails on two images of {image_size}: {message}",
+            f"--model {name}: fails on two images of {image_size}: {message}"
+            f"{about_channels(channels)}",
             code="model-fails",
         ) from error
     model.train()

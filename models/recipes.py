@@ -62,10 +62,9 @@ class NamedRecipe:
 _IMAGENET_SGD = {
     "augment": "resized_crop", "image_size": 176, "eval_size": 256, "epochs": 16, "warmup": 2.0,
     "schedule": "linear", "optimizer": "sgd", "momentum": 0.9, "label_smoothing": 0.1, "tta": 1,
+    "blurpool": "conv",
 }  # fmt: skip
-_FFCV_LACKS = (
-    "BlurPool, and images that grow from 160 to 192 pixels in epochs 11 to 13: here they have 176"
-)
+_FFCV_LACKS = "images that grow from 160 to 192 pixels in epochs 11 to 13: here they have 176"
 
 RECIPES: dict[str, NamedRecipe] = {
     "digits-my_cnn": NamedRecipe(

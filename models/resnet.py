@@ -38,16 +38,17 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(N, 3, S, S) -> (N, num_classes), S at least 8.
+    """(N, in_channels, S, S) -> (N, num_classes), S at least 8.
 
     `drop_path` is the last block's; the first one has 0, and it grows evenly between them.
     """
 
     def __init__(
-        self, num_blocks: list[int], num_classes: int = 10, drop_path: float = 0.0
-    ) -> None:
+        self, num_blocks: list[int], num_classes: int = 10, drop_path: float = 0.0,
+        in_channels: int = 3,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = stage(64, 64, num_blocks[0], stride=1)
         self.layer2 = stage(64, 128, num_blocks[1], stride=2)
@@ -82,6 +83,6 @@ def stochastic_depth(residual: torch.Tensor, rate: float) -> torch.Tensor:
     return residual * stays / (1 - rate)
 
 
-def resnet18(num_classes: int = 10, drop_path: float = 0.0) -> ResNet:
+def resnet18(num_classes: int = 10, drop_path: float = 0.0, in_channels: int = 3) -> ResNet:
     """The 18-layer network: two basic blocks in each of four stages."""
-    return ResNet([2, 2, 2, 2], num_classes, drop_path)
+    return ResNet([2, 2, 2, 2], num_classes, drop_path, in_channels)

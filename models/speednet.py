@@ -46,12 +46,12 @@ class Group(nn.Module):
 
 
 class SpeedNet(nn.Module):
-    """(N, 3, S, S) -> (N, num_classes), S at least 9."""
+    """(N, in_channels, S, S) -> (N, num_classes), S at least 9."""
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        whitened = 2 * 3 * PATCH**2  # each direction and its opposite
-        self.whiten = nn.Conv2d(3, whitened, PATCH)
+        whitened = 2 * in_channels * PATCH**2  # each direction and its opposite
+        self.whiten = nn.Conv2d(in_channels, whitened, PATCH)
         self.whiten.weight.requires_grad_(False)
         assert self.whiten.bias is not None
         nn.init.zeros_(self.whiten.bias)
@@ -65,14 +65,14 @@ class SpeedNet(nn.Module):
 
     @torch.no_grad()
     def start_from_data(self, images: Tensor) -> None:
-        """Set the whitening filters from normalised float images (n, 3, S, S)."""
-        patches = images.unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # (n, 3, rows, columns, 2, 2)
+        """Set the whitening filters from normalised float images (n, C, S, S)."""
+        patches = images.unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # (n, C, rows, columns, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
         variances, directions = torch.linalg.eigh(torch.cov(patches.T))
         filters = (directions / (variances + SMALLEST_VARIANCE).sqrt()).T  # one direction a row
         largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))
         filters = filters * largest.sign()  # an eigenvector's sign is the library's whim
-        filters = filters.unflatten(1, (3, PATCH, PATCH))
+        filters = filters.unflatten(1, (images.shape[1], PATCH, PATCH))
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
     def muon_groups(self) -> list[dict]:

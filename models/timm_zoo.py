@@ -70,14 +70,20 @@ def names_like(pattern: str) -> list[str]:
 
 
 def build(
-    name: str, num_classes: int, image_size: int, drop_path: float | None = None
-) -> nn.Module:
+    name: str, num_classes: int, image_size: int, drop_path: float | None = None,
+    in_channels: int = 3,
+) -> nn.Module:  # fmt: skip
     """timm's model, untrained; given the size of the images where its shape depends on it."""
     own = config_of(name).input_size[1]
-    more = {} if drop_path is None else {"drop_path_rate": drop_path}
+    more: dict[str, float] = {} if drop_path is None else {"drop_path_rate": drop_path}
+    more |= {"in_chans": in_channels} if in_channels != 3 else {}
     try:
         return _create(name, num_classes, image_size, **more)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if "in_chans" in str(error):
+            raise UserError(
+                f"--channels {in_channels}: timm:{name} takes three colours", code="contradiction"
+            ) from error
         if more and "drop_path_rate" in str(error):
             raise no_drop_path(f"timm:{name}") from error
         if image_size == own:
@@ -170,12 +176,15 @@ def as_this_version_has(
         count = len(state[head])
     elif state.keys() & own.keys():
         count = 0  # without a head
+    first = own.get(f"{cfg.first_conv}.weight")
+    channels = {} if first is None or first.ndim != 4 else {"in_chans": first.shape[1]}
     overlay = {"state_dict": state, "num_classes": count, "custom_load": False}
     try:
         with torch.random.fork_rng(devices=[]):
             donor = _create(
-                name, count, image_size, pretrained=True, pretrained_cfg_overlay=overlay
-            )
+                name, count, image_size, pretrained=True, pretrained_cfg_overlay=overlay,
+                **channels,
+            )  # fmt: skip
     except Exception as error:  # a filter that expects other tensors may raise anything
         lines = [line.strip() for line in str(error).splitlines()]
         raise UserError(

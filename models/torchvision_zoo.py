@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from errors import UserError
 from models import no_drop_path
 from models.pooling import AdaptivePool
 
@@ -16,11 +17,17 @@ AUXILIARY = {"googlenet": (0.3, ("aux1", "aux2")), "inception_v3": (0.4, ("AuxLo
 
 
 def build(
-    name: str, num_classes: int, image_size: int, drop_path: float | None = None
-) -> nn.Module:
+    name: str, num_classes: int, image_size: int, drop_path: float | None = None,
+    in_channels: int = 3,
+) -> nn.Module:  # fmt: skip
     """torchvision's model; with auxiliary heads it returns (logits, aux, ...) in training mode."""
     from torchvision.models import get_model
 
+    if in_channels != 3 and name in AUXILIARY:
+        raise UserError(
+            f"--channels {in_channels}: {name} begins with a rule for three colours",
+            code="contradiction",
+        )
     options: dict[str, int | list | tuple] = {}
     if name in AUXILIARY:
         # transform_input maps ImageNet's normalisation to the one that the published weights
@@ -37,6 +44,8 @@ def build(
         for child_name, child in layer.named_children():
             if type(child) is nn.AdaptiveAvgPool2d and child.output_size in ((6, 6), (7, 7)):
                 setattr(layer, child_name, ZooPool(6 if child.output_size == (6, 6) else 7))
+    if in_channels != 3:
+        _see_grey(model)
     if drop_path is not None:
         _set_drop_path(model, name, drop_path)
     if name in AUXILIARY:
@@ -49,6 +58,16 @@ def build(
     elif name.startswith("efficientnet"):
         model.classifier[-1].reset_parameters()
     return model
+
+
+def _see_grey(model: nn.Module) -> None:
+    """One channel in: the first layer answers to a grey image what it did to it in three colours.
+
+    Its filters are summed over the colours.
+    """
+    layer = next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    layer.in_channels = 1
+    layer.weight = nn.Parameter(layer.weight.detach().sum(1, keepdim=True))
 
 
 def _set_drop_path(model: nn.Module, name: str, rate: float) -> None:

@@ -14,12 +14,13 @@ COLUMN_D = [[64, 64], [128, 128], [256, 256, 256], [512, 512, 512], [512, 512, 5
 
 
 class VGG(nn.Module):
-    """(N, 3, S, S) -> (N, num_classes), S at least 32."""
+    """(N, in_channels, S, S) -> (N, num_classes), S at least 32."""
 
-    def __init__(self, blocks: list[list[int]], num_classes: int = 1000) -> None:
+    def __init__(
+        self, blocks: list[list[int]], num_classes: int = 1000, in_channels: int = 3
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        in_channels = 3
         for block in blocks:
             for channels in block:
                 layers.append(nn.Conv2d(in_channels, channels, kernel_size=3, padding=1))
@@ -57,11 +58,11 @@ def initialise(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def vgg11(num_classes: int = 1000) -> VGG:
+def vgg11(num_classes: int = 1000, in_channels: int = 3) -> VGG:
     """Column A: eight convolutions."""
-    return VGG(COLUMN_A, num_classes)
+    return VGG(COLUMN_A, num_classes, in_channels)
 
 
-def vgg16(num_classes: int = 1000) -> VGG:
+def vgg16(num_classes: int = 1000, in_channels: int = 3) -> VGG:
     """Column D: thirteen convolutions."""
-    return VGG(COLUMN_D, num_classes)
+    return VGG(COLUMN_D, num_classes, in_channels)

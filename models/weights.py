@@ -1,13 +1,14 @@
 """Weights from elsewhere: ImageNet's, a file's; the head that does not fit; a frozen backbone."""
 
 import argparse
+import contextlib
 import fnmatch
 import re
 import subprocess
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 
 from common.text import both_sides, counted, did_you_mean, places, some
 from errors import UserError
-from models import TIMM, lookup, timm_zoo, told_by_weights
+from models import TIMM, lookup, parts_of, timm_zoo, told_by_weights
 from models.hooks import NamesAuxiliaryHeads
 from models.own_file import is_own_file
 from models.state import beside_state_dict, is_extra, load_whole_state, twin, whole_state
@@ -82,6 +83,7 @@ def load_weights(
     loaded = {_key(key, own): value for key, value in _read(file).items()}
     if lookup(name).pretrained.startswith("densenet"):  # published under their names of 2017
         loaded = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in loaded.items()}
+    loaded, summed = _in_grey(loaded, own)
     loaded, resized = _for_this_size(loaded, own, model, name, image_size)
 
     known = _classes_of(weights, name)
@@ -131,13 +133,14 @@ def load_weights(
             f"--weights {weights} does not fit --model {name}: {'; '.join(problems)}; "
             + (
                 f"it was trained as --model {told['model']} --image-size {told['image_size']}"
+                + "".join(f" --{name} {value}" for name, value in parts_of(told).items())
                 if (told := told_by_weights(weights))
                 else "name the model (and --image-size) that these weights were trained with"
             ),
             code="weights-do-not-fit",
         )
     load_whole_state(model, whole_state(model) | given | extra)
-    origin += resized
+    origin += resized + summed
     if by_name and same_names:
         return f"{origin}, all {len(given)} tensors, the head's rows in the order of the data"
     if by_name:
@@ -211,11 +214,14 @@ def _order(model: nn.Module, layers: list[str], image_size: int) -> list[str]:
             second.get_submodule(path).register_forward_hook(
                 lambda *_, path=path: order.append(path)
             )
-        with torch.no_grad():
-            second(torch.zeros(2, 3, image_size, image_size, device=device))
     except Exception:  # the trial step says what is wrong
         return []
-    return order
+    for channels in (3, 1):
+        order.clear()
+        with contextlib.suppress(Exception), torch.no_grad():
+            second(torch.zeros(2, channels, image_size, image_size, device=device))
+            return order
+    return []
 
 
 def freeze_backbone(model: nn.Module, name: str, image_size: int = 0) -> None:
@@ -250,8 +256,7 @@ def freeze(model: nn.Module, what: str, name: str, image_size: int = 0) -> None:
     modules = [path for path, _ in model.named_modules() if path]
     frozen: set[str] = set()
     for pattern in what.split(","):
-        ways = (pattern, f"{pattern}.*")
-        found = {key for key in known if any(fnmatch.fnmatchcase(key, way) for way in ways)}
+        found = named(pattern, known)
         if not found:
             tops = [path for path, _ in model.named_children()]
             raise UserError(
@@ -269,22 +274,36 @@ def freeze(model: nn.Module, what: str, name: str, image_size: int = 0) -> None:
         )
     for key in frozen:
         known[key].requires_grad_(False)
-    _hold_frozen(model, "", frozen)
+    hold_frozen(model, "", frozen)
 
 
-def _hold_frozen(module: nn.Module, prefix: str, frozen: set[str]) -> None:
+def named(pattern: str, keys: Iterable[str]) -> set[str]:
+    """The parameters that a pattern with * means, or the module that they are in."""
+    ways = (pattern, f"{pattern}.*")
+    return {key for key in keys if any(fnmatch.fnmatchcase(key, way) for way in ways)}
+
+
+def hold_frozen(module: nn.Module, prefix: str, frozen: set[str]) -> None:
+    """Modules below this one, all of whose parameters are frozen, stay in evaluation mode."""
     for child_name, child in module.named_children():
         keys = [f"{prefix}{child_name}.{key}" for key, _ in child.named_parameters()]
         if keys and frozen.issuperset(keys):
             _stay(child)
         elif keys:
-            _hold_frozen(child, f"{prefix}{child_name}.", frozen)
+            hold_frozen(child, f"{prefix}{child_name}.", frozen)
 
 
 def _stay(module: nn.Module) -> None:
     module.eval()
     # On the module itself: whatever wraps the model later still asks it through train().
     module.train = MethodType(_stay_in_eval, module)
+
+
+def let_go(model: nn.Module) -> None:
+    """The next train() reaches all modules again."""
+    for module in model.modules():
+        if getattr(vars(module).get("train"), "__func__", None) is _stay_in_eval:
+            del module.train
 
 
 def depths(model: nn.Module, name: str, image_size: int) -> dict[str, int]:
@@ -344,6 +363,24 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def _same_net_in_torchvision(name: str) -> str:
     return "; torchvision:resnet18 has them" if name == "resnet18" else ""
+
+
+def _in_grey(
+    loaded: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Filters of three colours summed for a model of one channel, and what to tell of that.
+
+    To a grey image they answer what they did to it in three colours.
+    """
+    colours = {
+        k: v.sum(1, keepdim=True)
+        for k, v in loaded.items()
+        if v.ndim == 4 and v.shape[1] == 3 and k in own
+        and own[k].shape == (len(v), 1, *v.shape[2:])
+    }  # fmt: skip
+    if not colours:
+        return loaded, ""
+    return loaded | colours, f", the filters of {', '.join(colours)} summed over the colours"
 
 
 def _for_this_size(

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from common.disk import write_text
 from common.text import percent, printable
 from data.splits import names_of
-from distributed.checkpoint import Progress
-from models import build_model
+from distributed.checkpoint import Progress, card_of
+from models import build_from
 from models.state import load_whole_state
 from report import pictures
 from tasks import split_outputs
@@ -37,9 +37,9 @@ def keep_mistakes(data: Data, progress: Progress, folder: Path, name: str) -> st
     told = [{**e, "name": names[places[e["index"]]] if names else ""} for e in examples]
     content = {"epoch": progress.best_epoch, "mistakes": told}
     write_text(folder / "mistakes.json", json.dumps(content) + "\n")
-    size = data.augment.image_size
-    model = build_model(name, num_classes=data.num_outputs, image_size=size).eval()
-    if load_whole_state(model, load_file(folder / "model.safetensors")):
+    best = folder / "model.safetensors"
+    model = build_from(card_of(best), data.num_outputs, name).eval()
+    if load_whole_state(model, load_file(best)):
         return "no gradcam.png: the best weights do not fit the model any more"
     surest = sorted(examples, key=lambda e: -e["confidence"])[:MOST_LOOKED]
     seen = data.test.seen(torch.tensor([e["index"] for e in surest])).cpu()
@@ -58,7 +58,7 @@ def keep_mistakes(data: Data, progress: Progress, folder: Path, name: str) -> st
 def gradcam(model: nn.Module, images: Tensor, answers: list[int]) -> Tensor | None:
     """How much each place spoke for an answer, 0 to 1, (n, h, w); None without a map of places.
 
-    images (n, 3, S, S) as the model is given them. The map is the last one in the order of the run
+    images (n, C, S, S) as the model is given them. The map is the last one in the order of the run
     that has several places: (channels, h, w) of one image.
     """
     maps: list[Tensor] = []

@@ -1,6 +1,7 @@
 """A run inside a process that lives on: what `fit` of train.py takes, does and gives back."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from distributed.checkpoint import Progress
 from distributed.lent import lent
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, UserError
-from models import build_model
+from models import build_from
 from models.class_source import standalone_source
 from models.own_file import standing_for
 from models.state import load_whole_state
@@ -44,12 +45,11 @@ SWITCHES = ("debug", "fresh", "resume")  # flags that may stand without a value,
 TRIAL_SECONDS = 120.0
 # For an interpreter that knows nothing of this one.
 TRIAL = """
-import sys, torch
-from models import build_model
-from models.state import load_whole_state
-name, classes, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = build_model(name, num_classes=classes, image_size=size)
-model.eval()(torch.zeros(2, 3, size, size))
+import json, sys, torch
+from models import build_from
+told = json.loads(sys.argv[1])
+model = build_from(told, told["classes"])
+model.eval()(torch.zeros(2, told["channels"], told["image_size"], told["image_size"]))
 """
 
 
@@ -202,10 +202,7 @@ def _result(
     if seen.progress.best is not None and best.is_file():
         weights = load_file(best)
     # Built anew: without what Accelerate, a compiler or cached features hung on it.
-    model = build_model(
-        settings.config.model,
-        num_classes=data.num_outputs, image_size=data.augment.image_size,
-    )  # fmt: skip
+    model = build_from(vars(settings.config), data.num_outputs)
     load_whole_state(model, weights)
     rows = RunDir(folder).read_metrics()
     return Result(status, folder, history(rows), dict(seen.progress.best_metrics), model.eval())
@@ -266,11 +263,11 @@ class KeptClass:
         number = len(list(self.file.parent.iterdir()))
         return self.file.with_name(f"{self.made.__name__}.old-{number}.py")
 
-    def try_elsewhere(self, num_classes: int, image_size: int) -> None:
+    def try_elsewhere(self, told: dict[str, str | int]) -> None:
         """Start an interpreter that builds the model from its file, beside the training."""
         if not self._problem:
             self._trial = subprocess.Popen(
-                [sys.executable, "-c", TRIAL, self.name, str(num_classes), str(image_size)],
+                [sys.executable, "-c", TRIAL, json.dumps({"model": self.name, **told})],
                 cwd=Path(__file__).resolve().parent.parent, stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 start_new_session=True,  # an interrupt of the notebook is none of its business
@@ -305,4 +302,8 @@ class Seen(Observer):
     def started(self, learner: Learner, data: Data, schedule: Schedule, progress: Progress) -> None:
         self.learner, self.data, self.progress = learner, data, progress
         if self.kept is not None:
-            self.kept.try_elsewhere(len(data.classes), data.augment.image_size)
+            config = learner.config
+            self.kept.try_elsewhere({
+                "classes": len(data.classes), "image_size": data.augment.image_size,
+                "channels": config.channels, "blurpool": config.blurpool,
+            })  # fmt: skip

@@ -12,7 +12,7 @@ from common.confusion import dense
 from common.disk import write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
-from config import TrainConfig, mean_and_std, recipe_of
+from config import TrainConfig, own_disks, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL
@@ -77,6 +77,13 @@ def show_start(
     if config.layer_decay != 1:
         scales = sorted({g["lr_scale"] for g in learner.optimizer.param_groups})
         rows.append(("layer rates", f"{len(scales)} depths, {scales[0]:.3g} to 1 of the rate"))
+    if learner.frozen.stages:
+        sizes = {name: p.numel() for name, p in learner.bare.named_parameters()}
+        later = [
+            f"epoch {s.epoch + 1} {s.what} ({sum(sizes[n] for n in s.names):,} parameters)"
+            for s in learner.frozen.stages
+        ]
+        rows.append(("unfreezes", ", ".join(later)))
     resumed = progress.step > 0
     if schedule.over(progress):
         flag = "--patience" if schedule.gave_up(progress) else "--epochs"
@@ -96,7 +103,8 @@ def show_start(
     if config.normalize not in ("auto", "data"):
         hidden.add("normalize")
         mean, std = (
-            ", ".join(f"{number:.3g}" for number in part) for part in mean_and_std(config.normalize)
+            ", ".join(f"{number:.3g}" for number in part)
+            for part in (data.source.mean, data.source.std)
         )
         rows.append(("normalised", f"by {mean} / {std} ({settings.origin('normalize')})"))
     changed = [
@@ -109,7 +117,9 @@ def show_start(
         log = os.environ.get("LOCKSTEP_LOG", "")
         rows.append(("job", f"{number}, start {start}" + (f", log {log}" if log else "")))
     if plan.actions.debug:
-        screen.show(table_of_layers(config.model, config.image_size, data.num_outputs))
+        screen.show(table_of_layers(
+            config.model, config.image_size, data.num_outputs, config.channels, config.blurpool
+        ))  # fmt: skip
     screen.start_panel("lockstep", rows, changed)
     odd = schedule_doubts(config, schedule, progress, plan.both_lengths)
     for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world), *odd)):
@@ -285,7 +295,7 @@ def show_evaluation(
 def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
     """What --dry-run ends with. The exit status."""
     rows = [("tried", "one step and two evaluation batches; nothing was written")]
-    commands, count, share = [], plan.actions.as_processes, FEW + 1
+    commands, count, share, several = [], plan.actions.as_processes, FEW + 1, False
     if count:
         batch = replace(data.batch, num_processes=count)
         size, share = batch.micro_batch_size, batch.micro_batch_size * min(batch.shares)
@@ -301,9 +311,12 @@ def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
         ]  # fmt: skip
         flags = without(list(plan.settings.argv), "--as", "--dry-run")
         node = next(n for n in (8, 4, 2, 1) if count % n == 0)
+        several = count > node
         typed = ("--nodes", count // node, "--gpus", node, "--", *flags)
         commands.append(("launch", pasted("launch/submit.py", *typed)))
     screen.end_panel("dry run: all is well", rows, good=True, commands=commands)
+    for text in own_disks(plan.config) if several else ():
+        screen.warn(text)
     if share <= FEW:
         screen.warn(
             f"{counted(share, 'image')} a step are left for a process: no GPU is busy with so few; "

@@ -61,6 +61,7 @@ def draw_samples(data: Data, classes: list[str], path: Path) -> None:
     images = data.augment.train(images, chosen.to(images.device), 0).float().cpu()
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.source.mean, data.source.std))
     shown = ((images * std + mean) * 255).clamp(0, 255).byte()
+    shown = shown.expand(-1, 3, -1, -1) if shown.ndim == 4 else shown
     pictures.sheet(shown, in_lines(labels[chosen], classes), path)
 
 

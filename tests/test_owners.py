@@ -302,11 +302,13 @@ def test_a_stop_between_rows_saves_nothing_after_a_bad_number(device):
         model=nn.Linear(1, 1), optimizer=SimpleNamespace(param_groups=[]),
         shards=SimpleNamespace(bad_number="a number that is not finite"),
         not_finite=lambda: NotFinite(1, []) if progress.step > 1 else None,
+        unfreeze=lambda epoch: 0,
     )  # fmt: skip
     data = SimpleNamespace(rest_of_epoch=lambda *_: [{}] * 7, indices=lambda epoch, step: [step])
     checkpoints = SimpleNamespace(due=lambda *_: False, save=lambda *_: saved.append(1))
     log = SimpleNamespace(
         open_epoch=lambda *_: None, step=lambda *_: None, run_folder=None,
+        screen=SimpleNamespace(note=None),
     )  # fmt: skip
     plan = schedule(epochs=2, log_every=7)
     with pytest.MonkeyPatch.context() as patch:
@@ -321,7 +323,8 @@ def learner_of(world: World, seed: int = 0, **values) -> Learner:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3))
     config = TrainConfig(model="my_cnn", optimizer="sgd", **values)
     prepared = world.accelerator.prepare(model, build_optimizer(model, config))
-    started = SimpleNamespace(task=Classification(3), trial=Trial(0.0))
+    frozen = SimpleNamespace(stages=())
+    started = SimpleNamespace(task=Classification(3), trial=Trial(0.0), frozen=frozen)
     return Learner(*prepared, None, started, config, BatchPlan(8, 2, 1), world)
 
 

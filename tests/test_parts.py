@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from launches import SMALL, same_after_a_kill, train
+from launches import SMALL, losses, newest, rows, same_after_a_kill, same_weights, train
 from safetensors.torch import load_file
 from torch import nn
 
-from config import TrainConfig, parse
+from config import TrainConfig, parse, unfreezing
 from errors import UserError
 from models import build_model
+from models.freezing import Frozen
 from models.resnet import stochastic_depth
 from models.weights import depths, freeze
-from optim import build_optimizer, set_lr
+from optim import add_parameters, build_optimizer, set_lr, start_state
 
 # Stochastic depth
 
@@ -146,6 +147,79 @@ def test_what_is_frozen_as_a_whole_stays_in_evaluation_mode():
     assert "layer2.1.conv2.weight" in held and "layer2.1.bn2.weight" not in held
 
 
+# Parts that are frozen at first
+
+
+def test_unfreezing_is_a_function_of_the_epoch():
+    model = build_model("resnet18", num_classes=3, image_size=8)
+    plan = unfreezing("2:layer4,layer3.1.*,4:all")
+    assert plan == [(1, ["layer4", "layer3.1.*"]), (3, ["all"])]
+    frozen = Frozen(model, "backbone", plan, "resnet18", 8)
+    assert not model.train().layer4.training
+    assert [len(frozen.hold(model, epoch)) for epoch in (0, 1, 2, 3, 4)] == [0, 21, 0, 39, 0]
+    for epoch in (3, 1, 1):  # also back
+        frozen.hold(model, epoch)
+        model.train()
+        assert model.layer3.training and model.layer4.training and model.layer3[1].bn1.training
+        assert model.layer3[0].bn1.training == model.conv1.training == (epoch == 3)
+        held = {k for k, p in model.named_parameters() if not p.requires_grad}
+        assert held == (set() if epoch == 3 else frozen.at(2)) and "layer4.0.bn1.bias" not in held
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ("2:layr4", r"nothing that is frozen then has such a name \(did you mean layer4\?\)"),
+        ("2:fc", "frozen are bn1, conv1, layer1"),
+        ("2:all,3:layer4", "frozen are none"),
+    ],
+)
+def test_an_unfreezing_of_nothing_is_a_sentence(plan, says):
+    model = build_model("resnet18", num_classes=3, image_size=8)
+    with pytest.raises(UserError, match=says):
+        Frozen(model, "backbone", unfreezing(plan), "resnet18", 8)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "lamb", "schedule_free", "muon"])
+def test_what_begins_later_has_groups_and_a_state_of_its_own(kind):
+    """As if it were alone with an optimizer that begins then."""
+    decay = 1.0 if kind == "muon" else 0.5
+    config = TrainConfig(
+        model="resnet18", image_size=8, optimizer=kind, layer_decay=decay, lr=0.01
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model("resnet18", num_classes=3, image_size=8)
+    frozen = Frozen(model, "layer1,layer2", [(1, ["all"])], "resnet18", 8)
+    made = build_optimizer(model, config)
+    start_state(made)
+
+    def update(optimizer):
+        for number, p in enumerate(model.parameters()):
+            p.grad = torch.full_like(p, 0.1 + number % 7) if p.requires_grad else None
+        set_lr(optimizer, 0.01)
+        optimizer.step()
+
+    update(made)
+    kept = {k: p.clone() for k, p in model.named_parameters()}
+    fresh = set(frozen.hold(model, 1))
+    before = [dict(group, params=list(group["params"])) for group in made.param_groups]
+    add_parameters(made, model, config, fresh)
+    for old, new in zip(before, made.param_groups, strict=False):
+        assert [id(p) for p in old["params"]] == [id(p) for p in new["params"]]
+    every = [p for group in made.param_groups for p in group["params"]]
+    assert len(every) == len(set(every)) and set(every) == set(model.parameters())
+    update(made)
+    moved = {k: p.clone() for k, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.data.copy_(kept[name])
+        p.requires_grad_(p in fresh)
+    alone = build_optimizer(model, config)
+    start_state(alone)
+    update(alone)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, moved[name]) == (p in fresh), name
+
+
 # The laws
 
 COMMON = [*SMALL, "--batch-size", "60", "--limit", "300", "--epochs", "2", "--shards", "2"]
@@ -153,19 +227,52 @@ COMMON += ["--bitwise", "--checkpoint-every", "4", "--augment", "crop"]
 WAYS = {
     "frozen": "--model full.py:Net --freeze body.0,body.1 --loss focal --focal-gamma 1 "
     "--layer-decay 0.5",
+    "unfrozen": "--model full.py:Net --freeze backbone --unfreeze 2:body.3,body.4,3:all --epochs 3 "
+    "--optimizer adamw --lr 0.01 --layer-decay 0.5 --ema 0.9",
     "deep": "--model resnet18 --drop-path 0.5 --layer-decay 0.7 --optimizer adamw --lr 0.002",
 }
 
 
-@pytest.mark.parametrize("way", ["frozen", pytest.param("deep", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way", ["frozen", "unfrozen", pytest.param("deep", marks=pytest.mark.slow)]
+)
 def test_the_same_run_on_two_processes_one_of_which_is_killed(nets, way):
-    flags = [*COMMON, *WAYS[way].split()]
-    whole, broken = same_after_a_kill(nets, flags, way, step=7)
+    flags = [*COMMON, *WAYS[way].split()]  # 5 steps an epoch, saved after 4 and 8
+    whole, broken = same_after_a_kill(nets, flags, way, step=9 if way == "unfrozen" else 7)
     assert "depths" in whole.out, whole.out
     if way == "frozen":
         kept = load_file(broken / "last.safetensors")
         assert not kept["body.1.running_mean"].any() and kept["body.1.weight"].eq(1).all()
         assert kept["body.4.running_mean"].any()
+
+    if way == "unfrozen":
+        assert "epoch 2 body.3,body.4 (1,200 parameters), epoch 3 all (240 parameters)" in whole.out
+        for epoch, more in ((2, "1,200 more parameters train (body.3,body.4)"), (3, "240 more")):
+            assert f"from epoch {epoch} on {more}" in whole.out, whole.out
+        last = load_file(newest(broken) / "optimizer.safetensors")
+        age = {k.partition("|")[0]: v.item() for k, v in last.items() if k.endswith("|step")}
+        assert (age["body.8.weight"], age["body.3.weight"], age["body.0.bias"]) == (15, 10, 5)
+
+
+@pytest.mark.slow
+def test_where_ddp_adds_up_it_is_made_anew_and_a_stop_there_changes_no_bit(nets):
+    flags = [f for f in COMMON if f != "--bitwise"] + WAYS["unfrozen"].split()
+    flags += ["--checkpoint-every", "5"]  # at the end of an epoch, before it is evaluated
+    runs = {}
+    for name, processes, faults in (
+        ("ddp-one", 1, ()), ("ddp-two", 2, ()),
+        # on the step that ends epoch 1, in the first of epoch 2, before an evaluation
+        ("ddp-broken", 2, ("kill@step=5,rank=1", "kill@step=6", "kill@point=evaluate,step=10", "")),
+    ):  # fmt: skip
+        for fault in faults or ("",):
+            more = {"LOCKSTEP_FAULT": fault} if fault else {}
+            done = train([*flags, "--run-dir", name], nets, processes, **more)
+            assert (done.status == 0) == (not fault), done.out
+        runs[name] = rows(nets / name)
+    assert runs["ddp-two"] == runs["ddp-broken"]
+    assert same_weights(nets / "ddp-two", nets / "ddp-broken") == []
+    one, two = losses(nets / "ddp-one"), losses(nets / "ddp-two")
+    assert one == pytest.approx(two, rel=1e-3)
 
 
 def test_an_average_that_was_never_evaluated_has_measured_statistics(nets):
@@ -179,6 +286,11 @@ def test_an_average_that_was_never_evaluated_has_measured_statistics(nets):
     ("flags", "says"),
     [
         ("--layer-decay 0.5 --optimizer muon", "muon has rates of its own"),
+        ("--unfreeze 2:all", "nothing is frozen; say what with --freeze"),
+        ("--freeze fc --unfreeze 1:all", "must be EPOCH:NAMES, as 3:layer4,5:all"),
+        ("--freeze conv1 --unfreeze 2:bn1,2:all", "must be EPOCH:NAMES"),
+        ("--freeze conv1 --unfreeze all", "must be EPOCH:NAMES"),
+        ("--freeze conv1 --unfreeze 2:all --compile", "drop one"),
         ("--layer-decay 0", "must be at least 0.01"),
         ("--drop-path 1", "must be at most 0.95"),
     ],

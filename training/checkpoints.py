@@ -111,6 +111,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if path is None:
             return self._without_checkpoints(learner, warn)
         files, progress = read_checkpoint(path)
+        learner.unfreeze(progress.last_epoch)  # what was trained has an optimizer's state
         restore(
             files, learner.bare, learner.optimizer.optimizer, learner.averaged_model, learner.scaler
         )
@@ -151,6 +152,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if not progress.step:
             raise self._gone()
         self._compare(card["facts"], warn)
+        learner.unfreeze(progress.last_epoch)
         copy_state(learner.bare, load_file(last), "model")
         if learner.averaged_model is not None:
             copy_state(learner.averaged_model, load_file(last), "averaged model")

@@ -17,6 +17,7 @@ from data.augment import Augment
 from data.cache import Entry, read_entry
 from data.cuts import Cuts, default_resize, lost
 from data.files import SMALL, clipped_in_words
+from data.grey import of_one
 from data.image_set import Levels, numbered_as
 from data.loaders import (
     Decoding,
@@ -32,6 +33,7 @@ from data.pack import levels_in
 from data.photographs import Photos, PhotoSet, decoder, sizes_in_words
 from data.policy import parse_policy
 from data.sources import Source, limited, load_source
+from data.sources.describe import grey_levels
 from data.sources.many import multi_hot
 from data.splits import SPLIT_FILE, divided, folded
 from distributed import faults
@@ -240,6 +242,8 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
         config = plan.config
     plan, source = as_the_weights_saw(plan, source, world)
     config = plan.config
+    if config.channels == 1 and len(source.mean) == 3:
+        source = world.all_or_none(lambda: in_grey(source, config))
     # Before anything is built from it: another number of classes would die inside DDP.
     world.refuse_disagreement({"data": source.fingerprint})
     known = world.main_decides(lambda: classes_of_run(plan))
@@ -307,6 +311,16 @@ def as_the_weights_saw(plan: Plan, source: Source, world: World) -> tuple[Plan, 
         mean, std = mean_and_std(text)
         source = replace(source, mean=mean, std=std)
     return plan, source
+
+
+def in_grey(source: Source, config: TrainConfig) -> Source:
+    """The data with mean and deviation of their brightness, or of what --normalize says."""
+    given = config.normalize not in ("auto", "data")
+    alike = len(set(source.mean)) == len(set(source.std)) == 1
+    if given or alike:
+        return replace(source, mean=of_one(source.mean), std=of_one(source.std))
+    mean, std = grey_levels(source.train, config.image_size)
+    return replace(source, mean=(mean,), std=(std,))
 
 
 def _index_of_run(plan: Plan) -> Entry | None:

@@ -26,6 +26,7 @@ def cache_features(learner: Learner, data: Data, plan: Plan, world: World) -> st
     config, model = plan.config, learner.bare
     changing = (config.cutout, config.mixup, config.cutmix, config.tta, config.compile)
     fixed = config.freeze == "backbone" and config.augment == "none" and not learner.draws
+    fixed = fixed and config.unfreeze is None
     if not fixed or any(changing):
         return ""
     names = [

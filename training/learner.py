@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import BatchPlan, TrainConfig
 from data.keyed_random import hash_integers
@@ -22,7 +23,7 @@ from distributed.world import World
 from losses import WEIGHT_UNIT
 from models import lookup
 from models.state import beside_state_dict, whole_state
-from optim import ScheduleFreeWeights, WeightAverage, start_state
+from optim import ScheduleFreeWeights, WeightAverage, add_parameters, start_state
 from tasks import split_outputs
 from training.data import Data
 from training.norms import measure
@@ -63,8 +64,10 @@ class Learner:
         world: World,
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
-        self.task = started.task
-        self.changing = started.trial.nature.changing
+        self.config, self.batch = config, batch
+        self.task, self.frozen = started.task, started.frozen
+        self.nature = started.trial.nature
+        self.changing = self.nature.changing
         self.draws = started.trial.random  # also where it is evaluated
         self.accelerator, self.device = world.accelerator, world.device
         self.bare: nn.Module = self.accelerator.unwrap_model(model)
@@ -72,13 +75,9 @@ class Learner:
         self.seed = config.seed
         self.grad_clip = config.grad_clip
         self.scaler = self.accelerator.scaler if config.mixed_precision == "fp16" else None
-        self.shards = Shards(
-            self.accelerator, model, batch,
-            lambda step, shard: hash_integers(config.seed, DROPOUT, step, shard), config.bitwise,
-            started.trial.nature, self.task.weight, WEIGHT_UNIT, world.pace,
-        )  # fmt: skip
-        self.parameters = self.shards.parameters
         self.pace, self.pace.shares = world.pace, batch.shares
+        self.shards = self._build_shards()
+        self.parameters = self.shards.parameters
         skip, most = config.on_nonfinite == "skip", SKIPS_IN_A_ROW
         if self.scaler is not None:  # fp16 overflows now and then, above all at its start
             skip, most = True, 3 * SKIPS_IN_A_ROW
@@ -88,6 +87,34 @@ class Learner:
         self.sums = torch.zeros(batch.shards, device=self.device)
         self.right = torch.zeros((), dtype=torch.int64, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
+
+    def _build_shards(self) -> Shards:
+        seed = self.seed
+        return Shards(
+            self.accelerator, self.model, self.batch,
+            lambda step, shard: hash_integers(seed, DROPOUT, step, shard), self.config.bitwise,
+            self.nature, self.task.weight, WEIGHT_UNIT, self.pace,
+        )  # fmt: skip
+
+    def unfreeze(self, epoch: int) -> int:
+        """Let train what trains in this epoch, from 0; how many numbers begin to. All take part.
+
+        DDP adds up what needed a gradient when it was made: it is made anew. What was trained
+        before keeps its place and state in the optimizer.
+        """
+        fresh = self.frozen.hold(self.bare, epoch) if self.frozen.stages else []
+        if fresh:
+            add_parameters(self.optimizer.optimizer, self.bare, self.config, set(fresh))
+            old, undoes = self.model, self.shards.undoes
+            if isinstance(old, DDP):  # nobody may wait for its hooks, nor its buckets stay
+                old._remove_autograd_hooks()
+                del old.reducer, old.logger
+            bare = self.accelerator.unwrap_model(old, keep_fp32_wrapper=False)
+            self.accelerator._models.remove(bare)  # where it stands before it is wrapped
+            self.model = self.accelerator.prepare_model(bare)
+            self.shards = self._build_shards()
+            self.shards.undoes, self.parameters = undoes, self.shards.parameters
+        return sum(p.numel() for p in fresh)
 
     @property
     def averaged_model(self) -> nn.Module | None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from common.text import counted
-from config import TrainConfig
+from config import TrainConfig, unfreezing
 from distributed.checkpoint import Progress
 from optim import lr_at
 
@@ -157,6 +157,12 @@ def doubts(config: TrainConfig, schedule: Schedule, progress: Progress, bound: b
         found.append(
             f"an average of --ema {config.ema:g} spans {1 / (1 - config.ema):,.0f} updates, the "
             f"run has {total}: it averages about its last tenth"
+        )
+    late = [epoch + 1 for epoch, _ in unfreezing(config.unfreeze) if epoch >= schedule.epochs]
+    if late:
+        found.append(
+            f"--unfreeze {config.unfreeze}: the run has {counted(schedule.epochs, 'epoch')}, and "
+            f"epoch {late[0]} never comes"
         )
     if bound and config.max_steps and config.max_steps + schedule.ahead > total:
         found.append(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.disk import Json, digest
-from config import Settings, to_json
+from config import Settings, to_json, unfreezing
 from data.keyed_random import hash_integers
 from distributed.accelerator import code_fingerprint, model_fingerprint
 from distributed.checkpoint import Progress
@@ -19,7 +19,8 @@ from distributed.shards import packed, unpack
 from distributed.world import World
 from errors import UserError
 from losses import Criterion, build_criterion, class_weights
-from models import build_model, lookup
+from models import build_from, lookup, parts_of
+from models.freezing import Frozen
 from models.hooks import StartsFromData
 from models.own_file import digests_of, is_own_file
 from models.state import load_whole_state, separate_views, whole_state
@@ -42,6 +43,7 @@ class Started:
     task: Task
     weights: str
     trial: Trial
+    frozen: Frozen
 
 
 def start_model(plan: Plan, data: Data, world: World) -> Started:
@@ -50,16 +52,15 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
     entry = lookup(config.model)
     _seed_weights(config.seed)
     num_classes = data.num_outputs
-    build = partial(
-        build_model, config.model, num_classes=num_classes, image_size=config.image_size,
-        drop_path=config.drop_path,
-    )  # fmt: skip
+    build = partial(build_from, vars(config), num_classes)
     model = build()
     separate_views(model)
     weights = ""
     if config.weights not in ("none", "auto") and not plan.goes_on:
         weights = _load_weights(model, plan, data, world)
-    freeze(model, config.freeze, config.model, config.image_size)
+    frozen = Frozen(
+        model, config.freeze, unfreezing(config.unfreeze), config.model, config.image_size
+    )
     if isinstance(model, StartsFromData) and not weights:
         _start_from_data(model, data, world)
     criterion = _build_criterion(plan, data).to(world.device)
@@ -82,19 +83,25 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         second = build()
         load_whole_state(second, whole_state(model))
         freeze(second, config.freeze, config.model, config.image_size)
+        if frozen.stages:
+            frozen.hold(second, frozen.last_epoch)
         return second.to(world.device).to(memory_format=layout)
 
+    if frozen.stages:  # tried is what trains in the end
+        frozen.hold(model, frozen.last_epoch)
     trial = world.broadcast(  # what was measured decides who waits for whom: one process's counts
         world.all_or_none(
             lambda: try_model(model, task, data, config, world, plan.actions.debug, again)
         )
     )
+    if frozen.stages:
+        frozen.hold(model, 0)
     if plan.actions.debug:
         torch.autograd.set_detect_anomaly(True)
     if config.compile:
         model.compile(dynamic=False)
         world.watch.patient |= {"data", "step", "evaluate"}
-    return Started(model, task, weights, trial)
+    return Started(model, task, weights, trial, frozen)
 
 
 def _build_criterion(plan: Plan, data: Data) -> Criterion:
@@ -202,6 +209,6 @@ def weights_card(plan: Plan, data: Data) -> dict[str, Json]:
         "model": plan.config.model, "image_size": plan.config.image_size,
         "classes": source.classes, "mean": source.mean, "std": source.std,
         "dataset": plan.config.dataset, "code": digests_of(plan.config.model), **data.cut_as(),
-        "task": source.task, "threshold": plan.config.threshold,
+        "task": source.task, "threshold": plan.config.threshold, **parts_of(vars(plan.config)),
         **({"no_flip": True} if source.no_flip or not plan.config.flip else {}),
     }  # fmt: skip

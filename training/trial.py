@@ -22,7 +22,7 @@ from distributed.watch import device_failed, out_of_memory
 from distributed.world import World
 from errors import UserError
 from models import lookup
-from models.own_file import place_in
+from models.own_file import about_channels, place_in
 from models.pooling import without_deterministic_backward
 from models.state import Plain, beside_state_dict, full_name, has_extra_state, twin
 from tasks import Outputs, Task, split_outputs
@@ -143,7 +143,8 @@ def try_model(
         raise UserError(
             f"--model {config.model}: fails on {size} images {shape} at --image-size "
             f"{config.image_size}: {place_in(config.model, error)}"
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}; {usual}"
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"{about_channels(config.channels)}; {usual}"
             "python train.py --debug with the same flags but --run-dir shows where",
             code="model-fails",
         ) from None

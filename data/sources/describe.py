@@ -25,7 +25,7 @@ from data.image_set import (
 )
 from data.pack import Form, Say, levels_in, open_pack, pack, photos_of, silent, store_of
 from data.photographs import PHOTOGRAPH, FileStore, Names, PhotoSet, Store, decoder
-from data.scan import RowStore, Scanned, mean_and_std_of, root_and_names
+from data.scan import RowStore, Scanned, level_counts, mean_and_std_of, root_and_names
 from data.sources.twice import told_twice
 from errors import UserError
 
@@ -393,12 +393,26 @@ def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
 
 
 def mean_and_std_of_counts(counts: torch.Tensor) -> tuple[list[float], list[float]]:
-    """The same from how often each level occurs, int64 (3, 256)."""
+    """The same from how often each level occurs, int64 (channels, 256)."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
-    for channel in range(3):
-        share = counts[channel] / counts[channel].sum().double()
+    for count in counts:
+        share = count / count.sum().double()
         mean.append((share * levels).sum().item())
         variance = (share * (levels - mean[-1]).square()).sum().item()
         std.append(max(variance**0.5, 1 / 255))  # a channel without contrast must not divide by 0
     return mean, std
+
+
+def grey_levels(train: ImageSet | PhotoSet, image_size: int) -> tuple[float, float]:
+    """Mean and deviation of the brightness in 0..1: of all pictures, or of a sample of photographs.
+
+    From exact counts, so the same on any machine.
+    """
+    if isinstance(train, PhotoSet):
+        mean, std = mean_and_std_of(train, image_size, channels=1)
+    else:
+        counts = sum(level_counts(chunk) for chunk in train.images.split(4096))
+        assert isinstance(counts, torch.Tensor)  # there is a picture
+        mean, std = mean_and_std_of_counts(counts)
+    return mean[0], std[0]
