@@ -389,13 +389,8 @@ def _told(out: Path, flag: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(out: Path, wait: bool, flag: str) -> Iterator[None]:
     """One process at a time writes a pack; what a killed one left half is removed."""
-    others = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else out.exists()
-    if others and not is_pack(out):
-        raise UserError(
-            f"{printable(out)} holds something else than a pack: give a new or empty folder with "
-            f"{flag}",
-            code="output-not-empty",
-        )
+    if not (out / LOCK).exists():  # else somebody may just have begun there
+        _refuse_what_is_no_pack(out, flag)
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK)
     with contextlib.ExitStack() as held:
@@ -411,7 +406,18 @@ def _alone(out: Path, wait: bool, flag: str) -> Iterator[None]:
         else:
             for left in out.glob("*.partial"):
                 left.unlink()
+        _refuse_what_is_no_pack(out, flag)
         yield
+
+
+def _refuse_what_is_no_pack(out: Path, flag: str) -> None:
+    others = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else out.exists()
+    if others and not is_pack(out):
+        raise UserError(
+            f"{printable(out)} holds something else than a pack: give a new or empty folder with "
+            f"{flag}",
+            code="output-not-empty",
+        )
 
 
 class _Packing:

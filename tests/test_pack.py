@@ -6,11 +6,14 @@ import os
 import shutil
 import signal
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from launches import rows, same_weights, train
 from PIL import Image
 
@@ -291,6 +294,23 @@ def test_what_goes_wrong_is_a_sentence(photographs, tmp_path, monkeypatch):
             patch.setattr(pack._Packing, "_content", changing)
             assert code(tmp_path / f"c {change} {len(words)}", *words) == "source-changed"
     assert code(out, *KEEP) == "source-changed"  # a picture less than when it was made
+
+
+def test_a_pack_that_another_process_has_just_begun_is_waited_for(photographs, tmp_path):
+    out, source = tmp_path / "cached", load_source(str(photographs))
+    out.mkdir()
+    with FileLock(out / pack.LOCK, thread_local=False) as other:
+        (out / f"{pack.BEGUN}.partial").write_text("{")  # it is being written
+        work = partial(
+            pack.pack, source, pack.Form("raw"), out, image_size=64, command=[], wait=True
+        )
+        with ThreadPoolExecutor() as pool:
+            packed = pool.submit(work)
+            with pytest.raises(TimeoutError):
+                packed.result(timeout=0.5)
+            other.release()
+            packed.result()
+    assert pack.is_pack(out) and not list(out.glob("*.partial"))
 
 
 def test_a_damaged_picture_is_named_or_left_out_as_from_its_file(photographs, tmp_path):
