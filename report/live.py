@@ -4,6 +4,7 @@ The address holds a random token, so that no other user of the machine and no we
 No file is served by its name: there are two answers, the page and what is new in the run's files.
 """
 
+import contextlib
 import getpass
 import json
 import secrets
@@ -193,9 +194,11 @@ def command(folder: Path, port: int = 0) -> int:
     if read_json(folder / "config.json") is None:
         raise UserError(f"{folder} holds no run: it has no readable config.json", code="no-run")
     server, address = serve(folder, port)
-    here = server.server_port
+    here, user = server.server_port, "USER"
+    with contextlib.suppress(OSError, KeyError):  # a container whose user has no name
+        user = getpass.getuser()
     print(f"live    {address}")
-    print(f"tunnel  ssh -N -L {here}:127.0.0.1:{here} {getpass.getuser()}@{socket.gethostname()}"
+    print(f"tunnel  ssh -N -L {here}:127.0.0.1:{here} {user}@{socket.gethostname()}"
           "  # on your own machine, where the address above works then")  # fmt: skip
     print("Ctrl-C ends it; the run does not notice", flush=True)
 

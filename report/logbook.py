@@ -258,7 +258,7 @@ class Logbook(contextlib.AbstractContextManager):
         self.screen.train_line(row, schedule.last_step, left)
         if self.clock.steps >= STEPS_TO_TELL:
             self._tell_time_limit(schedule, progress)
-            panels.advise_on_time(self.screen, self.plan, self.world, left)
+            panels.advise_on_time(self.screen, self.plan, data, self.world, left)
 
     def _tell_slow(self, step: int) -> None:
         """A line where the others begin to wait for a process, and where it keeps up again."""

@@ -126,14 +126,18 @@ def show_start(
         screen.warn(note)
 
 
-def advise_on_time(screen: Report, plan: Plan, world: World, left: float) -> None:
+def advise_on_time(screen: Report, plan: Plan, data: Data, world: World, left: float) -> None:
     """Once, where the speed of rows says that a CPU will be at it for long: what is faster."""
     config = plan.config
     if left < LONG or world.device.type != "cpu":
         return
-    smaller = ("--model", config.model, "--dataset", config.dataset)
+    smaller = ["--model", config.model, "--dataset", config.dataset]
+    for name in ("data_dir", "task", "image_size"):
+        if plan.settings.asked(name):
+            smaller += ["--" + name.replace("_", "-"), getattr(config, name)]
+    smaller += ["--limit", min(2000, max(1, len(data.train) // 2)), "--epochs", 2]
     words = f"this takes {duration(left)} on a CPU; a smaller run: "
-    words += pasted("train.py", *smaller, "--limit", 2000, "--epochs", 2)
+    words += pasted("train.py", *smaller)
     chosen = plan.settings.origin("mixed_precision") != "machine"
     if config.mixed_precision == "no" and not chosen and cpu_has_bf16():
         words += "; this CPU multiplies bf16 faster: --mixed-precision bf16 for a new run"

@@ -355,6 +355,10 @@ def test_a_run_from_a_list_to_its_page_and_its_predictions(nets):
     command = Command([REPOSITORY / "predict.py", *words, "--run", "labels", "--csv"])
     done = finish(*start(command, nets))
     assert done.status == 0 and all(word in done.out for word in words), done.out
+    lower = ["--threshold", "0.01", "--epochs", "21", "--lr", "0", "--allow-change", "lr"]
+    done = train(["--resume", "labels", *lower], nets)
+    assert done.status == 0 and "measured on another threshold" in " ".join(done.out.split())
+    assert load_run(run)[1]["threshold"] == 0.01  # of the same best weights
 
 
 @pytest.mark.parametrize("top", [None, 2, 10**9])

@@ -36,6 +36,7 @@ def terms(checkpoints: Checkpoints, data: Data, task: Task) -> dict:
         "limit": config.limit,
         "tta": config.tta,
         "metric": task.chosen_by,
+        "threshold": config.threshold,
         "view": " ".join(str(getattr(config, name)) for name in VIEW),
     }
 
@@ -69,7 +70,8 @@ def keep_best_comparable(
         why = "its weights are gone"
     else:
         try:
-            results = with_weights(load_file(path), learner, data, world, progress, evaluate)
+            weights = load_file(path)
+            results = with_weights(weights, learner, data, world, progress, evaluate)
         except (UserError, OSError, SafetensorError) as error:
             why = str(error)
         else:
@@ -83,6 +85,9 @@ def keep_best_comparable(
             progress.best_epoch = int(epoch) if epoch.is_integer() else round(epoch, 3)
             if world.is_main:
                 keep_predictions(checkpoints.folder, answers, learner.task, data, warn)
+                # What predicts with them sees what they were measured on, and draws the same line.
+                if problem := checkpoints.write_weights(path.name, weights, {"step": step}):
+                    warn(problem)
     if why:
         progress.best, progress.best_metrics, progress.best_step = None, {}, 0
         progress.best_epoch = 0

@@ -318,11 +318,16 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         if self.writer is None or self.folder is None:
             return ""
-        card = {**self.card, "step": progress.step}
+        more: dict[str, Json] = {}
         if name == LAST:
-            card |= {"facts": self.facts, "progress": _without_tables(progress)}
+            more = {"facts": self.facts, "progress": _without_tables(progress)}
+        return self.write_weights(name, learner.weights(), {"step": progress.step, **more})
+
+    def write_weights(self, name: str, weights: dict[str, Tensor], more: dict[str, Json]) -> str:
+        """Main process: weights, and this run's card with `more`; why they could not be written."""
+        card = {**self.card, **more}
         metadata = {"lockstep": json.dumps(card)}  # one key: safetensors keeps no order of several
-        self._waiting[name] = learner.weights(), metadata
+        self._waiting[name] = weights, metadata
         return self.write_waiting()
 
     def write_waiting(self) -> str:
