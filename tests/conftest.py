@@ -22,6 +22,11 @@ def pytest_addoption(parser):
 def clean_process():
     """What Accelerate and others leave in the environment, and who waits for signals, ends here."""
     before = dict(os.environ)
+    # Under nohup or in the background these are ignored, by all that is launched too.
+    for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     yield
     for number, handler in handlers.items():

@@ -96,6 +96,7 @@ def folder(nets):
     return nets
 
 
+@pytest.mark.slow
 def test_one_channel_is_trained_resumed_predicted_and_exported(folder):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

