@@ -66,13 +66,14 @@ class Run:
         return value if is_number(value) else None
 
 
-def found_in(paths: Iterable[Path]) -> list[Path]:
+def found_in(paths: Iterable[Path], warn: Callable[[str], None] = lambda _: None) -> list[Path]:
     """The run folders that are meant: themselves, or those in a folder of many. UserError: none.
 
-    `runs/*` also names files, and `latest`, which is one of the runs; what is not there is no file.
+    `runs/*` also names files, and `latest`, which is one of the runs, and what is only starting;
+    what is not there is no file.
     """
     found: dict[Path, None] = {}
-    given = list(paths)
+    given, without = list(paths), []
     folders = [path for path in given if path.is_dir() or not path.exists()] or given
     real = {path.resolve() for path in folders if not path.is_symlink()}
     for path in folders:
@@ -86,15 +87,20 @@ def found_in(paths: Iterable[Path]) -> list[Path]:
             one.name for one in (path.iterdir() if path.is_dir() else ()) if not one.is_symlink()
         )
         runs = [path / name for name in names if (path / name / "config.json").is_file()]
-        if not runs:
+        if not runs and not path.is_dir():
             raise UserError(f"{path} holds no run: no config.json there", code="no-run")
         found |= dict.fromkeys(runs)
+        without += [path] * (not runs)
+    for path in without:
+        if not found:
+            raise UserError(f"{path} holds no run: no config.json there", code="no-run")
+        warn(f"{printable(path)} is left out: it holds no run yet (no config.json)")
     return list(found)
 
 
-def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs with names that tell them apart."""
-    folders = found_in(paths)
+def read_runs(paths: Iterable[Path], warn: Callable[[str], None] = lambda _: None) -> list[Run]:
+    """The runs with names that tell them apart; `warn` hears of folders without one."""
+    folders = found_in(paths, warn)
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -369,7 +375,7 @@ def place_of(paths: Sequence[Path], runs: Sequence[Run]) -> Path:
 
 def write_comparison(paths: Sequence[Path], screen: Report) -> Path:
     """Show the tables and write the page; where it lies. OSError where it cannot be written."""
-    runs = read_runs(paths)
+    runs = read_runs(paths, screen.warn)
     comparison, place = Comparison(runs), place_of(paths, runs)
     screen.show(table(*run_rows(comparison)))
     if comparison.repeats:

@@ -141,6 +141,12 @@ def test_a_folder_of_many_is_read_in_its_order_and_what_is_none_is_told(many):
     assert [path.name for path in found_in([many / "latest"])] == ["latest"]
     with refused("no-run", match="nowhere"):
         found_in([many / "a0", many / "nowhere"])
+    (many / "c0").mkdir()  # a run that is only starting
+    told: list[str] = []
+    assert [path.name for path in found_in([many / "a0", many / "c0"], told.append)] == ["a0"]
+    assert len(told) == 1 and "c0 is left out" in told[0]
+    with refused("no-run", match="c0"):
+        found_in([many / "c0"])
 
 
 def test_the_page_asks_no_network_runs_its_own_script_alone_and_believes_no_name(many):
