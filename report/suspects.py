@@ -134,6 +134,10 @@ def section(folder: Path, runs: Sequence[Path]) -> tuple[str, Markup] | None:
     runs = [run for run in runs if (run / FILE).is_file()]
     if not runs:
         return None
+    configs = [read_json(run / "config.json", {}).get("config", {}) for run in runs]
+    if len({(config.get("dataset"), config.get("data_dir")) for config in configs}) > 1:
+        words = "These folds are of several data sets: compare those of one for its labels"
+        return "Probably wrong labels", PARTS.note(words)
     try:
         names, found = suspects_of(runs)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:

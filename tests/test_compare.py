@@ -254,3 +254,12 @@ def test_answers_of_a_fold_that_are_damaged_cost_their_section_not_the_page(tmp_
     (run / FILE).write_bytes(b"half a file")
     told = section(tmp_path, [run])
     assert told is not None and "cannot be read" in told[1]
+
+
+def test_folds_of_several_data_sets_are_not_mixed(tmp_path):
+    """Pictures without names are called alike in each: train/5."""
+    runs = [made(tmp_path / name, [0.5], fold="1/2", dataset=name) for name in ("a", "b")]
+    for run in runs:
+        (run / FILE).write_bytes(b"")
+    told = section(tmp_path, runs)
+    assert told is not None and "several data sets" in told[1]
