@@ -175,6 +175,7 @@ class Net(nn.Module):
 '''
 
 
+@pytest.mark.slow
 def test_what_a_forward_draws_follows_from_seed_step_and_shard_whoever_it_draws_from(folder):
     (folder / "nets.py").write_text(NETS + DRAWING.replace("Net", "Drawing"))
     for name, count in (("drawn-1", 1), ("drawn-2", 2)):
@@ -403,6 +404,7 @@ class Counts(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_state_that_a_model_hides_is_told_kept_with_the_run_and_compared(folder):
     (folder / "counts.py").write_text(COUNTS)
     words = ["--model", f"{folder}/counts.py:Counts", *SHORT, "--max-steps", "2"]
@@ -463,6 +465,7 @@ class Drifting(nn.Linear):
 """
 
 
+@pytest.mark.slow
 def test_all_that_a_model_holds_is_saved_evaluated_predicted_with_and_shared(folder):
     (folder / "all.py").write_text(EVERYTHING)
     words = ["--model", f"{folder}/all.py:Everything", *SHORT, "--ema", "0.5", "--log-every", "1"]

@@ -88,6 +88,7 @@ def test_on_other_terms_the_best_is_measured_again_and_training_does_not_notice(
     assert "measured on another limit" in " ".join(done.out.split()), done.out
 
 
+@pytest.mark.slow
 def test_a_best_whose_weights_are_gone_is_dropped_and_there_is_a_new_one(nets):
     assert train([*RUN, "--run-dir", "lost", "--epochs", "2"], nets).status == 0
     best = nets / "lost" / "model.safetensors"

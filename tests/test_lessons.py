@@ -604,6 +604,7 @@ def test_question_24_a_typo_is_named(own):
     assert all(p.requires_grad for p in model.parameters())  # Python takes any attribute
 
 
+@pytest.mark.slow
 def test_question_25_each_next_of_a_new_iterator_is_a_first_batch(tmp_path):
     write_snippets(tmp_path)
     done = run_in(tmp_path, "python batch.py")
@@ -620,6 +621,7 @@ def test_question_26_a_worker_cannot_import_a_class_of_a_cell():
         pickle.dumps(space["Cell"]())
 
 
+@pytest.mark.slow
 def test_question_27_a_head_in_its_place_and_what_renaming_changes(tmp_path):
     write_snippets(tmp_path)
     done = run_in(tmp_path, "python heads.py")

@@ -68,6 +68,7 @@ def test_an_invented_metric_is_shown_written_drawn_and_decides(nets, monkeypatch
     assert titles == ["loss", "accuracy", "mean distance", "learning rate"]
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_on_any_number_of_processes_and_of_the_best_weights(nets):
     """On three, evaluation batches are dealt out; no process asks the model once more."""
     flags = ["--model", "full.py:Net", "--dataset", "digits", "--image-size", "16"]

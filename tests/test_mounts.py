@@ -47,6 +47,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.mark.slow
 def test_two_nodes_are_told_what_lies_on_one_of_them_and_one_is_not(pictures, tmp_path):
     if not own_disk(tmp_path):
         pytest.skip("this machine's temporary files lie on a disk that others may share")

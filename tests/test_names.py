@@ -172,6 +172,7 @@ def test_weights_for_other_names_are_not_evaluated_and_both_lists_are_told(weigh
         assert e.value.code == "other-classes" and ", ".join(classes) in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_the_data_name_its_classes_in_another_order(nets, tmp_path):
     pictures = [name for name in ("ant", "bee", "cow") for _ in range(16)]
     for folder, names in (("one", ["ant", "bee", "cow"]), ("two", ["cow", "ant", "bee"])):

@@ -40,6 +40,7 @@ def predicted(folder: Path, run: str, pictures: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("side", [16, 80])
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_other_data_as_predict_sees_them(nets, tmp_path, side):
     draw(tmp_path / "own", {"ant": 0, "bee": 1, "cow": 2}, 20, side)
     # Two of its classes, in another order of folders, darker, and without a split.

@@ -167,6 +167,7 @@ def test_a_file_that_a_strangers_weights_name_is_not_run(tmp_path, monkeypatch, 
     assert ("--trust-code" in capsys.readouterr().err) != trust
 
 
+@pytest.mark.slow
 def test_a_run_is_predicted_evaluated_and_gone_on_with_by_its_own_code(tmp_path):
     mine, words = written(tmp_path / "mine"), [*SMALL, "--image-size", "8", "--limit", "256"]
     words += ["--model", "net.py:Net", "--run-dir", "r", "--lr", "0.01"]

@@ -398,6 +398,7 @@ def test_a_picture_damaged_in_the_middle_stops_the_run_with_its_name_and_excludi
     )
 
 
+@pytest.mark.slow
 def test_what_is_gone_or_another_file_in_a_later_life_can_be_excluded_and_nothing_else(place):
     shutil.copytree(place / "photos", place / "leaking")
     names = ["ant/002.jpeg", "bee/003.jpeg", "cow/007.jpeg"]
@@ -420,6 +421,7 @@ def test_what_is_gone_or_another_file_in_a_later_life_can_be_excluded_and_nothin
     assert numbers(place / "leaked") == numbers(place / "whole")
 
 
+@pytest.mark.slow
 def test_a_damaged_test_picture_counts_for_nothing_on_any_number_of_processes(place):
     shutil.copytree(place / "photos", place / "broken-test")
     source = load_source(str(place / "broken-test"), image_size=48)

@@ -405,6 +405,7 @@ def test_a_guard_of_train_py_hands_over_before_torch(tmp_path):
     assert "none.yaml: No such file" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rehearsal_of_many_processes_has_their_shards_and_warns_of_few_images(tmp_path):
     words = ["--model", "resnet18", "--dataset", "digits", "--image-size", "16", "--threads", "1"]
     with refused("contradiction", match="python train.py --dry-run --as 4"):

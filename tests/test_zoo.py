@@ -237,6 +237,7 @@ def two_files(nets):
     return nets
 
 
+@pytest.mark.slow
 def test_fine_tuning_normalises_as_the_weights_were_trained(two_files):
     flags = ["--model", "plain.py:Net", *SMALL, "--limit", "200", "--epochs", "1", "--lr", "0"]
     for name, mean in (("dark", 0.2), ("light", 0.7)):
