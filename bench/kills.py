@@ -23,6 +23,7 @@ import psutil
 
 from bench.measure import REPOSITORY, arguments_of, finish, shown, spread, table
 from common.disk import read_json
+from report.doctor import resumed
 
 FLAGS = "--model my_cnn --dataset digits --image-size 32 --batch-size 64 --threads 1 --log-every 1"
 FLAGS += " --no-plots --epochs 1000000 --eval-every 1000000"
@@ -110,10 +111,6 @@ def one_kill(
     parts = {"detect": gone - killed, "restart": max(0.0, born - gone), "import": opened - born,
              "load": ready - opened, "repeat": again - ready, "in all": again - killed}  # fmt: skip
     return {**parts, "steps": step - last["step"]}
-
-
-def resumed(status: dict) -> int:
-    return status.get("resumed_at", 0)
 
 
 def running(pid: int) -> bool:

@@ -154,14 +154,13 @@ class StopVote:
         return self.code
 
     def _save_is_due(self) -> bool:
-        return self.save_every is not None and time.monotonic() - self._last_save > self.save_every
+        return is_due(self.save_every, self._last_save)
 
     def _snapshot_is_due(self) -> bool:
-        every = self.snapshot_every  # of the writer's thread
-        return every is not None and time.monotonic() - self._last_snapshot > every
+        return is_due(self.snapshot_every, self._last_snapshot)
 
     def _row_is_due(self) -> bool:
-        return self.row_every is not None and time.monotonic() - self._last_row > self.row_every
+        return is_due(self.row_every, self._last_row)
 
     def _agree_on_row(self, due: bool) -> None:
         self.row_agreed = due
@@ -259,6 +258,11 @@ class StopVote:
             return "the job's time limit or a preemption"
         name = f" ({self.signal_name})" if code == SIGNAL and self.signal_name else ""
         return REASONS.get(code, "a stop request") + name
+
+
+def is_due(every: float | None, last: float) -> bool:
+    """Whether so many seconds are over since then; None: never."""
+    return every is not None and time.monotonic() - last > every
 
 
 def launched() -> bool:

@@ -87,12 +87,10 @@ def found_in(paths: Iterable[Path], warn: Callable[[str], None] = lambda _: None
             one.name for one in (path.iterdir() if path.is_dir() else ()) if not one.is_symlink()
         )
         runs = [path / name for name in names if (path / name / "config.json").is_file()]
-        if not runs and not path.is_dir():
-            raise UserError(f"{path} holds no run: no config.json there", code="no-run")
         found |= dict.fromkeys(runs)
         without += [path] * (not runs)
     for path in without:
-        if not found:
+        if not found or not path.is_dir():
             raise UserError(f"{path} holds no run: no config.json there", code="no-run")
         warn(f"{printable(path)} is left out: it holds no run yet (no config.json)")
     return list(found)

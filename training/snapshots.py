@@ -119,10 +119,10 @@ def is_dead(home: Path) -> bool:
 
     The owner is the launcher, where there is one: it starts the next life.
     """
+    owner = read_owner(home)
     try:
-        owner = (home / "owner").read_text(encoding="utf-8")
         boot, space, pid, _ = owner.split()
-    except (OSError, ValueError):
+    except ValueError:
         with contextlib.suppress(OSError):
             return time.time() - home.stat().st_mtime > YOUNG
         return False
@@ -141,6 +141,8 @@ def remove_dead(root: Path, key: str) -> None:
 
 def homes(root: Path, key: str) -> list[Path]:
     """This node's folders of a run: a node may have had another number in the life before."""
+    if not key:
+        return []
     return [p for p in root.glob(f"lockstep-{os.geteuid()}-{key}-*") if is_ours(p)]
 
 
@@ -156,7 +158,7 @@ def run_of(folder: Path) -> Run:
 def in_memory(folder: Path) -> list[str]:
     """The snapshots that this computer holds of a run, a line for each."""
     root, run = memory_folder(), run_of(folder)
-    paths = [p for home in homes(root, run.key) for p in visible(home)] if root and run.key else []
+    paths = [p for home in homes(root, run.key) for p in visible(home)] if root else []
     return [f"step {step_of(p)}: {megabytes(size_of(p))} in {p.parent}" for p in paths]
 
 
@@ -318,7 +320,7 @@ class Snapshots:
         if self.plan.folder is None:
             return
         if self._writes and self._root is not None:
-            for home in homes(self._root, self.run.key) if self.run.key else ():
+            for home in homes(self._root, self.run.key):
                 for path in visible(home):
                     if step_of(path) > progress.step:  # a later life would take it for its own
                         shutil.rmtree(path, ignore_errors=True)
@@ -346,8 +348,7 @@ class Snapshots:
             return (
                 "this system has no /dev/shm; the checkpoints on the disk are what is gone on from"
             )
-        own = sum(size_of(p) for home in homes(self._root, self.run.key) for p in visible(home)) \
-            if self.run.key else 0  # fmt: skip
+        own = sum(size_of(p) for home in homes(self._root, self.run.key) for p in visible(home))
         free = room(self._root) + own
         if free < ROOM * self._size:
             return (
@@ -451,7 +452,7 @@ class Snapshots:
     def forget(self) -> None:
         """The disk has it all: memory is given back."""
         self.wait()
-        if self._writes and self._root is not None and self.run.key:
+        if self._writes and self._root is not None:
             for home in homes(self._root, self.run.key):
                 shutil.rmtree(home, ignore_errors=True)
 
@@ -460,7 +461,7 @@ def read_owner(home: Path) -> str:
     """Who a folder belongs to; "" where nobody has written it yet."""
     try:
         return (home / "owner").read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 
