@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data import operators
-from data.grey import grey, of_three
+from data.grey import grey, mean_colour
 from data.keyed_random import AUGMENT, FLIP, MIX, POLICY, uniforms
 from data.operators import constant, inside, pixels
 from data.policy import parse_policy
@@ -78,7 +78,7 @@ class Augment:
         if no_flip:
             self.steps = tuple(step for step in self.steps if step.name != "vflip")
         self.mean, self.std = tuple(mean), tuple(std)
-        self.empty = tuple(round(255 * value) for value in of_three(mean))  # of what is blanked
+        self.empty = mean_colour(mean)  # of what is blanked
         self.cutout, self.mixup, self.cutmix = cutout, mixup, cutmix
         self.alternating_flip, self.no_flip = alternating_flip, no_flip
         self.tta, self.samples = tta, samples

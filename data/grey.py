@@ -22,7 +22,7 @@ def of_one(numbers: Sequence[float]) -> tuple[float]:
     return (numbers[0] if len(set(numbers)) == 1 else sum(numbers) / len(numbers),)
 
 
-def of_three(numbers: Sequence[float]) -> tuple[float, float, float]:
-    """What is said of one channel or of three, of three."""
-    red, green, blue = tuple(numbers) * 3 if len(numbers) == 1 else numbers
+def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """Red, green and blue in 0..255 of the mean in 0..1 of three channels or one."""
+    red, green, blue = tuple(round(255 * value) for value in mean) * (3 // len(mean))
     return red, green, blue

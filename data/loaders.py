@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.ahead import Ahead, Threads, Work
 from data.cuts import Cuts
-from data.grey import of_three
+from data.grey import mean_colour
 from data.order import Balance, EvaluationBatchSampler, GlobalBatchSampler
 from data.photographs import PhotoSet
 from data.sources import ImageSet
@@ -165,8 +165,7 @@ def decoding_of(
     cuts: Cuts, mean: tuple[float, ...], threads: int, device: torch.device, scaled: bool = False
 ) -> Decoding:
     """Photographs cut in this way by so many threads; what is empty has the mean colour."""
-    red, green, blue = (round(255 * value) for value in of_three(mean))
-    return Decoding(cuts, (red, green, blue), Threads(threads), device, scaled)
+    return Decoding(cuts, mean_colour(mean), Threads(threads), device, scaled)
 
 
 def place(

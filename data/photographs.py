@@ -20,7 +20,7 @@ from common.text import printable
 from data.ahead import Piece, Threads, Work
 from data.cuts import Boxes, Cuts, default_resize
 from data.files import decode, opened, refuse_too_large
-from data.grey import of_three
+from data.grey import mean_colour
 from data.image_set import Levels
 
 PLAIN = 16  # in a picture's kind: a JPEG whose colours need no thought; below it: its orientation
@@ -393,10 +393,9 @@ def _cut_as_told(
     )  # fmt: skip
     boxes = cuts.evaluation(torch.tensor([shape]))
     out = np.empty((boxes.size, boxes.size, 3), np.uint8)
-    red, green, blue = (round(255 * value) for value in of_three(told["mean"]))
     pixels, times = reduced(reduction(boxes.rows[0]))
     row = in_reduced(boxes.rows[0], times)
-    cut(pixels, row, out, (red, green, blue), boxes.interpolation)
+    cut(pixels, row, out, mean_colour(told["mean"]), boxes.interpolation)
     return out
 
 

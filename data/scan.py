@@ -157,11 +157,7 @@ def mean_and_std_of(
     counts = torch.zeros(channels, 256, dtype=torch.int64)
     for images, bad in seen(train.part(chosen), image_size):
         good = [row for row in range(len(images)) if row not in set(bad)]
-        if channels == 1:
-            counts += level_counts(images[good])
-            continue
-        for channel in range(3):
-            counts[channel] += torch.bincount(images[good, channel].flatten(), minlength=256)
+        counts += level_counts(images[good], channels)
     if not counts.any():
         raise UserError(
             f"not one of {len(chosen)} sampled training images could be decoded; the first: "
@@ -171,10 +167,15 @@ def mean_and_std_of(
     return mean_and_std_of_counts(counts)
 
 
-def level_counts(images: Tensor) -> Tensor:
-    """How often each level of brightness occurs in uint8 (n, 3, H, W), int64 (1, 256)."""
-    levels = grey(images.float()).round().long().flatten()
-    return torch.bincount(levels, minlength=256)[None]
+def level_counts(images: Tensor, channels: int = 3) -> Tensor:
+    """How often each level occurs in uint8 (n, 3, H, W), int64 (channels, 256).
+
+    Of one channel it is the brightness that has levels.
+    """
+    if channels == 1:
+        images = grey(images.float()).round().long()
+    each = (images[:, channel].flatten() for channel in range(channels))
+    return torch.stack([torch.bincount(levels, minlength=256) for levels in each])
 
 
 def seen(pictures: PhotoSet, image_size: int) -> Iterator[tuple[Tensor, list[int]]]:

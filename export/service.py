@@ -12,7 +12,7 @@ from common.disk import Json, read_json
 from data.augment import resize
 from data.cuts import default_resize
 from data.files import SMALL
-from data.grey import grey, of_three
+from data.grey import grey, mean_colour
 from models.own_file import CODE, is_own_file
 from tasks import split_outputs
 
@@ -68,7 +68,7 @@ def preprocessing(told: dict) -> dict[str, Json]:
     scaled = " (a JPEG far larger than what is seen at 1/2, 1/4 or 1/8 of its sides, by libjpeg)"
     decode = "decode" + scaled * (told.get("decode") == "scaled")
     steps: list[Json] = [f"{decode}, turn as EXIF says, convert to RGB, 8 bits"]
-    fill = "rgb({}, {}, {})".format(*(round(255 * value) for value in of_three(told["mean"])))
+    fill = "rgb({}, {}, {})".format(*mean_colour(told["mean"]))
     small = not told.get("photographs")
     margin = size if small else told.get("eval_resize", default_resize(size))
     how = told.get("resize", "crop")

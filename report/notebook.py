@@ -25,7 +25,7 @@ from distributed.checkpoint import Progress
 from distributed.lent import lent
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED, UserError
-from models import build_from
+from models import PARTS, build_from
 from models.class_source import standalone_source
 from models.own_file import standing_for
 from models.state import load_whole_state
@@ -303,7 +303,5 @@ class Seen(Observer):
         self.learner, self.data, self.progress = learner, data, progress
         if self.kept is not None:
             config = learner.config
-            self.kept.try_elsewhere({
-                "classes": len(data.classes), "image_size": data.augment.image_size,
-                "channels": config.channels, "blurpool": config.blurpool,
-            })  # fmt: skip
+            told = {name: getattr(config, name) for name in ("image_size", *PARTS)}
+            self.kept.try_elsewhere({**told, "classes": len(data.classes)})

@@ -24,7 +24,7 @@ from models.freezing import Frozen
 from models.hooks import StartsFromData
 from models.own_file import digests_of, is_own_file
 from models.state import load_whole_state, separate_views, whole_state
-from models.weights import freeze, load_weights
+from models.weights import load_weights
 from tasks import TASKS, Task, build_task
 from training.data import Data
 from training.learner import Learner
@@ -82,9 +82,7 @@ def start_model(plan: Plan, data: Data, world: World) -> Started:
         _seed_weights(config.seed)
         second = build()
         load_whole_state(second, whole_state(model))
-        freeze(second, config.freeze, config.model, config.image_size)
-        if frozen.stages:
-            frozen.hold(second, frozen.last_epoch)
+        frozen.hold(second, frozen.last_epoch)
         return second.to(world.device).to(memory_format=layout)
 
     if frozen.stages:  # tried is what trains in the end

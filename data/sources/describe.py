@@ -387,9 +387,7 @@ def fingerprint_of(classes: tuple[str, ...], checksums: dict[str, str]) -> str:
 
 def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
     """Per channel of uint8 (N, 3, H, W), in 0..1; from exact counts, so the same on any machine."""
-    channels = (images[:, channel].flatten() for channel in range(3))
-    counts = [torch.bincount(channel, minlength=256) for channel in channels]
-    return mean_and_std_of_counts(torch.stack(counts))
+    return mean_and_std_of_counts(level_counts(images))
 
 
 def mean_and_std_of_counts(counts: torch.Tensor) -> tuple[list[float], list[float]]:
@@ -412,7 +410,7 @@ def grey_levels(train: ImageSet | PhotoSet, image_size: int) -> tuple[float, flo
     if isinstance(train, PhotoSet):
         mean, std = mean_and_std_of(train, image_size, channels=1)
     else:
-        counts = sum(level_counts(chunk) for chunk in train.images.split(4096))
+        counts = sum(level_counts(chunk, 1) for chunk in train.images.split(4096))
         assert isinstance(counts, torch.Tensor)  # there is a picture
         mean, std = mean_and_std_of_counts(counts)
     return mean[0], std[0]
