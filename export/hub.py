@@ -14,6 +14,7 @@ from models import parts_of
 from models.own_file import CODE, is_own_file, load_own_class
 
 REACH_SECONDS = 4.0
+COMPILED = "*__pycache__*"  # of who tried the folder: it names the folders of this machine
 CARD = "README.md"
 
 
@@ -148,7 +149,10 @@ def upload(folder: Path, repository: str) -> str:
     try:
         api = HfApi(endpoint=endpoint)
         api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="From Lockstep")
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="From Lockstep",
+            ignore_patterns=COMPILED,
+        )  # fmt: skip
     except Exception as error:  # whatever the hub or the way to it answers
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--upload {repository}: {why}; {kept}", code="hub-refuses") from error

@@ -1,5 +1,6 @@
 """A model that leaves: it answers the same in a process that has never heard of Lockstep."""
 
+import fnmatch
 import json
 import socket
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from common.disk import write_json
 from distributed.checkpoint import save_tensors
-from export import forms
+from export import forms, hub
 from export.__main__ import main as export_main
 from export.check import compare, pictures_of_run
 from export.hub import loading
@@ -146,18 +147,53 @@ def test_a_folder_for_the_hub_loads_by_its_own_words_and_keeps_a_card(run, digit
     assert (
         config["id2label"]["7"] == "7" and f"| accuracy | {summary['test/accuracy']:.4g} |" in card
     )
+    for path in folder.rglob("*"):  # nothing of this machine leaves with it
+        assert path.is_dir() or str(run.parent).encode() not in path.read_bytes(), path
     code = card.split("```python\n")[1].split("```")[0]
     script = folder.parent / "as_the_card_says.py"
     script.write_text(code + "print(sum(p.sum().item() for p in model.parameters()))\n")
     done = python(script, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert predicted(folder, digits, "--trust-code") == predicted(run / "last.safetensors", digits)
-    for path in folder.rglob("*"):  # nothing of this machine leaves with it
-        assert path.is_dir() or str(run.parent).encode() not in path.read_bytes(), path
+    for path in folder.rglob("*"):  # nor what an upload takes after it was tried
+        left_out = fnmatch.fnmatch(str(path.relative_to(folder)), hub.COMPILED)
+        assert path.is_dir() or left_out or str(run.parent).encode() not in path.read_bytes(), path
     (folder / "README.md").write_text("mine")
     assert export_main([str(run), "--to", "hub"]) == 0
     assert (folder / "README.md").read_text() == "mine"
     assert predicted(folder, digits, "--trust-code") == predicted(run, digits)
+
+
+def test_an_upload_leaves_out_what_python_compiled_where_the_folder_was_tried(
+    tmp_path, monkeypatch
+):
+    """Such a file names folders of this machine. The hub itself cannot be asked here."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    (tmp_path / "code" / "__pycache__").mkdir(parents=True)
+    for name in ("config.json", "code/net.py", "code/__pycache__/net.cpython-311.pyc"):
+        (tmp_path / name).write_text("")
+    sent: list[str] = []
+
+    class Hub:
+        def __init__(self, endpoint):
+            pass
+
+        def create_repo(self, *words, **more):
+            pass
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns=None):
+            files = (p for p in folder_path.rglob("*") if p.is_file())
+            names = [p.relative_to(folder_path).as_posix() for p in files]
+            sent.extend(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr(hub, "unreached", lambda *_: "")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    assert hub.upload(tmp_path, "me/it").endswith("/me/it")
+    assert sorted(sent) == ["code/net.py", "config.json"]
 
 
 def test_an_upload_that_cannot_be_is_told_at_once_and_the_folder_is_there(run, capfd, monkeypatch):
