@@ -420,7 +420,8 @@ def show_ending(
         elif job() and world.stop.reason == SIGNAL:
             typed += f"     unless SLURM requeues job {job()} itself (squeue shows it)"
         if code == STOPPED and world.stop.launcher_is_interrupted():
-            rows.append(("above", "a traceback is the launcher's: Ctrl-C ends it, not the saving"))
+            words = "a traceback above or below is its own: Ctrl-C ends it, not the saving"
+            rows.append(("launcher", words))
         commands.append(("go on", typed))
     elif code == FAILED and world.stop.reason == DAMAGED:
         title = f"saved at step {progress.step}: {reason}"

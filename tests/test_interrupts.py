@@ -165,14 +165,17 @@ def test_long_work_tells_a_file_how_far_it_is(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_under_accelerate_launch_ends_with_the_runs_own_panel(tmp_path, nets, monkeypatch):
-    """The launcher's traceback cannot be helped: it dies of the terminal's signal, in a wait."""
+    """The launcher's traceback cannot be helped: it dies of the terminal's signal, in a wait.
+
+    It comes a quarter of a second later, before the run's panel or after it.
+    """
     monkeypatch.chdir(tmp_path)
     words = [*SMALL, "--model", f"{nets / 'plain.py'}:Net", "--epochs", "9999", "--run-dir", "run"]
     launch = command(words, launcher="accelerate")
     status, said = at_a_terminal(
-        lambda: os.execv(launch[0], launch), lambda said: "epoch 1/9999  train" in said
+        lambda: os.execv(launch[0], launch), lambda said: "epoch 2/9999" in said
     )
     assert status != 0 and "stopped at step" in said, said[-3000:]
     _, _, panel = said.rpartition("stopped at step")
-    assert "Traceback" not in panel and "a traceback is the launcher's" in panel, panel
-    assert "--resume run" in panel
+    assert said.count("Traceback") == said.count("in launch_command") <= 1, said[-3000:]
+    assert "a traceback above or below is its own" in panel and "--resume run" in panel, panel

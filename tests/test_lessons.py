@@ -38,7 +38,7 @@ from training.learner import inputs
 PAGES = [REPOSITORY / "docs" / name for name in ("lessons.md", "lessons.zh.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 CELLS = re.compile(r"^<!-- notebook\n.*?^-->$", flags=re.M | re.S)  # what only the notebook has
-NUMBER = re.compile(r"\d[\d.,]*(?:[hms]\d*)*[hms]?")
+NUMBER = re.compile(r"\d(?:[\d.,]*\d)?(?:[hms]\d*)*[hms]?")
 MEASURED = re.compile(
     r"ETA \S+|[\d.,]+ (?:ms|img/s)|\d+ % waiting for images|\btime  .*|^\s*real.*"
 )
@@ -119,6 +119,9 @@ def test_a_number_that_differs_from_the_page_is_seen_and_a_time_is_not():
     assert not_printed(page, last_digit, exact=True) == [page.strip()]
     assert not not_printed(page, last_digit, exact=False)
     assert not_printed(page, page.replace("94.93", "84.93"), exact=False)
+    at_the_end = "temperature 0.5, sum 2.0.\n"  # of a sentence: its full stop is no digit
+    assert not not_printed(at_the_end, at_the_end, exact=False)
+    assert not_printed(at_the_end, at_the_end.replace("2.0", "3.0"), exact=False)
     assert not_printed("│ model  82,826 parameters │", "│ model  82,827 parameters │", False)
 
 
