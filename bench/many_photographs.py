@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bench.golden import CLOCKS
 from bench.measure import REPOSITORY, arguments_of, finish, table
 
 WIDTH, HEIGHT, CLASSES, TESTED = 300, 225, 100, 128
@@ -129,10 +130,8 @@ def life(
 
 def numbers(run: Path) -> list[dict]:
     """Rows without what depends on the clock."""
-    clock = ("time", "data/wait", "gpu", "memory")
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("speed/", *clock))} for row in rows(run)
-    ]
+    clocks = (*CLOCKS, "data/wait")
+    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows(run)]
 
 
 def told_apart(one: Path, other: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from common.parser import Parser, need_packages
 from common.streams import steady_streams
 from common.text import did_you_mean
+from config.checks import check
 from config.fields import (
     DATA,
     DEBUG_PRESET,
@@ -29,7 +30,6 @@ from config.layers import (
     Actions,
     Settings,
     __version__,
-    check,
     known_run_dir,
     own_code,
     read_saved,
@@ -43,28 +43,89 @@ from models import lookup
 from models.own_file import is_own_file
 from models.recipes import RECIPES
 
+LENGTHS = {"epochs", "max_steps"}
+
 
 def parse(argv: list[str]) -> Settings:
     """Settings of a command line; every problem is reported together as one UserError."""
     need_packages()
     problems: list[UserError] = []
+    given = _words(argv, problems)
+    flags = _typed(given, problems)
+    file = _in_file(given["config"], problems)
+    actions = _actions(given, problems)
+    model = {**file, **flags}.get("model")
+    if model is not None:
+        try:
+            lookup(str(model))
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        raise all_of(problems)
+    if any(given[flag.strip("-")] is not None for flag in MANY):
+        rows = several(given, argv, {**file, **flags})
+        return Settings({}, actions, tuple(argv), rows=rows)
+    if given["side_by_side"] is not None:
+        message = f"--side-by-side is of several runs: add {', '.join(MANY)}"
+        raise UserError(message, code="contradiction")
+    for layer in (file, flags):  # "auto" leaves a value to recipe and machine
+        for name in [n for n, v in layer.items() if v == HINTS[n].default == "auto"]:
+            del layer[name]
+            file.pop(name, None)
+
+    saved, asked = {}, {}
+    folder = known_run_dir({**file, **flags}, actions)
+    starts_over = actions.fresh and not restarted()
+    if folder is not None and not starts_over and (folder / "config.json").is_file():
+        saved, asked = _of_saved_run(folder, file, flags, actions)
+    if folder is not None:
+        saved["run_dir"] = str(folder)
+    typed = {**file, **flags}
+    layers = _below(typed, saved)
+    if saved:
+        layers["saved run"] = saved
+    if actions.debug:
+        layers["--debug"] = dict(DEBUG_PRESET)
+    if file:
+        layers[f"file {given['config']}"] = file
+    layers["flag"] = flags
+    settings = Settings(layers, actions, tuple(argv), {**asked, **typed})
+    check(settings)
+    return settings
+
+
+def _words(argv: list[str], problems: list[UserError]) -> dict:
+    """What argparse makes of a command line, values still as they were typed."""
     parser = build_parser()
     known, unknown = parser.parse_known_args([spell(word) for word in argv])
-    given = vars(known)
     flags = [s for action in parser._actions for s in action.option_strings]
-    problems += [unknown_flag(word, flags) for word in unknown if word.startswith("--")]
-    if not problems and unknown:
+    wrong = [unknown_flag(word, flags) for word in unknown if word.startswith("--")]
+    if not wrong and unknown:
         message = f"{' '.join(unknown)}: not an option; every option starts with --"
-        problems.append(UserError(message, code="unknown-flag"))
+        wrong.append(UserError(message, code="unknown-flag"))
+    problems += wrong
+    return vars(known)
 
-    flag_layer = {}
+
+def _typed(given: dict, problems: list[UserError]) -> dict[str, object]:
+    """The settings among the words of a command line."""
+    layer: dict[str, object] = {}
     for name in HINTS:
         if given.get(name) is not None:
-            convert(name, given[name], "--" + name.replace("_", "-"), flag_layer, problems)
-    file_layer = {}
-    if given["config"]:
-        for name, value in read_yaml(Path(given["config"])).items():
-            convert(name, value, f"{given['config']}: {name}", file_layer, problems)
+            convert(name, given[name], "--" + name.replace("_", "-"), layer, problems)
+    return layer
+
+
+def _in_file(path: str | None, problems: list[UserError]) -> dict[str, object]:
+    """The settings of a YAML file; {} where there is none."""
+    layer: dict[str, object] = {}
+    for name, value in read_yaml(Path(path)).items() if path else ():
+        convert(name, value, f"{path}: {name}", layer, problems)
+    return layer
+
+
+def _actions(given: dict, problems: list[UserError]) -> Actions:
+    """What the command does beside training."""
     actions = Actions(
         debug=given["debug"], dry_run=given["dry_run"], eval_only=given["eval_only"],
         find_lr=given["find_lr"], fresh=given["fresh"], resume=given["resume"],
@@ -77,71 +138,49 @@ def parse(argv: list[str]) -> Settings:
         if name not in HINTS and name != "code":
             message = f"--allow-change {name}: not a setting{did_you_mean(name, HINTS)}"
             problems.append(UserError(message, code="unknown-setting"))
-    for layer in (flag_layer, file_layer):
-        if "model" in layer:
-            try:
-                lookup(str(layer["model"]))
-            except UserError as error:
-                problems.append(error)
-            break
-    if problems:
-        raise all_of(problems)
-    if any(given[flag.strip("-")] is not None for flag in MANY):
-        rows = several(given, argv, {**file_layer, **flag_layer})
-        return Settings({}, actions, tuple(argv), rows=rows)
-    if given["side_by_side"] is not None:
-        message = f"--side-by-side is of several runs: add {', '.join(MANY)}"
-        raise UserError(message, code="contradiction")
-    for layer in (file_layer, flag_layer):  # "auto" leaves a value to recipe and machine
-        for name in [n for n, v in layer.items() if v == HINTS[n].default == "auto"]:
-            del layer[name]
-            file_layer.pop(name, None)
+    return actions
 
-    typed = {**file_layer, **flag_layer}
-    saved, asked = {}, {}
-    lengths = {"epochs", "max_steps"}
-    folder = known_run_dir(typed, actions)
-    starts_over = actions.fresh and not restarted()
-    if folder is not None and not starts_over and (folder / "config.json").is_file():
-        saved, asked = read_saved(folder)
-        for layer in (file_layer, flag_layer):  # the same command again: what it led to stays
-            for name in [n for n, value in layer.items() if asked.get(n, None) == value]:
-                if name in saved and name not in MAY_CHANGE:
-                    del layer[name]
-        typed = {**file_layer, **flag_layer}
-        for name in ("model", "loss", "optimizer"):
-            if name not in typed and is_own_file(str(saved.get(name, ""))):
-                saved[name] = own_code(name, str(saved[name]), folder, actions)
-        allowed = actions.allow_change
-        if actions.eval_only:  # on any data; what concerned the run's own is not asked of others
-            allowed += OTHER_DATA
-            if any(typed.get(name, saved.get(name)) != saved.get(name) for name in DATA):
-                own = set(OTHER_DATA) - {"dataset"}
-                saved = {name: value for name, value in saved.items() if name not in own}
-        refuse_conflicts(typed, saved, folder, allowed)
-        if typed.keys() & lengths:  # the length is what was typed last
-            asked = {name: value for name, value in asked.items() if name not in lengths}
-            saved["max_steps"] = None
-    if folder is not None:
-        saved["run_dir"] = str(folder)
-    layers: dict[str, dict] = {}
+
+def _of_saved_run(
+    folder: Path, file: dict[str, object], flags: dict[str, object], actions: Actions
+) -> tuple[dict[str, object], dict[str, object]]:
+    """What a run that goes on keeps, and what was typed for it earlier.
+
+    Values of this command that were typed for it before leave `file` and `flags`: what they led to
+    stays. Those that differ are a UserError, unless they may change.
+    """
+    saved, asked = read_saved(folder)
+    for layer in (file, flags):
+        for name in [n for n, value in layer.items() if asked.get(n, None) == value]:
+            if name in saved and name not in MAY_CHANGE:
+                del layer[name]
+    typed = {**file, **flags}
+    for name in ("model", "loss", "optimizer"):
+        if name not in typed and is_own_file(str(saved.get(name, ""))):
+            saved[name] = own_code(name, str(saved[name]), folder, actions)
+    allowed = actions.allow_change
+    if actions.eval_only:  # on any data; what concerned the run's own is not asked of others
+        allowed += OTHER_DATA
+        if any(typed.get(name, saved.get(name)) != saved.get(name) for name in DATA):
+            own = set(OTHER_DATA) - {"dataset"}
+            saved = {name: value for name, value in saved.items() if name not in own}
+    refuse_conflicts(typed, saved, folder, allowed)
+    if typed.keys() & LENGTHS:  # the length is what was typed last
+        asked = {name: value for name, value in asked.items() if name not in LENGTHS}
+        saved["max_steps"] = None
+    return saved, asked
+
+
+def _below(typed: dict[str, object], saved: dict[str, object]) -> dict[str, dict]:
+    """The layers of the model's own recipe and of a named one."""
     name = str(typed.get("recipe", saved.get("recipe", "none")))
     named = dict(RECIPES[name].settings) if name in RECIPES else {}
     model = typed.get("model", saved.get("model", named.get("model", TrainConfig.model)))
     weights = typed.get("weights", saved.get("weights", named.get("weights", "none")))
-    layers["recipe"] = recipe_of(str(model), str(weights))
+    layers: dict[str, dict] = {"recipe": recipe_of(str(model), str(weights))}
     if named:
         layers[f"recipe {name}"] = named
-    if saved:
-        layers["saved run"] = saved
-    if actions.debug:
-        layers["--debug"] = dict(DEBUG_PRESET)
-    if file_layer:
-        layers[f"file {given['config']}"] = file_layer
-    layers["flag"] = flag_layer
-    settings = Settings(layers, actions, tuple(argv), {**asked, **typed})
-    check(settings)
-    return settings
+    return layers
 
 
 def several(given: dict, argv: list[str], typed: dict) -> Rows:

@@ -13,43 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.mounts import own_disk
-from common.text import nearest, seconds
-from config.fields import (
-    HINTS,
-    MAY_CHANGE,
-    NUMBER,
-    TAKEN_BY,
-    TrainConfig,
-    convert,
-    mean_and_std,
-    unfreezing,
-)
+from common.text import nearest
+from config.fields import HINTS, MAY_CHANGE, TrainConfig, convert
 from config.rows import Rows
-from data.policy import parse_policy
-from errors import UserError, all_of
+from errors import UserError
 from models import Recipe, lookup, parts_of, size_problem, told_by_weights
-from models.own_file import (
-    CODE,
-    check_own_file,
-    code_of_weights,
-    is_own_file,
-    refuse_foreign_code,
-)
+from models.own_file import CODE, code_of_weights, refuse_foreign_code
 
-FOLD = re.compile("([0-9]{1,4})/([0-9]{1,4})")
-SELECTABLE = {  # by task, what --select may name beside auto
-    "classification": (
-        "loss", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece",
-    ),
-    "multilabel": ("loss", "mean_ap", "macro_f1", "micro_f1", "exact_match"),
-    "regression": ("loss", "r2"),
-}  # fmt: skip
-# By task, what has no meaning for it.
-NOT_OF = {
-    "regression": ("mixup", "cutmix", "loss", "class_weights", "sampler", "threshold"),
-    "multilabel": ("class_weights", "sampler"),
-    "classification": ("threshold",),
-}
 __version__ = "0.1.0"
 
 
@@ -241,134 +211,6 @@ def refuse_conflicts(typed: dict, saved: dict, folder: Path, allowed: tuple[str,
             f"add --allow-change {names}, or start a new run with another --run-dir",
             code="other-settings",
         )
-
-
-def check(settings: Settings) -> None:
-    """Problems that more than one field makes, all in one UserError."""
-    c, problems = settings.config, []
-
-    def wrong(message: str, code: str = "bad-value") -> None:
-        problems.append(UserError(message, code=code))
-
-    entry = lookup(c.model)
-    if problem := size_problem(c.model, entry, c.image_size):
-        wrong(problem, "image-too-small")
-    no_times = {"checkpoint_every": ("epoch",), "snapshot_every": ("auto", "off")}
-    for name in ("max_time", *no_times):
-        value = getattr(c, name)
-        if value and not (
-            name in no_times and (value in no_times[name] or NUMBER.fullmatch(value))
-        ):
-            try:
-                seconds(value)
-            except UserError as error:
-                wrong(f"--{name.replace('_', '-')} {error}", error.code)
-        if name in no_times and NUMBER.fullmatch(value) and int(value) < 1:
-            wrong(f"--{name.replace('_', '-')} 0: must be at least 1 step")
-    if c.shards != "auto" and not (NUMBER.fullmatch(c.shards) and int(c.shards) > 0):
-        wrong(f"--shards {c.shards}: must be auto or a whole number from 1")
-    task = task_of(c)
-    if "regression" in (task, entry.task) and task != entry.task:
-        wrong(f"--task {task}: {c.model} is for {entry.task}: drop one", "contradiction")
-    if task == "regression" and (more := parts_of(vars(c))):
-        wrong(f"--{', --'.join(more)}: of images; {c.model} sees none", "contradiction")
-    asked = [
-        f"--{name.replace('_', '-')}"
-        for name in NOT_OF[task]
-        if getattr(c, name) != HINTS[name].default
-    ]
-    if asked:
-        why = {
-            "regression": f"of classes; {c.model} is for regression",
-            "multilabel": "of pictures with one class each; --task multilabel has none",
-            "classification": "of --task multilabel; the likeliest class is the answer here",
-        }
-        wrong(f"{', '.join(asked)}: {why[task]}", "contradiction")
-    if task == "multilabel" and c.loss == "cross_entropy" and settings.asked("loss"):
-        wrong("--loss cross_entropy: of pictures with one class each; bce or focal here")
-    for name in ("loss", "optimizer"):
-        if is_own_file(getattr(c, name)) and not settings.actions.eval_only:
-            try:
-                check_own_file(getattr(c, name), f"--{name}")
-            except UserError as error:
-                problems.append(error)
-    for name, takers in TAKEN_BY.items():
-        other = c.optimizer not in takers and not is_own_file(c.optimizer)
-        if other and getattr(c, name) not in (None, False):
-            wrong(f"--{name}: {c.optimizer} has none; {', '.join(takers)}", "contradiction")
-    if c.unfreeze is not None:
-        try:
-            unfreezing(c.unfreeze)
-        except UserError as error:
-            problems.append(error)
-        if c.freeze == "none":
-            wrong("--unfreeze: nothing is frozen; say what with --freeze", "contradiction")
-        if c.compile:
-            wrong("--unfreeze and --compile: a compiled model trains what it began with: drop one",
-                  "contradiction")  # fmt: skip
-    if c.focal_gamma != HINTS["focal_gamma"].default and c.loss != "focal":
-        wrong(f"--focal-gamma: --loss {c.loss} has none; type --loss focal", "contradiction")
-    if c.layer_decay != 1 and c.optimizer == "muon":
-        wrong("--layer-decay: muon has rates of its own for each kind of layer", "contradiction")
-    if c.nesterov and not c.momentum:
-        wrong("--nesterov: needs a --momentum above 0", "contradiction")
-    if c.betas is not None:
-        try:
-            if [0 <= float(beta) < 1 for beta in c.betas.split(",")] != [True, True]:
-                raise ValueError
-        except ValueError:
-            wrong(f"--betas {c.betas}: must be two numbers from 0 to below 1, as 0.9,0.95")
-    if c.ema and c.optimizer == "schedule_free":
-        wrong("schedule_free averages its weights itself: type --ema 0", "contradiction")
-    if c.schedule == "one_cycle" and c.warmup and settings.asked("warmup"):
-        wrong("--warmup: --schedule one_cycle has a rise of its own: drop one", "contradiction")
-    if is_own_file(c.loss) and c.label_smoothing:
-        wrong("a loss of your own smooths for itself: type --label-smoothing 0", "contradiction")
-    if c.class_weights not in ("none", "balanced"):
-        try:
-            if not all(0 < float(word) < 1e6 for word in c.class_weights.split(",")):
-                raise ValueError
-        except ValueError:
-            wrong(
-                f"--class-weights {c.class_weights}: must be none, balanced, or a number above 0 "
-                "for each class, as 0.2,1,1"
-            )
-    if c.normalize not in ("auto", "data", "weights"):
-        try:
-            mean_and_std(c.normalize)
-        except UserError as error:
-            problems.append(error)
-    if c.normalize == "weights" and c.weights == "none":
-        wrong("--normalize weights: there are none; name some with --weights", "contradiction")
-    try:
-        policy = parse_policy(c.augment)
-        if c.alternating_flip and policy.flip != 0.5:
-            wrong(
-                "--alternating-flip mirrors every other epoch: write flip without a probability",
-                "contradiction",
-            )
-    except UserError as error:
-        problems.append(error)
-    if 0 < c.eval_resize < (size := c.eval_size or c.image_size):
-        wrong(f"--eval-resize {c.eval_resize}: must be at least the {size} pixels that are seen")
-    if c.fold is not None:
-        part = FOLD.fullmatch(c.fold)
-        if part is None or not 1 <= int(part[1]) <= int(part[2]) or int(part[2]) < 2:
-            wrong(f"--fold {c.fold}: must be one of several parts, as 1/5 to 5/5")
-        if c.split is not None:
-            wrong("--fold and --split both say which pictures test: drop one", "contradiction")
-    known = ("auto", *SELECTABLE[task])
-    if c.select not in known:
-        wrong(f"--select {c.select}: {c.model} is for {task}: {', '.join(known)}")
-    if settings.actions.eval_only and c.run_dir is None and c.weights in ("none", "auto"):
-        wrong(
-            "--eval-only needs what to evaluate: --resume runs/NAME, or --weights FILE",
-            "nothing-to-evaluate",
-        )
-    if settings.actions.fresh and settings.actions.resume:
-        wrong("--fresh and --resume contradict each other: drop one", "contradiction")
-    if problems:
-        raise all_of(problems)
 
 
 def own_disks(config: TrainConfig) -> list[str]:

@@ -72,12 +72,9 @@ def load_weights(
     with new rows if the weights are to be used `as_they_are`. Never executes code from a file.
     Processes that share a torch hub cache should not download together: let one go first.
     """
+    file, origin = Path(weights).expanduser(), f"weights from {weights}"
     if weights == "imagenet":
-        file = _fetch_imagenet(name)
-        origin = f"ImageNet weights of {name}"
-    else:
-        file = Path(weights).expanduser()
-        origin = f"weights from {weights}"
+        file, origin = _fetch_imagenet(name), f"ImageNet weights of {name}"
     beside = beside_state_dict(model)  # a run's file may have them
     own = {k: v for k, v in whole_state(model).items() if k not in beside}
     loaded = {_key(key, own): value for key, value in _read(file).items()}
@@ -85,24 +82,17 @@ def load_weights(
         loaded = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in loaded.items()}
     loaded, summed = _in_grey(loaded, own)
     loaded, resized = _for_this_size(loaded, own, model, name, image_size)
+    origin += resized + summed
 
-    known = _classes_of(weights, name)
-    mine = _as_imagenet(classes) if weights == "imagenet" else list(classes)
-    rows = places(mine, known) if known and mine else []
-    same_names = None not in rows and len(rows) == len(known)
-    if rows and not same_names and as_they_are:
-        sides = both_sides("the weights know", known, "the data have", classes)
-        raise UserError(f"--weights {weights}: other classes: {sides}", code="other-classes")
+    names = _Names(_classes_of(weights, name), tuple(classes), weights)
+    if as_they_are:
+        names.refuse_others()
     heads = head_prefixes(model, name, image_size)
-    kept = sum(row is not None for row in rows)
-    by_name = kept > 0 and rows != list(range(len(known)))
-    if by_name:
-        _match_rows(loaded, own, heads, rows, len(known), weights)
+    if names.permute:
+        _match_rows(loaded, own, heads, names.rows, len(names.known), weights)
     headless = not any(key.startswith(heads) for key in loaded) and name.startswith(TIMM)
-    others = [
-        _other_classes(head, loaded, own) or headless or bool(rows and not kept) for head in heads
-    ]
-    fresh = [head for head, other in zip(heads, others, strict=True) if other]
+    no_row = bool(names.rows and not names.kept)
+    fresh = tuple(h for h in heads if _other_classes(h, loaded, own) or headless or no_row)
     theirs = 0 if headless or not fresh else loaded[_head_key(fresh[0], own)].shape[0]
     if fresh and as_they_are:
         raise UserError(
@@ -110,55 +100,84 @@ def load_weights(
             f"{num_classes}: the head would be a new one, which knows nothing",
             code="other-classes",
         )
-    given = {k: v for k, v in loaded.items() if not k.startswith(tuple(fresh))}
+    given = {k: v for k, v in loaded.items() if not k.startswith(fresh)}
     extra = {k: given.pop(k) for k in beside & given.keys()}
-    missing = [k for k in own if k not in given and not k.startswith(tuple(fresh))]
-    unexpected = [k for k in given if k not in own]
+    wanted = {k: v for k, v in own.items() if k in given or not k.startswith(fresh)}
+    if problems := _differences(given, wanted, own):
+        raise UserError(
+            f"--weights {weights} does not fit --model {name}: {'; '.join(problems)}; "
+            + _trained_as(weights),
+            code="weights-do-not-fit",
+        )
+    load_whole_state(model, whole_state(model) | given | extra)
+    if names.permute:
+        return origin + names.told(len(given))
+    if not fresh:
+        doubt = ""
+        if classes and not names.known:
+            doubt = "; it names no classes: those of the data are taken to be its own, in order"
+        return f"{origin}, all {len(given)} tensors{doubt}"
+    parts = ", ".join(head.removesuffix(".") or "all of it" for head in fresh)
+    which = counted(theirs, "class")
+    if names.rows:
+        which = f"{counted(theirs, 'other class')} ({some(names.known, 4)})"
+    return f"{origin}; they know {which}, so the head for {num_classes} is new ({parts})"
+
+
+class _Names:
+    """Whose classes a file's head answers for, beside those of the data."""
+
+    def __init__(self, known: Sequence[str], classes: tuple[str, ...], weights: str):
+        self.known, self.classes, self.weights = known, classes, weights
+        mine = _as_imagenet(classes) if weights == "imagenet" else list(classes)
+        self.rows = places(mine, known) if known and mine else []  # of the file, one a class
+        self.same = None not in self.rows and len(self.rows) == len(known)
+        self.kept = sum(row is not None for row in self.rows)
+        self.permute = self.kept > 0 and self.rows != list(range(len(known)))
+
+    def refuse_others(self) -> None:
+        """Weights that are used as they are know the classes of the data and no others."""
+        if self.rows and not self.same:
+            sides = both_sides("the weights know", self.known, "the data have", self.classes)
+            raise UserError(
+                f"--weights {self.weights}: other classes: {sides}", code="other-classes"
+            )
+
+    def told(self, tensors: int) -> str:
+        """What came of it, where rows were matched by name."""
+        if self.same:
+            return f", all {tensors} tensors, the head's rows in the order of the data"
+        new = [self.classes[place] for place, row in enumerate(self.rows) if row is None]
+        gone = [other for place, other in enumerate(self.known) if place not in self.rows]
+        dropped = f", those of {some(gone, 4)} are left out" if gone else ""
+        which = f", the head's rows of {some(new, 4)} are new" if new else ""
+        return f": {self.kept} of {len(self.rows)} classes kept{which}{dropped}"
+
+
+def _differences(given: dict, wanted: dict, own: dict) -> list[str]:
+    """How tensors that are given differ from those that are wanted, a phrase for each kind."""
     shapes = [
         f"{k} ({_shape(v)} in the file, {_shape(own[k])} in the model)"
         for k, v in given.items()
         if k in own and v.shape != own[k].shape and not is_extra(k)
     ]
-    problems = [
+    return [
         f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
         for what, keys in (
-            ("missing:", missing),
-            ("not in the model:", unexpected),
+            ("missing:", [k for k in wanted if k not in given]),
+            ("not in the model:", [k for k in given if k not in own]),
             ("other shapes:", shapes),
         )
         if keys
     ]
-    if problems:
-        raise UserError(
-            f"--weights {weights} does not fit --model {name}: {'; '.join(problems)}; "
-            + (
-                f"it was trained as --model {told['model']} --image-size {told['image_size']}"
-                + "".join(f" --{name} {value}" for name, value in parts_of(told).items())
-                if (told := told_by_weights(weights))
-                else "name the model (and --image-size) that these weights were trained with"
-            ),
-            code="weights-do-not-fit",
-        )
-    load_whole_state(model, whole_state(model) | given | extra)
-    origin += resized + summed
-    if by_name and same_names:
-        return f"{origin}, all {len(given)} tensors, the head's rows in the order of the data"
-    if by_name:
-        new = [classes[place] for place, row in enumerate(rows) if row is None]
-        gone = [other for place, other in enumerate(known) if place not in rows]
-        dropped = f", those of {some(gone, 4)} are left out" if gone else ""
-        which = f", the head's rows of {some(new, 4)} are new" if new else ""
-        return f"{origin}: {kept} of {len(rows)} classes kept{which}{dropped}"
-    if not fresh:
-        doubt = ""
-        if classes and not known:
-            doubt = "; it names no classes: those of the data are taken to be its own, in order"
-        return f"{origin}, all {len(given)} tensors{doubt}"
-    heads = ", ".join(head.removesuffix(".") or "all of it" for head in fresh)
-    which = counted(theirs, "class")
-    if rows:
-        which = f"{counted(theirs, 'other class')} ({some(known, 4)})"
-    return f"{origin}; they know {which}, so the head for {num_classes} is new ({heads})"
+
+
+def _trained_as(weights: str) -> str:
+    """With which flags weights that do not fit were trained, or that these should be given."""
+    if not (told := told_by_weights(weights)):
+        return "name the model (and --image-size) that these weights were trained with"
+    parts = "".join(f" --{part} {value}" for part, value in parts_of(told).items())
+    return f"it was trained as --model {told['model']} --image-size {told['image_size']}{parts}"
 
 
 def imagenet_classes() -> list[str]:

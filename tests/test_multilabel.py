@@ -16,7 +16,7 @@ from sklearn import metrics as theirs
 from torch.nn import functional as F
 
 from config import parse
-from config.layers import SELECTABLE
+from config.checks import SELECTABLE
 from data.augment import Augment
 from data.image_set import labels_in_words, numbered_as
 from data.sources import load_source
