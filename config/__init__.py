@@ -1,5 +1,6 @@
 """Every setting: fields, layers and their origins, command line and YAML, batch plan; no torch."""
 
+import common.parent  # noqa: F401 - remembers the launcher before torch is imported
 from config.batch import BatchPlan, plan_batch
 from config.command_line import (
     build_parser,

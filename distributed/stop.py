@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -19,7 +19,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from common.parent import launched, orphaned
+from errors import STOPPED, UserError
 
 SECONDS_PER_ROW = 0.5  # at least, where rows are due by time: on a GPU
 REQUEUE = "requeue"  # in the STOP file of a job that its script puts back into the queue
@@ -62,7 +63,7 @@ class StopVote:
         self.group = None
         self._handlers: dict[int, Handler] = {}
         self.is_main = True
-        self._parent = os.getppid() if launched() else None
+        self._launched = launched()
         self._last_save = self._last_row = self._last_snapshot = time.monotonic()
         self._first_interrupt = 0.0
         self.before_the_end = lambda: None  # of a second Ctrl-C
@@ -113,6 +114,25 @@ class StopVote:
 
         return wrapped
 
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """While the processes look for each other: whose launcher is gone waits for nobody."""
+        met = threading.Event()
+
+        def look() -> None:
+            while not met.wait(1.0):
+                if orphaned():
+                    print("lockstep: the launcher is gone before its processes had met: this one "
+                          "ends", file=sys.stderr, flush=True)  # fmt: skip
+                    os._exit(STOPPED)
+
+        if self._launched:
+            threading.Thread(target=look, daemon=True).start()
+        try:
+            yield
+        finally:
+            met.set()
+
     def connect(self, group: dist.ProcessGroup | None, is_main: bool) -> None:
         """Vote in this group (None: alone) from now on."""
         self.group, self.is_main = group, is_main
@@ -125,7 +145,7 @@ class StopVote:
             if self._first_interrupt:
                 raise KeyboardInterrupt
             self._first_interrupt = now
-        elif number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
+        elif number == signal.SIGINT and at_a_terminal():
             if self._first_interrupt and now - self._first_interrupt > 2:
                 # On a thread of its own: what it needs may be held by what it interrupts.
                 words = threading.Thread(target=self.before_the_end, daemon=True)
@@ -141,7 +161,7 @@ class StopVote:
 
     def launcher_is_interrupted(self) -> bool:
         """Whether the launcher heard the same Ctrl-C: it dies at once, with a traceback."""
-        return self.signal_name == "SIGINT" and self._parent is not None and sys.stdin.isatty()
+        return self.signal_name == "SIGINT" and self._launched and at_a_terminal()
 
     def _look(self) -> int:
         """This process's own wish."""
@@ -149,7 +169,7 @@ class StopVote:
             self.request(STOP_FILE)
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.request(TIME_LIMIT)
-        if self._parent is not None and os.getppid() != self._parent:
+        if self._launched and orphaned():
             self.request(ORPHAN)
         return self.code
 
@@ -265,9 +285,9 @@ def is_due(every: float | None, last: float) -> bool:
     return every is not None and time.monotonic() - last > every
 
 
-def launched() -> bool:
-    """Whether a launcher stands above this process, whose death must not leave us behind."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+def at_a_terminal() -> bool:
+    """Whether a person may type to this process."""
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
 
 
 def restarts_left() -> bool:

@@ -47,14 +47,15 @@ class World(contextlib.AbstractContextManager):
         self._group_is_ours = not dist.is_initialized()
         self.stop = StopVote(guest=guest).install()
         try:
-            self.accelerator, self.settings = machine.build_accelerator(
-                settings, tune_malloc=not guest
-            )
-            self.device: torch.device = self.accelerator.device
-            self.is_main: bool = self.accelerator.is_main_process
-            self.num_processes: int = self.accelerator.num_processes
-            self.process_index: int = self.accelerator.process_index
-            group = machine.control_group() if self.num_processes > 1 else None
+            with self.stop.meeting():
+                self.accelerator, self.settings = machine.build_accelerator(
+                    settings, tune_malloc=not guest
+                )
+                self.device: torch.device = self.accelerator.device
+                self.is_main: bool = self.accelerator.is_main_process
+                self.num_processes: int = self.accelerator.num_processes
+                self.process_index: int = self.accelerator.process_index
+                group = machine.control_group() if self.num_processes > 1 else None
             self.stop.connect(group, self.is_main)
         except BaseException:
             self.stop.uninstall()

@@ -131,14 +131,16 @@ def test_a_deadline_asks_when_it_has_passed(vote):
 
 
 def test_a_dead_launcher_asks_and_a_shell_that_ends_does_not(vote, monkeypatch):
+    there = os.getppid()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert not launched() and answer(vote) == 0  # no launcher: nohup and disown go on
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(os, "getppid", lambda: 77)
+    monkeypatch.setattr(os, "getppid", lambda: there)
     under_a_launcher = StopVote()
     assert answer(under_a_launcher) == 0
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert answer(under_a_launcher) == ORPHAN
+    assert answer(StopVote()) == ORPHAN  # it was gone before the imports were done
 
 
 def test_the_gravest_reason_stays(vote):

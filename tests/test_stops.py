@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 
 import pytest
 from launches import (
     SMALL,
+    TRAIN,
     begun,
     children_with,
     command,
@@ -20,6 +23,7 @@ from launches import (
     train,
     wait_for,
 )  # fmt: skip
+from slurm_cluster import free_ports
 
 from distributed.checkpoint import visible
 
@@ -109,6 +113,37 @@ def test_a_trainer_whose_launcher_was_killed_saves_and_ends(nets, processes, nam
     while children_with(name) and time.monotonic() < end:
         time.sleep(0.2)
     stopped(nets, name, "the launcher is gone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["while it imports", "when it waits"])
+def test_a_process_whose_launcher_died_before_its_peer_came_waits_for_nobody(nets, when):
+    """An agent is killed; its process would else stand there until the limit of the meeting."""
+    (port,), name = free_ports(1), f"alone-{when.replace(' ', '-')}"
+    agent = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+    words = [sys.executable, "-c", agent, sys.executable, TRAIN, *LONG, "--run-dir", name]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x"}
+    process, log = start(words, nets, **place)
+
+    def listens() -> bool:
+        with socket.socket() as knock:
+            return knock.connect_ex(("127.0.0.1", port)) == 0
+
+    end = time.monotonic() + 120
+    ready = listens if when == "when it waits" else lambda: len(children_with(name)) == 2
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.1)
+    if when == "while it imports":
+        time.sleep(1.0)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while children_with(name) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert children_with(name) == []
+    assert "the launcher is gone before its processes had met" in log.read_text()
+    assert not (nets / name).exists()
 
 
 def test_the_time_limit_stops_a_run_that_can_go_on(nets):

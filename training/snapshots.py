@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 
 from common.disk import digest, read_json, write_text
+from common.parent import launched
 from common.text import seconds
 from config import MAY_CHANGE, TrainConfig
 from distributed.accelerator import wait_limit
 from distributed.checkpoint import Progress, Writer, capture, read_progress, sweep, verify, visible
-from distributed.stop import launched
 from distributed.world import World
 from errors import UserError
 from models.state import whole_state
