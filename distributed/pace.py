@@ -125,8 +125,14 @@ class Pace:
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None:
         """Where DDP waits in the backward itself: whose gradient is the last one, we see soon."""
+        self.let_go()
         for p in parameters if self.processes > 1 else ():
             self._hooks[p] = p.register_post_accumulate_grad_hook(self._arrived)
+
+    def let_go(self) -> None:
+        """Follow no parameter any more."""
+        while self._hooks:
+            self._hooks.popitem()[1].remove()
 
     def _arrived(self, parameter: Tensor) -> None:
         if self._marks:

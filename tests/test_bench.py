@@ -28,6 +28,7 @@ MODULES = (
     "kills",
     "shards",
     "launches",
+    "pace",
 )
 
 

@@ -147,6 +147,19 @@ def test_a_steps_time_is_cut_where_the_others_are_waited_for():
     assert len(pace._hooks) == 1  # of the parameter whose gradient is the last
 
 
+def test_who_follows_other_parameters_lets_the_first_ones_go():
+    """Else a run that unfreezes layers would mark each gradient twice, and more often later."""
+    pace, clock = Pace(0, 2, torch.device("cpu")), Clock()
+    pace.clock = clock
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    pace.follow(list(layers[1].parameters()))
+    pace.follow([p for layer in layers for p in layer.parameters()])
+    counts = [len(p._post_accumulate_grad_hooks) for layer in layers for p in layer.parameters()]
+    assert counts == [1] * 4
+    pace.let_go()
+    assert not any(p._post_accumulate_grad_hooks for layer in layers for p in layer.parameters())
+
+
 def test_a_process_alone_times_nothing_and_a_pause_is_no_step():
     alone = Pace(0, 1, torch.device("cpu"))
     alone.asks()
