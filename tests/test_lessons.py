@@ -1,6 +1,7 @@
 """The lessons: both languages hold the same commands, all are run or parsed; 29 questions."""
 
 import io
+import json
 import math
 import os
 import re
@@ -189,6 +190,7 @@ def run_in(folder, command: str):
     assert words[0] == "python", command
     # Threads that wait without spinning: cores here are shared with other tests.
     env = {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"}
+    env["LOCKSTEP_PYTHON"] = sys.executable
     return finish(*start([sys.executable, *words[1:]], folder, **env))
 
 
@@ -243,6 +245,10 @@ def test_the_lessons_teach_what_they_say(walk):
     assert last("my-cnn") > 90 and last("my-net") > 90
     assert "the same experiment" in done["python -m bench.same runs/one runs/two"].out
     assert abs(last("one") - last("two")) < 1
+    (lost,) = (d.out for c, d in done.items() if c.startswith("python lose_one.py"))
+    assert "rank 1 on " in lost and "from the snapshot in memory" in lost
+    lives = json.loads((folder / "runs/lost/status.json").read_text())["life"]
+    assert lives == 1 and "the same bits: True" in lost
     assert (folder / "runs" / "line" / "line.png").exists()
 
 
