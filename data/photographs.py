@@ -31,6 +31,7 @@ SCALING = {  # antialiased, as torch.nn.functional.interpolate calls them
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
+TURNED = torch.ops.aten.flip.out
 REDUCTIONS = (8, 4, 2)  # what libjpeg can divide the sides of a picture by while it decodes
 
 
@@ -332,22 +333,33 @@ def cut(
     Scaled by torch's antialiased filter in whole numbers, as torchvision's transforms are.
     """
     left, top, right, bottom, height, width, y, x, flips = row
-    part = np.ascontiguousarray(pixels[top:bottom, left:right])
-    part = torch.from_numpy(part if part.flags.writeable else part.copy())  # a page of a pack
-    if part.shape[:2] != (height, width):  # into what lies as a picture does: half the time
-        scaled = torch.empty((1, height, width, 3), dtype=torch.uint8)
+    size, part = len(out), pixels[top:bottom, left:right]
+    whole = height == width == size and not (x or y)
+    if part.shape[:2] != (height, width):
+        if min(part.strides) < 0 or not part.flags.writeable:  # torch takes neither
+            part = part.copy()
+        straight = whole and not flips
+        scaled = out if straight else np.empty((height, width, 3), np.uint8)
+        # Into what lies as a picture does: half the time.
         SCALING[interpolation](
-            part.permute(2, 0, 1)[None], [height, width], False, out=scaled.permute(0, 3, 1, 2)
-        )
-        part = scaled[0]
-    size = len(out)
-    seen = part[max(0, -y) : size - y, max(0, -x) : size - x]
-    if seen.shape != out.shape:
-        out[:] = fill
-    y, x = max(0, y), max(0, x)
+            torch.from_numpy(part.transpose(2, 0, 1)[None]), [height, width], False,
+            out=torch.from_numpy(scaled.transpose(2, 0, 1)[None]),
+        )  # fmt: skip
+        if straight:
+            return
+        part = scaled
+    if not whole:
+        part = part[max(0, -y) : size - y, max(0, -x) : size - x]
+        if part.shape != out.shape:
+            out[:] = fill
+        (rows, columns, _), y, x = part.shape, max(0, y), max(0, x)
+        x = size - x - columns if flips else x
+        out = out[y : y + rows, x : x + columns]
     if flips:  # torch turns rows around ten times faster than numpy does
-        seen, x = seen.flip(1), size - x - seen.shape[1]
-    out[y : y + seen.shape[0], x : x + seen.shape[1]] = seen.numpy()
+        part = np.ascontiguousarray(part)
+        TURNED(torch.from_numpy(part), [1], out=torch.from_numpy(out))
+    else:
+        out[:] = part
 
 
 def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
