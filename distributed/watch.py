@@ -134,12 +134,16 @@ class Watch:
         os._exit(1)
 
     def _places(self) -> dict[int, dict]:
-        """Rank -> what its last heartbeat says."""
+        """Rank -> what its last heartbeat says.
+
+        Not of an earlier life that had more processes: nobody removes what those left.
+        """
         places = {}
         for path in (self.folder or Path()).glob("heartbeat-*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 place = json.loads(path.read_text(encoding="utf-8"))
-                places[place["rank"]] = place
+                if place["rank"] < self.num_processes:
+                    places[place["rank"]] = place
         return places
 
     def where(self, rank: int) -> str:

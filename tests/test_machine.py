@@ -354,6 +354,19 @@ def test_who_waits_for_a_dead_process_notices_dumps_and_ends(tmp_path):
     )
 
 
+def test_what_a_life_of_more_processes_left_is_nobody_that_this_one_waits_for(tmp_path):
+    """Rank 2 of three was lost with its node; the next life has two, and starts slowly."""
+    lost = subprocess.Popen([sys.executable, "-c", ""])
+    lost.wait()
+    place = {"host": watch.socket.gethostname(), "pid": lost.pid, "step": 4, "phase": "step"}
+    for rank, dead in ((2, False), (1, True)):
+        text = json.dumps({"rank": rank, "time": 0.0, **place})
+        (tmp_path / f"heartbeat-{rank}.json").write_text(text)
+        mine = Watch(0, 2)
+        mine.folder = tmp_path
+        assert ("died without a word" in mine.dead_peer()) == dead == bool(mine.blame())
+
+
 @pytest.mark.parametrize(
     "phase, still, ends", [("step", 2, True), ("step", 0, False), ("start", 2, False),
                            ("end", 2, False), ("evaluate", 2, False), ("end", 7, True)],
