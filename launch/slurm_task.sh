@@ -15,6 +15,15 @@ own() { # what only this node finds wrong: its first process says so
     exit 2
 }
 
+answers() { # whether a node of the job still starts a process
+    timeout 30 srun --jobid="$SLURM_JOB_ID" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 \
+        --nodelist="$1" --export=ALL true 2>/dev/null </dev/null
+}
+if [ "${1:-}" = answers ]; then
+    answers "$2"
+    exit
+fi
+
 [ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ] && [ -n "${SLURM_STEP_NODELIST:-}" ] ||
     die "slurm_task.sh was started without srun, so it has no rank; use sbatch launch/slurm.sbatch"
 
@@ -65,4 +74,13 @@ fi
 # srun kills the others as soon as this status arrives: first let them tell what they saw and end.
 exec 2>/dev/null
 [ "$code" = 0 ] || sleep "${LOCKSTEP_GRACE:-8}"
+# With --no-kill SLURM leaves a job its nodes even where the one of its batch shell is lost: nobody
+# would end this step, nor start another. So the other nodes put the job back into the queue.
+if [ "$code" != 0 ] && [ -n "${LOCKSTEP_LEAST:-}" ] && [ "$SLURM_NODEID" != 0 ] &&
+    [ "$SLURM_LOCALID" = 0 ] && ! answers "$head"; then
+    # Not through srun, which is gone with that node.
+    exec >>"${LOCKSTEP_LOG:-/dev/null}" 2>&1
+    echo "lockstep: $head, the first node of the job, is lost: $SLURMD_NODENAME requeues the job"
+    scontrol requeue "${LOCKSTEP_JOB:-$SLURM_JOB_ID}"
+fi
 exit "$code"

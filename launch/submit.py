@@ -20,6 +20,8 @@ from sweep import read_rows
 LEAD_SECONDS = 180  # of --signal in slurm.sbatch: the job saves that long before its limit
 LEAD = re.compile(r"--signal=B:USR1@([1-9][0-9]{0,5})")  # another lead: the only such flag allowed
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+,-]*")
+NODES = re.compile(r"([0-9]+)(?::([0-9]+))?")  # 4, or 1:4
+GPUS = re.compile(r"(?:([A-Za-z0-9_.-]+):)?([0-9]+)")  # 8, or a100:8
 ARRAY = re.compile(r"[0-9]+(-[0-9]+(:[1-9][0-9]*)?)?(,[0-9]+(-[0-9]+)?)*(%[1-9][0-9]*)?")
 MANY = ("--sweep", "--seeds", "--folds")  # of train.py: several runs
 ONE_LOG = "--follow shows one log: follow an array's task with tail -F"
@@ -71,8 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="submit.py", description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False,
         epilog="What follows -- are train.py's flags: python train.py --help",
     )  # fmt: skip
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs per node: one process each")
+    parser.add_argument("--nodes", default="1", help="4; or 1:4, on what there is of four, and on "
+                        "what is left where one is lost")  # fmt: skip
+    parser.add_argument("--gpus", default="0", help="GPUs per node, one process each: 8, or a100:8")
     parser.add_argument("--tasks", type=int, default=1, help="processes per node without GPUs")
     parser.add_argument("--cpus", type=int, help="CPUs per process")
     parser.add_argument("--time", help="time limit: 4h, 3h50m, 1-12:00:00")
@@ -100,15 +103,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_counts(options: argparse.Namespace) -> list[str]:
+    """--nodes and --gpus as numbers: `nodes` at most, `least`, `gpus` and their `gpu_type`."""
+    problems = []
+    if (found := NODES.fullmatch(options.nodes)) is None:
+        problems.append(f"--nodes {options.nodes}: write 4, or 1:4 for one to four")
+    least, most = (int(part or found[1]) for part in found.groups()) if found else (1, 1)
+    if most < least:
+        problems.append(f"--nodes {options.nodes}: the smaller number first, {most}:{least}")
+    options.least, options.nodes = least, most
+    if (found := GPUS.fullmatch(options.gpus)) is None:
+        problems.append(f"--gpus {options.gpus}: write 8, or a100:8 for 8 of a kind (the names: "
+                        "sinfo -o %G)")  # fmt: skip
+    options.gpu_type, options.gpus = (found[1], int(found[2])) if found else (None, 0)
+    return problems
+
+
 def check(options: argparse.Namespace) -> None:
     """Every value that sbatch would take wrongly, or not at all."""
-    problems = []
-    for name in ("nodes", "tasks", "cpus"):
+    problems = read_counts(options)
+    for name in ("least", "tasks", "cpus"):
         value = getattr(options, name)
         if value is not None and value < 1:
+            name = "nodes" if name == "least" else name
             problems.append(f"--{name} {value}: must be at least 1")
-    if options.gpus < 0:
-        problems.append(f"--gpus {options.gpus}: must be at least 0")
     if options.gpus and options.tasks not in (1, options.gpus):
         problems.append(f"--tasks {options.tasks}: with --gpus there is one process per GPU")
     for name in ("name", "partition", "account", "qos", "mem"):
@@ -203,6 +221,11 @@ def check_settings(settings: dict, options: argparse.Namespace) -> None:
     if options.array and not options.sweep and settings["seed"][1] == "flag":
         raise Problem("--seed with --array would train the same run in every task: drop it (the "
                       "task's number is the seed), or use --sweep")  # fmt: skip
+    if options.least < options.nodes and settings["shards"][0] == "auto":
+        most = processes(options)
+        raise Problem(f"--nodes {options.least}:{options.nodes} needs --shards, which a run keeps "
+                      f"for life: at least {most} (as many processes as it may have), better a "
+                      f"number that others divide, as {-(-most // 12) * 12}")  # fmt: skip
     threads = settings["threads"][0]
     if options.cpus and threads.isdigit() and int(threads) > options.cpus:
         raise Problem(f"--threads {threads} would take turns on --cpus {options.cpus} CPUs of each "
@@ -267,6 +290,8 @@ def rehearsed(options: argparse.Namespace, settings: dict, runs: int) -> list[st
     each = f"{share:.0f}" if share.is_integer() else f"about {share:.1f}"
     limit = f"{options.time}, told {lead_of(options)} s before" if options.time else "the cluster's"
     nodes = f"{options.nodes} node{'s' * (options.nodes > 1)}"
+    if options.least < options.nodes:
+        nodes = f"{options.least} to {nodes}"
     lines = [
         "nothing was submitted (--dry-run)",
         f"runs       {runs}",
@@ -423,11 +448,15 @@ def seconds_needed(run: Path, batch: int, settings: dict) -> float:
 
 def sbatch_command(options: argparse.Namespace, arguments: list[str]) -> list[str]:
     log = "runs/slurm-%A_%a.log" if options.array else "runs/slurm-%j.log"
-    command = ["sbatch", "--parsable", f"--job-name={options.name}", f"--nodes={options.nodes}"]
+    nodes = str(options.nodes)
+    if options.least < options.nodes:
+        nodes = f"{options.least}-{options.nodes}"
+    command = ["sbatch", "--parsable", f"--job-name={options.name}", f"--nodes={nodes}"]
     command += [f"--ntasks-per-node={options.gpus or options.tasks}", f"--output={log}"]
     command.append("--export=ALL")  # some sites set SBATCH_EXPORT=NONE: no Python would be found
     if options.gpus:
-        command.append(f"--gpus-per-node={options.gpus}")
+        kind = f"{options.gpu_type}:" if options.gpu_type else ""
+        command.append(f"--gpus-per-node={kind}{options.gpus}")
     if options.cpus:
         command.append(f"--cpus-per-task={options.cpus}")
     if options.time:
@@ -451,6 +480,7 @@ def job_environment(options: argparse.Namespace, kept: Path | None) -> dict[str,
         "LOCKSTEP_CODE": str(kept / "code") if kept and options.snapshot else "",
         "LOCKSTEP_PYTHON": options.python or ("" if options.env else sys.executable),
         "LOCKSTEP_PREFLIGHT": "1" if options.preflight else "",
+        "LOCKSTEP_LEAST": str(options.least) if options.least < options.nodes else "",
     }
     return {name: value for name, value in given.items() if value}
 

@@ -139,7 +139,8 @@ def state_of(run: Path, queued: tuple[str, str] | None, silent: bool) -> tuple[s
     step = f"step {status['step']}" if "step" in status else ""
     state, reason = queued or ("", "")
     if state == "PENDING":
-        return "waits", ", ".join(filter(None, [step, reason]))
+        why = "" if reason == "None" else reason  # the scheduler has not looked at it yet
+        return "waits", ", ".join(filter(None, [step, why]))
     if state in ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"):
         return "runs", step or "starts"
     ended = status.get("status", "")

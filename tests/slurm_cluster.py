@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this one host, in a folder of its own, for the tests.
+"""A real SLURM of two or more nodes on this one host, in a folder of its own, for the tests.
 
 Debian: apt-get install slurm-wlm munge. Runs as root. With apart=True each node is a network
 namespace with its own address, so the nodes are separate hosts to each other.
@@ -89,8 +89,9 @@ class Hosts:
 class Cluster:
     """`with Cluster(folder) as slurm: slurm.run("sinfo")`."""
 
-    def __init__(self, folder: Path, gpus: int = 0, apart: bool = False):
+    def __init__(self, folder: Path, gpus: int = 0, apart: bool = False, nodes: int = 2):
         self.folder, self.gpus = folder, gpus
+        self.nodes = [f"n{i}" for i in range(1, nodes + 1)]
         self.hosts = Hosts() if apart else None
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))},
@@ -119,13 +120,13 @@ class Cluster:
 
     def write_conf(self) -> None:
         d, host = self.folder, socket.gethostname().partition(".")[0]
-        control, *ports = free_ports(3)
-        addresses = self.hosts.addresses if self.hosts else ["127.0.0.1"] * 2
+        control, *ports = free_ports(1 + len(self.nodes))
+        addresses = self.hosts.addresses if self.hosts else ["127.0.0.1"] * len(self.nodes)
         gres = f" Gres=gpu:{self.gpus}" if self.gpus else ""
         nodes = "\n".join(
-            f"NodeName=n{i} NodeHostname={host} NodeAddr={addresses[i - 1]} Port={ports[i - 1]} "
+            f"NodeName=n{i} NodeHostname={host} NodeAddr={address} Port={port} "
             f"CPUs=2 RealMemory=4000 Feature=cpu,number{i}{gres}"
-            for i in (1, 2)
+            for i, (address, port) in enumerate(zip(addresses, ports, strict=True), 1)
         )
         controller = self.hosts.gateway if self.hosts else "127.0.0.1"
         (d / "slurm.conf").write_text(f"""\
@@ -159,7 +160,7 @@ OverTimeLimit=1
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=DEFAULT Nodes=n1,n2 MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=DEFAULT Nodes={",".join(self.nodes)} MaxTime=INFINITE State=UP OverSubscribe=NO
 PartitionName=debug Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=low PriorityTier=1 GraceTime={GRACE}
 PartitionName=lowest PriorityTier=1 GraceTime=0
@@ -178,11 +179,11 @@ PartitionName=lowest PriorityTier=1 GraceTime=0
         self.daemon(["munged", *munge, *(f"--{k}={d}/{v}" for k, v in files.items())])
         self.daemon(["slurmctld", "-c"])
         time.sleep(2)
-        for i in (1, 2):
-            inside = self.hosts.inside(i - 1) if self.hosts else []
-            self.daemon([*inside, "slurmd", "-N", f"n{i}"])
+        for i, name in enumerate(self.nodes):
+            inside = self.hosts.inside(i) if self.hosts else []
+            self.daemon([*inside, "slurmd", "-N", name])
         deadline = time.monotonic() + 30
-        while self.run("sinfo", "-h", "-o", "%D %t").strip() != "2 idle":
+        while self.run("sinfo", "-h", "-o", "%D %t").strip() != f"{len(self.nodes)} idle":
             if time.monotonic() > deadline:
                 raise RuntimeError("SLURM does not come up:\n" + self.logs())
             time.sleep(0.3)
@@ -201,7 +202,7 @@ PartitionName=lowest PriorityTier=1 GraceTime=0
             self.run("scancel", "--full", "--signal=KILL", "--state=running")
             time.sleep(0.5)
         pids = []
-        for name in ("slurmd.n1", "slurmd.n2", "slurmctld", "munged"):
+        for name in (*(f"slurmd.{node}" for node in self.nodes), "slurmctld", "munged"):
             with contextlib.suppress(OSError, ValueError):
                 pids.append(int((self.folder / f"{name}.pid").read_text()))
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -241,6 +242,33 @@ PartitionName=lowest PriorityTier=1 GraceTime=0
                 raise TimeoutError(f"job {job} is {now}, not {' or '.join(wanted)}\n{self.logs()}")
             time.sleep(0.3)
         return now
+
+    def lose(self, node: str) -> None:
+        """As a node whose power fails: its daemon and all that it started, without a word."""
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int((self.folder / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+        conf = f"SLURM_CONF={self.env['SLURM_CONF']}"
+        marks = {f"SLURMD_NODENAME={node}".encode(), conf.encode()}
+        tasks, keepers = set(), set()
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if marks <= {*(path / "environ").read_bytes().split(b"\0")}:
+                    tasks.add(int(path.name))
+                    parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+                    if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd"):
+                        keepers.add(int(parent))
+        for pid in (*keepers, *tasks):  # first who would tell how the others ended
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def bring_back(self, node: str) -> None:
+        """Its daemon starts again; a node that was DOWN is taken in."""
+        self.daemon(["slurmd", "-N", node])
+        deadline = time.monotonic() + 60
+        while self.run("sinfo", "-h", "-o", "%D %t").strip() != f"{len(self.nodes)} idle":
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{node} does not come back:\n{self.logs()}")
+            time.sleep(0.3)
 
     def has_steps(self, job: str) -> bool:
         """Whether a process of SLURM's still looks after a step of this job."""

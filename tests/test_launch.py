@@ -277,6 +277,41 @@ def test_tasks_follow_the_gpus_and_a_mismatch_is_named(desk):
     assert done.returncode == 2 and "2 tasks per node for 4 GPUs" in done.stderr
 
 
+LOSES = """#!/bin/bash
+while [[ $1 == --* ]]; do
+    echo "$1" >>srun.txt
+    [[ $1 != --nodelist=far2 ]] || only=far2
+    shift
+done
+if [ "$1" = true ]; then [ "$only" != far2 ]; exit; fi
+export SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_STEP_NUM_NODES=1
+export SLURM_STEP_NODELIST='far[1-2]' SLURM_STEP_NUM_TASKS=1 SLURM_STEP_TASKS_PER_NODE=1
+export SLURMD_NODENAME=far1 CODE=$([ -e failed ] && echo 0 || echo 1) STATUS=$RUNNING
+if [ -e failed ]; then STATUS=$FINISHED; fi
+touch failed
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize(("least", "again"), [("1", True), ("2", False), ("", False)])
+def test_a_job_that_may_do_with_fewer_nodes_goes_on_without_the_one_that_does_not_answer(
+    desk, least, again
+):
+    (desk / "stubs" / "srun").write_text(LOSES)
+    both = {"RUNNING": status(resumed_at=0, step=5), "FINISHED": status(status="finished", life=1)}
+    done = batch(desk, *TINY, **both, LOCKSTEP_LEAST=least, SLURM_JOB_NUM_NODES="2")
+    asked = (desk / "srun.txt").read_text().split()
+    if again:
+        assert done.returncode == 0, done.stderr
+        assert "lost far2: going on with 1 node, far1" in done.stderr
+        assert asked.count("--nodes=2") == 1 and asked[-1] != "--nodes=2"
+        assert {"--nodes=1", "--ntasks=1", "--nodelist=far1", "--overlap"} <= {*asked}
+    else:
+        assert "going on with" not in done.stderr and asked.count("--nodes=2") == 1
+        assert ("lost far2, and fewer than 2 nodes are left" in done.stderr) == bool(least)
+        assert "not requeued" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -474,6 +509,38 @@ def test_a_life_that_never_began_does_not_requeue_on_an_older_lifes_word(desk):
     assert done.returncode == 2 and "requeue" not in calls(desk)
 
 
+# Stand for the tools: their options, then the command, as inside: here, or elsewhere with nothing.
+APPTAINER = """[ "$1" = exec ] && shift
+while [[ $1 == --* ]]; do [ "$1" = --nv ] || shift; shift; done
+shift && exec "$@"
+"""
+ENROOT = """[ "$1" = start ] && shift
+given=("PATH=$PATH")
+while [[ $1 == --* ]]; do [ "$1" = --mount ] || given+=("$2=${!2}"); shift 2; done
+shift && cd / && exec env -i "${given[@]}" "$@"
+"""
+
+
+@pytest.mark.parametrize("tool", ["apptainer", "enroot"])
+def test_the_scripts_for_containers_hand_on_folder_environment_and_every_word(tool, tmp_path):
+    page = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    (text,) = (t for t in re.findall(r"```bash\n(.*?)```", page, flags=re.S) if tool in t)
+    script, look = tmp_path / "lockstep-python", "import json, os, sys\n"
+    script.write_text(text)
+    look += "print(json.dumps([os.getcwd(), dict(os.environ), sys.argv[1:]]))"
+    path = stubs(tmp_path, apptainer=APPTAINER, enroot=ENROOT,
+                 python=f'exec {sys.executable} "$@"')  # fmt: skip
+    place = {"RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "SLURM_JOB_ID": "77",
+             "LOCKSTEP_LOG": "a b'\n\"c"}  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(script), "-c", look, *HOSTILE], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, **place, "PATH": path}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder, environment, words = json.loads(done.stdout)
+    assert folder == str(tmp_path) and words == HOSTILE and place.items() <= environment.items()
+
+
 # --- submit.py -----------------------------------------------------------------------------------
 
 
@@ -485,6 +552,18 @@ def test_submit_prints_one_exact_command_and_dry_run_submits_nothing():
     for word in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--time=0-04:00:00"):
         assert word in line.split()
     assert line.endswith("--data-dir 'a b;$(x)'")
+
+
+def test_submit_asks_for_a_range_of_nodes_and_for_gpus_of_a_kind():
+    done = submit("--nodes", "1:3", "--gpus", "a100:8", "--dry-run", "--", *TINY, "--batch-size",
+                  "240", "--shards", "24")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.strip().splitlines()[-1].split()
+    for word in ("--nodes=1-3", "--gpus-per-node=a100:8", "--ntasks-per-node=8"):
+        assert word in line, line
+    assert "LOCKSTEP_LEAST=1" in line and "24: 1 to 3 nodes x 8 GPUs" in done.stdout
+    fixed = submit("--nodes", "3", "--gpus", "8", "--dry-run", "--", *TINY)
+    assert "--nodes=3" in fixed.stdout.split() and "LOCKSTEP_LEAST" not in fixed.stdout
 
 
 def test_submit_hands_sbatch_every_byte(tmp_path):
@@ -528,6 +607,10 @@ def test_submit_hands_sbatch_every_byte(tmp_path):
         (["--sbatch=--signal=B:USR1@600", "--time", "9m"], TINY, "600 s"),
         (["--sbatch=--export=NONE"], TINY, "--export"),
         (["--nodes", "0"], TINY, "at least 1"),
+        (["--nodes", "1-3"], TINY, "write 4, or 1:4"),
+        (["--nodes", "3:1"], TINY, "the smaller number first, 1:3"),
+        (["--nodes", "1:3", "--tasks", "2"], TINY, "at least 6 (as many"),
+        (["--gpus", "a100:x"], TINY, "write 8, or a100:8"),
         (["--cpus", "1"], [*TINY, "--threads", "4"], "ask for --cpus 4"),
         (["--lr", "0.1"], TINY, "--lr 0.1: not submit.py's; what is train.py's stands after --"),
         ([], [], "flags are missing"),

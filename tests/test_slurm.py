@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from launches import linked_repository
+from safetensors.torch import load_file
 from slurm_cluster import Cluster, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -72,6 +73,15 @@ def wait_for_step(slurm: Cluster, job: str, step: int) -> None:
     deadline = time.monotonic() + 90
     while not (
         status(slurm, job).get("status") == "running" and status(slurm, job)["step"] >= step
+    ):
+        assert time.monotonic() < deadline, log(slurm, job)
+        time.sleep(0.1)
+
+
+def wait_for_life(slurm: Cluster, job: str, life: int) -> None:
+    deadline = time.monotonic() + 240
+    while not (
+        status(slurm, job).get("life") == life and status(slurm, job)["status"] == "running"
     ):
         assert time.monotonic() < deadline, log(slurm, job)
         time.sleep(0.1)
@@ -408,6 +418,74 @@ def test_submit_follows_a_job_to_its_end(slurm):
     assert done.returncode == 0, done.stderr
     for told in ("job  ", "scancel", "--resume runs/slurm-", "finished at step 1", "COMPLETED"):
         assert told in done.stdout, done.stdout + done.stderr
+
+
+# --- a node is lost, and the run goes on with fewer -----------------------------------------------
+
+FEWER = ["--model", "my_cnn", "--dataset", "digits", "--image-size", "16", "--limit", "128",
+         "--batch-size", "24", "--lr", "0.001", "--threads", "1", "--log-every", "1", "--shards",
+         "6", "--no-plots", "--max-steps", str(STEPS), "--checkpoint-every", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    require_slurm()
+    with Cluster(tmp_path_factory.mktemp("three"), nodes=3) as cluster:
+        cluster.home = linked_repository(tmp_path_factory.mktemp("home") / "lockstep")
+        done = subprocess.run(
+            [sys.executable, "train.py", *FEWER, "--run-dir", "runs/undisturbed"],
+            cwd=cluster.home, env={**cluster.env, **JOB}, capture_output=True, text=True,
+            timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield cluster
+
+
+def assert_undisturbed(slurm: Cluster, job: str) -> None:
+    """Weights within rounding of the run on one process: six shards, added up in another order."""
+    one, other = (
+        load_file(slurm.home / "runs" / name / "last.safetensors")
+        for name in ("undisturbed", f"slurm-{job}")
+    )
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= 1e-5 * tensor.abs().max().clamp(min=1), name
+
+
+def test_where_a_node_is_lost_that_is_not_the_first_the_others_go_on_in_the_same_job(three):
+    """SLURM does not know yet that it is gone; with --no-kill it leaves the job the others."""
+    job = sbatch(three, "--nodes=1-3", "--no-kill", flags=FEWER, LOCKSTEP_LEAST="1",
+                 LOCKSTEP_FAULT=f"{slow_until(15)};hang@step=15,life=1,seconds=8")  # fmt: skip
+    wait_for_step(three, job, 5)
+    three.lose("n3")
+    wait_for_life(three, job, 1)
+    three.run("scontrol", "update", "NodeName=n3", "State=DOWN", "Reason=lost")  # or SlurmdTimeout
+    assert three.wait(job) == "COMPLETED", log(three, job)
+    three.bring_back("n3")
+    told = log(three, job)
+    assert "lost n3: going on with 2 nodes, n1,n2" in told and restarts(three, job) == 0, told
+    assert "3 x CPU" in told and "2 x CPU" in told, told
+    after = status(three, job)
+    assert after["life"] == 1 and after["resumed_at"] >= 4, after
+    assert_undisturbed(three, job)
+
+
+def test_where_the_first_node_is_lost_slurm_requeues_the_job_on_those_that_are_left(three):
+    """The node of the batch shell, of the store and of rank 0; the job asked for one to three."""
+    job = sbatch(three, "--nodes=1-3", flags=FEWER, LOCKSTEP_LEAST="1",
+                 LOCKSTEP_FAULT=slow_until(15))  # fmt: skip
+    wait_for_step(three, job, 5)
+    three.lose("n1")
+    three.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=lost")  # or SlurmdTimeout
+    three.wait(job, "PENDING")
+    three.start_now(job)
+    assert three.wait(job) == "COMPLETED", log(three, job)
+    three.bring_back("n1")
+    told = log(three, job)
+    assert "3 nodes x 1 process" in told and "2 nodes x 1 process (n[2-3])" in told, told
+    after = status(three, job)
+    assert after["life"] == 1 and after["resumed_at"] >= 4 and restarts(three, job) == 1, after
+    assert_undisturbed(three, job)
 
 
 def test_nodes_that_are_separate_hosts_give_the_same_run(alone, tmp_path):
