@@ -109,34 +109,46 @@ def run_all(rows: Rows) -> int:
 @contextlib.contextmanager
 def entered(rows: Rows) -> Iterator[None]:
     """The folder of all rows, with its sweep.json, for this process alone."""
-    folder, told = rows.folder, rows.told()
-    old = read_json(folder / SWEEP)
-    if old is None and folder.is_dir() and {path.name for path in folder.iterdir()} - {"lock"}:
-        raise UserError(
-            f"{folder} holds files that are no sweep; name another folder with --run-dir",
-            code="run-dir-foreign",
-        )
-    if old is not None:
-        kept, now = ([_own(row) for row in of.get("rows", [])] for of in (old, told))
-        if old.get("base") != told["base"] or kept != now[: len(kept)]:
-            raise UserError(
-                f"{folder} holds other runs: {_difference(old, told)}; what was there can only "
-                "be added to, as rows at the end. Name another folder with --run-dir",
-                code="other-sweep",
-            )
+    folder, told, lock = rows.folder, rows.told(), rows.folder / "lock"
+    if not lock.exists():
+        _refuse_foreign(folder)  # before a file of ours lies in it
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with lock.open("w") as held:
         if fcntl is not None:
             try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(
                     f"another process is making the runs of {folder}; wait for it, or name "
                     "another folder with --run-dir",
                     code="run-dir-in-use",
                 ) from None
+        _refuse_foreign(folder)  # what is there stays so only while we hold the lock
+        _refuse_others(folder, told)
         write_json(folder / SWEEP, told)
         yield
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if read_json(folder / SWEEP) is not None or not folder.is_dir():
+        return
+    if {path.name for path in folder.iterdir()} - {"lock"}:
+        raise UserError(
+            f"{folder} holds files that are no sweep; name another folder with --run-dir",
+            code="run-dir-foreign",
+        )
+
+
+def _refuse_others(folder: Path, told: dict) -> None:
+    if (old := read_json(folder / SWEEP)) is None:
+        return
+    kept, now = ([_own(row) for row in of.get("rows", [])] for of in (old, told))
+    if old.get("base") != told["base"] or kept != now[: len(kept)]:
+        raise UserError(
+            f"{folder} holds other runs: {_difference(old, told)}; what was there can only "
+            "be added to, as rows at the end. Name another folder with --run-dir",
+            code="other-sweep",
+        )
 
 
 def _own(row: dict) -> tuple:

@@ -1,9 +1,9 @@
 """Faults on purpose, for tests: LOCKSTEP_FAULT="kill@step=23,rank=1,life=0"; off unless set.
 
 Several plans are separated by `;`. What happens: kill, exit0, stop (SIGSTOP), term, usr1, raise,
-oom, hang, enospc, nan (told to the caller). Where: `point` (step, backward, evaluate, data, start,
-save:begin, save:written, save:manifest, save:renamed, save:pruned; snapshot:begin and so on), or
-`step` alone.
+oom, hang, enospc, nan (told to the caller). Where: `point` (step, backward, evaluate, fold, data,
+start, save:begin, save:written, save:manifest, save:renamed, save:pruned; snapshot:begin and so
+on), or `step` alone.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ python launch/submit.py --status 4711
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -274,11 +275,15 @@ def check_rows(options: argparse.Namespace, many: dict, python: str) -> dict:
 
 
 def write(path: Path, text: str) -> None:
-    """A file that a job will read; its folder is made."""
+    """A file that a job will read, whole or not at all; its folder is made."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise Problem(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -56,7 +56,8 @@ def finish(
             world.stop.reason, failed = DAMAGED, panels.cannot_decode(damaged)
         code = FAILED
     if log.plan.config.fold and code == FINISHED and log.plan.folder is not None:
-        write_out_of_fold(log.plan.folder, learner, data, world, progress)
+        told = write_out_of_fold(log.plan.folder, learner, data, world, progress)
+        code = FINISHED if told else STOPPED  # the next life has no more to do than that
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         if not reason and schedule.gave_up(progress):

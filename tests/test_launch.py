@@ -647,6 +647,27 @@ def test_submit_checks_each_row_of_a_sweep_before_anything_queues(tmp_path):
         assert done.returncode == 2 and told in done.stderr, done.stderr
 
 
+def test_a_list_of_rows_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A full disk leaves the old one, by which jobs that wait find their rows."""
+    monkeypatch.syspath_prepend(home() / "launch")
+    import submit as module
+
+    file = tmp_path / "runs" / "sweep.json"
+    module.write(file, "old")
+
+    def full(path, text, **_):
+        with path.open("w") as opened:
+            opened.write(text[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(module.Problem, match=r"sweep.json cannot be written: No space left"):
+        module.write(file, "new and longer")
+    assert file.read_text() == "old" and [path.name for path in file.parent.iterdir()] == [
+        file.name
+    ]
+
+
 def test_submit_refuses_two_rows_of_a_sweep_in_one_folder(tmp_path):
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("--run-dir runs/a\n--seed 1\n--run-dir runs/b/../a\n")

@@ -19,6 +19,7 @@ from data.sources import load_source
 from data.splits import folded, keyed_folds, keyed_split
 from distributed.stop import SIGNALS
 from distributed.watch import alive
+from training.out_of_fold import FILE
 
 SMALL = ["--model", "my_cnn", "--dataset", "digits", "--image-size", "16", "--batch-size", "64"]
 SMALL += ["--weights", "none", "--threads", "1", "--no-plots", "--log-every", "1"]
@@ -83,6 +84,24 @@ def test_an_array_job_may_have_rows_more_at_the_end_and_no_others(tmp_path):
         done = python(*submit, "--seeds", str(seeds))
         assert done.returncode == status, (kept, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
+
+
+def test_what_another_command_wrote_until_the_lock_was_ours_counts(tmp_path, monkeypatch):
+    """Both find an empty folder; the second one has the lock when the first one has ended."""
+    folder = tmp_path / "x"
+    rows = Rows(folder, ("--model", "my_cnn"), (Row(0, "", {"lr": "0.1"}),))
+    others = Rows(folder, ("--model", "alexnet"), rows.rows).told()
+    monkeypatch.setattr(
+        many.fcntl, "lockf", lambda *_: (folder / "sweep.json").write_text(json.dumps(others))
+    )
+    with refused("other-sweep", match="holds other runs: --model alexnet"), many.entered(rows):
+        pass
+    assert json.loads((folder / "sweep.json").read_text()) == others
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "letter.txt").write_text("")
+    with refused("run-dir-foreign"), many.entered(Rows(tmp_path / "own", (), rows.rows)):
+        pass
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize(
@@ -312,6 +331,18 @@ def test_the_folds_of_a_data_set_cover_it_and_keep_its_labels():
     assert sorted(seen) == sorted(known)
     with refused("no-folds"):
         folded(load_source("line"), "1/3")
+
+
+def test_a_fold_that_is_stopped_in_its_last_pass_says_so_and_the_next_life_answers(tmp_path):
+    """Else it would be finished for ever, and its pictures missing among the suspects."""
+    words = [*SMALL, "--epochs", "1", "--fold", "1/3", "--run-dir", "one"]
+    first = train(words, tmp_path, LOCKSTEP_FAULT="term@point=fold,life=0")
+    status = json.loads((tmp_path / "one" / "status.json").read_text())
+    assert first.status == 75 and status["status"] == "stopped", first.out
+    assert "SIGTERM" in status["reason"] and not (tmp_path / "one" / FILE).exists()
+    assert train(words, tmp_path).status == 0
+    assert (tmp_path / "one" / FILE).is_file()
+    assert json.loads((tmp_path / "one" / "status.json").read_text())["status"] == "finished"
 
 
 # --- launches ------------------------------------------------------------------------------------

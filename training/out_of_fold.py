@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.disk import whole
+from distributed import faults
 from distributed.checkpoint import Progress
 from distributed.world import World
 from training.best import with_weights
@@ -19,19 +20,21 @@ FILE = "out_of_fold.safetensors"  # of a run with --fold: rows in the order of s
 
 def write_out_of_fold(
     folder: Path, learner: Learner, data: Data, world: World, progress: Progress
-) -> None:
+) -> bool:
     """Probabilities (n, classes) float32 and labels (n,) of the test pictures, into the run.
 
     A picture that could not be decoded has no numbers (NaN). All processes take part; nothing is
-    written where the run was told to stop meanwhile, or has no best weights.
+    written where there are no best weights, nor where the run was told to stop meanwhile: False
+    then, and the next life does it.
     """
     if data.source.task != "classification" or not world.main_decides((folder / BEST).is_file):
-        return
+        return True
     weights = world.all_or_none(lambda: load_file(folder / BEST))
     found = with_weights(weights, learner, data, world, progress, _probabilities)
     if found is not None and world.is_main:
         with whole(folder / FILE) as partial:
             save_file(found, partial)
+    return found is not None
 
 
 @torch.no_grad()
@@ -42,6 +45,7 @@ def _probabilities(
     model, augment = learner.evaluated_model(data).eval(), data.augment
     mine = []
     for batch in learner.seeded(data.evaluation("test")):
+        faults.hit("fold", progress.step)
         images = augment.evaluate(batch["images"])
         with world.accelerator.autocast():
             logits = augment.vote(lambda view: learner.logits(model, view), images)
