@@ -13,7 +13,7 @@ from data.pack import levels_in
 from errors import UserError
 from export.forms import Ask, answer
 from export.service import in_unit
-from training.data import build_data, source_named
+from training.data import build_data, source_named, split_of
 
 MOST_APART = 1e-3  # of a confidence: float32 in another order of additions is far nearer
 AT_ONCE = 32  # pictures
@@ -50,7 +50,7 @@ def pictures_of_run(folder: Path, told: dict, built: str, most: int) -> Tensor:
     moved = ["--model", built, "--allow-change", "model"] * (built != told["model"])
     settings = parse(["--resume", str(folder), *moved])
     config = settings.config
-    source = source_named(config, config.split, levels_in(told))
+    source = source_named(config, split_of(config, folder), levels_in(told))
     if list(source.classes) != list(told["classes"]):
         raise UserError("the data have other classes by now", code="other-classes")
     count = len(source.test)

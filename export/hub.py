@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import shutil
 from keyword import iskeyword
 from pathlib import Path
@@ -44,13 +45,26 @@ def keep_own_code(target: Path, told: dict, file: Path) -> None:
         shutil.copyfile(file.parent / place, target / place)
 
 
+def as_code(text: str) -> str:
+    """A name as a Markdown code span, whatever it holds: its fence is longer than any inside."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " if "`" in (text[:1], text[-1:]) else ""
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def as_words(text: str) -> str:
+    """A name in a Markdown sentence or table, where none of its characters is markup."""
+    return re.sub(r"([\\`*\[\]<>|~&])|((?<!\w)_|_(?!\w))", r"\\\1\2", printable(text))
+
+
 def card(description: dict, told: dict, built: str) -> str:
     """The model card: what it is, what it was trained on, how good it is, how to load it."""
     classes, metrics = told["classes"], description["metrics"]
-    shown = ", ".join(f"`{printable(name)}`" for name in classes[:100])
+    shown = ", ".join(as_code(name) for name in classes[:100])
     if len(classes) > 100:
         shown += f" and {len(classes) - 100} more (all of them in config.json)"
-    numbers = "".join(f"| {printable(name)} | {value:.4g} |\n" for name, value in metrics.items())
+    numbers = "".join(f"| {as_words(name)} | {value:.4g} |\n" for name, value in metrics.items())
     table = (
         f"| on the test pictures | |\n|---|---|\n{numbers}" if numbers else "No metrics known.\n"
     )
@@ -59,9 +73,9 @@ def card(description: dict, told: dict, built: str) -> str:
     words = "averaged weights" if description["averaged"] else "weights"
     own = is_own_file(built)
     trust = " --trust-code" if own else ""
-    about = f"{printable(description['model'])} for {len(classes)} classes of images"
+    about = f"{as_words(description['model'])} for {len(classes)} classes of images"
     if description["dataset"]:
-        about += f", trained on {printable(description['dataset'])} by Lockstep"
+        about += f", trained on {as_words(description['dataset'])} by Lockstep"
     mean, std = (", ".join(f"{value:.6g}" for value in told[name]) for name in ("mean", "std"))
     return f"""---
 pipeline_tag: image-classification
@@ -71,7 +85,7 @@ tags:
 # license: choose one (https://huggingface.co/docs/hub/repositories-licenses)
 ---
 
-# {printable(description["run"])}
+# {as_words(description["run"])}
 
 {about}. These are its {description["weights"]} {words}, of step {description["step"]}.
 

@@ -164,6 +164,26 @@ def test_a_folder_for_the_hub_loads_by_its_own_words_and_keeps_a_card(run, digit
     assert predicted(folder, digits, "--trust-code") == predicted(run, digits)
 
 
+def test_no_class_is_markup_on_the_card(run):
+    """A folder may be called anything; the hub shows the card as GitHub shows Markdown."""
+    from markdown_it import MarkdownIt  # which rich brings
+
+    _, told = load_run(run)
+    names = ["a|b", "`rm`", "``", "*c* _d_", "<b>e</b>", "f\\", "g_h"]
+    description = {
+        "metrics": {f"recall of {name}": 0.5 for name in names}, "model": "*m*", "dataset": "_d_",
+        "run": "x <i>", "averaged": False, "weights": "best", "step": 1,
+        "preprocessing": {"steps": []},
+    }  # fmt: skip
+    made = hub.card(description, {**told, "classes": names, "model": "my_cnn"}, "my_cnn")
+    tokens = MarkdownIt("commonmark").enable("table").parse(made.split("---\n", 2)[2])
+    pieces = [piece for token in tokens for piece in token.children or []]
+    assert [piece.content for piece in pieces if piece.type == "code_inline"][: len(names)] == names
+    assert not {piece.type for piece in pieces} & {"em_open", "html_inline", "strong_open"}
+    cells = [token.content for token in tokens if token.type == "inline"]
+    assert sum(cell.startswith("recall of") for cell in cells) == len(names) == cells.count("0.5")
+
+
 def test_an_upload_leaves_out_what_python_compiled_where_the_folder_was_tried(
     tmp_path, monkeypatch
 ):
@@ -328,3 +348,24 @@ def test_the_pictures_that_are_asked_about_are_those_of_the_runs_own_fold(nets):
     _, told = load_run(folder)
     images = json.loads((folder / "summary.json").read_text())["test/images"]
     assert len(pictures_of_run(folder, told, told["model"], 10_000)) == images > 500
+
+
+def test_the_pictures_that_are_asked_about_are_those_that_the_run_kept_apart(nets, tmp_path):
+    """A list of --split may be another one by now, or gone; the run has its own."""
+    for number in range(24):
+        place = tmp_path / "own" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * number, 90, 30)).save(place)
+    names = [f"{'ab'[number % 2]}/{number}.png" for number in range(24)]
+    listed = [
+        "name,split",
+        *(f"{name},{'test' if n < 6 else 'train'}" for n, name in enumerate(names)),
+    ]
+    (tmp_path / "parts.csv").write_text("\n".join(listed) + "\n")
+    words = ["--model", f"{nets / 'plain.py'}:Net", *SMALL, "--epochs", "1", "--batch-size", "8"]
+    words += ["--dataset", str(tmp_path / "own"), "--split", str(tmp_path / "parts.csv")]
+    done = train([*words, "--run-dir", str(tmp_path / "run")], nets)
+    assert done.status == 0, done.out
+    _, told = load_run(tmp_path / "run")
+    (tmp_path / "parts.csv").unlink()
+    assert len(pictures_of_run(tmp_path / "run", told, told["model"], 100)) == 6

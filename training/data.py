@@ -218,6 +218,16 @@ def source_named(
     return multi_hot(source) if many and source.classes else source
 
 
+def split_of(config: TrainConfig, run: str | Path | None) -> str | None:
+    """What tells which picture trains: a run's own list, where --split named one at its birth.
+
+    That list may have changed since, or be gone.
+    """
+    if config.split and run and (Path(run) / SPLIT_FILE).exists():
+        return str(run)
+    return config.split
+
+
 def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> tuple[Plan, Data]:
     """The data set of a plan, the same on every process, with its loaders and augmentation.
 
@@ -227,9 +237,7 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     """
     faults.hit("data")
     config = plan.config
-    split = config.split
-    if split and plan.goes_on and config.run_dir and (Path(config.run_dir) / SPLIT_FILE).exists():
-        split = config.run_dir  # what it named at the run's birth may have changed or gone
+    split = split_of(config, config.run_dir if plan.goes_on else None)
     card = world.main_decides(lambda: card_of_run(plan))
     source = world.all_or_none(world.stop.interruptible(lambda: source_named(
         config, split, levels_in(card), stage=config.stage,
