@@ -10,6 +10,7 @@ import json
 import secrets
 import signal
 import socket
+import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,7 @@ from report.page import HERE, SPEED, STYLE, TEMPLATES, Files, is_number, source_
 
 SCRIPT = (HERE / "live.js").read_text(encoding="utf-8")
 HOSTS = {"127.0.0.1", "localhost", "[::1]"}  # an ssh tunnel may have any port at its other end
+JUDGED = ("test/", "val/")  # of an evaluation
 MOST_BYTES = 2_000_000  # of metrics.jsonl in an answer; the rest comes with the next
 REFUSED = ("HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 
@@ -50,9 +52,36 @@ def new_rows(file: Path, place: int) -> tuple[int, int, list[dict], bool]:
     return place, place + len(data), rows, len(data) > MOST_BYTES // 2
 
 
-def state_of(folder: Path) -> dict[str, Json]:
+class Reader:
+    """Reads metrics.jsonl once, however often it is asked; keeps evaluations and the last row."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._place, self._life = 0, None
+        self._evaluations: list[dict] = []
+        self._last: list[dict] = []
+        self._lock = threading.Lock()  # each answer has a thread
+
+    def rows(self) -> list[dict]:
+        """What the page's words are made of, by now."""
+        with self._lock:
+            life, more = read_json(self.folder / "status.json", {}).get("life"), True
+            place, self._life = self._place if life == self._life else 0, life
+            while more:
+                start, place, rows, more = new_rows(self.folder / "metrics.jsonl", place)
+                if not start:
+                    self._evaluations, self._last = [], []
+                told = [row for row in rows if any(key.startswith(JUDGED) for key in row)]
+                self._evaluations += told
+                self._last = rows[-1:] or self._last
+            self._place = place
+            last = [row for row in self._last if self._evaluations[-1:] != [row]]
+            return [*self._evaluations, *last]
+
+
+def state_of(folder: Path, rows: list[dict]) -> dict[str, Json]:
     """What the page says beside the curves."""
-    files = Files(folder)
+    files = Files(folder, rows)
     status, config = files.status, files.config.get("config", {})
     state, reason = files.state, files.reason
     if state == "running":  # a killed one cannot have said so
@@ -120,8 +149,8 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = 20  # seconds: a connection that says nothing holds no thread for ever
 
-    def __init__(self, folder: Path, token: str, *words: object) -> None:
-        self.folder, self.token = folder, token
+    def __init__(self, folder: Path, token: str, reader: Reader, *words: object) -> None:
+        self.folder, self.token, self.reader = folder, token, reader
         super().__init__(*words)  # pyright: ignore[reportArgumentType] - the server's own three
 
     def do_GET(self) -> None:
@@ -142,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _rows(self, query: str) -> dict[str, Json]:
         told = parse_qs(query)
-        state = state_of(self.folder)
+        state = state_of(self.folder, self.reader.rows())
         same = told.get("life", [""])[0] in ("", str(state["life"]))
         text = told.get("from", ["0"])[0]
         place = int(text) if same and text.isascii() and text.isdigit() else 0
@@ -179,7 +208,8 @@ def serve(folder: Path, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
     """A server on the loopback, and its address; UserError where the port is taken."""
     token = secrets.token_urlsafe(24)
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, folder, token))
+        handler = partial(Handler, folder, token, Reader(folder))
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or "must be a number from 0 to 65535"
         raise UserError(

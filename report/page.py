@@ -60,14 +60,17 @@ def content(path: Path) -> str:
 class Files:
     """What the files of a run folder say; what is missing or damaged is empty."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, rows: list[dict] | None = None):
+        """rows: those of metrics.jsonl, where somebody has read them already."""
         self.folder, self.name = folder, folder.resolve().name
         self.config, self.summary, self.status, self.environment, self.classes, self.confusion = (
             read_json(folder / f"{name}.json", {})
             for name in ("config", "summary", "status", "environment", "classes", "confusion")
         )
-        lines = content(folder / "metrics.jsonl").split("\n")
-        self.rows = [row for line in lines if (row := parse_object(line))]
+        if rows is None:
+            lines = content(folder / "metrics.jsonl").split("\n")
+            rows = [row for line in lines if (row := parse_object(line))]
+        self.rows = rows
         # The end of a life stands in summary.json a moment before it does in status.json.
         status = self.status if self.status.get("status") in STATES else {}
         same = self.summary.get("life") == status.get("life")

@@ -119,6 +119,23 @@ def test_rows_come_once_whole_and_again_after_another_life(served):
         assert served.ask("rows")[0].status == 200
 
 
+def test_a_page_that_stays_open_reads_each_row_once(served, monkeypatch):
+    """A long run has a hundred megabytes of them, and a page asks every two seconds."""
+    from report import page
+
+    first, read, whole = json.loads(served.ask("rows")[1]), [], page.content
+    new_rows = live.new_rows
+    monkeypatch.setattr(live, "new_rows", lambda f, place: read.append(place) or new_rows(f, place))
+    monkeypatch.setattr(page, "content", lambda path: read.append(path.name) or whole(path))
+    with (served.folder / "metrics.jsonl").open("a") as opened:
+        opened.write('{"step": 99, "epoch": 9, "test/accuracy": 0.99, "test/loss": 0.1}\n')
+    later = json.loads(served.ask(f"rows?from={first['to']}&life=2")[1])
+    assert later["best"] == "99.00 %" and dict(later["facts"])["step"].startswith("99")
+    assert read and set(read) == {first["to"]}
+    (served.folder / "metrics.jsonl").write_text('{"step": 1, "test/accuracy": 0.25}\n')
+    assert json.loads(served.ask("rows")[1])["best"] == "25.00 %"
+
+
 def test_a_port_that_is_taken_and_a_folder_without_a_run_are_sentences(served, tmp_path):
     port = urlsplit(served.address).port
     with pytest.raises(UserError, match="without --port a free one"):
