@@ -23,6 +23,7 @@ from common.disk import digest
 from common.parser import Parser, need_packages
 from common.streams import lost_words, steady_streams
 from common.text import printable
+from config.layers import LATEST, latest_in_words
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
 from models.own_file import code_of_weights, is_own_file
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LATEST = Path("runs/latest")
 TOP, ALL = 5, 10**9  # classes shown of each picture
 BATCH = 32  # pictures at once on a GPU
 
@@ -78,7 +78,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--model and --weights go together; without them a --run is used")
     if arguments.model and arguments.run:
         parser.error("--run brings its own model: drop it, or --model and --weights")
-    arguments.run = arguments.run or LATEST
     if arguments.top is not None and arguments.top < 1:
         parser.error(f"--top {arguments.top}: must be at least 1")
     if arguments.threshold is not None and not 0 < arguments.threshold < 1:
@@ -300,6 +299,7 @@ def main(argv: list[str]) -> int:
         if arguments.model:
             model, told = load_imagenet(arguments.model, arguments.weights)
         else:
+            arguments.run = latest_in_words(arguments.run or Path(LATEST))
             model, told = load_run(arguments.run, arguments.trust_code)
         told = with_threshold(told, arguments.threshold)
     except UserError as error:

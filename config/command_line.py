@@ -27,6 +27,7 @@ from config.fields import (
     no_such,
 )
 from config.layers import (
+    LATEST,
     Actions,
     Settings,
     __version__,
@@ -289,7 +290,7 @@ def build_parser() -> argparse.ArgumentParser:
     act.add_argument(
         "--resume",
         nargs="?",
-        const="runs/latest",
+        const=LATEST,
         help="run folder to continue (alone, or latest: runs/latest)",
     )
     act.add_argument("--fresh", action="store_true", help="start over in --run-dir")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from errors import UserError
 from models import Recipe, lookup, parts_of, size_problem, told_by_weights
 from models.own_file import CODE, code_of_weights, refuse_foreign_code
 
+LATEST = "runs/latest"
 __version__ = "0.1.0"
 
 
@@ -99,11 +101,18 @@ def task_of(config: TrainConfig) -> str:
     return lookup(config.model).task if config.task == "auto" else config.task
 
 
+def latest_in_words(folder: Path) -> Path:
+    """`latest_run` for commands that show no panel; what it falls back to is said on stderr."""
+    if (found := latest_run(folder)) != folder:
+        print(f"{folder} is no link here: {found} is the newest run", file=sys.stderr)
+    return found
+
+
 def latest_run(folder: Path) -> Path:
     """What "latest" means: runs/latest, or the newest run where the disk takes no links."""
-    if folder.as_posix() not in ("latest", "runs/latest") or (folder / "config.json").is_file():
+    if folder.as_posix() not in ("latest", LATEST) or (folder / "config.json").is_file():
         return folder
-    link, runs = Path("runs/latest"), Path("runs").glob("*/status.json")
+    link, runs = Path(LATEST), Path("runs").glob("*/status.json")
     newest = max(runs, key=lambda file: file.stat().st_mtime, default=link / "status.json").parent
     return link if link.exists() else newest
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from common.parser import Parser, need_packages
 from common.streams import steady_streams
 from common.text import pasted, printable
+from config.layers import latest_in_words
 from errors import FAILED, FINISHED, USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def export(arguments: argparse.Namespace) -> int:
     from predict import load_run
     from report.screen import Report
 
-    folder, form = arguments.run, arguments.to
+    folder, form = latest_in_words(arguments.run), arguments.to
+    arguments.run = folder
     if form == "onnx":
         forms.need("onnx", "onnxscript")
     if folder.is_file():

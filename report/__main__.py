@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.parser import Parser
 from common.text import printable
+from config.layers import LATEST, latest_in_words
 from errors import USER_ERROR, UserError
 
 COMMANDS = {
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
         if name == "compare":
             command.add_argument("runs", nargs="+", type=Path)
         else:
-            usual = "runs" if name == "list" else "runs/latest"
+            usual = "runs" if name == "list" else LATEST
             command.add_argument("run", nargs="?", default=usual, type=Path)
         if name == "live":
             command.add_argument("--port", type=int, default=0, help="of this machine (any free)")
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> int:
             from report.compare import command as compare
 
             return compare(given.runs)
+        if given.command != "list":
+            given.run = latest_in_words(given.run)
         if given.command == "live":
             from report.live import command as serve
 

@@ -266,6 +266,10 @@ def test_latest_is_the_link_or_where_there_is_none_the_newest_run():
     assert Path("runs/latest").resolve() == stopped.folder.resolve()
     Path("runs/latest").unlink()
     os.utime(older.folder / "status.json", (1, 1))
+    said = python("-m", "report", "doctor", cwd=Path.cwd(), PYTHONPATH=str(REPOSITORY))
+    assert f"{stopped.folder.name} is the newest run" in said.stderr, said.stderr
+    asked = python(REPOSITORY / "predict.py", "nothing.png", cwd=Path.cwd())
+    assert f"{stopped.folder.name} is the newest run" in asked.stderr, asked.stderr
     went_on = fit(Interrupted, resume="latest")
     assert went_on.folder == stopped.folder and went_on.status == "finished"
     assert list(went_on.history["train/loss"][0]) == [1, 2, 3, 4]
