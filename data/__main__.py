@@ -14,6 +14,7 @@ from common.parser import Parser
 from common.text import counted, printable
 from data.augment import Augment
 from data.cache import cache_dir, kept, size_limit, trim
+from data.corrected import read_changes, write_corrected
 from data.cuts import Cuts, default_resize
 from data.image_set import class_counts
 from data.loaders import decoding_of, place
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one of the commands; exit status 2 after an error the user can mend."""
     try:
         options = _parser().parse_args(arguments)
-        if options.run in (_check, _cache):
+        if options.run in (_check, _cache, _correct):
             return options.run(options)
         name, sentence = choose_dataset(options.dataset, options.data_dir)
         say = functools.partial(print, file=sys.stderr if options.run is _list else sys.stdout)
@@ -85,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--split", metavar="FILE|RUN", help="splits as in a list or in a run")
     common.add_argument("--group-by", metavar="COLUMN|REGEX", help="what stays on one side")
     parser = Parser("python -m data", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="show|stats|list|prepare|check|cache")
+    commands = parser.add_subparsers(
+        required=True, metavar="show|stats|list|correct|prepare|check|cache"
+    )
 
     def add(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -121,6 +124,16 @@ def _parser() -> argparse.ArgumentParser:
     checks.set_defaults(run=_check)
     which = add("list", _list, "print which picture is in which split and class, as csv")
     which.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
+    summary = "a folder with labels changed as a list of suspects says; the old one stays"
+    correct = commands.add_parser("correct", help=summary, description=summary, allow_abbrev=False)
+    correct.add_argument("list", type=Path, metavar="SUSPECTS.csv", help="name,given,suggested")
+    correct.add_argument(
+        "--rows", metavar="3,12-15,7=bird,9=",
+        help="these rows only, counted from 1; =CLASS: it is of another class, = alone: leave out",
+    )  # fmt: skip
+    correct.add_argument("--dataset", type=Path, required=True, metavar="FOLDER")
+    correct.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new one")
+    correct.set_defaults(run=_correct)
     cache = commands.add_parser("cache", help=CACHE, description=CACHE, allow_abbrev=False)
     cache.add_argument("--empty", action="store_true", help="remove all that no process uses")
     cache.set_defaults(run=_cache)
@@ -208,6 +221,12 @@ def half_blocks(image: "Image.Image") -> str:
         )
         lines.append("".join(cells) + "\x1b[0m")
     return "\n".join(lines)
+
+
+def _correct(options: argparse.Namespace) -> int:
+    changes = read_changes(options.list, options.rows)
+    print(write_corrected(options.dataset, changes, options.out))
+    return 0
 
 
 def _stats(source: Source, options: argparse.Namespace) -> None:

@@ -163,10 +163,12 @@ class Comparison:
     def _grouped(self, given: Sequence[Run]) -> list[Group]:
         """Of each seed and fold the first that was named counts, whatever it came to."""
         own = [name for name in self.differing if name not in ("seed", "fold")]
+        mixed = len({run.values["fold"] is None for run in given}) > 1  # no repeats of each other
         found: dict[str, list[Run]] = defaultdict(list)
         for run in given:
-            label = ", ".join(f"{name} {run.values.get(name)}" for name in own)
-            found[label or "all"].append(run)
+            words = [f"{name} {run.values.get(name)}" for name in own]
+            words += ["folds" if run.values["fold"] else "the data's own split"] * mixed
+            found[", ".join(words) or "all"].append(run)
         groups = []
         for label, runs in found.items():
             values: dict[tuple, float] = {}
@@ -308,12 +310,15 @@ def method(comparison: Comparison) -> str:
     return words + "."
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """As rich shows it."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], whole: bool = True) -> Table:
+    """As rich shows it; whole: the first column holds names, which a terminal breaks last."""
     made = Table()
-    for name in head:
+    for place, name in enumerate(head):
         right = "right" if name.startswith("#") else "left"
-        made.add_column(Text(printable(name.lstrip("#"))), justify=right, overflow="fold")
+        made.add_column(
+            Text(printable(name.lstrip("#"))), justify=right, overflow="fold",
+            no_wrap=whole and not place,
+        )  # fmt: skip
     for row in rows:
         made.add_row(*(Text(printable(cell)) for cell in row))
     return made
@@ -321,11 +326,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 def curves(comparison: Comparison) -> list[Markup | str]:
     """The deciding metric and the training loss of all runs over each other, groups in colours."""
-    kinds, keys = {}, {}
-    for number, group in enumerate(comparison.groups):
-        kind = f"c{number}" if number < MOST_COLOURS else "train"
-        keys[kind] = group.label if number < MOST_COLOURS else "others"
-        kinds |= {run.name: kind for run in group.runs}
+    # One that is in no group has not finished: what it is called is no colour.
+    kinds, keys = {run.name: "train" for run in comparison.runs}, {}
+    for number, group in enumerate(comparison.groups[:MOST_COLOURS]):
+        keys[f"c{number}"] = group.label
+        kinds |= {run.name: f"c{number}" for run in group.runs}
+    if "train" in kinds.values():
+        keys["train"] = "others"
     metric, drawn = comparison.metric, []
     pairs: list[tuple[str, str, Callable]] = [
         (f"{metric.title}, test images", f"test/{metric.key}", metric.on_axis(short)),
@@ -377,7 +384,7 @@ def write_comparison(paths: Sequence[Path], screen: Report) -> Path:
     comparison, place = Comparison(runs), place_of(paths, runs)
     screen.show(table(*run_rows(comparison)))
     if comparison.repeats:
-        screen.show(table(*group_rows(comparison)))
+        screen.show(table(*group_rows(comparison), whole=False))
         screen.show(method(comparison))
     for warning in comparison.warnings:
         screen.warn(warning)
@@ -387,7 +394,7 @@ def write_comparison(paths: Sequence[Path], screen: Report) -> Path:
 
         if made := section(place, [run.files.folder for run in runs]):
             further.append(made)
-            screen.note(f"probably wrong labels: {place / CSV}, and on the page")
+            screen.note(f"labels to look at: {place / CSV}, and on the page")
     write_text(path, build(comparison, place.resolve().name, place, further))
     return path
 

@@ -28,7 +28,7 @@ def list_runs(folder: Path) -> list[list[str]]:
             states = [read_json(one / "status.json", {}).get("status", "waits") for one in inside]
             done = f"{states.count('finished')} of {len(states)} runs finished"
             began = min((_began(one) for one in inside if one.is_dir()), default="")
-            rows.append([f"{path.name}/", done, "", began, ""])
+            rows.append([f"{path.name}/", done, _best_of(inside), began, ""])
     return sorted(rows, key=lambda row: row[3], reverse=True)
 
 
@@ -40,6 +40,18 @@ def _of_run(folder: Path) -> list[str]:
     state = describe_status(folder, run.files.status)
     took = duration(seconds) if seconds is not None else ""
     return [run.name, state, f"{best} {metric.title}" * bool(best), _began(folder), took]
+
+
+def _best_of(folders: list[Path]) -> str:
+    """The best that any of many runs has come to, and which."""
+    runs = [Run(one.name, Files(one)) for one in folders if (one / "config.json").is_file()]
+    told = [(value, run) for run in runs if (value := run.best(run.files.deciding)) is not None]
+    if not told:
+        return ""
+    metric = told[0][1].files.deciding
+    pick = max if metric.higher_is_better else min
+    value, run = pick(told, key=lambda pair: pair[0])
+    return f"{shown(metric, value)} {metric.title} ({run.name})"
 
 
 def _began(folder: Path) -> str:

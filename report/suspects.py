@@ -5,6 +5,7 @@ probability reaches the mean that the pictures of that label have. One that coun
 than it is labelled with is a suspect, the more so the less its own label has.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from common.disk import read_json, write_csv
-from common.text import counted, printable
+from common.text import counted, percent, printable
 from data.splits import names_of, read_split
 from report import pictures
 from report.page import PARTS, picture
@@ -23,7 +24,9 @@ from training.out_of_fold import FILE
 
 CSV, SHEET = "suspects.csv", "suspects.png"  # in the folder of all folds
 HEAD = ("name", "given", "suggested", "score")
-MOST_SHOWN, MOST_LISTED = 32, 200  # on the sheet; on the page
+TITLE = "Labels to look at"
+ROWS = "3,12-15,7=CLASS"  # as an example
+MOST_SHOWN, MOST_LISTED = 64, 200  # on the sheet; on the page
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,24 @@ def answers_of(runs: Sequence[Path]) -> tuple[list[str], numpy.ndarray, numpy.nd
     return names, table, numpy.array([labels[name] for name in names], dtype=numpy.int64)
 
 
-def suspects_of(runs: Sequence[Path]) -> tuple[int, list[Suspect]]:
-    """How many pictures these folds tested, and the suspects among them, the surest first."""
+def suspects_of(runs: Sequence[Path]) -> tuple[int, float, list[Suspect]]:
+    """(Pictures that these folds tested, part of them answered as labelled, suspects).
+
+    The surest suspect is the first.
+    """
     names, table, labels = answers_of(runs)
+    agreed = float((table.argmax(axis=1) == labels).mean())
     classes = [str(name) for name in read_json(runs[0] / "classes.json", {})["classes"]]
-    return len(names), [
-        Suspect(names[place], classes[labels[place]], classes[suggested], round(float(score), 6))
-        for place, suggested, score in zip(*confident(table, labels), strict=True)
-    ]
+    return (
+        len(names),
+        agreed,
+        [
+            Suspect(
+                names[place], classes[labels[place]], classes[suggested], round(float(score), 6)
+            )
+            for place, suggested, score in zip(*confident(table, labels), strict=True)
+        ],
+    )
 
 
 def write_suspects(folder: Path, found: Sequence[Suspect]) -> None:
@@ -120,7 +133,10 @@ def draw(folder: Path, run: Path, found: Sequence[Suspect]) -> None:
         split, place = there[one.name]
         part = data.train if split == "train" else pictures_of(data.test_loaders[split])
         images.append(part.seen(torch.tensor([place])).cpu()[0])
-    titles = [f"{printable(one.given)}\n{printable(one.suggested)}?" for one in shown]
+    titles = [
+        f"{found.index(one) + 1}: {printable(one.given)}\n{printable(one.suggested)}?"
+        for one in shown
+    ]
     if images:
         pictures.sheet(torch.stack(images), titles, folder / SHEET)
 
@@ -137,20 +153,29 @@ def section(folder: Path, runs: Sequence[Path]) -> tuple[str, Markup] | None:
     configs = [read_json(run / "config.json", {}).get("config", {}) for run in runs]
     if len({(config.get("dataset"), config.get("data_dir")) for config in configs}) > 1:
         words = "These folds are of several data sets: compare those of one for its labels"
-        return "Probably wrong labels", PARTS.note(words)
+        return TITLE, PARTS.note(words)
     try:
-        names, found = suspects_of(runs)
+        names, agreed, found = suspects_of(runs)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
         words = "What the folds answered cannot be read, so nothing is told"
-        return "Probably wrong labels", PARTS.note(f"{words}: {type(error).__name__}: {error}")
+        return TITLE, PARTS.note(f"{words}: {type(error).__name__}: {error}")
     write_suspects(folder, found)
     (folder / SHEET).unlink(missing_ok=True)
     note = (
-        f"{counted(len(found), 'picture')} of {names:,} are probably labelled "
-        f"wrongly, by confident learning over {counted(len(runs), 'run')} that did not train on "
-        f"them; all are in {CSV}. Look at each before you change it."
+        f"{counted(len(found), 'picture')} of {names:,} may be labelled wrongly, by confident "
+        f"learning over {counted(len(runs), 'run')} that did not train on them and answer as "
+        f"labelled for {percent(agreed)}: the weaker the models, the more of these are mistakes of "
+        f"theirs. All are in {CSV}, the likeliest first; look at each before you change it."
     )
     made = PARTS.note(note)
+    dataset = str(configs[0].get("dataset"))
+    if found and Path(dataset).is_dir():
+        listed = shlex.join(map(str, (folder / CSV, "--rows", ROWS, "--dataset", dataset)))
+        made += PARTS.note(
+            "With the numbers of those that are wrong (=CLASS where it is another one than is "
+            "suggested, = alone to leave it out) this writes a corrected folder:"
+        )
+        made += PARTS.command(f"python -m data correct {listed} --out NEW_FOLDER")
     if found:
         try:
             draw(folder, runs[0], found)
@@ -158,8 +183,11 @@ def section(folder: Path, runs: Sequence[Path]) -> tuple[str, Markup] | None:
             made += picture(folder / SHEET, message, "sheet")
         except Exception as error:  # a data set that has moved, say
             made += PARTS.note(f"They cannot be shown: {type(error).__name__}: {error}")
-        rows = [[one.name, one.given, one.suggested, f"{one.score:.3f}"] for one in found]
-        head = ["picture", "given", "suggested", "#score"]
+        rows = [
+            [str(number), one.name, one.given, one.suggested, f"{one.score:.3f}"]
+            for number, one in enumerate(found, 1)
+        ]
+        head = ["row", "picture", "given", "suggested", "#score"]
         listed = PARTS.table(head, rows[:MOST_LISTED], "sorted")
         made += PARTS.folded(f"the first {min(len(rows), MOST_LISTED)} by name", listed)
-    return "Probably wrong labels", made
+    return TITLE, made

@@ -12,8 +12,10 @@ import numpy
 import pytest
 from launches import python
 from refusals import refused
+from safetensors.numpy import save_file
 from scipy import stats
 
+from data.__main__ import main as data
 from report.__main__ import main as report
 from report.compare import Comparison, build, found_in, group_rows, holm, read_runs, run_rows
 from report.runs import list_runs
@@ -130,6 +132,23 @@ def test_other_data_and_other_code_are_warned_of_but_folds_are_no_other_data(tmp
     assert "not the same metric" in Comparison(read_runs([tmp_path])).warnings[0]
 
 
+def test_folds_and_the_datas_own_split_are_no_repeats_of_each_other(tmp_path):
+    """A hashed fifth is the first of five folds: counted twice, it would make the rest surer."""
+    for n in range(3):
+        made(tmp_path / f"f{n}", [0.5 + n / 100], fold=f"{n + 1}/3")
+    made(tmp_path / "own", [0.5])
+    groups = Comparison(read_runs([tmp_path])).groups
+    labels = {group.label: len(group.values) for group in groups}
+    assert labels == {"folds": 3, "the data's own split": 1}
+
+
+def test_a_folder_of_many_in_the_list_has_its_best(many):
+    rows = [{"name": f"{name}0", "values": {}} for name in "ab"]
+    (many / "sweep.json").write_text(json.dumps({"base": [], "rows": rows}))
+    (row,) = list_runs(many.parent)
+    assert row[:3] == [f"{many.name}/", "2 of 2 runs finished", "97.00 % accuracy (b0)"]
+
+
 def test_a_folder_of_many_is_read_in_its_order_and_what_is_none_is_told(many):
     rows = [{"row": n, "name": name} for n, name in enumerate(["b1", "a0", "gone"])]
     (many / "sweep.json").write_text(json.dumps({"rows": rows}))
@@ -159,6 +178,32 @@ def test_the_page_asks_no_network_runs_its_own_script_alone_and_believes_no_name
     assert len(scripts) == 1 and f"script-src 'sha256-{digest}'" in page
     assert not re.search(r'(src|href)="(https?:)?//', page) and 'href="e/report.html"' in page
     assert page == build(Comparison(read_runs([many])), "a<b", many)
+
+
+def test_names_of_runs_are_whole_in_a_terminal_of_100_columns(many):
+    """They are what is typed next; numbers and heads may go over two lines."""
+    shutil.rmtree(many)
+    for n in range(3):
+        settings = {"lr": 0.001 * (n + 1), "weight_decay": 0.05 * n, "label_smoothing": 0.1 * n}
+        name = f"00{n}-lr{settings['lr']}-weight_decay{settings['weight_decay']}"
+        made(
+            many / name, [0.5, 0.6], **settings, batch_size=64 << n, augment=["crop", "none"][n % 2]
+        )
+    done = python("-m", "report", "compare", many, COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    for path in (path for path in many.iterdir() if path.is_dir()):
+        assert f" {path.name} " in done.stdout, done.stdout
+
+
+def test_a_curve_has_its_groups_colour_whatever_its_run_is_called(many):
+    """One that has not finished is in no group; its name may be that of a colour, or of a ring."""
+    made(many / "best", [0.3], lr=0.7, status="running")
+    made(many / "c1x", [0.4], lr=0.8, status="stopped")
+    page = build(Comparison(read_runs([many])), "many", many)
+    lines = re.findall(r'<polyline class="(.*?)"', page)
+    assert sorted(set(lines)) == ["c0", "c1", "train"] and lines.count("train") == 2
+    assert '<span class="key train">others</span>' in page
 
 
 def test_the_command_shows_tables_and_lists_runs(many):
@@ -263,3 +308,88 @@ def test_folds_of_several_data_sets_are_not_mixed(tmp_path):
         (run / FILE).write_bytes(b"")
     told = section(tmp_path, runs)
     assert told is not None and "several data sets" in told[1]
+
+
+# --- a corrected folder --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """Six pictures in two classes, and what is suspected of them."""
+    for number, name in enumerate(("cat", "cat", "cat", "dog", "dog", "dog")):
+        (tmp_path / "pets" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / name / f"{number % 3}.png").write_text(f"{name} {number % 3}")
+    rows = ["name,given,suggested,score", "cat/1.png,cat,dog,0.1", "dog/2.png,dog,cat,0.2"]
+    (tmp_path / "suspects.csv").write_text("\n".join([*rows, "dog/0.png,dog,,0.3"]) + "\n")
+    return tmp_path
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
+
+
+def test_a_corrected_folder_has_the_labels_of_the_list_and_the_old_one_stays(pets, capsys):
+    before = contents(pets / "pets")
+    words = ["correct", str(pets / "suspects.csv"), "--dataset", str(pets / "pets"), "--out"]
+    assert data([*words, str(pets / "all")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "5 files" in told and "2 in another class, 1 left out" in told
+    assert contents(pets / "all") == {
+        "cat/0.png": "cat 0",
+        "cat/2.png": "cat 2",
+        "dog/cat-1.png": "cat 1",  # dog/1.png is another picture
+        "cat/dog-2.png": "dog 2",
+        "dog/1.png": "dog 1",
+    }
+    assert data([*words, str(pets / "one"), "--rows", "2"]) == 0
+    assert contents(pets / "one").keys() ^ before.keys() == {"dog/2.png", "cat/dog-2.png"}
+    assert data([*words, str(pets / "two"), "--rows", "2=, 3=cat"]) == 0
+    assert contents(pets / "two").keys() ^ before.keys() == {
+        "dog/2.png", "dog/0.png", "cat/dog-0.png"
+    }  # fmt: skip
+    assert contents(pets / "pets") == before
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "says"),
+    [
+        ("cat/9.png,cat,dog", "", "cat/9.png is not in"),
+        ("cat/1.png,cat,dgo", "", r"no class dgo \(did you mean dog\?\)"),
+        ("cat/1.png,dog,cat", "", "does not lie in a folder dog"),
+        ("../pets/cat/1.png,cat,dog", "", "does not lie in a folder cat"),
+        ("cat/1.png,cat,dog\ncat/1.png,cat,dog", "", "stands there twice"),
+        ("cat/1.png,cat,dog", "--rows 0", "write numbers from 1"),
+        ("cat/1.png,cat,dog", "--rows 2", "has 1 row, not 2"),
+        ("cat/1.png,cat,dog", "--out pets", "is there already"),
+        ("cat/1.png,cat,dog", "--out pets/cat/new", "lies in --dataset"),
+        ("cat/1.png,cat,dog", "--dataset none", "name a folder"),
+        ("", "", "has no column|has 0 rows"),
+    ],
+)
+def test_a_list_that_does_not_fit_changes_nothing(pets, row, more, says, monkeypatch, capsys):
+    monkeypatch.chdir(pets)
+    before = contents(pets)
+    (pets / "l.csv").write_text(f"name,given,suggested\n{row}\n" if row else "")
+    assert data(["correct", "l.csv", "--dataset", "pets", "--out", "new", *more.split()]) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert contents(pets).items() - before.items() == {("l.csv", (pets / "l.csv").read_text())}
+    assert not (pets / "new").exists()
+
+
+def test_the_page_says_how_far_the_models_of_its_suspects_are_to_be_believed(tmp_path):
+    """Weak models suspect what they do not know: their number is no number of wrong labels."""
+    runs = [made(tmp_path / f"{n}", [0.5], fold=f"{n}/2", dataset=str(tmp_path)) for n in (1, 2)]
+    for number, run in enumerate(runs, 1):
+        names = [f"a/{number}{place}.png" for place in range(4)]
+        (run / "split.csv").write_text(
+            "name,split,class\n" + "".join(f"{name},test,a\n" for name in names)
+        )
+        (run / "classes.json").write_text(json.dumps({"classes": ["a", "b"]}))
+        table = numpy.array([[0.9, 0.1], [0.8, 0.2], [0.9, 0.1], [0.1, 0.9]], numpy.float32)
+        save_file({"probabilities": table, "labels": numpy.array([0, 1, 0, 0])}, run / FILE)
+    title, told = section(tmp_path, runs)
+    text = " ".join(told.split())
+    assert title == "Labels to look at" and "4 pictures of 8 may be labelled wrongly" in text
+    assert "answer as labelled for 50.00 %" in text
+    assert f"python -m data correct {tmp_path}/suspects.csv --rows 3,12-15,7=CLASS" in text
