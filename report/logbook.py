@@ -272,9 +272,7 @@ class Logbook(contextlib.AbstractContextManager):
             self.ledger.slow = self.world.pace.history()
 
     def _left(self, data: Data, schedule: Schedule, progress: Progress) -> float:
-        """Seconds to the end with all evaluations; 0 within the first tenth of an epoch."""
-        if self.clock.steps < schedule.steps_per_epoch / 10:
-            return 0.0
+        """See time_left."""
         tested = sum(len(pictures_of(loader)) for loader in data.test_loaders.values())
         return time_left(
             self.clock, schedule, progress, self._evaluation, tested / data.batch.batch_size
@@ -427,8 +425,11 @@ def time_left(
     """Seconds to the end of a run: steps at the speed so far, and the evaluations between them.
 
     evaluation: seconds of the last one. Before the first a batch is taken to cost a third of a
-    step, without its backward; `batches` of them make an evaluation. 0 where nothing is known.
+    step, without its backward; `batches` of them make an evaluation. 0 where nothing is known, as
+    within the first tenth of an epoch.
     """
+    if clock.steps < schedule.steps_per_epoch / 10:
+        return 0.0
     step = clock.left(1)
     each = evaluation or step * batches / 3
     steps = schedule.last_step - progress.step

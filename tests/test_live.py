@@ -197,7 +197,7 @@ def test_the_time_left_is_right_from_a_tenth_of_an_epoch_on(evaluates, every):
         if progress.step >= 4:  # a tenth of an epoch
             told.append((now[0], time_left(clock, schedule, progress, evaluation, 10)))
         else:
-            assert not time_left(clock, schedule, progress, evaluation, 10) or progress.step > 2
+            assert not time_left(clock, schedule, progress, evaluation, 10)  # a slow first step
         if schedule.evaluates(progress):
             cost = evaluates or 0.25 * 10 / 3
             now[0] += cost
