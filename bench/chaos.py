@@ -206,7 +206,10 @@ def damage(one: Round) -> str:
     found = visible(one.run / "checkpoints")
     if len(found) < 2:  # what remains must suffice
         return ""
-    path = one.chance.choice([p for p in found[0].iterdir() if p.stat().st_size > 64])
+    files = [path for path in found[0].iterdir() if path.stat().st_size > 64]
+    if not files:  # it was truncated before
+        return ""
+    path = one.chance.choice(files)
     content = bytearray(path.read_bytes())
     if one.chance.random() < 0.5:
         path.write_bytes(content[: one.chance.randrange(len(content))])
