@@ -56,10 +56,11 @@ def show_start(
     held = "" if trainable == total else f", {trainable:,} of them train"
     validation = f"{len(data.places['val']):,} validation, " if "val" in data.places else ""
     amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
-    amount += f"{len(data.test):,} test images"
+    there, tried = len(data.places["test"]), len(data.test)
+    amount += f"{there:,} test images" + f" ({tried:,} are tried)" * (tried < there)
     if world.device.type == "cuda":
-        there = data.train.labels.device.type == "cuda"
-        amount += f", in {'GPU' if there else 'host'} memory"
+        on_gpu = data.train.labels.device.type == "cuda"
+        amount += f", in {'GPU' if on_gpu else 'host'} memory"
     rows = [
         ("model", f"{config.model}, {total:,} parameters{held}"),
         ("weights", weights_shown(plan, started) or "from scratch"),

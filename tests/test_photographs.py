@@ -443,6 +443,7 @@ def test_settings_of_photographs_that_have_no_effect_are_told_and_impossible_one
     words = ["--model", "net.py:Net", "--dataset", "digits", "--dry-run", "--resize", "pad"]
     done = train([*words, "--eval-size", "48"], place)
     assert done.status == 0 and "no effect: --resize, --eval-size; no picture" in done.out
+    assert "355 test images (256 are tried)" in done.out  # it is the data set that is told
     done = train([*RUN, "--eval-resize", "40", "--run-dir", "never"], place)
     assert done.status == 2 and "--eval-resize 40: must be at least the 48 pixels" in done.out
 
