@@ -26,7 +26,7 @@ CSV, SHEET = "suspects.csv", "suspects.png"  # in the folder of all folds
 HEAD = ("name", "given", "suggested", "score")
 TITLE = "Labels to look at"
 ROWS = "3,12-15,7=CLASS"  # as an example
-MOST_SHOWN, MOST_LISTED = 64, 200  # on the sheet; on the page
+MOST_SHOWN, MOST_LISTED = 96, 200  # on the sheet; on the page
 
 
 @dataclass(frozen=True)
