@@ -12,11 +12,13 @@ BETWEEN_LINES = 30.0  # seconds, where nobody sees a bar
 
 
 @contextlib.contextmanager
-def progress(doing: str, unit: str) -> Iterator[Count]:
+def progress(doing: str, unit: str, after: float = 0.0) -> Iterator[Count]:
     """What is called with how much is done, of how much: "pictures" or "bytes".
 
-    The bar appears with the first call, shows the time to come, and is gone at the end.
+    The bar appears with the first call, or with the first one after so many seconds, shows the time
+    to come, and is gone at the end.
     """
+    began = time.monotonic()
     if sys.stderr is None or not sys.stderr.isatty():
         yield _lines(doing, unit)
         return
@@ -44,6 +46,8 @@ def progress(doing: str, unit: str) -> Iterator[Count]:
 
         def count(done: int, total: int) -> None:
             nonlocal task
+            if time.monotonic() - began < after:
+                return
             if task is None:
                 task = bar.add_task("", total=total)
             bar.update(task, completed=done, total=total)

@@ -97,6 +97,14 @@ def not_permitted(path: Path | str) -> UserError:
     )
 
 
+def in_bytes(count: int) -> str:
+    """`1.3 GB`, `20.0 MB`, `7 kB`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1000:.0f} kB"
+
+
 def percent(fraction: float) -> str:
     """0.4567 as `45.67 %`."""
     return f"{100 * fraction:.2f} %"

@@ -6,6 +6,7 @@ process uses.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from common.disk import Json, digest, whole
+from common.disk import Json, digest, read_json, whole, write_json
 from errors import UserError
 
 try:
@@ -37,6 +38,7 @@ LARGE = 10**9  # bytes of one entry that are told where they land in the home fo
 STALE = 86400.0  # seconds after which a half-written file is nobody's any more
 STARTED = time.time()
 ENTRY = re.compile(r"[0-9a-f]{32}\.\w+")  # of the names in the folder, what is ours to remove
+LOOK = ".look"  # the end of a file of what was found at one start
 PATIENCE = 1800.0  # seconds to wait for another process's build before building for oneself
 
 
@@ -82,6 +84,37 @@ def cached(key: Json, build: Callable[[], Entry]) -> Entry:
                     use(path)
                     trim()
                 return tensors, meta
+
+
+def _look_path(start: str, key: Json) -> Path:
+    return cache_dir() / f"{start}-{digest(json.dumps([FORMAT, key, _node_name()]), 16)}{LOOK}"
+
+
+def looked_once(start: str, key: Json, look: Callable[[], dict]) -> dict:
+    """What look() found, JSON: the first process of this node to ask looks, others wait for it.
+
+    It holds for one start of a run, until `forget_looks`. Where nothing can be written or locked,
+    every process looks for itself.
+    """
+    path = _look_path(start, key)
+    while True:
+        seen = _signature(path)
+        if (found := read_json(path)) is not None:
+            return found
+        with _node_lock(path, seen) as mine:
+            if mine and _signature(path) == seen:
+                found = look()
+                with contextlib.suppress(OSError):
+                    write_json(path, found)
+                return found
+
+
+def forget_looks(start: str) -> None:
+    """Nobody will ask any more for what was found at this start."""
+    if start:
+        with contextlib.suppress(OSError):
+            for path in cache_dir().glob(f"{start}-*"):
+                path.unlink(missing_ok=True)
 
 
 def read_entry(path: Path) -> Entry | None:
@@ -202,7 +235,8 @@ def trim(most: int | None = None) -> int:
         if _remove(one.path):
             freed += one.size
     with contextlib.suppress(OSError):
-        for path in cache_dir().glob("*.partial"):
+        left = (cache_dir().glob(f"*{ends}") for ends in (".partial", LOOK, "-*.lock"))
+        for path in itertools.chain(*left):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 if time.time() - status.st_mtime > STALE:
@@ -232,7 +266,7 @@ def _remove(path: Path) -> bool:
 
 def landed(key: Json, entry: Entry) -> list[str]:
     """A sentence where an entry of this life took more than a gigabyte of the home folder."""
-    path = Path(entry[1].get("pack", entry_path(key)))
+    path = Path(entry[1].get("pack") or entry[1].get("copied") or entry_path(key))
     try:
         size, made = _size(path), path.stat().st_mtime
         inside = path.resolve().is_relative_to(Path.home().resolve())
@@ -269,7 +303,7 @@ def _node_lock(path: Path, seen: tuple[int, int, int] | None) -> Iterator[bool]:
     nodes that share a cache folder build side by side, and the last rename wins. Where nothing can
     be locked, or after PATIENCE, a process builds for itself.
     """
-    lock = FileLock(path.with_suffix(f".{digest(_node_name(), 4)}.lock"))
+    lock = FileLock(_lock_of(path))
     deadline = time.monotonic() + PATIENCE
     with contextlib.ExitStack() as held:
         while time.monotonic() < deadline:
@@ -284,6 +318,10 @@ def _node_lock(path: Path, seen: tuple[int, int, int] | None) -> Iterator[bool]:
             except (OSError, NotImplementedError):  # nothing to write to, or no locks there
                 break
         yield True
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_suffix(f".{digest(_node_name(), 4)}.lock")
 
 
 def _node_name() -> str:

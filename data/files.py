@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from common.cpus import cpus
+from common.disk import digest
+from common.progress import progress
 from common.text import printable
 from data.ahead import pool_of
 from data.image_set import Decoded, Levels, Reasons
@@ -57,7 +59,24 @@ Item = bytes | Path | Part
 T = TypeVar("T")
 
 
-class Made(Sequence[T]):
+class Hashed(bytes):
+    """What a picture is told apart by: eight bytes of digest in place of its own."""
+
+    @classmethod
+    def of(cls, content: bytes | memoryview) -> Self:
+        """That of these bytes."""
+        return cls(bytes.fromhex(digest(bytes(content))))
+
+
+class Lazy(Sequence[T]):
+    """What is made or read when it is asked for."""
+
+    def chosen(self, kept: Sequence[int]) -> Self:
+        """Those of these positions."""
+        raise NotImplementedError
+
+
+class Made(Lazy[T]):
     """What is made of names when it is asked for: a million paths would take half a gigabyte."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], T]) -> None:
@@ -75,6 +94,10 @@ class Made(Sequence[T]):
         if isinstance(place, slice):
             return Made(self.names[place], self.make)
         return self.make(self.names[place])
+
+    def chosen(self, kept: Sequence[int]) -> "Made[T]":
+        """See Lazy."""
+        return Made([self.names[place] for place in kept], self.make)
 
 
 @dataclass(frozen=True)
@@ -105,10 +128,11 @@ class Records:
         if len(kept) == len(self.items):
             return self
         each = ("items", "names", "labels", "is_test", "ids", "is_val", "groups")
-        lists = {name: getattr(self, name) for name in each}
-        return replace(
-            self, **{name: [of[index] for index in kept] for name, of in lists.items() if of}
-        )
+        lists = {name: of for name in each if (of := getattr(self, name))}
+        return replace(self, **{
+            name: of.chosen(kept) if isinstance(of, Lazy) else [of[index] for index in kept]
+            for name, of in lists.items()
+        })  # fmt: skip
 
 
 class Large(Exception):
@@ -155,9 +179,16 @@ def levels_of(records: Records) -> Levels | None:
     """
     places = [place for place, tests in enumerate(records.is_test) if not tests]
     chosen = permutation(0, 0, len(places), SAMPLE)[:SAMPLED].tolist() if places else []
-    with pool_of(cpus()) as pool:
+    chosen.sort()  # neighbours may have to be read together
+    known = []
+    with (
+        progress("looking for 16 bits in a sample", "pictures", after=1.0) as count,
+        pool_of(cpus()) as pool,
+    ):
         found = pool.map(lambda place: _levels(records.items[places[place]]), chosen)
-        known = [levels for levels in found if levels]
+        for done, levels in enumerate(found, 1):
+            known += [levels] if levels else []
+            count(done, len(chosen))
     return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
 
@@ -196,7 +227,8 @@ def clipped_in_words(clipped: Sequence[int]) -> str:
 
 def _refuse_heic(records: Records, skip_bad: bool) -> None:
     """UserError on the first HEIC picture where nothing reads it."""
-    if skip_bad or "HEIF" in FORMATS:
+    rows = isinstance(records.items, Lazy) and not isinstance(records.items, Made)
+    if skip_bad or "HEIF" in FORMATS or rows:
         return
     for item in records.items:
         if isinstance(item, Path) and item.suffix.lower() in HEIC:
@@ -233,7 +265,11 @@ def decode_all(
 
     kept, arrays, skipped = [], [], []
     chunks = [range(i, min(i + 64, len(records.items))) for i in range(0, len(records.items), 64)]
-    with warnings.catch_warnings(), pool_of(min(8, os.cpu_count() or 1)) as pool:
+    with (
+        progress("decoding", "pictures", after=1.0) as count,
+        warnings.catch_warnings(),
+        pool_of(min(8, os.cpu_count() or 1)) as pool,
+    ):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # odd metadata, not damaged pixels
         for chunk, results in zip(chunks, pool.map(attempt, chunks), strict=True):
@@ -246,6 +282,7 @@ def decode_all(
                 if not skip_bad_images:
                     raise cannot_decode(reason)
                 skipped.append(reason)
+            count(chunk.stop, len(records.items))
     if not arrays:
         raise UserError(
             f"not one image could be decoded; the first: {[*skipped, 'none there'][0]}",

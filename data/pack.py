@@ -25,7 +25,7 @@ from torch import Tensor
 from common.cpus import cpus
 from common.disk import digest, read_json, whole, write_json
 from common.progress import Count, progress
-from common.text import duration, printable
+from common.text import duration, in_bytes, printable
 from data.ahead import Ahead, Threads, Work, pool_of
 from data.cache import Entry, cached, read_entry, write_entry
 from data.files import Part, cannot_decode
@@ -40,6 +40,7 @@ SHARD_BYTES = 256_000_000
 QUALITY = 90  # of pictures that are encoded anew
 PIXEL_BYTES = 0.5  # of such a picture, before one was made
 CHUNK, CHUNK_BYTES = 16, 8_000_000  # pictures that a thread takes at a time, at most
+STATES = 256  # pictures whose files a thread looks at before it asks for more
 TRIED = 32  # pictures that are tried, to say how long all of them take
 MOST_OPEN = 512  # files that stay open; a pack of a hundred gigabytes has fewer
 READ = 2**23  # bytes that are hashed at a time
@@ -197,6 +198,8 @@ def store_of(tensors: dict[str, Tensor], meta: dict) -> PackStore:
     places = tensors["which"], tensors["offsets"], tensors["lengths"]
     if "pack" not in meta:
         words = "decoded from the files that hold them"
+        if "copied" in meta:
+            words = "decoded from the cache, as they were copied out of their tables"
         return PackStore(Path(meta["parts"]), tuple(meta["files"]), places, words)
     form = Form(meta["store"], meta["short_side"])
     damaged = {int(place): why for place, why in meta["damaged"].items()}
@@ -307,29 +310,37 @@ def staged(path: Path, folder: Path, say: Say = silent) -> Path:
     _, meta = _index(path)
     out = folder.absolute() / f"{path.name}-{digest(json.dumps(meta['hashes']))}"
     files = _written(meta)
-    with _told(out, "--stage"), _alone(out, True, "--stage"):
+    with disk_told(out, "--stage"), _alone(out, True, "--stage"):
         to_do = [file for file in files if not _is_staged(out / file[0], file[1])]
         if not to_do and (out / INDEX).is_file():
             return out
         total, free = sum(file[1] for file in to_do), shutil.disk_usage(out).free
         if total > free:
             raise UserError(
-                f"the disk of {printable(out)} has {_size(free)} free, and the pack takes "
-                f"{_size(total)}: leave --stage out, or give a folder on another disk",
+                f"the disk of {printable(out)} has {in_bytes(free)} free, and the pack takes "
+                f"{in_bytes(total)}: leave --stage out, or give a folder on another disk",
                 code="disk-full",
             )
-        say(f"copying {_size(total)} of {printable(path)} to {printable(out)}")
+        say(f"copying {in_bytes(total)} of {printable(path)} to {printable(out)}")
         shutil.copyfile(path / BEGUN, out / BEGUN)
 
         def copy(file: tuple[str, int, str]) -> None:
             name, _, wanted = file
             _note_of(out / name).unlink(missing_ok=True)
             with whole(out / name) as partial:
-                if _copied(path / name, partial) != wanted:
+                if _copied(path / name, partial, more) != wanted:
                     raise _damaged(path, f"{name} is not what was written", meta)
             shutil.copyfile(_note_of(path / name), _note_of(out / name))  # it is whole
 
-        with pool_of(cpus()) as pool:
+        done, lock = 0, threading.Lock()
+
+        def more(part: int) -> None:
+            nonlocal done
+            with lock:
+                done += part
+            count(done, total)
+
+        with progress("copying", "bytes", after=1.0) as count, pool_of(cpus()) as pool:
             list(pool.map(copy, to_do))
         with whole(out / INDEX) as partial:
             shutil.copyfile(path / INDEX, partial)
@@ -340,13 +351,14 @@ def _is_staged(path: Path, length: int) -> bool:
     return _note_of(path).is_file() and path.is_file() and path.stat().st_size == length
 
 
-def _copied(source: Path, out: Path) -> str:
-    """Copy a file; its hash on the way."""
+def _copied(source: Path, out: Path, more: Callable[[int], None]) -> str:
+    """Copy a file; its hash on the way. `more` hears how many bytes came to it."""
     state = hashlib.blake2b(digest_size=16)
     with source.open("rb", buffering=0) as read, out.open("wb") as write:
         while part := read.read(READ):
             state.update(part)
             write.write(part)
+            more(len(part))
     return state.hexdigest()
 
 
@@ -363,12 +375,12 @@ def pack(
     made again, without its folder. wait: for another process that writes there, else an error.
     Raises UserError where something cannot be read or written, or lies there already.
     """
-    with _told(out, "--out"), _alone(out, wait, "--out"):
+    with disk_told(out, "--out"), _alone(out, wait, "--out"):
         _Packing(source, form, out, image_size, command, skip_bad, say).write()
 
 
 @contextlib.contextmanager
-def _told(out: Path, flag: str) -> Iterator[None]:
+def disk_told(out: Path, flag: str) -> Iterator[None]:
     """Errors of the disk that is written to, as sentences."""
     try:
         yield
@@ -376,8 +388,8 @@ def _told(out: Path, flag: str) -> Iterator[None]:
         where, why = printable(out), printable(error.strerror or str(error))
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk of {where} is full. Finished files of the pack stay: make room, and the "
-                "same command goes on.",
+                f"the disk of {where} is full. Finished files stay: make room, and the same "
+                "command goes on.",
                 code="disk-full",
             ) from None
         raise UserError(
@@ -530,13 +542,13 @@ class _Packing:
         free = shutil.disk_usage(self.out).free
         if room > free:
             raise UserError(
-                f"the disk of {printable(self.out)} has {_size(free)} free, and the pack takes "
-                f"about {_size(room)}: give a folder on another disk with --out",
+                f"the disk of {printable(self.out)} has {in_bytes(free)} free, and the pack takes "
+                f"about {in_bytes(room)}: give a folder on another disk with --out",
                 code="disk-full",
             )
         already = f", {len(done)} of {len(self.shards)} files are there already" if done else ""
         self.say(
-            f"packing {len(rows):,} pictures as {self.form.words}: about {_size(room)} and "
+            f"packing {len(rows):,} pictures as {self.form.words}: about {in_bytes(room)} and "
             f"{duration(seconds)}{already}; into {printable(self.out)}"
         )
 
@@ -703,8 +715,15 @@ def _states(store: Store, rows: range) -> Tensor:
             return -1, 0
         return found.st_size, found.st_mtime_ns
 
-    with pool_of(4 * cpus()) as pool:  # on a network disk most of it is waiting
-        found = list(pool.map(state, rows, chunksize=256))
+    chunks = [rows[i : i + STATES] for i in range(0, len(rows), STATES)]
+    found: list[tuple[int, int]] = []
+    with (
+        progress("looking at the files", "pictures", after=1.0) as count,
+        pool_of(4 * cpus()) as pool,  # on a network disk most of it is waiting
+    ):
+        for some in pool.map(lambda chunk: list(map(state, chunk)), chunks):
+            found += some
+            count(len(found), len(rows))
     return torch.tensor(found, dtype=torch.int64).view(-1, 2)
 
 
@@ -720,13 +739,6 @@ def _name(number: int) -> str:
 def _note_of(file: Path) -> Path:
     """What is known of a file of a pack; written once the file is whole."""
     return file.with_suffix(".json")
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1000:.0f} kB"
 
 
 def encoder() -> str:

@@ -155,9 +155,13 @@ def mean_and_std_of(
 
     chosen = permutation(0, 0, len(train), SAMPLE)[:SAMPLED].sort().values
     counts = torch.zeros(channels, 256, dtype=torch.int64)
-    for images, bad in seen(train.part(chosen), image_size):
-        good = [row for row in range(len(images)) if row not in set(bad)]
-        counts += level_counts(images[good], channels)
+    done = 0
+    with progress("mean and deviation of a sample", "pictures", after=1.0) as count:
+        for images, bad in seen(train.part(chosen), image_size):
+            good = [row for row in range(len(images)) if row not in set(bad)]
+            counts += level_counts(images[good], channels)
+            done += len(images)
+            count(done, len(chosen))
     if not counts.any():
         raise UserError(
             f"not one of {len(chosen)} sampled training images could be decoded; the first: "

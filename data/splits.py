@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.disk import csv_text, digest, write_csv
 from common.text import class_name, printable, some
-from data.files import Records
+from data.files import Hashed, Records
 from data.image_set import ImageSet, LeftOut, Source, labels_in_words
 from data.keyed_random import SPLIT, permutation
 from data.photographs import PhotoSet
@@ -23,6 +23,7 @@ from errors import UserError
 TEST_PART = 5  # one in so many tests, of a data set that has no test split
 SPLIT_FILE = "split.csv"  # in a run folder
 HEAD = ("name", "split", "class")
+LEFT_OUT = "left_out"  # a fourth column, where some count for nothing: why
 WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -78,11 +79,15 @@ def _hashed(
     The class of the fewest names is the last: where groups hold several, it has the last word.
     """
     names = [os.fsencode(group) for group in groups] if groups else list(keys)
-    words = {name: int(digest(name), 16) for name in set(names)}
+    words = {name: _word(name) for name in set(names)}
     units = defaultdict(set)
     for name, label in zip(names, labels, strict=True):
         units[label].add(name)
     return names, words, sorted(units.values(), key=len, reverse=True)
+
+
+def _word(name: bytes) -> int:
+    return int(name.hex() if isinstance(name, Hashed) else digest(name), 16)
 
 
 def keyed_split(
@@ -307,9 +312,13 @@ def split_text(rows: Iterable[tuple[str, str, str]]) -> str:
     return csv_text([HEAD, *rows])
 
 
-def write_split(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """The list on disk, whole or not at all."""
-    write_csv(path, [HEAD, *rows])
+def write_split(
+    path: Path, rows: Iterable[tuple[str, str, str]], left_out: Mapping[str, str] | None = None
+) -> None:
+    """The list on disk, whole or not at all; `left_out` is why some names count for nothing."""
+    if not left_out:
+        return write_csv(path, [HEAD, *rows])
+    return write_csv(path, [(*HEAD, LEFT_OUT), *((*row, left_out.get(row[0], "")) for row in rows)])
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -318,12 +327,12 @@ Column = Callable[[str], Sequence[object] | None]  # values by a column's name; 
 
 
 def arranged(
-    records: Records, wanted: Wanted, keys: Sequence[bytes] | None = None,
+    records: Records, wanted: Wanted, keys: Callable[[], Sequence[bytes]] | None = None,
     column: Column = lambda name: None,
 ) -> Records:  # fmt: skip
     """The records in the splits that are wanted; without a test split a fifth tests, by a hash.
 
-    `keys` are what is hashed, by default the names.
+    `keys` gives what is hashed, by default the names.
     """
     if wanted.group_by is not None:
         records = replace(records, groups=_groups(records.ids, wanted.group_by, column))
@@ -331,9 +340,9 @@ def arranged(
         return _as_listed(records, wanted.split)
     if any(records.is_test):
         return replace(records, notes=(*records.notes, *_parted(records)))
-    keys = keys or [os.fsencode(name) for name in records.ids]
-    labels = [0] * len(keys) if wanted.many else records.labels
-    is_test = keyed_split(keys, labels, records.groups)
+    hashed = keys() if keys else [os.fsencode(name) for name in records.ids]
+    labels = [0] * len(hashed) if wanted.many else records.labels
+    is_test = keyed_split(hashed, labels, records.groups)
     if records.groups and not any(is_test):
         raise UserError(
             f"--group-by {printable(wanted.group_by)} makes {len(set(records.groups))} groups "

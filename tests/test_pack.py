@@ -329,39 +329,6 @@ def test_a_damaged_picture_is_named_or_left_out_as_from_its_file(photographs, tm
         load_source(str(out)).train.photos.pixels(place)
 
 
-# Rows of tables
-
-
-def test_rows_of_a_table_are_packed_once_and_are_what_their_files_are(photographs, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    files = load_source(str(photographs))
-    folder = tmp_path / "table"
-    folder.mkdir()
-    for split in ("train", "test"):
-        part = getattr(files, split)
-        names = [part.photos.names[place] for place in part.places.tolist()]
-        rows = [{"bytes": (photographs / name).read_bytes(), "path": None} for name in names]
-        labels = [name.partition("/")[0] for name in names]
-        table = pyarrow.table({"image": rows, "label": labels})
-        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
-    said = []
-    first = load_source(str(folder), say=said.append)
-    assert any("packing 60 pictures as the bytes" in line for line in said)
-    assert torch.equal(seen(first), seen(files)) and first.classes == files.classes
-    said.clear()
-    second = load_source(str(folder), image_size=48, say=said.append)
-    third = load_source(str(folder), say=said.append)
-    assert not any("packing" in line for line in said)
-    assert first.fingerprint == second.fingerprint == third.fingerprint
-    (cached,) = (tmp_path / "cache").glob("*.pack")
-    shutil.rmtree(cached)  # as somebody who needs room does
-    assert torch.equal(seen(load_source(str(folder))), seen(files))
-    out = prepared(folder, tmp_path / "pack", "--store", "raw", *KEEP)
-    assert load_source(str(out)).fingerprint == first.fingerprint
-
-
 # Staging
 
 

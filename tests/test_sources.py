@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import sys
 import tarfile
@@ -530,6 +531,62 @@ def test_processes_that_start_together_decode_once(pictures, tmp_path, monkeypat
     words = [finish(*one).out.split() for one in running]
     assert sum(said.count("built") for said in words) == 1
     assert len({said[-1] for said in words}) == 1
+
+
+def test_processes_of_one_start_look_at_the_files_once_a_node(pictures, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME")
+    script = (
+        "import time; from data import sources\n"
+        "from data.sources import folder\n"
+        "names = ('locate', '_marks_of')\n"
+        "for name in names:\n"
+        "    def told(*given, name=name, work=vars(sources)[name]):\n"
+        "        print(name); time.sleep(0.3); return work(*given)\n"
+        "    setattr(sources, name, told)\n"
+        "found = sources.load_source(sys.argv[1], start=sys.argv[2])\n"
+        "print(found.fingerprint, str(found.tally).replace(' ', '_'))"
+    )
+    (pictures / "cat" / "note.txt").write_text("no picture")
+    (tmp_path / "look.py").write_text(f"import sys; sys.path[0] = {str(ROOT)!r}\n{script}")
+
+    def said_at(start_word: str) -> list[list[str]]:
+        words = [tmp_path / "look.py", pictures, start_word]
+        running = [start(Command(words), tmp_path) for _ in range(3)]
+        return [finish(*one).out.split() for one in running]
+
+    for word in ("one", "two"):  # nothing cached, and cached
+        words = said_at(word)
+        for name in ("locate", "_marks_of"):
+            assert sum(said.count(name) for said in words) == 1, words
+        assert len({tuple(said[-2:]) for said in words}) == 1 and "note.txt" in words[0][-1]
+        cache.forget_looks(word)
+    first = words[0][-2]
+    (pictures / "cat" / "0.png").unlink()  # another start looks anew
+    assert {said[-2] for said in said_at("three")} != {first}
+    cache.forget_looks("three")
+    assert not [path for path in cache.cache_dir().iterdir() if "-" in path.name]
+
+
+def test_a_mistake_that_one_process_finds_is_that_of_all_and_without_a_cache_each_looks(
+    pictures, tmp_path, monkeypatch
+):
+    shutil.rmtree(pictures / "cat")
+    (pictures / "cat").mkdir()
+    looks = []
+    locate = sources.locate
+    monkeypatch.setattr(sources, "locate", lambda *given: looks.append(1) or locate(*given))
+    found = []
+    for _ in range(2):
+        with pytest.raises(UserError) as caught:
+            load_source(str(pictures), start="one")
+        found.append((caught.value.code, str(caught.value)))
+    assert found[0] == found[1] and len(looks) == 1
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "file" / "cache"))
+    for _ in range(2):
+        with pytest.raises(UserError):
+            load_source(str(pictures), start="one")
+    assert len(looks) == 3
 
 
 # Choosing

@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from common.progress import progress
 from common.text import nearest, not_permitted, printable
 from data.image_set import ImageSet, Source, limited
 from errors import UserError
@@ -23,7 +24,7 @@ from errors import UserError
 if TYPE_CHECKING:
     from data.cache import Entry
     from data.files import Records
-    from data.image_set import Levels
+    from data.image_set import Levels, Reasons
     from data.sources.layout import Layout
     from data.sources.published import Published
     from data.splits import Wanted
@@ -122,18 +123,13 @@ class Copy:
 
     def key(
         self, image_size: int | None, skip_bad: bool, wanted: Wanted | None = None,
-        records: Records | None = None,
+        status: list | None = None,
     ) -> list:  # fmt: skip
         """What a cached entry depends on; a hub data set is kept as it was first fetched.
 
-        A file is another one when its size, its time, its inode or the time of its last move
-        differs: pictures that change places keep the first two.
+        status: of its files, where they were looked at.
         """
-        status = []
-        if records is not None:
-            status = [_marks_of(records)]
-        elif self.layout and self.layout.files:
-            status = [_mark(path) for path in self.layout.files(Path(self.where))]
+        status = self.status() if status is None else status
         which = self.name if self.published else False
         which = True if which == "cifar10" else which  # as in caches of old
         by_name = self.kind in ("tables", "hub") and not self.published
@@ -141,6 +137,16 @@ class Copy:
         meaning += [] if self.published else ["16 bits by their range"]
         meaning += wanted.key() if wanted else []
         return [which, self.kind, self.where, image_size, skip_bad, status, *meaning]
+
+    def status(self) -> list:
+        """What tells whether its files are others: of a layout without a listing.
+
+        A file is another one when its size, its time, its inode or the time of its last move
+        differs: pictures that change places keep the first two.
+        """
+        if not self.layout or not self.layout.files:
+            return []
+        return [_mark(path) for path in self.layout.files(Path(self.where))]
 
     def refuse(self, why: str) -> UserError:
         return UserError(f"{self.cannot_be_had(why)} {self.what_to_type}", code="data-unreachable")
@@ -186,9 +192,67 @@ def _marks_of(records: Records) -> str:
         paths, records.labels, records.is_test, records.is_val,
         records.groups or itertools.repeat(""), strict=False,
     )  # fmt: skip
-    for item, *belongs in sides:
-        state.update(repr((*_mark(item), *belongs)).encode("utf-8", "surrogatepass"))
+    with progress("looking at the files", "pictures", after=1.0) as count:
+        for number, (item, *belongs) in enumerate(sides):
+            state.update(repr((*_mark(item), *belongs)).encode("utf-8", "surrogatepass"))
+            if number % 1000 == 0:
+                count(number, len(records.labels))
     return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one process of a node finds of a data set at a start, for all of them.
+
+    records: of a listing that was made by this process itself; the others need `notes` and
+    `left_out` of it alone.
+    """
+
+    copy: Copy
+    status: list
+    notes: tuple[str, ...] = ()
+    left_out: Reasons | None = None  # None: nothing is listed
+    records: Records | None = None
+
+    @classmethod
+    def at(cls, name: str, data_dir: str | None, wanted: Wanted) -> Self:
+        """A look at what lies there, its files one by one."""
+        copy = locate(name, data_dir)
+        if not copy.layout or not copy.layout.listing:
+            return cls(copy, copy.status())
+        records = copy.layout.listing(Path(copy.where), wanted)
+        return cls(copy, [_marks_of(records)], records.notes, records.left_out, records)
+
+    @classmethod
+    def shared(cls, start: str, name: str, data_dir: str | None, wanted: Wanted) -> Self:
+        """The same, of which the first process of this node to ask in a start tells the others."""
+        from data.cache import looked_once
+
+        if not start:
+            return cls.at(name, data_dir, wanted)
+        mine: list[Self] = []
+
+        def look() -> dict:
+            try:
+                one = cls.at(name, data_dir, wanted)
+            except UserError as error:
+                return {"error": str(error), "code": error.code}
+            mine.append(one)
+            return {
+                "copy": [one.copy.name, one.copy.kind, one.copy.where], "status": one.status,
+                "notes": one.notes, "left_out": one.left_out,
+            }  # fmt: skip
+
+        key = [str(Path.cwd()), name, data_dir, *wanted.key()]
+        found = looked_once(start, key, look)
+        if "error" in found:
+            raise UserError(found["error"], code=found["code"])
+        if mine:
+            return mine[0]
+        left_out = found["left_out"]
+        if left_out is not None:
+            left_out = {reason: (count, one) for reason, (count, one) in left_out.items()}
+        return cls(Copy(*found["copy"]), found["status"], tuple(found["notes"]), left_out)
 
 
 def choose_dataset(dataset: str, data_dir: str | None = None) -> tuple[str, str]:
@@ -239,6 +303,7 @@ def load_source(
     excluded: Collection[str] = (),
     levels: Levels | None = None,
     many: bool = False,
+    start: str = "",
 ) -> Source:
     """Load a data set by name or path, from the cache when it was decoded before.
 
@@ -251,6 +316,8 @@ def load_source(
     `levels`: what becomes of 16 bits, where that was decided before.
     `many`: a picture has any number of classes; each set of them is a class: see many.multi_hot.
     `before`: the index that a run began with; what is `excluded` since may be gone or another file.
+    `start`: a word that all processes of one start share, and no other start: one of a node looks
+    at the files for all of them.
     """
     if name in SOURCES and SOURCES[name].made:
         if stage:
@@ -261,7 +328,9 @@ def load_source(
     from data.sources.describe import at_hand, in_pack, source_of, without
     from data.splits import Wanted
 
-    copy, wanted, records = locate(name, data_dir), Wanted(split, group_by, many), None
+    wanted = Wanted(split, group_by, many)
+    look = Look.shared(start, name, data_dir, wanted)
+    copy = look.copy
     if stage:
         copy = _staged(copy, Path(stage).expanduser(), say)
     if copy.published:
@@ -271,13 +340,11 @@ def load_source(
     if copy.layout and copy.layout.entry:
         entry = build(copy, image_size, skip_bad_images, wanted, None, say)  # a cached one already
         return source_of(name, entry, copy.origin)
-    if copy.layout and copy.layout.listing:
-        records = copy.layout.listing(Path(copy.where), wanted)
 
     def found(skip_bad: bool) -> tuple[list, Entry]:
-        key = copy.key(image_size, skip_bad, wanted, records)
+        key = copy.key(image_size, skip_bad, wanted, look.status)
         key += [f"16 bits from {levels}"] if levels else []
-        make = partial(build, copy, image_size, skip_bad, wanted, records, say, levels)
+        make = partial(build, copy, image_size, skip_bad, wanted, look.records, say, levels)
         return key, in_pack(key, cached(key, make), make, image_size)
 
     try:
@@ -290,8 +357,9 @@ def load_source(
     if before and index and before[1]["content"] != index[1]["content"]:
         entry = without(index, before, excluded) or entry
     elif keep_decoded:
-        entry = at_hand(copy.key(None, skip_bad_images, wanted, records), entry, say)
-    source = source_of(name, entry, copy.origin, records, notes=landed(key, entry))
+        entry = at_hand(copy.key(None, skip_bad_images, wanted, look.status), entry, say)
+    beside = None if look.left_out is None else (look.notes, look.left_out)
+    source = source_of(name, entry, copy.origin, beside, notes=landed(key, entry))
     return replace(source, index=index)
 
 
@@ -333,8 +401,10 @@ def build(
     from data.files import decode_records
     from data.sources import hub
     from data.sources.describe import entry_of
+    from data.sources.layout import Aside
 
     layout, where = copy.layout, Path(copy.where)
+    aside = Aside(entry_path([*copy.key(None, False), "rows"]).with_suffix(".rows"), say)
     if layout and layout.entry:
         known = {name: find(e.target) for name, e in SOURCES.items() if not e.made}
         return layout.entry(where, image_size, known, copy.name)
@@ -342,13 +412,15 @@ def build(
         found = layout.read(where)
     else:
         if layout and layout.rows:
-            records = layout.rows(where, wanted)
-        elif records is None:
+            records = layout.rows(where, wanted, aside)
+        elif layout and layout.listing:
+            records = records or layout.listing(where, wanted)
+        else:
             if not hub.folder_of(copy.where):
                 reached, why = hub.reach(copy.where)
                 if not reached:
                     raise copy.refuse(why)
-            records = hub.read_records(copy.where, wanted)
+            records = hub.read_records(copy.where, wanted, aside)
         found = decode_records(records, image_size, skip_bad, levels, say)
     if copy.published:
         found = copy.published.recognised(found, copy.where)

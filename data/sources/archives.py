@@ -241,8 +241,11 @@ def _imagenet_files(path: Path) -> list[Path]:
     return [*archives, *([] if (path / VAL).is_file() else _flat(path))]
 
 
-WEBDATASET = Layout("WebDataset's tar files", _is_webdataset, files=shards, rows=read_webdataset)
+WEBDATASET = Layout(
+    "WebDataset's tar files", _is_webdataset, files=shards,
+    rows=lambda path, wanted, _: read_webdataset(path, wanted),
+)  # fmt: skip
 IMAGENET = Layout(
     "ImageNet's archives", lambda path: (path / TRAIN).is_file(), files=_imagenet_files,
-    rows=read_imagenet,
+    rows=lambda path, wanted, _: read_imagenet(path, wanted),
 )  # fmt: skip

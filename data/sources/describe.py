@@ -25,6 +25,7 @@ from data.image_set import (
 )
 from data.pack import Form, Say, levels_in, open_pack, pack, photos_of, silent, store_of
 from data.photographs import PHOTOGRAPH, FileStore, Names, PhotoSet, Store, decoder
+from data.rows import Groups, GroupStore, Parts, Rows
 from data.scan import RowStore, Scanned, level_counts, mean_and_std_of, root_and_names
 from data.sources.twice import told_twice
 from errors import UserError
@@ -135,8 +136,18 @@ def _pack_in_cache(
 
 
 def in_pack(key: Json, entry: Entry, make: Callable[[], Entry], image_size: int | None) -> Entry:
-    """The entry, or that of the pack in the cache which it names; made again if that is gone."""
+    """The entry, or that of the pack in the cache which it names; made again if that is gone.
+
+    So is an entry whose pictures were copied out of their tables, if these copies are gone.
+    """
     for _ in range(2):
+        if "copied" in entry[1]:
+            use(Path(entry[1]["copied"]))
+            if are_there(entry):
+                break
+            entry_path(key).unlink(missing_ok=True)
+            entry = cached(key, make)
+            continue
         if "packed" not in entry[1]:
             break
         folder = Path(entry[1]["packed"])
@@ -147,6 +158,20 @@ def in_pack(key: Json, entry: Entry, make: Callable[[], Entry], image_size: int 
             entry_path(key).unlink(missing_ok=True)
             entry = cached(key, make)
     return entry
+
+
+def are_there(entry: Entry) -> bool:
+    """Whether the files that pictures were copied into have all of them."""
+    tensors, meta = entry
+    ends = torch.zeros(len(meta["files"]), dtype=torch.int64)
+    ends.scatter_reduce_(
+        0, tensors["which"].long(), tensors["offsets"] + tensors["lengths"], "amax"
+    )
+    try:
+        sizes = [Path(file).stat().st_size for file in meta["files"]]
+    except OSError:
+        return False
+    return all(size >= end for size, end in zip(sizes, ends.tolist(), strict=True))
 
 
 def at_hand(key: Json, entry: Entry, say: Say) -> Entry:
@@ -219,6 +244,17 @@ def memory() -> int:
 def where_they_lie(records: Records) -> tuple[dict[str, torch.Tensor], dict, Store]:
     """What tells where photographs lie: tensors and facts for an index; and the store."""
     items = records.items
+    if isinstance(items, Rows):
+        tensors = {"which": items.which, "group": items.group, "row": items.row}
+        groups = items.groups
+        facts = {"tables": list(map(str, groups.files)), "column": groups.column}
+        return tensors, facts | {"largest": groups.largest}, group_store(tensors, groups)
+    if isinstance(items, Parts):
+        tensors = {"which": items.which, "offsets": items.starts, "lengths": items.lengths}
+        facts = {"parts": "", "files": list(map(str, items.files))}
+        if items.copied is not None:
+            facts |= {"copied": str(items.copied)}
+        return tensors, facts, store_of(tensors, facts)
     if all(isinstance(item, Path) for item in items):
         if records.root is not None:  # their ids are their paths
             return {}, {"root": str(records.root)}, FileStore(records.root, Names.of(records.ids))
@@ -237,6 +273,11 @@ def where_they_lie(records: Records) -> tuple[dict[str, torch.Tensor], dict, Sto
     }
     facts = {"parts": "", "files": list(map(str, files))}
     return tensors, facts, store_of(tensors, facts)
+
+
+def group_store(tensors: dict[str, torch.Tensor], groups: Groups) -> GroupStore:
+    """Pictures of an index that lie in row groups."""
+    return GroupStore(groups, tensors["which"], tensors["group"], tensors["row"])
 
 
 def photographs_of(entry: Entry, store: Store) -> tuple[PhotoSet, PhotoSet]:
@@ -314,25 +355,28 @@ def lacking(classes: tuple[str, ...], train: list[int], test: list[int]) -> list
 
 
 def source_of(
-    name: str, entry: Entry, origin: str, records: Records | None = None, *,
+    name: str, entry: Entry, origin: str, beside: tuple[Sequence[str], Reasons] | None = None, *,
     no_flip: bool = False, notes: Sequence[str] = (),
 ) -> Source:  # fmt: skip
     """A data set of a cached entry, described and ready to be trained on.
 
-    `records` are those of a listing made just now: what is beside the pictures may have changed.
+    `beside` are notes and what is left out of a listing made just now: they may have changed.
     """
     tensors, meta = entry
     if "root" in meta:
         which = ("paths", "path_ends") if "paths" in tensors else ("names", "name_ends")
         paths = Names(*(tensors[name] for name in which))
         train, test = photographs_of(entry, FileStore(Path(meta["root"]), paths))
+    elif "tables" in meta:
+        groups = Groups(list(map(Path, meta["tables"])), meta["column"], meta["largest"])
+        train, test = photographs_of(entry, group_store(tensors, groups))
     elif "files" in meta:
         train, test = photographs_of(entry, store_of(tensors, meta))
     else:
         train = ImageSet(tensors["train_images"], tensors["train_labels"])
         test = ImageSet(tensors["test_images"], tensors["test_labels"])
-    if records is not None:
-        meta = {**meta, "record_notes": records.notes, "left_out": records.left_out}
+    if beside is not None:
+        meta = {**meta, "record_notes": beside[0], "left_out": beside[1]}
     meta = {**meta, "notes": (*meta.get("notes", ()), *notes)}
     return described(name, train, test, (tensors, meta), origin, no_flip)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from common.text import printable
 from data.files import Records
-from data.sources.tables import read_tables, records_of_tables, split_of, table_files
+from data.sources.layout import Aside
+from data.sources.tables import Placed, read_tables, records_of_tables, split_of, table_files
 from data.splits import AS_IT_IS, Wanted, split_word
 from errors import UserError
 
@@ -70,10 +71,10 @@ def folder_of(repository: str) -> Path | None:
     return None
 
 
-def read_records(repository: str, wanted: Wanted = AS_IT_IS) -> Records:
+def read_records(repository: str, wanted: Wanted = AS_IT_IS, aside: Aside | None = None) -> Records:
     """The rows of all splits of a data set on the hub, or in its local cache."""
     if folder := folder_of(repository):
-        return read_tables(folder, wanted)
+        return read_tables(folder, wanted, aside)
     from datasets import load_dataset
 
     try:
@@ -83,8 +84,10 @@ def read_records(repository: str, wanted: Wanted = AS_IT_IS) -> Records:
         raise UserError(
             f"the hub's {repository} cannot be loaded: {first_line}", code="hub-refused"
         ) from None
+    if folder := folder_of(repository):  # now it is: arrow files, which are read where they lie
+        return read_tables(folder, wanted, aside)
     tables = defaultdict(list)
     for split, part in splits.items():
         table = part.data.table.replace_schema_metadata(part.features.arrow_schema.metadata)
-        tables[split_word(str(split)) or str(split)].append((table, None))
+        tables[split_word(str(split)) or str(split)].append(Placed(table, None))
     return records_of_tables(dict(tables), f"the hub's {repository}", wanted)

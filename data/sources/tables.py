@@ -5,15 +5,32 @@ import json
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.text import both_sides, class_name, places, printable, some
-from data.files import Records
+from data.files import SMALL, Records
 from data.image_set import LeftOut
+from data.photographs import header
+from data.rows import (
+    MOST_ROWS,
+    SMALL_GROUP,
+    Column,
+    Hashed,
+    Lazy,
+    cells_of,
+    copied_out,
+    hashes_of,
+    joined,
+    lying_in_arrow,
+    read_where_they_lie,
+)
 from data.sources import many
-from data.sources.layout import Layout
-from data.splits import AS_IT_IS, Column, Wanted, arranged, split_word, test_and_val
+from data.sources.layout import Aside, Layout
+from data.splits import AS_IT_IS, Wanted, arranged, split_word, test_and_val
+from data.splits import Column as Cells
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +38,20 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 IMAGES = ("img", "image", "file_name")  # columns of pictures, or of the paths of files
-Placed = tuple["pyarrow.Table", Path | None]  # a table, and the folder that its paths are seen from
+TRIED = 16  # rows of the first table tell whether its pictures are photographs
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A table, and the folder that its paths are seen from.
+
+    pictures: those of its rows, where they are photographs and may lie elsewhere; it may then lack
+    the column of their bytes.
+    """
+
+    table: "pyarrow.Table"
+    folder: Path | None
+    pictures: range | None = None  # places among those of all tables
 
 
 def table_files(path: Path) -> list[Path]:
@@ -50,35 +80,46 @@ def watched_files(path: Path) -> list[Path]:
 def _pointed(file: Path) -> list[Path]:
     """The files that a table names in place of holding them; few bytes of it are read."""
     import pyarrow
-    import pyarrow.compute
     import pyarrow.parquet
 
     try:
         if file.suffix == ".parquet":
-            table = pyarrow.parquet.ParquetFile(file)
-            schema = table.schema_arrow
-            column = next((name for name in IMAGES if name in schema.names), None)
-            if column is None:
-                return []
-            kind = schema.field(column).type
-            if pyarrow.types.is_struct(kind):
-                if not _lacks_bytes(table, column):
-                    return []
-                cells = table.read(columns=[column])[column]
-            elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-                cells = table.read(columns=[column])[column]
-            else:
-                return []
-        else:
-            with pyarrow.memory_map(str(file)) as source:
-                whole = pyarrow.ipc.open_stream(source).read_all()
+            return _pointed_in_parquet(file)
+        with pyarrow.memory_map(str(file)) as source:
+            whole = pyarrow.ipc.open_stream(source).read_all()
             column = next((name for name in IMAGES if name in whole.schema.names), None)
             if column is None or pyarrow.types.is_binary(whole[column].type):
                 return []
-            cells = whole[column]
-        return [p for p in _cells(cells, file.parent) if isinstance(p, Path) and p.is_file()]
+            return [path for part in whole[column].chunks for path in _paths_of(part, file.parent)]
     except (pyarrow.ArrowException, OSError):
         return []  # told when it is read
+
+
+def _pointed_in_parquet(file: Path) -> list[Path]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
+        schema = table.schema_arrow
+        column = next((name for name in IMAGES if name in schema.names), None)
+        if column is None:
+            return []
+        kind = schema.field(column).type
+        strings = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        if not strings and not (pyarrow.types.is_struct(kind) and _lacks_bytes(table, column)):
+            return []
+        parts = table.iter_batches(MOST_ROWS, columns=[column], use_threads=False)
+        return [path for part in parts for path in _paths_of(part.column(0), file.parent)]
+
+
+def _paths_of(column: "pyarrow.Array", folder: Path) -> list[Path]:
+    """The files that cells name which hold no bytes."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(column.type) and "bytes" in [f.name for f in column.type]:
+        column = column.filter(cells_of(column).is_null())
+    cells = _cells(pyarrow.chunked_array([column]), folder)
+    return [path for path in cells if isinstance(path, Path) and path.is_file()]
 
 
 def _lacks_bytes(table: "pyarrow.parquet.ParquetFile", column: str) -> bool:
@@ -102,45 +143,134 @@ def split_of(relative: Path) -> str:
     return ""
 
 
-def read_tables(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
-    """Rows of (image, label) from the table files below a path; splits by file or folder name."""
-    import pyarrow
-    import pyarrow.parquet
+def read_tables(path: Path, wanted: Wanted = AS_IT_IS, aside: Aside | None = None) -> Records:
+    """Rows of (image, label) from the table files below a path; splits by file or folder name.
 
+    Photographs stay where they lie, or are copied out of large row groups, as `aside` says.
+    """
     files = table_files(path)
     base = path if path.is_dir() else path.parent
-    splits = defaultdict(list)
     folders = set()
     for file in files:
         relative = file.relative_to(base)
-        split = split_of(relative)
         folders.add(relative.parent.parent if split_of(relative.parent) else relative.parent)
-        try:
-            if file.suffix == ".parquet":
-                table = pyarrow.parquet.ParquetFile(file).read()
-            else:
-                with pyarrow.OSFile(str(file)) as source:
-                    table = pyarrow.ipc.open_stream(source).read_all()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{printable(file)} is damaged or no table: {error}", code="bad-table"
-            ) from None
-        splits[split].append((table, file.parent))
     if len(folders) > 1:
         names = ", ".join(sorted(printable(folder) for folder in folders))
         raise UserError(
             f"{printable(path)} holds several data sets ({names}): give one of them.",
             code="several-data-sets",
         )
-    return records_of_tables(dict(splits), printable(path), wanted)
+    splits = {file: split_of(file.relative_to(base)) for file in files}
+    first = next((file for file in files if splits[file] == "train"), files[0])
+    found = _photographs(files, first, printable(path), wanted, aside) if aside else None
+    tables: dict[str, list[Placed]] = defaultdict(list)
+    for number, file in enumerate(files):
+        if found is None:
+            tables[splits[file]].append(Placed(_read(file), file.parent))
+        else:
+            start, stop = found.ends[number : number + 2]
+            table = _read(file, found.columns)
+            tables[splits[file]].append(Placed(table, file.parent, range(start, stop)))
+    return records_of_tables(dict(tables), printable(path), wanted, found)
+
+
+def _read(file: Path, columns: list[str] | None = None) -> "pyarrow.Table":
+    """A table, or some columns of it; of an arrow file nothing is read before it is needed."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if file.suffix == ".parquet":
+            return pyarrow.parquet.ParquetFile(file).read(columns)
+        if columns is None:
+            with pyarrow.OSFile(str(file)) as source:
+                return pyarrow.ipc.open_stream(source).read_all()
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{printable(file)} is damaged or no table: {error}", code="bad-table"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """The pictures of all rows of all tables in turn, not in memory."""
+
+    items: Lazy
+    image: str
+    label: str
+    columns: list[str]  # what else is read of each table
+    ends: list[int]  # where the rows of each table begin among them, and where the last ends
+    hashes: list[Hashed]  # of their bytes; [] where nobody has read them yet
+
+
+def _photographs(
+    files: list[Path], first: Path, origin: str, wanted: Wanted, aside: Aside
+) -> Photographs | None:
+    """Those of these files, if the first rows are photographs and all hold their bytes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if files[0].suffix != ".parquet":
+            return _in_arrow(files, first, origin, wanted)
+        schema = pyarrow.parquet.read_schema(first)
+        image, label = _columns(schema, origin, wanted.many)
+        columns = [one for file in files if (one := Column.of(file, image))]
+        if len(columns) < len(files) or len({one.name for one in columns}) > 1:
+            return None
+        if not all(one.no_nulls for one in columns):
+            return None
+        if not _some_large(itertools.islice(columns[0].contents(), TRIED)):
+            return None
+        largest = max(size for one in columns for size in one.sizes)
+    except (pyarrow.ArrowException, OSError, UserError):
+        return None  # told by who reads them
+    if largest <= SMALL_GROUP:
+        items: Lazy = read_where_they_lie(columns)
+        hashes = list(items.hashes)
+    else:
+        items, hashes = copied_out(columns, aside.folder, aside.say)
+    ends = list(itertools.accumulate((sum(one.rows) for one in columns), initial=0))
+    others = [label, *([wanted.group_by] if wanted.group_by in schema.names else [])]
+    paths = [f"{image}.path"] if columns[0].name != image else []
+    return Photographs(items, image, label, [*paths, *others], ends, hashes)
+
+
+def _in_arrow(files: list[Path], first: Path, origin: str, wanted: Wanted) -> Photographs | None:
+    parts, ends = [], [0]
+    image, label = _columns(_read(first, []).schema, origin, wanted.many)
+    for file in files:
+        found = lying_in_arrow(file, image)
+        if found is None or (not parts and not _some_large(p.read() for p in found[:TRIED])):
+            return None
+        parts.append(found)
+        ends.append(ends[-1] + len(found))
+    return Photographs(joined(parts), image, label, [image, label], ends, [])
+
+
+def _some_large(pictures: Iterable[bytes]) -> bool:
+    """Whether one of these is larger than what is kept decoded, or none can be read."""
+    known = 0
+    for content in pictures:
+        try:
+            height, width, _ = header(content)
+        except Exception:  # Pillow raises many kinds on damaged files
+            continue
+        known += 1
+        if max(height, width) > SMALL:
+            return True
+    return not known
 
 
 def records_of_tables(
-    splits: dict[str, list[Placed]], origin: str, wanted: Wanted = AS_IT_IS
-) -> Records:
+    splits: dict[str, list[Placed]], origin: str, wanted: Wanted = AS_IT_IS,
+    photographs: Photographs | None = None,
+) -> Records:  # fmt: skip
     """Records of tables by split; image and label columns found by name, else by type.
 
     Each table may name its classes in an order of its own: labels are matched by name.
+    photographs: what was found of their pictures, where they are not read into memory.
     """
     if "train" not in splits and len(splits) == 1:
         splits = {"train": next(iter(splits.values()))}
@@ -149,7 +279,10 @@ def records_of_tables(
             f"{origin} has no train split, only {', '.join(map(repr, splits))}.",
             code="no-train-split",
         )
-    image, label = _columns(splits["train"][0][0].schema, origin, wanted.many)
+    if photographs:
+        image, label = photographs.image, photographs.label
+    else:
+        image, label = _columns(splits["train"][0].table.schema, origin, wanted.many)
     left, items, values, lists, places = LeftOut(), [], [], [], []
     order = ("train", *(word for word in ("test", "val") if word in splits))
     for split in order:
@@ -171,9 +304,15 @@ def records_of_tables(
         classes, labels = _by_name(values, lists, names, label)
     which = test_and_val(split for split, _ in places)
     sides = [which.get(split) for split, _ in places]
-    keys = [item if isinstance(item, bytes) else os.fsencode(item.name) for item in items]
+    if photographs:
+        lazy = photographs.items.chosen(items)
+        hashes = photographs.hashes and [photographs.hashes[place] for place in items]
+        items, keys = lazy, lambda: hashes or hashes_of(lazy)
+    else:
+        found = [item if isinstance(item, bytes) else os.fsencode(item.name) for item in items]
+        keys = lambda: found  # noqa: E731
     records = Records(
-        [*items], names, labels, [side == "test" for side in sides], classes,
+        items, names, labels, [side == "test" for side in sides], classes,
         _ids(splits, image, places), [side == "val" for side in sides], left_out=left.reasons,
         many=wanted.many,
     )  # fmt: skip
@@ -191,7 +330,11 @@ def _ids(splits: dict[str, list[Placed]], image: str, places: list[tuple[str, in
     paths = {}
     for split, parts in splits.items():
         cells = []
-        for table, _ in parts:
+        for placed in parts:
+            table = placed.table
+            if image not in table.schema.names:
+                cells += [None] * len(table)
+                continue
             column = table[image]
             if pyarrow.types.is_struct(column.type) and "path" in [f.name for f in column.type]:
                 cells += _field(column, "path").to_pylist()
@@ -205,15 +348,15 @@ def _ids(splits: dict[str, list[Placed]], image: str, places: list[tuple[str, in
     return [f"{split}/{row}" for split, row in places]
 
 
-def _values(splits: dict[str, list[Placed]], places: list[tuple[str, int]]) -> Column:
+def _values(splits: dict[str, list[Placed]], places: list[tuple[str, int]]) -> Cells:
     """The cells of any column, by its name."""
 
     def column(name: str) -> list | None:
-        parts = [table for split in splits.values() for table, _ in split]
+        parts = [placed.table for split in splits.values() for placed in split]
         if not all(name in table.schema.names for table in parts):
             return None
         cells = {
-            split: [cell for table, _ in tables for cell in table[name].to_pylist()]
+            split: [cell for placed in tables for cell in placed.table[name].to_pylist()]
             for split, tables in splits.items()
         }
         return [cells[split][row] for split, row in places]
@@ -359,11 +502,18 @@ def _columns(schema: "pyarrow.Schema", origin: str, of_many: bool = False) -> tu
 
 def _rows(
     parts: list[Placed], image: str, label: str, origin: str
-) -> tuple[list[bytes | Path], list, list[tuple[str, ...] | None]]:
-    """Pictures, values of the label column, and for each row the classes that its table names."""
-    items, labels, lists = [], [], []
-    for table, folder in parts:
-        items += _cells(table[image], folder)
+) -> tuple[list[bytes | Path] | list[int], list, list[tuple[str, ...] | None]]:
+    """Pictures, values of the label column, and for each row the classes that its table names.
+
+    Of photographs that lie elsewhere it is their places.
+    """
+    items, places, labels, lists = [], [], [], []
+    for placed in parts:
+        table = placed.table
+        if placed.pictures is None:
+            items += _cells(table[image], placed.folder)
+        else:
+            places += placed.pictures
         labels += table[label].to_pylist()
         lists += itertools.repeat(_class_names(table.schema, label), len(table))
     for row, item in enumerate(items):
@@ -372,7 +522,7 @@ def _rows(
             raise UserError(
                 f"row {row} of {origin} has no image in column '{image}'.", code="no-image"
             )
-    return items, labels, lists
+    return items or places, labels, lists
 
 
 def _cells(column: "pyarrow.ChunkedArray", folder: Path | None) -> list[bytes | Path | None]:

@@ -6,12 +6,15 @@ from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common.progress import progress
 from common.text import printable
 from data.ahead import pool_of
 from data.files import Item, Part, Records
+from data.rows import Rows
 
 SAMPLE = 512  # bytes from the middle, before whole files are read
 THREADS = 8  # most of the time is the disk's
+CHUNK = 64  # pictures that a thread looks at before it asks for more
 
 Places = list[int]
 
@@ -22,9 +25,14 @@ def told_twice(records: Records) -> list[str]:
     Of files that share their size the middle is compared, and where that is equal a hash of all.
     """
     groups: list[Places] = [list(range(len(records.items)))]
-    with pool_of(THREADS) as pool:
-        for look in (_size, _middle, _whole):
-            groups = _apart(records, groups, look, pool)
+    if isinstance(records.items, Rows):
+        groups = _that_matter(
+            records, zip(records.items.hashes, range(len(records.items)), strict=True)
+        )
+    else:
+        with pool_of(THREADS) as pool:
+            for doing, look in LOOKS.items():
+                groups = _apart(records, groups, look, pool, doing)
     across: list[tuple[str, str, str]] = []
     two: list[tuple[str, str]] = []
     for places in groups:
@@ -66,15 +74,29 @@ def _side(records: Records, place: int) -> str:
 
 def _apart(
     records: Records, groups: Iterable[Places], look: Callable[[Item], Hashable],
-    pool: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor, doing: str,
 ) -> list[Places]:  # fmt: skip
     """The groups parted by what a look at each picture finds, as far as a group matters."""
-    found = []
     flat = [(number, place) for number, places in enumerate(groups) for place in places]
-    looks = pool.map(look, (records.items[place] for _, place in flat))
+    chunks = [flat[i : i + CHUNK] for i in range(0, len(flat), CHUNK)]
+
+    def looked(chunk: list[tuple[int, int]]) -> list[tuple[Hashable, int]]:
+        return [((number, look(records.items[place])), place) for number, place in chunk]
+
+    found: list[tuple[Hashable, int]] = []
+    with progress(f"looking for the same picture twice: {doing}", "pictures", after=1.0) as count:
+        for some in pool.map(looked, chunks):
+            found += some
+            count(len(found), len(flat))
+    return _that_matter(records, found)
+
+
+def _that_matter(records: Records, seen: Iterable[tuple[Hashable, int]]) -> list[Places]:
+    """The places that look alike, where not all are of one side and one class."""
     parted: dict[Hashable, Places] = defaultdict(list)
-    for (number, place), seen in zip(flat, looks, strict=True):
-        parted[number, seen].append(place)
+    for what, place in seen:
+        parted[what].append(place)
+    found = []
     for places in parted.values():
         sides = {(_side(records, place), records.labels[place]) for place in places}
         if len(sides) > 1:
@@ -100,3 +122,6 @@ def _whole(item: Item) -> bytes:
     content = item.read() if isinstance(item, Part) else item
     content = content if isinstance(content, bytes) else content.read_bytes()
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+LOOKS = {"sizes": _size, "middles": _middle, "hashes": _whole}
