@@ -28,6 +28,7 @@ from training.observer import Observer
 from training.out_of_fold import write_out_of_fold
 from training.recorder import observer_asked_for
 from training.run_dir import DAMAGED as DAMAGED_LIST
+from training.run_dir import UNDECODED
 from training.schedule import Schedule
 
 
@@ -89,20 +90,23 @@ def _write(
     log.ledger.close()
     log.status()  # what this life has come to, for the summary and the page
     spent = goodput(log.folder.read_status().get("lives") or [])
+    left_out = data.excluded_by_hand()
     try:
-        panels.write_summary(
-            folder, plan, learner.task, data, schedule, progress, status, reason, log.life,
-            skipped, spent,
-        )  # fmt: skip
-    except OSError as error:
-        screen.warn(f"the run's summary cannot be written ({error})")
-    try:
-        log.folder.write_damaged(damaged)
+        left_out |= dict.fromkeys(log.folder.write_damaged(damaged), UNDECODED)
+        if left_out:
+            log.folder.write_split(data.source, data.places, left_out)
         if damaged and plan.config.skip_bad_images:
             count = counted(len(damaged), "image")
             screen.warn(f"left out, as it cannot be decoded: {count}, see {folder / DAMAGED_LIST}")
     except OSError as error:
         screen.warn(f"the list of damaged images cannot be written ({error})")
+    try:
+        panels.write_summary(
+            folder, plan, learner.task, data, schedule, progress, status, reason, log.life,
+            skipped, spent, len(left_out),
+        )  # fmt: skip
+    except OSError as error:
+        screen.warn(f"the run's summary cannot be written ({error})")
     world.left_behind = not log.finish_trackers(code)
     try:
         if plan.config.plots and code == FINISHED:

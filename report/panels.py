@@ -333,8 +333,12 @@ def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
 def write_summary(
     folder: Path, plan: Plan, task: Task, data: Data, schedule: Schedule, progress: Progress,
     status: str, reason: str, life: int, skipped_updates: int, spent: dict[str, float],
+    left_out: int = 0,
 ) -> None:  # fmt: skip
-    """summary.json and confusion.json. Raises OSError."""
+    """summary.json and confusion.json. Raises OSError.
+
+    left_out: images that are in the data, and count for nothing.
+    """
     best, last = progress.best_metrics, progress.last
     summary = {
         "status": status, "reason": reason, "dataset": plan.config.dataset,
@@ -342,7 +346,7 @@ def write_summary(
         "epoch": schedule.seen(progress.step), "seconds": progress.seconds,
         "best_chosen_on": "validation" if data.chosen_on == "val" else "test",
         "best/epoch": progress.best_epoch, "best/step": progress.best_step,
-        "life": life, "skipped_images": len(data.source.skipped),
+        "life": life, "skipped_images": len(data.source.skipped) + left_out,
         "skipped_updates": skipped_updates,
         "goodput": {cause: round(seconds, 3) for cause, seconds in spent.items()},
     }  # fmt: skip

@@ -1,10 +1,12 @@
 """Photographs: what is cut of them, on any number of processes and threads, and what is damaged."""
 
+import csv
 import io
 import json
 import shutil
 import threading
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -20,9 +22,10 @@ from data.ahead import Ahead, Threads
 from data.augment import random_boxes
 from data.cuts import Cuts, default_resize
 from data.keyed_random import AUGMENT, uniforms
-from data.photographs import PLAIN, Names, cut, decoded, header, reduction
+from data.photographs import PLAIN, Names, Photos, cut, decoded, header, reduction
 from data.scan import scan
 from data.sources import load_source
+from data.splits import read_split
 from errors import UserError
 from training.recorder import read
 
@@ -393,9 +396,17 @@ def test_a_picture_damaged_in_the_middle_stops_the_run_with_its_name_and_excludi
         assert numbers(place / name) == numbers(place / "stopped"), name
         said = "as it cannot be decoded: 2 images, see skipped/damaged.txt" in done.out
         assert said == (name == "skipped"), done.out
-    assert set((place / "skipped/damaged.txt").read_text().split()) == set(
-        (place / "both.txt").read_text().split()
-    )
+    both = set((place / "both.txt").read_text().split())
+    assert set((place / "skipped/damaged.txt").read_text().split()) == both
+    for name, why in (("excluded", "excluded"), ("skipped", "cannot be decoded")):
+        with (place / name / "split.csv").open(newline="") as file:
+            listed = list(csv.DictReader(file))
+        assert {row["name"]: row["left_out"] for row in listed if row["left_out"]} == dict.fromkeys(
+            both, why
+        )
+        assert len(listed) == 48  # whoever takes the split over finds them all
+        assert json.loads((place / name / "summary.json").read_text())["skipped_images"] == 2
+    assert read_split(str(place / "skipped")) == read_split(str(place / "excluded"))
 
 
 @pytest.mark.slow
@@ -499,3 +510,97 @@ def test_the_scan_decodes_no_picture(place, monkeypatch):
     monkeypatch.setattr("data.photographs.decoded", None)
     found = scan(read_class_folders(place / "photos"), False)
     assert len(found.sizes) == 48 and int(found.sizes.min()) >= 66
+
+
+# Disks that fail
+
+
+@dataclass
+class Failing:
+    """A store whose reads of one picture go wrong so many times, and may take a while."""
+
+    content: bytes
+    error: BaseException | None = None
+    times: int = 0
+    pause: float = 0.0
+    calls: int = 0
+    words: str = "failing"
+
+    def encoded(self, place: int) -> bytes:
+        time.sleep(self.pause * (place == 1))
+        if place == 1:
+            self.calls += 1
+            if self.error is not None and self.calls <= self.times:
+                raise self.error
+        return self.content
+
+    def raw(self, place: int) -> None:
+        return None
+
+    def name_of(self, path) -> str:
+        return str(path)
+
+
+@pytest.mark.parametrize(
+    ("failing", "calls", "why"),
+    [
+        ({"error": OSError(5, "Input/output error"), "times": 3}, 4, None),
+        ({"error": OSError(5, "Input/output error"), "times": 99}, 4, "Input/output error"),
+        ({"error": FileNotFoundError(2, "gone"), "times": 99}, 1, "it is no longer there"),
+        ({"error": RuntimeError("the decoder says no"), "times": 1}, 1, "the decoder says no"),
+        ({"pause": 0.3}, 1, None),
+    ],
+)
+def test_a_disk_that_fails_is_asked_again_and_what_stays_unreadable_weighs_nothing(
+    monkeypatch, failing, calls, why
+):
+    monkeypatch.setattr(module, "RETRIES", (0.0, 0.0, 0.0))
+    content = encoded(noise(70, 90))
+    store, names = Failing(content, **failing), Names.of(["a", "b", "c"])
+    sizes, kinds = torch.tensor([[70, 90]] * 3).int(), torch.tensor([1 | PLAIN] * 3).byte()
+    photos, threads = Photos(store, names, sizes, kinds), Threads(2)
+    boxes = Cuts("none", 48, 48, 55, "crop", 0).evaluation(sizes)
+    work, images, bad = photos.batch([0, 1, 2], boxes, GREY, threads)
+    work.wait()
+    assert (store.calls, bad) == (calls, [1] * bool(why))
+    assert photos.damage.found == ({1: why} if why else {})
+    right = images[0] if why is None else torch.full_like(images[0], GREY[0])
+    assert torch.equal(images[1], right) and torch.equal(images[2], images[0])
+    threads.end()
+
+
+def test_memory_that_is_gone_is_no_damaged_picture():
+    store = Failing(encoded(noise(70, 90)), MemoryError("no room"), 99)
+    sizes, kinds = torch.tensor([[70, 90]] * 3).int(), torch.tensor([1 | PLAIN] * 3).byte()
+    photos, threads = Photos(store, Names.of(["a", "b", "c"]), sizes, kinds), Threads(2)
+    boxes = Cuts("none", 48, 48, 55, "crop", 0).evaluation(sizes)
+    work, _, bad = photos.batch([0, 1, 2], boxes, GREY, threads)
+    with pytest.raises(MemoryError, match="no room"):
+        work.wait()
+    assert not bad and not photos.damage.found
+    threads.end()
+
+
+def test_small_pictures_have_the_same_bits_in_memory_as_files_and_in_a_raw_pack(
+    tmp_path, monkeypatch
+):
+    from data.sources.describe import at_hand, entry_of, source_of
+    from data.sources.folder import read_class_folders
+
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    for number in range(24):
+        kind = "png" if number % 3 else "jpeg"
+        path = tmp_path / "small" / "ab"[number % 2] / f"{number:02}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(noise(60, 60, number), kind))
+    records = read_class_folders(tmp_path / "small")
+    memory = load_source(str(tmp_path / "small"))
+    entry = entry_of(scan(records, False), "small", None, tmp_path / "unused")
+    homes = [source_of("small", entry, ""), source_of("small", at_hand([], entry, print), "")]
+    assert [home.train.photos.store.raw(0) is None for home in homes] == [True, False]
+    for home in homes:
+        for split in ("train", "test"):
+            photos = getattr(home, split)
+            pixels = [photos.photos.pixels(place) for place in photos.places.tolist()]
+            found = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+            assert torch.equal(found, getattr(memory, split).images)

@@ -1,6 +1,7 @@
 """All that a run reads: the data set, the batch that is possible, loaders, augmentation."""
 
 import itertools
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from common.disk import Json
 from common.text import counted
 from config import HINTS, BatchPlan, Settings, TrainConfig, mean_and_std, plan_batch, task_of
 from data.augment import Augment
-from data.cache import Entry, read_entry
+from data.cache import Entry, forget_looks, read_entry
 from data.cuts import Cuts, default_resize, lost
 from data.files import SMALL, clipped_in_words
 from data.grey import of_one
@@ -168,6 +169,13 @@ class Data:
         found = {photos.names[place]: why for place, why in sorted(photos.damage.found.items())}
         return {name: why for part in world.everyones(found) for name, why in part.items()}
 
+    def excluded_by_hand(self) -> dict[str, str]:
+        """Names of photographs that the user left out, and that word for it."""
+        if isinstance(self.train, Resident):
+            return {}
+        photos = self.train.pictures.photos
+        return {photos.names[place]: "excluded" for place in sorted(photos.damage.excluded)}
+
     def clipped(self, world: World) -> list[str]:
         """What to tell of values of 16-bit photographs that no training image of a sample had."""
         if isinstance(self.train, Resident) or self.source.levels is None:
@@ -202,7 +210,7 @@ class Data:
 def source_named(
     config: TrainConfig, split: str | None, levels: Levels | None, stage: str | None = None,
     keep_decoded: bool = False, say: Callable[[str], None] = lambda _: None,
-    before: Entry | None = None, excluded: Collection[str] = (),
+    before: Entry | None = None, excluded: Collection[str] = (), start: str = "",
 ) -> Source:  # fmt: skip
     """The data set that a configuration names, in its fold, with a yes or no for each class.
 
@@ -213,7 +221,7 @@ def source_named(
         config.dataset, data_dir=config.data_dir, image_size=config.image_size,
         skip_bad_images=config.skip_bad_images, seed=config.seed, split=split,
         group_by=config.group_by, stage=stage, keep_decoded=keep_decoded, levels=levels, many=many,
-        say=say, before=before, excluded=excluded,
+        say=say, before=before, excluded=excluded, start=start,
     ), config.fold)  # fmt: skip
     return multi_hot(source) if many and source.classes else source
 
@@ -239,11 +247,13 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     config = plan.config
     split = split_of(config, config.run_dir if plan.goes_on else None)
     card = world.main_decides(lambda: card_of_run(plan))
+    start = world.main_decides(lambda: uuid.uuid4().hex) if world.num_processes > 1 else ""
     source = world.all_or_none(world.stop.interruptible(lambda: source_named(
         config, split, levels_in(card), stage=config.stage,
         keep_decoded=not card and config.decode == "full", say=say if world.is_main else print,
-        before=_index_of_run(plan), excluded=excluded_names(config.exclude),
+        before=_index_of_run(plan), excluded=excluded_names(config.exclude), start=start,
     )))  # fmt: skip
+    forget_looks(start)  # each process has what it needs
     if card:
         source = as_the_run_sees(source, card)
         plan = _cut_as_the_run(plan, source, card)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +40,7 @@ EARLY = {"checkpoints", "crash", "train.log", "slurm.log", "STOP", ".probe"}
 SKIPPED = "skipped_images.txt"
 PICTURES = "pictures.safetensors"  # of photographs: names, sizes, a digest of each
 DAMAGED = "damaged.txt"  # names of photographs, as --exclude reads them
+UNDECODED = "cannot be decoded"
 MOST_DIFF = 1_000_000  # characters of uncommitted changes that a run keeps
 WRITTEN_ON = ("lock", "train.log", "metrics.jsonl", "checkpoints", "crash", CODE)
 MOST_OWNER = 4096  # bytes of a lock
@@ -328,28 +329,38 @@ class RunDir:
 
     def write_source(self, source: Source, places: dict[str, Tensor]) -> None:
         """classes.json, with what images are normalised by; the pictures, in and out."""
+        self.write_split(source, places, dict.fromkeys(self.damaged(), UNDECODED))
         content = {"classes": source.classes, "mean": source.mean, "std": source.std}
         write_json(self.folder / "classes.json", content)
-        if rows := rows_of(source, places):
-            write_split(self.folder / SPLIT_FILE, rows)
         if source.index is not None:
             write_entry(self.folder / PICTURES, *source.index)
         if source.skipped or (source.tally and source.tally.left_out):
             lines = [str(source.tally)] * bool(source.tally) + list(source.skipped)
             write_text(self.folder / SKIPPED, "\n".join(lines) + "\n")
 
-    def write_damaged(self, names: Iterable[str]) -> None:
-        """damaged.txt: these photographs too, which could not be decoded while the run went on."""
-        path = self.folder / DAMAGED
+    def write_split(
+        self, source: Source, places: dict[str, Tensor], left_out: Mapping[str, str]
+    ) -> None:
+        """split.csv: which picture is where, and why some of them count for nothing."""
+        if rows := rows_of(source, places):
+            write_split(self.folder / SPLIT_FILE, rows, left_out)
+
+    def damaged(self) -> list[str]:
+        """Photographs that could not be decoded while the run went on, in any life so far."""
         try:
-            known = path.read_text("utf-8", "surrogateescape").split("\n")
+            known = (self.folder / DAMAGED).read_text("utf-8", "surrogateescape")
         except OSError:
-            known = []
-        known = list(filter(None, known))
+            return []
+        return list(filter(None, known.split("\n")))
+
+    def write_damaged(self, names: Iterable[str]) -> list[str]:
+        """damaged.txt: these photographs too; all that are known."""
+        known = self.damaged()
         if new := [name for name in names if name not in known]:
             text = "".join(f"{name}\n" for name in [*known, *new])
-            with whole(path) as partial:
+            with whole(self.folder / DAMAGED) as partial:
                 partial.write_bytes(text.encode("utf-8", "surrogateescape"))
+        return [*known, *new]
 
     def write_metrics(self, metrics: Sequence[Metric], best_is: str) -> None:
         """metrics.json: what the numbers in metrics.jsonl are, for those who have this folder."""
