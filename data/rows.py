@@ -179,6 +179,18 @@ class GroupStore:
         return str(path)
 
 
+def holds_bytes(schema: "pyarrow.Schema", image: str) -> bool:
+    """Whether the cells of a column are bytes, or have such a part; text names files."""
+    import pyarrow
+
+    if image not in schema.names:
+        return False
+    kind = schema.field(image).type
+    if pyarrow.types.is_struct(kind):
+        kind = next((one.type for one in kind if one.name == "bytes"), kind)
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
 def cells_of(column: "pyarrow.Array") -> "pyarrow.Array":
     """The bytes in a column of pictures, where they are a part of each cell, too."""
     import pyarrow
@@ -205,6 +217,8 @@ class Column:
         import pyarrow.parquet
 
         meta = pyarrow.parquet.read_metadata(file)
+        if not holds_bytes(meta.schema.to_arrow_schema(), image):
+            return None
         rows, sizes, no_nulls, found = [], [], True, ""
         for number in range(meta.num_row_groups):
             group = meta.row_group(number)
