@@ -39,13 +39,15 @@ from training.learner import inputs
 PAGES = [REPOSITORY / "docs" / name for name in ("lessons.md", "lessons.zh.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 CELLS = re.compile(r"^<!-- notebook\n.*?^-->$", flags=re.M | re.S)  # what only the notebook has
-NUMBER = re.compile(r"\d(?:[\d.,]*\d)?(?:[hms]\d*)*[hms]?(?: ?%)?")
+NUMBER = re.compile(r"\d(?:[\d.,]*\d)?(?:[hms]\d*)*[hms]?")
 MEASURED = re.compile(
     r"ETA \S+|[\d.,]+ (?:ms|img/s)|\d+ % waiting for images|\btime  .*|^\s*real.*"
 )
-# Another processor adds sums up in another order. Of few images, what is learned differs then by so
-# many hundredths of an accuracy, and a loss by this part of it; small nets come out nearly alike.
-POINTS, SPREAD = 12.0, 0.3
+# What is learned of few images hangs on the order of sums, and so on the processor: one of more
+# instructions does as one that ends with AVX2. What is left between such processors is this part.
+ALIKE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+ALIKE["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
+SPREAD = 0.05
 
 # --- the documents --------------------------------------------------------------------------------
 
@@ -86,12 +88,8 @@ def same_numbers(shown: str, printed: str) -> bool:
     pairs = list(zip(numbers(shown), numbers(printed), strict=True))
     if any(a != b for a, b in pairs if "." not in a):
         return False
-    learned = [(a, *(float(re.sub("[, %]", "", text)) for text in (a, b)))
-               for a, b in pairs if "." in a]  # fmt: skip
-    return all(
-        abs(one - other) <= (POINTS if "%" in text else SPREAD * max(one, 0.5))
-        for text, one, other in learned
-    )
+    values = [(float(a.replace(",", "")), float(b.replace(",", ""))) for a, b in pairs if "." in a]
+    return all(abs(a - b) <= SPREAD * max(abs(a), 0.5) for a, b in values)
 
 
 def not_printed(shown: str, out: str) -> list[str]:
@@ -109,8 +107,8 @@ def test_a_number_that_differs_from_the_page_is_seen_and_a_time_is_not():
     page = "epoch 3/3  train loss 0.1314  accuracy 96.24 %  best 94.93 %  ETA 6s\n"
     assert not not_printed(page, page.replace("6s", "1m02s"))
     assert not not_printed(page, page.replace("0.1314", "0.1315"))
-    assert not_printed(page, page.replace("0.1314", "0.3314")) == [page.strip()]
-    assert not_printed(page, page.replace("94.93", "80.93"))
+    assert not_printed(page, page.replace("0.1314", "0.1814")) == [page.strip()]
+    assert not_printed(page, page.replace("94.93", "84.93"))
     at_the_end = "temperature 0.5, sum 2.0.\n"  # of a sentence: its full stop is no digit
     assert not not_printed(at_the_end, at_the_end)
     assert not_printed(at_the_end, at_the_end.replace("2.0", "3.0"))
@@ -180,7 +178,7 @@ def run_in(folder, command: str):
         words[:1] = ["python", "-m", "torch.distributed.run"]
     assert words[0] == "python", command
     # Threads that wait without spinning: cores here are shared with other tests.
-    env = {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"}
+    env = {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive", **ALIKE}
     env["LOCKSTEP_PYTHON"] = sys.executable
     return finish(*start([sys.executable, *words[1:]], folder, **env))
 
