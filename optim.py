@@ -12,17 +12,7 @@ from models.hooks import HasMuonGroups
 from models.own_file import is_own_file
 from models.state import has_extra_state, twin
 from models.weights import depths
-from optimizers import (
-    InRows,
-    Lamb,
-    Lion,
-    NAdamW,
-    RMSprop,
-    ScheduleFreeAdamW,
-    Waiting,
-    as_stored,
-    build_own,
-)
+from optimizers import IN_ROWS, InRows, ScheduleFreeAdamW, Waiting, as_stored, build_own
 
 
 def lr_at(
@@ -93,16 +83,6 @@ def layer_groups(model: nn.Module, groups: list[dict], config: TrainConfig) -> l
     ]
 
 
-# By name: what updates a group in a row, its usual betas, its usual eps.
-IN_ROWS: dict[str, tuple[type[InRows], tuple[float, float], float]] = {
-    "lion": (Lion, (0.9, 0.99), 0.0),
-    "nadamw": (NAdamW, (0.9, 0.999), 1e-8),
-    "lamb": (Lamb, (0.9, 0.999), 1e-6),
-    "rmsprop": (RMSprop, (0.0, 0.0), 1e-8),
-    "schedule_free": (ScheduleFreeAdamW, (0.9, 0.999), 1e-8),
-}
-
-
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of the config, fused where torch has it; lr is set by us at each step.
 
@@ -114,9 +94,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     betas = tuple(map(float, config.betas.split(","))) if config.betas else None
     eps = config.eps
     if config.optimizer in IN_ROWS:
-        kind, usual_betas, usual_eps = IN_ROWS[config.optimizer]
-        defaults = {"lr": config.lr, "momentum": config.momentum, "betas": betas or usual_betas}
-        return kind(groups, defaults | {"eps": usual_eps if eps is None else eps})
+        kind = IN_ROWS[config.optimizer]
+        defaults = {"lr": config.lr, "momentum": config.momentum, "betas": betas or kind.betas}
+        return kind(groups, defaults | {"eps": kind.eps if eps is None else eps})
     if is_own_file(config.optimizer):
         known = {"lr": config.lr, "momentum": config.momentum, "betas": betas, "eps": eps}
         return build_own(config.optimizer, groups, known | {"nesterov": config.nesterov or None})

@@ -43,6 +43,7 @@ class InRows(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # else a gradient scaler would read found_inf, and wait
     rows: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ("step",)
+    betas, eps = (0.0, 0.0), 0.0  # the usual ones, of those that have some
 
     def begin(self) -> None:
         """The state of a beginning, once the weights lie where they will."""
@@ -121,6 +122,7 @@ class Lion(InRows):
 
     rows = ("momentum",)
     numbers = ()
+    betas = (0.9, 0.99)
 
     def update(
         self, weights: Tensor, gradients: Tensor, kept: Row, group: dict, sizes: list[int]
@@ -145,6 +147,7 @@ class NAdamW(InRows):
 
     rows = ("mean", "square")
     numbers = ("step", "product")
+    betas, eps = (0.9, 0.999), 1e-8
     DECAY = 0.004  # of the momentum, as torch has it
 
     def first(self, name: str, p: Tensor) -> Tensor:
@@ -173,6 +176,7 @@ class Lamb(InRows):
     """
 
     rows = ("mean", "square")
+    betas, eps = (0.9, 0.999), 1e-6
 
     def update(
         self, weights: Tensor, gradients: Tensor, kept: Row, group: dict, sizes: list[int]
@@ -195,6 +199,7 @@ class RMSprop(InRows):
 
     rows = ("square", "momentum")
     numbers = ()
+    eps = 1e-8
     DECAY = 0.99
 
     def update(
@@ -217,6 +222,7 @@ class ScheduleFreeAdamW(InRows):
 
     rows = ("z", "square")
     numbers = ("step", "highest", "sum")
+    betas, eps = (0.9, 0.999), 1e-8
 
     def first(self, name: str, p: Tensor) -> Tensor:
         return p.detach().clone() if name == "z" else super().first(name, p)
@@ -246,6 +252,13 @@ class ScheduleFreeAdamW(InRows):
         }
 
 
+IN_ROWS: dict[str, type[InRows]] = {
+    "lion": Lion,
+    "nadamw": NAdamW,
+    "lamb": Lamb,
+    "rmsprop": RMSprop,
+    "schedule_free": ScheduleFreeAdamW,
+}
 OURS = ("lr", "weight_decay", "momentum", "eps", "nesterov", "betas")  # settings of a group
 
 

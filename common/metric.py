@@ -1,4 +1,4 @@
-"""A number of an evaluation that says of itself what it is called, how it is written and judged."""
+"""The numbers of an evaluation, which say of themselves how they are written and judged."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ PLACES = frozenset({"line", "best", "chart", "end"})
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """Declared once, by its task; screen, page, plots and the choice of the best weights obey.
+    """Declared once, in METRICS; screen, page, plots and the choice of the best weights obey.
 
     `key` is its name in metrics.jsonl, behind the split ("test/loss"). `format` is Python's, of a
     float; one that ends in % is for a share of the images. `higher_is_better` also decides which of
@@ -65,3 +65,50 @@ class Metric:
 
     def better(self, new: float, old: float | None) -> bool:
         return old is None or (new > old if self.higher_is_better else new < old)
+
+
+# By task, in the order in which they are shown. The loss is always among them.
+METRICS: dict[str, tuple[Metric, ...]] = {
+    "classification": (
+        Metric(key="loss", title="loss"),
+        Metric(
+            key="accuracy", title="accuracy", format=".2%", higher_is_better=True,
+            shown=("line", "best", "chart"),
+        ),
+        Metric(
+            key="top5", title="top 5", format=".2%", higher_is_better=True, shown=("best", "end")
+        ),
+        Metric(
+            key="balanced_accuracy", title="balanced accuracy", format=".2%",
+            higher_is_better=True, shown=("best", "end"),
+        ),
+        Metric(
+            key="macro_precision", title="macro precision", higher_is_better=True, shown=("end",)
+        ),
+        Metric(key="macro_f1", title="macro F1", higher_is_better=True, shown=("best", "end")),
+        Metric(key="auroc", title="AUROC", higher_is_better=True, shown=("best", "end")),
+        Metric(key="ece", title="calibration error", shown=("best", "end")),
+    ),
+    "multilabel": (
+        Metric(key="loss", title="loss"),
+        Metric(key="mean_ap", title="mAP", higher_is_better=True, shown=("line", "best", "chart")),
+        Metric(key="macro_f1", title="macro F1", higher_is_better=True, shown=("best", "end")),
+        Metric(
+            key="micro_f1", title="micro F1", higher_is_better=True,
+            shown=("line", "best", "end", "chart"),
+        ),
+        Metric(
+            key="exact_match", title="all classes right", format=".2%", higher_is_better=True,
+            shown=("best", "end"),
+        ),
+    ),
+    "regression": (
+        Metric(key="loss", title="loss"),
+        Metric(key="r2", title="R2", higher_is_better=True),
+    ),
+}  # fmt: skip
+
+
+def selectable(task: str) -> tuple[str, ...]:
+    """What --select may name: what an epoch's line or the best so far is shown by."""
+    return tuple(m.key for m in METRICS[task] if m.has("line") or m.has("best"))

@@ -7,8 +7,9 @@ tells all of it together.
 import re
 from collections.abc import Callable, Iterator
 
+from common.metric import selectable
 from common.text import seconds
-from config.fields import HINTS, NUMBER, TAKEN_BY, TrainConfig, mean_and_std, unfreezing
+from config.fields import HINTS, NUMBER, TrainConfig, mean_and_std, taking, unfreezing
 from config.layers import Settings, task_of
 from data.policy import parse_policy
 from errors import UserError, all_of
@@ -16,13 +17,6 @@ from models import lookup, parts_of, size_problem
 from models.own_file import check_own_file, is_own_file
 
 FOLD = re.compile("([0-9]{1,4})/([0-9]{1,4})")
-SELECTABLE = {  # by task, what --select may name beside auto
-    "classification": (
-        "loss", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece",
-    ),
-    "multilabel": ("loss", "mean_ap", "macro_f1", "micro_f1", "exact_match"),
-    "regression": ("loss", "r2"),
-}  # fmt: skip
 # By task, what has no meaning for it, and why.
 NOT_OF = {
     "regression": ("mixup", "cutmix", "loss", "class_weights", "sampler", "threshold"),
@@ -108,10 +102,10 @@ def _own_files(settings: Settings, c: TrainConfig) -> Iterator[UserError]:
 
 
 def _optimizer(settings: Settings, c: TrainConfig) -> Iterator[UserError]:
-    for name, takers in TAKEN_BY.items():
-        other = c.optimizer not in takers and not is_own_file(c.optimizer)
+    for name in ("nesterov", "betas", "eps"):  # a recipe may give a momentum to all
+        other = c.optimizer not in taking(name) and not is_own_file(c.optimizer)
         if other and getattr(c, name) not in (None, False):
-            yield _both(f"--{name}: {c.optimizer} has none; {', '.join(takers)}")
+            yield _both(f"--{name}: {c.optimizer} has none; {', '.join(taking(name))}")
     if c.layer_decay != 1 and c.optimizer == "muon":
         yield _both("--layer-decay: muon has rates of its own for each kind of layer")
     if c.nesterov and not c.momentum:
@@ -190,7 +184,7 @@ def _parts(settings: Settings, c: TrainConfig) -> Iterator[UserError]:
 
 def _best(settings: Settings, c: TrainConfig) -> Iterator[UserError]:
     task = task_of(c)
-    known = ("auto", *SELECTABLE[task])
+    known = ("auto", *selectable(task))
     if c.select not in known:
         yield _wrong(f"--select {c.select}: {c.model} is for {task}: {', '.join(known)}")
 

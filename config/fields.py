@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
+from common.metric import METRICS, selectable
 from common.text import did_you_mean
 from data.policy import KINDS
 from data.sources import NAMES
@@ -27,6 +28,24 @@ def setting(
     extra = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
     extra["own"] = own
     return field(default=default, metadata=extra)
+
+
+# What --optimizer may name, and which settings each takes; one's own take what their __init__ does.
+OPTIMIZERS = {
+    "sgd": ("momentum", "nesterov"),
+    "adamw": ("betas", "eps"),
+    "muon": ("momentum",),
+    "lion": ("betas",),
+    "nadamw": ("betas", "eps"),
+    "lamb": ("betas", "eps"),
+    "rmsprop": ("momentum", "eps"),
+    "schedule_free": ("betas", "eps"),
+}
+
+
+def taking(name: str) -> tuple[str, ...]:
+    """The optimizers that take a setting."""
+    return tuple(optimizer for optimizer, taken in OPTIMIZERS.items() if name in taken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,26 +118,23 @@ class TrainConfig:
     )  # fmt: skip
 
     optimizer: str = setting(
-        "sgd", "how weights are updated", group="optimizer", own=True,
-        choices=(
-            "sgd", "adamw", "muon", "lion", "nadamw", "lamb", "rmsprop", "schedule_free",
-        ),
-    )  # fmt: skip
+        "sgd", "how weights are updated", group="optimizer", own=True, choices=tuple(OPTIMIZERS)
+    )
     lr: float = setting(0.05, "peak learning rate", group="optimizer", low=0.0)
     layer_decay: float = setting(
         1.0, "each layer's rate is that of the next one times this (0.75 to fine-tune); 1: one "
         "rate for all", group="optimizer", low=0.01, high=1.0,
     )  # fmt: skip
     momentum: float = setting(
-        0.9, "momentum of sgd, muon and rmsprop", group="optimizer", low=0.0, high=1.0
+        0.9, f"momentum of {', '.join(taking('momentum'))}", group="optimizer", low=0.0, high=1.0
     )
     nesterov: bool = setting(False, "sgd looks ahead along its momentum", group="optimizer")
     betas: str | None = setting(
-        None, "the two of adamw, lion, nadamw, lamb, schedule_free, as 0.9,0.95; none: its usual",
+        None, f"the two of {', '.join(taking('betas'))}, as 0.9,0.95; none: its usual",
         group="optimizer",
     )  # fmt: skip
     eps: float | None = setting(
-        None, "beside the length that adamw, nadamw, lamb, rmsprop, schedule_free divide by",
+        None, f"beside the length that {', '.join(taking('eps'))} divide by",
         group="optimizer", low=0.0,
     )  # fmt: skip
     weight_decay: float = setting(
@@ -229,14 +245,12 @@ class TrainConfig:
         group="images",
     )
     select: str = setting(
-        "auto", "the metric that chooses the best epoch (auto: accuracy; with many labels mAP; of "
+        "auto",
+        "the metric that chooses the best epoch (auto: accuracy; with many labels mAP; of "
         "a regression, loss)",
         group="images",
-        choices=(
-            "auto", "accuracy", "balanced_accuracy", "top5", "macro_f1", "auroc", "ece", "mean_ap",
-            "micro_f1", "exact_match", "loss", "r2",
-        ),
-    )  # fmt: skip
+        choices=("auto", *dict.fromkeys(key for task in METRICS for key in selectable(task))),
+    )
     threshold: float = setting(
         0.5, "confidence from which a picture has a class, with --task multilabel", group="images",
         low=0.001, high=0.999,
@@ -315,12 +329,6 @@ class TrainConfig:
         return self.model, self.loss, self.optimizer
 
 
-# Which optimizers a setting is for; one's own take what their __init__ does.
-TAKEN_BY = {
-    "nesterov": ("sgd",),
-    "betas": ("adamw", "lion", "nadamw", "lamb", "schedule_free"),
-    "eps": ("adamw", "nadamw", "lamb", "rmsprop", "schedule_free"),
-}
 # What names the data, and what else of them may differ where a run is evaluated on others.
 DATA = ("dataset", "data_dir")
 OTHER_DATA = (*DATA, "split", "fold", "group_by", "val_fraction", "limit", "exclude", "stage")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import scores
 from common.confusion import MOST, WHOLE, precisions, totals
-from common.metric import Metric
+from common.metric import METRICS
 from common.text import percent, some
 from losses import Criterion
 from tasks.task import (
@@ -48,26 +48,7 @@ class Classification(Task):
     """Cross entropy; top-1, top-5 and a confusion matrix as integer counts."""
 
     name = "classification"
-    metrics = (
-        Metric(key="loss", title="loss"),
-        Metric(
-            key="accuracy", title="accuracy", format=".2%", higher_is_better=True,
-            shown=("line", "best", "chart"),
-        ),
-        Metric(
-            key="top5", title="top 5", format=".2%", higher_is_better=True, shown=("best", "end")
-        ),
-        Metric(
-            key="balanced_accuracy", title="balanced accuracy", format=".2%",
-            higher_is_better=True, shown=("best", "end"),
-        ),
-        Metric(
-            key="macro_precision", title="macro precision", higher_is_better=True, shown=("end",)
-        ),
-        Metric(key="macro_f1", title="macro F1", higher_is_better=True, shown=("best", "end")),
-        Metric(key="auroc", title="AUROC", higher_is_better=True, shown=("best", "end")),
-        Metric(key="ece", title="calibration error", shown=("best", "end")),
-    )  # fmt: skip
+    metrics = METRICS["classification"]
     best_is = right_is = "accuracy"
 
     def __init__(

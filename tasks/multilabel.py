@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.confusion import totals
-from common.metric import Metric
+from common.metric import METRICS, Metric
 from common.text import percent, some
 from losses import Binary, Criterion
 from tasks.task import (
@@ -38,19 +38,7 @@ class Multilabel(Task):
     """A sigmoid for each class; mean average precision, and F1 at a threshold."""
 
     name = "multilabel"
-    metrics = (
-        Metric(key="loss", title="loss"),
-        Metric(key="mean_ap", title="mAP", higher_is_better=True, shown=("line", "best", "chart")),
-        Metric(key="macro_f1", title="macro F1", higher_is_better=True, shown=("best", "end")),
-        Metric(
-            key="micro_f1", title="micro F1", higher_is_better=True,
-            shown=("line", "best", "end", "chart"),
-        ),
-        Metric(
-            key="exact_match", title="all classes right", format=".2%", higher_is_better=True,
-            shown=("best", "end"),
-        ),
-    )  # fmt: skip
+    metrics = METRICS["multilabel"]
     class_metrics = (
         Metric(key="images", title="images", format=",.0f"),
         Metric(key="ap", title="average precision"),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.metric import Metric
+from common.metric import METRICS
 from tasks.task import LARGEST_LOSS, LOSS_UNIT, Answers, Outputs, Task, split_outputs
 
 MOST_POINTS = 200  # answers of a regression that are kept
@@ -14,10 +14,7 @@ class Regression(Task):
     """Mean squared error and R2, from exact sums in units of 2**-20."""
 
     name = "regression"
-    metrics = (
-        Metric(key="loss", title="loss"),
-        Metric(key="r2", title="R2", higher_is_better=True),
-    )
+    metrics = METRICS["regression"]
     best_is = "loss"
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from sklearn import metrics as theirs
 from torch.nn import functional as F
 
-from config import parse
-from config.checks import SELECTABLE
+from common.metric import METRICS, selectable
+from config import HINTS, parse
 from data.augment import Augment
 from data.image_set import labels_in_words, numbered_as
 from data.sources import load_source
@@ -314,11 +314,21 @@ def test_what_makes_no_sense_of_many_labels_is_a_sentence(words, match):
         parse(words.split())
 
 
-def test_what_may_choose_the_best_is_what_is_counted():
-    assert SELECTABLE.keys() == TASKS.keys()
-    for name, task in TASKS.items():
-        assert set(SELECTABLE[name]) <= {metric.key for metric in task.metrics}
-        assert task.best_is in SELECTABLE[name]
+def test_what_is_declared_is_counted_and_all_that_may_choose_can_be_named():
+    answers, many = sample()
+    labels = {"classification": many.argmax(1), "multilabel": many, "regression": many.float()}
+    assert METRICS.keys() == TASKS.keys()
+    for name, kind in TASKS.items():
+        task, weights = kind(CLASSES), torch.ones(len(many), dtype=torch.int64)
+        counts = task.new_counts(torch.device("cpu"))
+        one = slice(0, 1) if name == "regression" else slice(None)
+        targets = labels[name] if name == "classification" else labels[name][:, one]
+        task.count(counts, answers[:, one], targets, weights)
+        assert METRICS[name][0].key == "loss"
+        assert {metric.key for metric in METRICS[name]} <= task.results(counts).keys()
+        assert task.best_is in selectable(name)
+    choices = HINTS["select"].metadata["choices"]
+    assert set(choices) == {"auto"}.union(*map(selectable, METRICS))
 
 
 def test_a_run_from_a_list_to_its_page_and_its_predictions(nets):

@@ -1,6 +1,7 @@
 """Optimizers: the shape of each schedule, who decays, and updates that must not happen."""
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from refusals import refused
 from torch import nn
 
 from config import HINTS, TrainConfig, parse
+from config.fields import OPTIMIZERS as TAKEN
 from distributed.checkpoint import capture, restore
 from distributed.shards import Guard
 from errors import UserError
@@ -32,6 +34,19 @@ def net() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
     )
+
+
+def test_each_name_makes_an_optimizer_of_its_own_which_has_what_it_is_said_to_take():
+    made = {}
+    for name, taken in TAKEN.items():
+        config = TrainConfig(optimizer=name, momentum=0.123, betas="0.3,0.4", eps=0.5)
+        if "nesterov" in taken:
+            config = replace(config, nesterov=True)
+        made[type(build_optimizer(net(), config))] = name
+        (group, *_) = build_optimizer(net(), config).param_groups
+        wanted = {"momentum": 0.123, "nesterov": True, "betas": (0.3, 0.4), "eps": 0.5}
+        assert all(group[key] == wanted[key] for key in taken), name
+    assert tuple(made.values()) == OPTIMIZERS
 
 
 def gradients(model: nn.Module) -> None:
