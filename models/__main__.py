@@ -2,9 +2,10 @@
 
 import argparse
 import fnmatch
+import math
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from common.text import counted
 from errors import UserError
@@ -16,6 +17,7 @@ from models.recipes import RECIPES
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
+    from torch import nn
 
 
 def main() -> int:
@@ -104,75 +106,93 @@ def names_like(pattern: str) -> list[str]:
 
 
 def table_of_layers(
-    name: str, image_size: int | None, num_classes: int, channels: int = 3, blurpool: str = "none"
+    name: str, image_size: int | None, num_classes: int, parts: Mapping[str, Any] | None = None
 ) -> "Table":
-    """Layers in the order in which they run in training, auxiliary heads included."""
-    import torch
+    """Layers in the order in which they run in training, auxiliary heads included.
+
+    parts: what else the model is made of, as `models.parts_of` tells it.
+    """
     from rich.table import Table
-    from torch import nn
 
-    entry = lookup(name)
     if image_size is None:
-        image_size = int(entry.recipe.get("image_size", 1))
-    shape = (2, channels, image_size, image_size) if entry.task == "classification" else (2, 1)
-    # A forward of others may make tensors of its own, which must then hold numbers.
-    for device in ("cpu",) if is_own_file(entry.target) else ("meta", "cpu"):
-        try:
-            with torch.device(device), torch.no_grad():
-                model = build_model(
-                    name, num_classes=num_classes, image_size=image_size, channels=channels,
-                    blurpool=blurpool,
-                )  # fmt: skip
-                inputs = torch.zeros(shape)
-                if not is_own_file(entry.target):
-                    model(inputs)
-            break
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
-            if device == "cpu":
-                own = entry.recipe.get("image_size")
-                raise UserError(
-                    f"{name} fails at --image-size {image_size} ({str(error).splitlines()[0]}); "
-                    f"its own is {own}",
-                    code="model-fails",
-                ) from error
-
+        image_size = int(lookup(name).recipe.get("image_size", 1))
+    model, inputs = _to_look_at(name, image_size, num_classes, parts or {})
     title = f"{name} at {image_size} px, {num_classes} classes"
     table = Table("layer", "kind", title=title, caption=said_of_weights(name))
     for heading in ("output", "parameters", "multiply-adds"):
         table.add_column(heading, justify="right")
     total = 0
+    for path, layer, shape in _as_they_run(model, inputs):
+        work = math.prod(shape) * _weights_per_output(layer)
+        total += work
+        sides = " x ".join(map(str, shape))
+        kind, held = type(layer).__name__, count(layer.parameters())
+        table.add_row(path, kind, sides, f"{held:,}", f"{work:,}")
+    table.add_section()
+    table.add_row("total", "", "", f"{count(model.parameters()):,}", f"{total:,}")
+    return table
 
-    def add_row(path: str, layer: nn.Module, output: "torch.Tensor | tuple | list") -> None:
-        nonlocal total
+
+def _to_look_at(
+    name: str, image_size: int, num_classes: int, parts: Mapping[str, Any]
+) -> tuple["nn.Module", "torch.Tensor"]:
+    """The model and two blank samples; without numbers, where its forward runs without."""
+    import torch
+
+    entry = lookup(name)
+    images = (2, parts.get("channels", 3), image_size, image_size)
+    own = is_own_file(entry.target)
+    # A forward of others may make tensors of its own, which must then hold numbers.
+    for device in ("cpu",) if own else ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad():
+                model = build_model(name, num_classes=num_classes, image_size=image_size, **parts)
+                inputs = torch.zeros(images if entry.task == "classification" else (2, 1))
+                if not own:
+                    model(inputs)
+            return model, inputs
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            if device == "cpu":
+                its_own = entry.recipe.get("image_size")
+                raise UserError(
+                    f"{name} fails at --image-size {image_size} ({str(error).splitlines()[0]}); "
+                    f"its own is {its_own}",
+                    code="model-fails",
+                ) from error
+    raise AssertionError("the last device answers or raises")
+
+
+def _as_they_run(
+    model: "nn.Module", inputs: "torch.Tensor"
+) -> list[tuple[str, "nn.Module", tuple[int, ...]]]:
+    """Path, layer and the shape of its output for one sample, each time that a layer runs."""
+    import torch
+
+    found: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+
+    def note(path: str, layer: "nn.Module", output: "torch.Tensor | tuple | list") -> None:
         while isinstance(output, tuple | list) and output:  # nn.GRU, nn.MultiheadAttention
             output = output[0]
-        if not isinstance(output, torch.Tensor):
-            return
-        size = output[0].numel()  # of one image
-        weights_per_output = 0
-        if isinstance(layer, nn.Conv2d):
-            weights_per_output = layer.weight[0].numel()
-        elif isinstance(layer, nn.Linear):
-            weights_per_output = layer.in_features
-        total += size * weights_per_output
-        table.add_row(
-            path,
-            type(layer).__name__,
-            " x ".join(map(str, output.shape[1:])),
-            f"{count(layer.parameters()):,}",
-            f"{size * weights_per_output:,}",
-        )
+        if isinstance(output, torch.Tensor):
+            found.append((path, layer, tuple(output.shape[1:])))
 
     for path, layer in model.named_modules():
         if not any(True for _ in layer.children()):
             layer.register_forward_hook(
-                lambda layer, _, output, path=path: add_row(path, layer, output)
+                lambda layer, _, output, path=path: note(path, layer, output)
             )
     with torch.no_grad():
         model(inputs)
-    table.add_section()
-    table.add_row("total", "", "", f"{count(model.parameters()):,}", f"{total:,}")
-    return table
+    return found
+
+
+def _weights_per_output(layer: "nn.Module") -> int:
+    """How many products a number of its output sums up; 0 of layers that are not counted."""
+    from torch import nn
+
+    if isinstance(layer, nn.Conv2d):
+        return layer.weight[0].numel()
+    return layer.in_features if isinstance(layer, nn.Linear) else 0
 
 
 def said_of_weights(name: str) -> str | None:

@@ -18,6 +18,7 @@ from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
+from models import parts_of
 from models.__main__ import table_of_layers
 from models.own_file import is_own_file
 from report import pictures
@@ -38,6 +39,7 @@ from training.schedule import doubts as schedule_doubts
 from training.start import Started
 from training.trial import PICTURES
 
+Rows = list[tuple[str, str]]  # of a panel: what, and its words
 LONG = 1800.0  # seconds
 FEW = 4  # images of a step for one process, which keep no GPU busy
 STOP_AFTER = "--stop-after"  # how the reason of such an end begins
@@ -49,57 +51,12 @@ def show_start(
     schedule: Schedule, progress: Progress, world: World,
 ) -> None:  # fmt: skip
     """The start panel: what will run, and every setting that is not the default."""
-    plan, snapshots = checkpoints.plan, checkpoints.snapshots
-    config, batch, settings = plan.config, data.batch, plan.settings
-    total = sum(p.numel() for p in learner.bare.parameters())
-    trainable = sum(p.numel() for p in learner.parameters)
-    held = "" if trainable == total else f", {trainable:,} of them train"
-    validation = f"{len(data.places['val']):,} validation, " if "val" in data.places else ""
-    amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
-    there, tried = len(data.places["test"]), len(data.test)
-    amount += f"{there:,} test images" + f" ({tried:,} are tried)" * (tried < there)
-    if world.device.type == "cuda":
-        on_gpu = data.train.labels.device.type == "cuda"
-        amount += f", in {'GPU' if on_gpu else 'host'} memory"
+    plan, config, settings = checkpoints.plan, checkpoints.plan.config, checkpoints.plan.settings
     rows = [
-        ("model", f"{config.model}, {total:,} parameters{held}"),
-        ("weights", weights_shown(plan, started) or "from scratch"),
-        ("data", amount),
-        *([("files", str(data.source.tally))] if data.source.tally else []),
-        *(("images", words) for words in data.photographs()),
-        *started.task.criterion.in_words(data.classes),
-        *(("sampler", b.in_words(data.classes)) for b in (data.sampler.balance,) if b),
-        ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
-        ("batch", batch.in_words()),
-        ("steps", steps_shown(schedule, progress)),
-        ("folder", config.run_dir or "none (dry run)"),
-        *([("snapshots", snapshots.in_words)] if snapshots.in_words else []),
+        *_standing(checkpoints, learner, schedule, progress),
+        *_what_runs(checkpoints, data, started, learner, schedule, progress, world),
+        *_rates_and_stages(learner),
     ]
-    if config.layer_decay != 1:
-        scales = sorted({g["lr_scale"] for g in learner.optimizer.param_groups})
-        rows.append(("layer rates", f"{len(scales)} depths, {scales[0]:.3g} to 1 of the rate"))
-    if learner.frozen.stages:
-        sizes = {name: p.numel() for name, p in learner.bare.named_parameters()}
-        later = [
-            f"epoch {s.epoch + 1} {s.what} ({sum(sizes[n] for n in s.names):,} parameters)"
-            for s in learner.frozen.stages
-        ]
-        rows.append(("unfreezes", ", ".join(later)))
-    resumed = progress.step > 0
-    if schedule.over(progress):
-        flag = "--patience" if schedule.gave_up(progress) else "--epochs"
-        longer = f"{flag} N trains longer, --fresh starts over"
-        rows.insert(0, ("finished", f"this run is finished at step {progress.step}; {longer}"))
-    elif resumed:
-        best, metric = progress.best, learner.task.best
-        shown = f", best {metric.show(best)}" if best is not None and metric.has("best") else ""
-        epoch = schedule.place(progress.step)[0]
-        ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
-        source = f", {snapshots.source}" if snapshots.source else ""
-        told = f"at step {progress.step}, epoch {epoch}{ahead}{shown}{source}"
-        rows.insert(0, ("resumed", told))
-    if config.recipe != "none":
-        rows.insert(0, ("recipe", told_claim(config.recipe)))
     hidden = {"run_dir", "model", "dataset", "weights", "shards", "threads", "recipe"}
     if config.normalize not in ("auto", "data"):
         hidden.add("normalize")
@@ -118,13 +75,83 @@ def show_start(
         log = os.environ.get("LOCKSTEP_LOG", "")
         rows.append(("job", f"{number}, start {start}" + (f", log {log}" if log else "")))
     if plan.actions.debug:
-        screen.show(table_of_layers(
-            config.model, config.image_size, data.num_outputs, config.channels, config.blurpool
-        ))  # fmt: skip
+        parts = parts_of(vars(config))
+        screen.show(table_of_layers(config.model, config.image_size, data.num_outputs, parts))
     screen.start_panel("lockstep", rows, changed)
     odd = schedule_doubts(config, schedule, progress, plan.both_lengths)
-    for note in filter(None, (batch.note, data.note, *_notes(plan, data, started, world), *odd)):
+    notes = (data.batch.note, data.note, *_notes(plan, data, started, world), *odd)
+    for note in filter(None, notes):
         screen.warn(note)
+
+
+def _standing(
+    checkpoints: Checkpoints, learner: Learner, schedule: Schedule, progress: Progress
+) -> Rows:
+    """What a run is or comes from: its recipe, how far it was, whether it is at its end."""
+    recipe, rows = checkpoints.plan.config.recipe, []
+    if recipe != "none":
+        rows.append(("recipe", told_claim(recipe)))
+    if schedule.over(progress):
+        flag = "--patience" if schedule.gave_up(progress) else "--epochs"
+        longer = f"{flag} N trains longer, --fresh starts over"
+        rows.append(("finished", f"this run is finished at step {progress.step}; {longer}"))
+    elif progress.step > 0:
+        best, metric = progress.best, learner.task.best
+        shown = f", best {metric.show(best)}" if best is not None and metric.has("best") else ""
+        epoch = schedule.place(progress.step)[0]
+        ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
+        source = f", {checkpoints.snapshots.source}" if checkpoints.snapshots.source else ""
+        told = f"at step {progress.step}, epoch {epoch}{ahead}{shown}{source}"
+        rows.append(("resumed", told))
+    return rows
+
+
+def _what_runs(
+    checkpoints: Checkpoints, data: Data, started: Started, learner: Learner, schedule: Schedule,
+    progress: Progress, world: World,
+) -> Rows:  # fmt: skip
+    """Model, pictures, devices, batch, length and folder."""
+    plan, config, snapshots = checkpoints.plan, checkpoints.plan.config, checkpoints.snapshots
+    total = sum(p.numel() for p in learner.bare.parameters())
+    trainable = sum(p.numel() for p in learner.parameters)
+    held = "" if trainable == total else f", {trainable:,} of them train"
+    validation = f"{len(data.places['val']):,} validation, " if "val" in data.places else ""
+    amount = f"{config.dataset}: {len(data.train):,} training, {validation}"
+    there, tried = len(data.places["test"]), len(data.test)
+    amount += f"{there:,} test images" + f" ({tried:,} are tried)" * (tried < there)
+    if world.device.type == "cuda":
+        on_gpu = data.train.labels.device.type == "cuda"
+        amount += f", in {'GPU' if on_gpu else 'host'} memory"
+    return [
+        ("model", f"{config.model}, {total:,} parameters{held}"),
+        ("weights", weights_shown(plan, started) or "from scratch"),
+        ("data", amount),
+        *([("files", str(data.source.tally))] if data.source.tally else []),
+        *(("images", words) for words in data.photographs()),
+        *started.task.criterion.in_words(data.classes),
+        *(("sampler", b.in_words(data.classes)) for b in (data.sampler.balance,) if b),
+        ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
+        ("batch", data.batch.in_words()),
+        ("steps", steps_shown(schedule, progress)),
+        ("folder", config.run_dir or "none (dry run)"),
+        *([("snapshots", snapshots.in_words)] if snapshots.in_words else []),
+    ]
+
+
+def _rates_and_stages(learner: Learner) -> Rows:
+    """What learns at another rate, and what trains later."""
+    rows = []
+    if learner.config.layer_decay != 1:
+        scales = sorted({g["lr_scale"] for g in learner.optimizer.param_groups})
+        rows.append(("layer rates", f"{len(scales)} depths, {scales[0]:.3g} to 1 of the rate"))
+    if learner.frozen.stages:
+        sizes = {name: p.numel() for name, p in learner.bare.named_parameters()}
+        later = [
+            f"epoch {s.epoch + 1} {s.what} ({sum(sizes[n] for n in s.names):,} parameters)"
+            for s in learner.frozen.stages
+        ]
+        rows.append(("unfreezes", ", ".join(later)))
+    return rows
 
 
 def advise_on_time(screen: Report, plan: Plan, data: Data, world: World, left: float) -> None:
@@ -160,48 +187,75 @@ def weights_shown(plan: Plan, started: Started) -> str:
 
 
 def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
-    config, notes = plan.config, []
-    if unused := started.trial.unused:
+    left_out = []
+    if data.source.skipped:
+        where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
+        images = counted(len(data.source.skipped), "image")
+        left_out.append(f"left out, as it cannot be read: {images}{where}")
+    return [
+        *_tried(plan, started),
+        *_emulated(plan, world),
+        *data.cut_off(),
+        *_at_odds(plan.config, data, world),
+        *left_out,
+        *data.source.notes,
+        *_rate_of_another(plan),
+    ]
+
+
+def _tried(plan: Plan, started: Started) -> list[str]:
+    """What the trial step found in the model that would surprise later."""
+    model, trial, notes = plan.config.model, started.trial, []
+    if unused := trial.unused:
         notes.append(
-            f"{', '.join(unused[:5])} of {config.model} got no gradient when it was tried: does "
+            f"{', '.join(unused[:5])} of {model} got no gradient when it was tried: does "
             "forward use them? What never gets one changes by weight decay alone"
         )
-    trial = started.trial
     if trial.hidden:
         notes.append(
-            f"{config.model} answers a shard otherwise after another one: it keeps state of its "
+            f"{model} answers a shard otherwise after another one: it keeps state of its "
             f"own ({', '.join(trial.hidden[:3])}), which is in no checkpoint. The run is the same "
             "run on this number of processes only, and not after a stop; register_buffer keeps it"
         )
     if trial.random:
         notes.append(
-            f"{config.model} draws random numbers when it is evaluated, too (F.dropout without "
+            f"{model} draws random numbers when it is evaluated, too (F.dropout without "
             "training=self.training?); the same ones each time, on any number of processes"
         )
     if trial.neighbours:
         notes.append(
-            f"{config.model} answers a picture alone otherwise than in a batch of {PICTURES}, in "
+            f"{model} answers a picture alone otherwise than in a batch of {PICTURES}, in "
             "evaluation: test numbers depend on the batches, and predict.py answers otherwise "
             "(batch norm without running statistics?)"
         )
     if trial.probabilities:
         notes.append(
-            f"{config.model} answers rows that sum to 1: the loss takes logits and does softmax "
+            f"{model} answers rows that sum to 1: the loss takes logits and does softmax "
             "itself; a second softmax learns little and slowly, so leave it out of forward"
         )
-    if plan.actions.debug and (refused := started.trial.nondeterministic):
+    if plan.actions.debug and (refused := trial.nondeterministic):
         notes.append(
-            f"{', '.join(refused[:5])} of {config.model}: no deterministic backward on a GPU, "
+            f"{', '.join(refused[:5])} of {model}: no deterministic backward on a GPU, "
             "where --deterministic will refuse the model; models/pooling.py has an AdaptivePool"
         )
+    return notes
+
+
+def _emulated(plan: Plan, world: World) -> list[str]:
+    """Whether a run that began in bf16 goes on where that is slow."""
     saved = plan.settings.origin("mixed_precision") == "saved run"
     decided = saved and "mixed_precision" not in plan.settings.typed  # by its birth's machine
-    if config.mixed_precision == "bf16" and decided and lacks_bf16(world.device):
-        notes.append(
+    if plan.config.mixed_precision == "bf16" and decided and lacks_bf16(world.device):
+        return [
             "this run began in bf16, which its first device had and this one emulates slowly; "
             "--mixed-precision no --allow-change mixed_precision goes on in float32"
-        )
-    notes += data.cut_off()
+        ]
+    return []
+
+
+def _at_odds(config: TrainConfig, data: Data, world: World) -> list[str]:
+    """Settings that are allowed together and seldom meant so."""
+    notes = []
     if config.optimizer == "schedule_free" and config.schedule != "constant":
         notes.append(
             "schedule_free averages where others let the rate fall: --schedule constant is its own"
@@ -215,18 +269,19 @@ def _notes(plan: Plan, data: Data, started: Started, world: World) -> list[str]:
         notes.append(
             "--sampler balanced and --class-weights even the classes out twice: one is enough"
         )
-    if data.source.skipped:
-        where = f", see {plan.folder / SKIPPED}" if plan.folder else ""
-        left_out = counted(len(data.source.skipped), "image")
-        notes.append(f"left out, as it cannot be read: {left_out}{where}")
-    notes += data.source.notes
+    return notes
+
+
+def _rate_of_another(plan: Plan) -> list[str]:
+    """Whether nobody chose the learning rate for this optimizer."""
+    config = plan.config
     usual = recipe_of(config.model, config.weights).get("optimizer", TrainConfig.optimizer)
     if config.optimizer != usual and plan.settings.origin("lr") in ("recipe", "default"):
-        notes.append(
+        return [
             f"the learning rate {config.lr:g} is meant for {usual}; one for {config.optimizer} is "
             "found by --find-lr, and given with --lr"
-        )
-    return notes
+        ]
+    return []
 
 
 def on_line(task: Task) -> list[Metric]:
@@ -376,24 +431,38 @@ def show_ending(
     screen: Report, plan: Plan, folder: Path, page: Path | None, task: Task, data: Data,
     progress: Progress, model: nn.Module, code: int, reason: str, world: World,
 ) -> None:  # fmt: skip
-    """The table and the panel of the end."""
-    best, last, metric = progress.best_metrics, progress.last, task.best
-    rows = []
+    """The tables and the panel of the end."""
+    best, when = progress.best_metrics, f"at epoch {progress.best_epoch}, the best"
     if "confusion" in best:
-        screen.class_table(
-            data.classes, dense(best["confusion"]), f"at epoch {progress.best_epoch}, the best"
-        )
+        screen.class_table(data.classes, dense(best["confusion"]), when)
     if "by_class" in best:
-        when = f"at epoch {progress.best_epoch}, the best"
         screen.class_numbers(data.classes, task.class_metrics, best["by_class"], when)
+    if best and task.best.has("best"):
+        if missed := task.never_found(best, data.classes):
+            screen.warn(missed)
+        last = progress.last
+        if code == FINISHED and not reason and (far := far_from_claim(plan.config, data, last)):
+            screen.warn(far)
+    rows = [
+        *_scores(task, data, progress),
+        *_learned(model),
+        *_weights_missing(folder, progress),
+        ("time", f"{duration(progress.seconds)}, {counted(progress.step, 'step')}"),
+        ("folder", str(folder)),
+        *([("page", str(page))] if page is not None else []),
+    ]
+    title, more, commands = _how_it_ended(folder, data, progress, code, reason, world)
+    good = code == FINISHED or (code == STOPPED and world.stop.goes_on_by_itself())
+    screen.end_panel(title, [*rows, *more], good, commands)
+
+
+def _scores(task: Task, data: Data, progress: Progress) -> Rows:
+    """What the last and the best weights reached."""
+    best, last, metric, rows = progress.best_metrics, progress.last, task.best, []
     if best and metric.has("best"):
         split = "validation part" if data.chosen_on == "val" else "test split"
         images = metric.about(counted(last["images"], "test image"))
         rows.append(("last", f"{metric.show(last[metric.key])} {images}"))
-        if missed := task.never_found(best, data.classes):
-            screen.warn(missed)
-        if code == FINISHED and not reason and (far := far_from_claim(plan.config, data, last)):
-            screen.warn(far)
         words = f"{metric.show(best[metric.key])} at epoch {progress.best_epoch}"
         rows.append(("best", f"{words} (best epoch chosen on the {split})"))
         also = [m.named(best[m.key]) for m in task.metrics if m.has("end") and m.key in best]
@@ -401,20 +470,34 @@ def show_ending(
             rows.append(("also", ", ".join(also)))
     elif best:
         rows.append(("test", ", ".join(m.named(last[m.key]) for m in on_line(task))))
+    return rows
+
+
+def _learned(model: nn.Module) -> Rows:
+    """The weights themselves where each is one number: the line of the first lesson."""
     state = model.state_dict()  # what get_extra_state answers may be anything
     single = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() == 1}
-    learned = {k: v.flatten().tolist() for k, v in single.items()}
-    if len(learned) == len(state):  # the line of the first lesson
-        rows += [(k, f"{v[0]:.4f}") for k, v in learned.items()]
-    if best and (kept := card_of(folder / "model.safetensors").get("step")) != progress.best_step:
-        what = f"those of step {kept}" if kept else "none"
-        lack = f"model.safetensors holds {what}: the best, of step {progress.best_step}, are not on"
-        rows.append(("WEIGHTS", f"{lack} the disk"))
-    rows.append(("time", f"{duration(progress.seconds)}, {counted(progress.step, 'step')}"))
-    rows.append(("folder", str(folder)))
-    if page is not None:
-        rows.append(("page", str(page)))
-    title, commands = f"finished: {reason}" if reason else "finished", []
+    if len(single) < len(state):
+        return []
+    return [(k, f"{v.flatten().tolist()[0]:.4f}") for k, v in single.items()]
+
+
+def _weights_missing(folder: Path, progress: Progress) -> Rows:
+    """Whether model.safetensors is not that of the best epoch."""
+    kept = card_of(folder / "model.safetensors").get("step") if progress.best_metrics else None
+    if not progress.best_metrics or kept == progress.best_step:
+        return []
+    what = f"those of step {kept}" if kept else "none"
+    lack = f"model.safetensors holds {what}: the best, of step {progress.best_step}, are not on"
+    return [("WEIGHTS", f"{lack} the disk")]
+
+
+def _how_it_ended(
+    folder: Path, data: Data, progress: Progress, code: int, reason: str, world: World
+) -> tuple[str, Rows, Rows]:
+    """The panel's title, further rows of it, and what to type now."""
+    rows, commands = [], []
+    title = f"finished: {reason}" if reason else "finished"
     if code == STOPPED or reason.startswith(STOP_AFTER):
         title = f"stopped at step {progress.step}: {reason}"
         gpus = world.device.type == "cuda"
@@ -439,8 +522,7 @@ def show_ending(
         if data.classes:
             commands.append(("predict", pasted("predict.py", "PICTURE.png", "--run", folder)))
         commands.append(("repeat", shlex.join(["sh", str(folder / "command.sh")])))
-    good = code == FINISHED or (code == STOPPED and world.stop.goes_on_by_itself())
-    screen.end_panel(title, rows, good, commands)
+    return title, rows, commands
 
 
 def show_rates(screen: Report, found: Rates | None, plan: Plan, world: World) -> int:

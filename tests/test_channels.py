@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from config import parse
+from config import HINTS, parse
 from data.augment import Augment
 from data.grey import grey
 from data.image_set import ImageSet
 from data.sources.describe import grey_levels
 from distributed.checkpoint import card_of
 from errors import UserError
-from models import build_from, build_model
+from models import PARTS, build_from, build_model
+from models.__main__ import table_of_layers
 from models.blurpool import add_blur
 from models.weights import load_weights
 
@@ -131,6 +132,15 @@ def test_one_channel_is_trained_resumed_predicted_and_exported(folder):
     assert done.status == 0 and "channels" in done.out, done.out
     done = train([*more, "--channels", "3"], folder)
     assert done.status == 2 and "--channels 1 --blurpool conv" in done.out, done.out
+
+
+def test_what_a_model_is_made_of_is_a_flag_whose_default_is_the_usual_and_debug_shows_it():
+    assert {name: HINTS[name].default for name in PARTS} == PARTS
+    plain, grey = (
+        next(iter(table_of_layers("resnet18", 16, 10, parts).columns[3].cells))
+        for parts in ({}, {"channels": 1})
+    )
+    assert (plain, grey) == ("1,728", "576")  # 3 x 3 x 3 x 64, and a third of it
 
 
 @pytest.mark.parametrize("name", ["Told", "Mnist", pytest.param("my_cnn", marks=pytest.mark.slow)])
