@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from errors import UserError
+from errors import USER_ERROR, UserError
 
 PACKAGES = ("torch", "torchvision", "accelerate", "safetensors", "numpy", "PIL", "rich", "yaml")
 
@@ -20,6 +20,15 @@ def need_packages() -> None:
             f"that has them, or type {sys.executable} -m pip install -e {home}",
             code="not-installed",
         )
+
+
+def need_packages_or_exit() -> None:
+    """The same for a command whose modules import the packages at their top: call it before."""
+    try:
+        need_packages()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(USER_ERROR)
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.parser import Parser, need_packages_or_exit
+
+if __name__ == "__main__":
+    need_packages_or_exit()
+
 import torch
 
-from common.parser import Parser
 from common.text import counted, printable
 from data.augment import Augment
 from data.cache import cache_dir, kept, size_limit, trim

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from common.parser import need_packages_or_exit
 from common.text import counted
 from errors import UserError
 from models import MODELS, build_model, lookup
@@ -31,6 +32,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.classes < 1:
         parser.error(f"--classes {arguments.classes}: must be at least 1")
+    need_packages_or_exit()
     from rich.console import Console
 
     console = Console()

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from common.parser import Parser
+from common.parser import Parser, need_packages
 from common.text import printable
 from config.layers import LATEST, latest_in_words
 from errors import USER_ERROR, UserError
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
         if name == "live":
             command.add_argument("--port", type=int, default=0, help="of this machine (any free)")
     try:
+        need_packages()
         if arguments and arguments[0] not in COMMANDS and arguments[0][0:1] != "-":
             if not Path(arguments[0]).is_dir():
                 words = f"{arguments[0]}: no folder, and no command of {', '.join(COMMANDS)}"

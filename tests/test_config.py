@@ -602,6 +602,16 @@ def test_a_python_without_the_packages_gets_the_line_that_installs_them(monkeypa
     assert predict.main(["x.png"]) == 2 and "lacks torch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", ["data stats", "models", "report list", "config", "export runs/x --to onnx"]
+)
+def test_no_command_answers_a_python_without_packages_with_a_traceback(command):
+    words = [sys.executable, "-S", "-m", *command.split()]  # -S: without site-packages
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert ended.returncode == 2 and "-m pip install -e" in ended.stderr
+    assert "lacks torch" in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_a_run_shows_a_sign_of_life_before_torch_is_loaded_once_for_all_processes(
     monkeypatch, capsys
 ):
