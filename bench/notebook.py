@@ -86,6 +86,8 @@ def made(page: Path) -> str:
         "language_info": {"name": "python"},
     }
     for number, (kind, source) in enumerate(cells(page.read_text(encoding="utf-8"))):
+        if kind == "markdown":  # what comes after the last lesson is on the page
+            source = source.replace("](#", f"]({page.name}#")
         cell: dict = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}
         cell |= {"execution_count": None, "outputs": []} if kind == "code" else {}
         book["cells"].append(cell | {"source": source.splitlines(keepends=True)})

@@ -258,6 +258,8 @@ def test_the_notebooks_are_made_of_the_pages():
     made = [notebook.cells(page.read_text(encoding="utf-8")) for page in PAGES]
     code = [[source for kind, source in cells if kind == "code"] for cells in made]
     assert code[0] == code[1] and len(code[0]) > 20
+    for page in PAGES:  # a notebook ends before the questions
+        assert "](#" not in notebook.made(page) and f"]({page.name}#" in notebook.made(page)
 
 
 def in_words(output: dict) -> str:
