@@ -43,8 +43,8 @@ NUMBER = re.compile(r"\d(?:[\d.,]*\d)?(?:[hms]\d*)*[hms]?")
 MEASURED = re.compile(
     r"ETA \S+|[\d.,]+ (?:ms|img/s)|\d+ % waiting for images|\btime  .*|^\s*real.*"
 )
-# What the pages tell a reader to type for their digits: one with AVX-512 adds like AVX2 then. What is
-# left between processors, which add sums up in another order, is this part of a number.
+# What the pages tell a reader to type for their digits: AVX-512 then adds like AVX2. What is left
+# between processors, which add sums up in another order, is this part of a number.
 AS_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 SPREAD = 0.05
 
