@@ -86,6 +86,35 @@ def test_a_label_that_is_a_list_or_no_number_names_its_row(tmp_path, odd):
         load_source(str(tmp_path / "d"), image_size=16)
 
 
+def listed(folder, **labels):
+    """A list per split, of pictures that lie beside it."""
+    folder.mkdir(exist_ok=True)
+    for split, those in labels.items():
+        rows = ["file_name,label"]
+        for number, label in enumerate(those):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{split}{number}.png")
+            rows.append(f"{split}{number}.png,{label}")
+        (folder / f"{split}.csv").write_text("\n".join(rows))
+
+
+def test_a_whole_number_that_one_list_writes_as_a_float_is_that_class_and_told(tmp_path):
+    listed(tmp_path / "d", train=["2", "10", "1"], test=["10.0", "2.00", "1"])
+    source = load_source(str(tmp_path / "d"), image_size=16)
+    assert source.classes == ("1", "2", "10")
+    assert [source.classes[n] for n in source.test.labels] == ["10", "2", "1"]
+    assert any("label 10.0 is taken for the class 10" in note for note in source.notes)
+    listed(tmp_path / "e", train=["0.5", "1.0", "a.0"], test=["1.0", "0.5", "a.0"])
+    source = load_source(str(tmp_path / "e"), image_size=16)  # nothing is written in two ways
+    assert source.classes == ("0.5", "1.0", "a.0") and not any("taken" in n for n in source.notes)
+
+
+def test_no_class_in_common_to_training_and_test_is_refused_with_both_lists(tmp_path):
+    listed(tmp_path / "d", train=["ant", "bee"], test=["Ant", "Bee"])
+    with pytest.raises(UserError, match="training has ant, bee; the test part has Ant, Bee") as e:
+        load_source(str(tmp_path / "d"), image_size=16)
+    assert e.value.code == "no-common-class"
+
+
 def test_a_name_is_one_name_in_both_forms_of_unicode(tmp_path):
     whole = unicodedata.normalize("NFC", DECOMPOSED)
     for split, name in (("train", whole), ("train", "zoo"), ("test", DECOMPOSED), ("test", "zoo")):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.disk import Json, digest
-from common.text import class_name, some
+from common.text import both_sides, class_name, some
 from data.cache import Entry, cached, digest_of, entry_path, size_limit, trim, use
 from data.files import Part, Records, told_levels
 from data.image_set import (
@@ -310,7 +310,7 @@ def with_records(entry: Entry, records: Records | None, at: str, told: Sequence[
         numbers = {name: number for number, name in enumerate(dict.fromkeys(records.groups))}
         groups = torch.tensor([numbers[name] for name in records.groups])
         tensors["groups"], tensors["test_groups"] = groups[~is_test], groups[is_test]
-    lack = [] if records.many else _lacking(tensors, meta["classes"])
+    lack = [] if records.many else _lacking(tensors, meta["classes"], at)
     notes = [*told, *lack, *told_twice(records)]
     meta |= {"notes": notes, "record_notes": records.notes, "left_out": records.left_out}
     return tensors, meta | {"hashed": records.hashed}
@@ -334,11 +334,21 @@ def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _lacking(tensors: dict[str, torch.Tensor], classes: tuple[str, ...]) -> list[str]:
+def _lacking(tensors: dict[str, torch.Tensor], classes: tuple[str, ...], at: str) -> list[str]:
     held, train = tensors.get("held_out"), tensors["train_labels"]
     if held is not None:
         train = train[~torch.isin(torch.arange(len(train)), held)]
-    counts = (class_counts(labels, classes) for labels in (train, tensors["test_labels"]))
+    counts = [class_counts(labels, classes) for labels in (train, tensors["test_labels"])]
+    if all(map(any, counts)) and not any(map(min, *counts)):
+        known, asked = (
+            [name for name, count in zip(classes, side, strict=True) if count] for side in counts
+        )
+        raise UserError(
+            f"{at} has no class with pictures both to learn from and to test: "
+            f"{both_sides('training has', known, 'the test part has', asked)}; give a class the "
+            "same name in both.",
+            code="no-common-class",
+        )
     return lacking(classes, *counts)
 
 

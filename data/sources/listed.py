@@ -6,6 +6,7 @@ As `datasets` reads an image folder: a column file_name, seen from the list's ow
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,7 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     for name in where.names:
         if name not in found:
             left.add("without a label", name)
-    return _records(root, found, left, wanted, said.known)
+    return _records(root, found, left, wanted, said)
 
 
 @dataclass(frozen=True)
@@ -229,12 +230,21 @@ class _Labels:
     used: list[List]
     of: Callable[[List, dict[str, str]], str]
     known: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def _labels(lists: list[List], any_number: bool) -> _Labels:
     if not any_number:
         used = [one for one in lists if one.file and one.label]
-        return _Labels(used, lambda one, row: (row.get(one.label) or "").strip())
+        said = {(row.get(one.label) or "").strip() for one in used for row in one.rows}
+        # A column with an empty cell was a column of floats to the program that wrote it.
+        both = {text: cut for text in said if (cut := _whole(text)) != text and cut in said}
+
+        def name_of(one: List, row: dict[str, str]) -> str:
+            text = (row.get(one.label) or "").strip()
+            return _whole(text) if both else text
+
+        return _Labels(used, name_of, notes=_one_number(both))
     columns = {}
     for one in lists:
         named = next((name for name in one.columns if _word(name) in OF_MANY), "")
@@ -256,13 +266,28 @@ def _labels(lists: list[List], any_number: bool) -> _Labels:
     return _Labels(used, names_of, () if in_words else tuple(dict.fromkeys(known)))
 
 
+def _whole(text: str) -> str:
+    """A whole number that was written as "3.0", as "3"; any other text as it is."""
+    return text.partition(".")[0] if re.fullmatch(r"[0-9]+\.0+", text) else text
+
+
+def _one_number(both: dict[str, str]) -> tuple[str, ...]:
+    if not both:
+        return ()
+    as_float, name = min(both.items())
+    return (
+        f"the label {as_float} is taken for the class {name}, and so is each whole number that is "
+        "written in two ways",
+    )
+
+
 def _word(column: str) -> str:
     return column.strip().casefold()
 
 
 def _records(
     root: Path, found: dict[str, tuple[str, str, dict[str, str]]], left: LeftOut, wanted: Wanted,
-    known: tuple[str, ...],
+    said: _Labels,
 ) -> Records:  # fmt: skip
     names = sorted(found)
     names = [n for n, keep in zip(names, once(root, names, left), strict=True) if keep]
@@ -270,7 +295,9 @@ def _records(
     texts = [found[name][1] for name in names]
     if wanted.many:
         sets = [filter(None, text.split(many.BETWEEN)) for text in texts]
-        classes, labels = many.combined([list(those) for those in sets], known, printable(root))
+        classes, labels = many.combined(
+            [list(those) for those in sets], said.known, printable(root)
+        )
     else:
         classes = class_names(texts)
         number = {name: place for place, name in enumerate(classes)}
@@ -287,7 +314,7 @@ def _records(
         list(paths), [printable(path) for path in paths],
         labels, [which.get(side) == "test" for side in sides], classes, names,
         [which.get(side) == "val" for side in sides], left_out=left.reasons, root=root,
-        many=wanted.many,
+        notes=said.notes, many=wanted.many,
     )  # fmt: skip
     return arranged(records, wanted, column=column)
 
