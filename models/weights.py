@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -78,11 +79,12 @@ def load_weights(
     beside = beside_state_dict(model)  # a run's file may have them
     own = {k: v for k, v in whole_state(model).items() if k not in beside}
     loaded = {_key(key, own): value for key, value in _read(file).items()}
+    loaded, wrapped = _out_of_a_wrapper(loaded, own)
     if lookup(name).pretrained.startswith("densenet"):  # published under their names of 2017
         loaded = {re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", k): v for k, v in loaded.items()}
     loaded, summed = _in_grey(loaded, own)
     loaded, resized = _for_this_size(loaded, own, model, name, image_size)
-    origin += resized + summed
+    origin += wrapped + resized + summed
 
     names = _Names(_classes_of(weights, name), tuple(classes), weights)
     if as_they_are:
@@ -492,8 +494,10 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
             state: Any = load_file(file)
         else:
-            # A namespace of arguments lies beside timm's weights; it is no code.
-            plain = torch.serialization.safe_globals([argparse.Namespace])
+            # A namespace of arguments, a best accuracy of numpy's lie beside weights; no code.
+            kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64")]
+            scalar: Any = np.float64(0).__reduce__()[0]
+            plain = torch.serialization.safe_globals([argparse.Namespace, np.dtype, *kinds, scalar])
             with plain, warnings.catch_warnings(action="ignore"):  # the error below says it better
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has errors of its own, and all mean the same here
@@ -521,6 +525,30 @@ def _key(key: str, own: dict[str, torch.Tensor]) -> str:
     while key not in own and (prefix := re.match(r"(module|_orig_mod|model)\.", key)):
         key = key[prefix.end() :]
     return key
+
+
+def _out_of_a_wrapper(
+    loaded: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Where no name fits: with the one first name less, or more, with which most of them do.
+
+    A LightningModule that holds the network as `self.net` saves `net.conv.weight`; a class that
+    holds a published network as `self.net` lacks the name in the published file.
+    """
+    if not loaded or loaded.keys() & own.keys():
+        return loaded, ""
+    ways: list[tuple[dict[str, torch.Tensor], str]] = []
+    for front in {key.partition(".")[0] + "." for key in loaded}:
+        cut = {k.removeprefix(front): v for k, v in loaded.items() if k.startswith(front)}
+        others = [key for key in loaded if not key.startswith(front)]
+        told = f"; {some(others, 3)} left out" if others else ""
+        ways.append((cut, f", its {front}* as the model{told}"))
+    for front in {key.partition(".")[0] + "." for key in own}:
+        ways.append(({front + k: v for k, v in loaded.items()}, f", as the model's {front}*"))
+    fit = [len(way.keys() & own.keys()) for way, _ in ways]
+    if max(fit) * 2 <= len(own) or fit.count(max(fit)) > 1:  # of two networks neither is meant
+        return loaded, ""
+    return ways[fit.index(max(fit))]
 
 
 def _classes_of(weights: str, name: str) -> Sequence[str]:

@@ -18,7 +18,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +36,7 @@ from errors import UserError
 from models import MODELS, build_model, lookup, weights
 from models.pooling import AdaptivePool, pooled_linear, without_deterministic_backward
 from models.weights import freeze_backbone, head_prefixes, imagenet_reach, load_weights
+from training.trial import refuse_other_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = {"vgg11", "vgg16", "inception_v3", "googlenet"}
@@ -388,6 +392,22 @@ def test_a_layer_under_two_names_is_kept_and_another_number_of_classes_is_refuse
     assert done.status == 2 and "it must be (16, 10)" in done.out, done.out
 
 
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ((4, 3, 1, 1), r"must be \(4, 3\); end forward with .flatten\(2\).mean\(2\)"),
+        ((4, 3, 7), r"end forward with .flatten\(2\).mean\(2\)"),
+        ((4, 5), "takes num_classes is given the number"),
+        ((4, 5, 1, 1), "takes num_classes is given the number"),
+        ((4,), "takes num_classes is given the number"),
+    ],
+)
+def test_an_answer_of_another_shape_is_told_with_what_makes_it_one(shape, told):
+    data = SimpleNamespace(classes=("a", "b", "c"), source=SimpleNamespace(name="pets"))
+    with pytest.raises(UserError, match=told):
+        refuse_other_shape(torch.zeros(shape), 4, cast(Any, data), "my.py:Net")
+
+
 def test_a_file_in_another_encoding_and_a_layer_with_two_answers_are_no_trouble(tmp_path):
     file = tmp_path / "old.py"
     file.write_bytes(
@@ -479,28 +499,54 @@ def small_net(num_classes: int = 5, seed: int = 0) -> nn.Module:
         "safe",
         "tutorial",
         "lightning",
+        "lightning net",
         "timm",
+        "numpy",
     ],
 )
 def test_weights_come_back_from_every_usual_form_of_file(tmp_path, form):
     state, path = small_net(seed=1).state_dict(), tmp_path / "weights.pth"
     prefixes = {"ddp": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod."}
-    prefix = {**prefixes, "lightning": "model."}.get(form, "")
+    prefix = {**prefixes, "lightning": "model.", "lightning net": "net."}.get(form, "")
     saved = {prefix + key: value for key, value in state.items()}
     if form == "safe":
         from safetensors.torch import save_file
 
         path = tmp_path / "weights.safetensors"
         save_file(saved, path)
-    elif form in ("nested", "model", "tutorial", "lightning", "timm"):
+    elif form in ("nested", "model", "tutorial", "lightning", "lightning net", "timm", "numpy"):
         key = {"model": "model", "tutorial": "model_state_dict"}.get(form, "state_dict")
         more = {"args": argparse.Namespace(lr=0.1)} if form == "timm" else {}
+        more |= {"best": np.float64(91.5), "epoch": np.int64(2)} if form == "numpy" else {}
+        saved |= {"criterion.weight": torch.ones(2)} if form == "lightning net" else {}
         torch.save({key: saved, "epoch": 3, "optimizer_state_dict": {"a": 1}, **more}, path)
     else:
         torch.save(saved, path)
     model = small_net()
     assert "all 4 tensors" in load_weights(model, "my_cnn", str(path), 5)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_network_in_a_wrapper_is_found_from_either_side_and_told(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+    state = small_net(seed=1).state_dict()
+    torch.save(state, tmp_path / "bare.pth")
+    model = Wrapped()
+    said = load_weights(model, "my_cnn", str(tmp_path / "bare.pth"), 5)
+    assert "as the model's net.*" in said and "all 4 tensors" in said
+    assert all(torch.equal(value, state[key]) for key, value in model.net.state_dict().items())
+    one = {f"net.{key}": value for key, value in state.items()} | {"loss.weight": torch.ones(2)}
+    torch.save(one, tmp_path / "one.ckpt")
+    said = load_weights(small_net(), "my_cnn", str(tmp_path / "one.ckpt"), 5)
+    assert "its net.* as the model; loss.weight left out" in said
+    two = {f"{of}.{key}": value for of in ("student", "teacher") for key, value in state.items()}
+    torch.save(two, tmp_path / "two.pth")  # which of them is meant is not for us to say
+    with pytest.raises(UserError, match="not in the model: student"):
+        load_weights(small_net(), "my_cnn", str(tmp_path / "two.pth"), 5)
 
 
 def test_a_head_for_other_classes_stays_fresh_and_is_said(tmp_path):

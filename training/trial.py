@@ -296,9 +296,12 @@ def refuse_other_shape(answer: Outputs, size: int, data: Data, name: str) -> Non
             code="no-logits",
         )
     if data.classes and tuple(logits.shape) != wanted:
+        per_place = logits.ndim > 2 and tuple(logits.shape[:2]) == wanted
+        way = "end forward with .flatten(2).mean(2), the mean over all places"
+        if not per_place:
+            way = "a class whose __init__ takes num_classes is given the number"
         raise UserError(
             f"--model {name}: answers {tuple(logits.shape)} to {size} images, but "
-            f"{data.source.name} has {wanted[1]} classes: it must be {wanted}; a class whose "
-            "__init__ takes num_classes is given the number",
+            f"{data.source.name} has {wanted[1]} classes: it must be {wanted}; {way}",
             code="other-shape",
         )
