@@ -28,6 +28,7 @@ OURS = {
     "losses", "models", "optim", "optimizers", "predict", "report", "scores", "tasks", "tests",
     "train", "training",
 }  # fmt: skip
+SETTINGS = {".json", ".yaml", ".yml", ".toml", ".ini", ".cfg"}  # that a model's file may read
 # What a class must be, by the flag that names it.
 BASES = {"--model": "nn.Module", "--loss": "nn.Module", "--optimizer": "torch.optim.Optimizer"}
 
@@ -149,7 +150,7 @@ def sources_of(*names: str) -> dict[str, Path]:
 
 
 def _sources_of(name: str) -> dict[str, Path]:
-    """The file of a loaded class and the modules it imports below its folder, by place in there.
+    """The file of a loaded class and what it imports or names below its folder, by place in there.
 
     What else the process has loaded from there (a program that calls fit(), another model) is not
     its: the next process would not load it, and the files would seem to have changed.
@@ -159,7 +160,10 @@ def _sources_of(name: str) -> dict[str, Path]:
         return {}
     found, todo = {path.name: path}, [("", path)]
     while todo:
-        for module_name in _imported(*todo.pop()):
+        package, source = todo.pop()
+        for named in _settings_beside(source):
+            found[named.relative_to(path.parent).as_posix()] = named
+        for module_name in _imported(package, source):
             file = getattr(sys.modules.get(module_name), "__file__", None)
             if not file or not file.endswith(".py") or module_name.partition(".")[0] in OURS:
                 continue
@@ -195,6 +199,31 @@ def _imported(package: str, file: Path) -> set[str]:
             if called in ("import_module", "__import__") and isinstance(first, ast.Constant):
                 names.add(str(first.value))
     return {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
+
+
+def _settings_beside(file: Path) -> set[Path]:
+    """The files of settings in or below a file's folder that its code names: "net.json".
+
+    What a script does besides (`if __name__ == "__main__"`), with results that it writes, is none
+    of the model's.
+    """
+    try:
+        statements = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError):  # edited since it was loaded
+        return set()
+    found = set()
+    for statement in statements:
+        if isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test):
+            continue
+        for node in ast.walk(statement):
+            text = getattr(node, "value", "") if isinstance(node, ast.Constant) else ""
+            if not isinstance(text, str) or Path(text).suffix.lower() not in SETTINGS:
+                continue
+            with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+                beside = (file.parent / text).resolve()
+                if beside.is_file() and beside.is_relative_to(file.parent):
+                    found.add(beside)
+    return found
 
 
 def digests_of(*names: str) -> dict[str, str]:

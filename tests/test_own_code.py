@@ -90,6 +90,29 @@ def test_the_files_of_a_model_are_those_it_imports_below_its_folder(loaded, run,
     assert digests_of("resnet18") == {}
 
 
+def test_settings_that_the_code_names_beside_it_are_kept_and_what_a_script_does_is_not(tmp_path):
+    mine, folder = tmp_path / "mine", tmp_path / "run"
+    (mine / "sizes").mkdir(parents=True)
+    folder.mkdir()
+    for name in ("sizes/net.json", "results.json", "unnamed.json", "net.pth"):
+        (mine / name).write_text('{"width": 5}')
+    (tmp_path / "above.json").write_text("{}")
+    (mine / "net.py").write_text(
+        "import json\nfrom pathlib import Path\nfrom torch import nn\n"
+        "FILES = ['net.pth', '../above.json', 'gone.json', 'x' * 999 + '.json', 'a\\0.json']\n"
+        "WIDTH = json.loads((Path(__file__).parent / 'sizes/net.json').read_text())['width']\n"
+        "class Net(nn.Linear):\n    def __init__(self): super().__init__(WIDTH, 2)\n"
+        "if __name__ == '__main__':\n    open('results.json', 'w')\n"
+    )
+    name = f"{mine / 'net.py'}:Net"
+    assert build_model(name, num_classes=2, image_size=8).in_features == 5
+    assert list(digests_of(name)) == ["net.py", "sizes/net.json"]
+    assert keep_code(folder, name) == ""
+    shutil.rmtree(mine)
+    copy = f"{folder / 'code' / 'net.py'}:Net"
+    assert build_model(copy, num_classes=2, image_size=8).in_features == 5
+
+
 def test_more_than_a_megabyte_is_not_kept_and_told(loaded, tmp_path):
     with (tmp_path / "mine" / "blocks.py").open("a") as file:
         file.write("#" * own_file.MOST_KEPT)
