@@ -6,9 +6,9 @@ fingerprints, and the packages' versions. Exit status 0: the same experiment; 1:
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from common.streams import exit_told
 from config import MAY_CHANGE
 
 PLACEMENT = MAY_CHANGE - {"epochs", "max_steps", "eval_every", "tta"}
@@ -68,4 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_told(main)

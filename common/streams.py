@@ -1,11 +1,13 @@
 """Standard streams that outlive their reader, their disk and their terminal."""
 
 import contextlib
+import errno
 import io
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -43,6 +45,28 @@ def steady_streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout, sys.stderr = _steady(sys.stdout, 1), _steady(sys.stderr, 2)
+
+
+def exit_told(main: Callable[[], int]) -> NoReturn:
+    """Exit with the status of a command whose answer is what it prints.
+
+    A reader that has seen enough (`| head`) is no failure; a disk that took half an answer is.
+    """
+    steady_streams()
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        status = 130
+    except SystemExit as leaving:  # --help, a flag that is none
+        status = leaving.code
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    lost = lost_words()
+    if lost and lost != os.strerror(errno.EPIPE) and not status:
+        print(f"stdout cannot be written ({lost})", file=sys.stderr)
+        status = 1
+    sys.exit(status)
 
 
 def lost_words() -> str:

@@ -5,6 +5,7 @@ import shlex
 import sys
 from dataclasses import asdict
 
+from common.streams import exit_told
 from config import own_disks, parse_or_exit, to_json
 
 
@@ -29,4 +30,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_told(lambda: main(sys.argv[1:]))

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import torch
 
+from common.streams import exit_told
 from common.text import counted, printable
 from data.augment import Augment
 from data.cache import cache_dir, kept, size_limit, trim
@@ -358,4 +359,4 @@ def _tell(source: Source) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_told(main)

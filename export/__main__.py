@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.parser import Parser, need_packages
-from common.streams import steady_streams
+from common.streams import exit_told
 from common.text import pasted, printable
 from config.layers import latest_in_words
 from errors import FAILED, FINISHED, USER_ERROR, UserError
@@ -140,5 +140,4 @@ def check(
 
 
 if __name__ == "__main__":
-    steady_streams()
-    sys.exit(main(sys.argv[1:]))
+    exit_told(lambda: main(sys.argv[1:]))

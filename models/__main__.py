@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from common.parser import need_packages_or_exit
+from common.streams import exit_told
 from common.text import counted
 from errors import UserError
 from models import MODELS, build_model, lookup
@@ -215,4 +216,4 @@ def count(parameters: Iterable["torch.Tensor"]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_told(main)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from common.parser import Parser, need_packages
+from common.streams import exit_told
 from common.text import printable
 from config.layers import LATEST, latest_in_words
 from errors import USER_ERROR, UserError
@@ -62,4 +63,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_told(lambda: main(sys.argv[1:]))

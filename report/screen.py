@@ -1,7 +1,9 @@
 """Everything a person sees on the screen: in a terminal a live bar, in a file plain lines."""
 
 import contextlib
+import errno
 import logging
+import os
 import sys
 import time
 import warnings
@@ -75,10 +77,11 @@ class Report:
                 self.log.file.flush()
         if not self._told_of_loss and (why := lost_words()):
             self._told_of_loss = True
-            place = " and train.log in the run folder has every word" if self.log else ""
-            text = f"stdout cannot be written ({why}): the run goes on{place}"
-            print(text, file=sys.stderr, flush=True)
-            self.warn(text)
+            place = ": the run goes on and train.log in the run folder has every word"
+            text = f"stdout cannot be written ({why}){place if self.log else ''}"
+            if self.log or why != os.strerror(errno.EPIPE):  # a look at a run has no more to say
+                print(text, file=sys.stderr, flush=True)
+                self.warn(text)
 
     def note(self, text: str) -> None:
         """A line, where there is something to say."""

@@ -87,6 +87,49 @@ def test_no_print_ends_a_process_whatever_its_streams_are(tmp_path, streams, why
     assert (tmp_path / "told").read_text() == why
 
 
+ANSWERS = """
+import sys
+sys.path.insert(0, {repository!r})
+from common.streams import exit_told
+def main():
+    {does}
+    return 0
+exit_told(main)
+"""
+LONG_ANSWER = "print('word ' * 100_000)"
+
+
+@posix
+@pytest.mark.parametrize(
+    ("does", "streams", "status", "told"),
+    [
+        (LONG_ANSWER, "> /dev/null", 0, ""),
+        (LONG_ANSWER, "| head -c 1 > /dev/null", 0, ""),
+        ("print(1)", "> /dev/full", 1, "stdout cannot be written (No space left on device)\n"),
+        (LONG_ANSWER, "> /dev/full", 1, "stdout cannot be written (No space left on device)\n"),
+        ("print(1); sys.exit(2)", "> /dev/full", 2, ""),
+        ("import _thread; _thread.interrupt_main()", "", 130, "\nstopped\n"),
+    ],
+)
+def test_an_answer_that_a_disk_cuts_is_a_failure_and_one_that_a_reader_cuts_is_none(
+    tmp_path, does, streams, status, told
+):
+    code = ANSWERS.format(repository=str(REPOSITORY), does=does)
+    words = shlex.join([sys.executable, "-c", code])
+    line = f"{{ {words} 2> told; echo $? > status; }} {streams}"
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, timeout=60)
+    assert int((tmp_path / "status").read_text()) == status
+    assert (tmp_path / "told").read_text() == told
+
+
+@posix
+def test_every_command_that_answers_on_stdout_ends_by_that_law():
+    """Those that train, predict and submit have their own."""
+    for place in ("config", "data", "export", "models", "report"):
+        text = (REPOSITORY / place / "__main__.py").read_text()
+        assert "\n    exit_told(" in text and "sys.exit(main" not in text, place
+
+
 @posix
 def test_a_run_whose_reader_goes_away_trains_on_and_says_so(nets, tmp_path):
     os.mkfifo(tmp_path / "pipe")
