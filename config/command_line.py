@@ -39,8 +39,9 @@ from config.layers import (
     restarted,
 )
 from config.rows import MANY, MOST_TOLD, Rows, default_folder, rows_of
+from data.sources import NAMES
 from errors import UserError, all_of
-from models import lookup
+from models import MODELS, lookup
 from models.own_file import is_own_file
 from models.recipes import RECIPES
 
@@ -102,8 +103,7 @@ def _words(argv: list[str], problems: list[UserError]) -> dict:
     flags = [s for action in parser._actions for s in action.option_strings]
     wrong = [unknown_flag(word, flags) for word in unknown if word.startswith("--")]
     if not wrong and unknown:
-        message = f"{' '.join(unknown)}: not an option; every option starts with --"
-        wrong.append(UserError(message, code="unknown-flag"))
+        wrong.append(bare_words(unknown))
     problems += wrong
     return vars(known)
 
@@ -326,6 +326,21 @@ def spell(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value
+
+
+def bare_words(words: list[str]) -> UserError:
+    """The mistake of words that no flag stands before, with the flag that the first one lacks."""
+    word, meant = words[0], ""
+    if word in ("help", "-help", "/?"):
+        meant = "; type python train.py --help"
+    elif word in MODELS or is_own_file(word) or word.startswith(("torchvision:", "timm:")):
+        meant = f"; type --model {word}"
+    elif Path(word).is_dir() and (Path(word) / "config.json").is_file():
+        meant = f"; type --resume {word}"
+    elif Path(word).is_dir() or word in NAMES:
+        meant = f"; type --dataset {word}"
+    message = f"{' '.join(words)}: not an option; every option starts with --{meant}"
+    return UserError(message, code="unknown-flag")
 
 
 def unknown_flag(word: str, flags: list[str]) -> UserError:

@@ -353,33 +353,49 @@ TYPES = typing.get_type_hints(TrainConfig)
 
 
 SWITCH_WORDS = {"yes": True, "on": True, "no": False, "off": False}  # as YAML 1.1 reads them
+CHOOSES = "GPUs are found by themselves; CUDA_VISIBLE_DEVICES chooses among them"
+LAUNCHES = "a launcher starts a process for each GPU: torchrun --nproc-per-node N train.py ..."
+FROM_HERE = "type --resume runs/NAME to go on, --weights FILE to begin with"
+RUNS_ALONE = "type --eval-only --resume runs/NAME"
+PLACES = "a launcher tells ranks and ports in the environment: leave it out"
 # What other programs call it, and what it is here. Names are without --, with _.
 MEANT = {
-    "pretrained": "type --weights imagenet, or a file of weights",
-    "early_stopping": "type --patience N",
-    "criterion": "type --loss",
-    "scheduler": "type --schedule",
-    "learning_rate": "type --lr",
-    "wd": "type --weight-decay",
-    "steps": "type --max-steps",
-    "iterations": "type --max-steps",
-    "bs": "type --batch-size",
-    "batch": "type --batch-size",
-    "workers": "no worker loads images: they lie in memory",
-    "amp": "type --mixed-precision bf16",
-    "fp16": "type --mixed-precision fp16",
-    "bf16": "type --mixed-precision bf16",
-    "device": "GPUs are found by themselves; CUDA_VISIBLE_DEVICES chooses among them",
-    "gpus": "a launcher starts a process for each GPU: torchrun --nproc-per-node N train.py ...",
-    "output_dir": "type --run-dir",
-    "save_dir": "type --run-dir",
-    "name": "type --run-dir",
-    "checkpoint": "type --resume runs/NAME to go on, --weights FILE to begin with",
-    "data": "type --dataset",
-    "img_size": "type --image-size",
-    "num_classes": "the data say how many classes there are",
-    "cross_validation": "type --folds 5",
-    "grid": "type --sweep FILE",
+    word: meant
+    for words, meant in (
+        ("pretrained", "type --weights imagenet, or a file of weights"),
+        ("early_stopping", "type --patience N"),
+        ("criterion", "type --loss"),
+        ("scheduler lr_scheduler", "type --schedule"),
+        ("learning_rate", "type --lr"),
+        ("wd", "type --weight-decay"),
+        ("steps iterations", "type --max-steps"),
+        ("bs batch", "type --batch-size"),
+        ("workers num_workers", "no worker loads images: they lie in memory"),
+        ("amp use_amp bf16 half", "type --mixed-precision bf16"),
+        ("fp16", "type --mixed-precision fp16"),
+        ("fp32", "type --mixed-precision no"),
+        ("arch architecture", "type --model"),
+        ("models list_models list", "python -m models prints them"),
+        ("device gpu gpu_id cuda", CHOOSES),
+        ("cpu no_cuda", "the environment decides: ACCELERATE_USE_CPU=1"),
+        ("gpus num_gpus", LAUNCHES),
+        ("local_rank port master_port", PLACES),
+        ("output_dir save_dir save_path log_dir logdir name", "type --run-dir"),
+        ("checkpoint ckpt load", FROM_HERE),
+        ("test eval evaluate validate", RUNS_ALONE),
+        ("data data_path train_dir", "type --dataset"),
+        ("val_split", "type --val-fraction 0.1"),
+        ("img_size size", "type --image-size"),
+        ("print_freq", "type --log-every N"),
+        ("ema_decay", "type --ema"),
+        ("min_lr", "--schedule chooses how far the rate falls"),
+        ("dropout", "the model's own file sets it; --drop-path is stochastic depth"),
+        ("wandb project", "type --track wandb"),
+        ("num_classes", "the data say how many classes there are"),
+        ("cross_validation", "type --folds 5"),
+        ("grid", "type --sweep FILE"),
+    )
+    for word in words.split()
 }
 
 

@@ -230,7 +230,14 @@ def lookup(name: str) -> ModelEntry:
 
 
 def _near(name: str) -> str:
-    """' (did you mean torchvision:resnet34?)': of our own models, or torchvision's exact name."""
+    """' (did you mean torchvision:resnet34?)': a file, our own models, torchvision's exact name."""
+    path, _, made = name.replace(".", "/").replace(":", "/").rpartition("/")
+    files = {f"{path}.py": f":{made}", f"{name.replace('.', '/')}.py": ":ClassName"}
+    for file, rest in files.items():  # as an import would name it
+        if name and Path(file).is_file():
+            return f" (did you mean {file}{rest}?)"
+    if Path(name).is_dir():
+        return f" ({name} is a folder: type {Path(name) / 'FILE.py:ClassName'})"
     stem = name.rpartition(":")[2].rpartition("/")[2].lower().replace("-", "_")
     if stem in MODELS:
         return f" (did you mean {stem}?)"

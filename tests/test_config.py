@@ -199,7 +199,18 @@ def test_every_field_has_a_flag_and_every_recipe_only_fields_and_possible_values
         ("--shards two", "must be auto or a whole number from 1"),
         ("--augment crop|flp", "'flp' is not a step .did you mean flip"),
         ("--augment crop|flip(0.2) --alternating-flip", "write flip without a probability"),
-        ("alexnet", "alexnet: not an option; every option starts with --"),
+        ("alexnet", "alexnet: not an option; every option starts with --; type --model alexnet"),
+        ("my.py:Net 3", "my.py:Net 3: not an option; .*; type --model my.py:Net$"),
+        ("digits", "type --dataset digits$"),
+        ("help", "type python train.py --help$"),
+        ("nothing", "nothing: not an option; every option starts with --$"),
+        ("--list-models", "; python -m models prints them;"),
+        ("--arch x", "; type --model;"),
+        ("--logdir x", "; type --run-dir;"),
+        ("--gpu 0", "CUDA_VISIBLE_DEVICES chooses"),
+        ("--local-rank=0", "leave it out"),
+        ("--ema-decay .9", "; type --ema;"),
+        ("--test", "type --eval-only --resume"),
         ("--config nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("--model nowhere.py:Net", "nowhere.py"),
     ],
@@ -207,6 +218,28 @@ def test_every_field_has_a_flag_and_every_recipe_only_fields_and_possible_values
 def test_what_is_wrong_is_told_with_what_would_work(words, told):
     with pytest.raises(UserError, match=told):
         parse(words.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nets:Net", "did you mean nets.py:Net?"),
+        ("nets.Net", "did you mean nets.py:Net?"),
+        ("parts.inner.Net", "did you mean parts/inner.py:Net?"),
+        ("parts/inner", "did you mean parts/inner.py:ClassName?"),
+        ("nets", "did you mean nets.py:ClassName?"),
+        ("parts", "type parts/FILE.py:ClassName"),
+        ("nots.Net", "nots.Net: no such model; known"),
+    ],
+)
+def test_a_file_that_an_import_would_name_is_what_was_meant(tmp_path, monkeypatch, name, told):
+    (tmp_path / "parts").mkdir()
+    for file in ("nets.py", "parts/inner.py"):
+        (tmp_path / file).write_text("class Net: pass\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        parse(["--model", name])
+    assert told in str(caught.value)
 
 
 def test_all_problems_are_reported_together(tmp_path):
