@@ -86,6 +86,12 @@ def test_on_other_terms_the_best_is_measured_again_and_training_does_not_notice(
     assert "measured on another metric" in " ".join(done.out.split()), done.out
     done = train(["--resume", other, "--limit", "320", "--allow-change", "limit"], nets)
     assert "measured on another limit" in " ".join(done.out.split()), done.out
+    assert "were trained on" not in done.out
+    words = ["--val-fraction", "0.2", "--allow-change", "val_fraction"]
+    told = " ".join(train(["--resume", other, *words, "--epochs", "4"], nets).out.split())
+    assert "measured on another split" in told, told
+    assert told.count("validation images were trained on before this life") == 1
+    assert "were trained on" not in train(["--resume", other, "--epochs", "5"], nets).out
 
 
 @pytest.mark.slow

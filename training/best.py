@@ -53,6 +53,12 @@ def keep_best_comparable(
     now = terms(checkpoints, data, learner.task)
     before = progress.best_of or now
     progress.best_of = now
+    other_part = before.get("split", now["split"]) != now["split"]
+    if progress.step and other_part and data.chosen_on == "val":
+        warn(
+            "validation images were trained on before this life: what they measure flatters, and "
+            "chooses by it; a new run with the same --val-fraction measures what it has not seen"
+        )
     if progress.best is None:
         return
     assert checkpoints.folder is not None  # a run that has a best keeps it
