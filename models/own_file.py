@@ -93,8 +93,11 @@ def load_own_class(name: str, flag: str = "--model") -> type:
     except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
         line = f", line {frames[-1].lineno}" if frames else ""
+        way = ""
+        if isinstance(error, ImportError) and "relative import" in str(error):
+            way = "; its folder is where imports look: write `from name import ...` without the dot"
         raise UserError(
-            f"{path}{line}: the file cannot be imported: {type(error).__name__}: {error}",
+            f"{path}{line}: the file cannot be imported: {type(error).__name__}: {error}{way}",
             code="bad-model-file",
         ) from error
     finally:

@@ -1,21 +1,23 @@
 """What a run shows at its start, at each evaluation and at its end; what it sums up on disk."""
 
 import json
+import math
 import os
 import shlex
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from common.confusion import dense
-from common.disk import write_json, write_text
+from common.disk import read_json, write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
 from config import TrainConfig, own_disks, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
-from distributed.stop import DAMAGED, SIGNAL
+from distributed.stop import DAMAGED, SIGNAL, TIME_LIMIT
 from distributed.world import World
 from errors import FAILED, FINISHED, STOPPED
 from models import parts_of
@@ -501,12 +503,17 @@ def _how_it_ended(
     if code == STOPPED or reason.startswith(STOP_AFTER):
         title = f"stopped at step {progress.step}: {reason}"
         gpus = world.device.type == "cuda"
+        began_at = read_json(folder / "status.json", {}).get("resumed_at")
         typed = go_on(folder, world.num_processes, gpus)
         if world.stop.goes_on_by_itself():
             title = f"saved at step {progress.step}, before the time limit or a preemption"
             typed = f"by itself: job {job()} asks SLURM to requeue it"
         elif job() and world.stop.reason == SIGNAL:
             typed += f"     unless SLURM requeues job {job()} itself (squeue shows it)"
+        elif world.stop.reason == TIME_LIMIT and began_at == progress.step:
+            took = time.monotonic() - world.began  # the same command would end here again
+            rows.append(("no step", f"the start alone took {duration(took)}: give it more time"))
+            typed += f" --max-time {max(1, math.ceil(took / 6))}m"
         if code == STOPPED and world.stop.launcher_is_interrupted():
             words = "a traceback above or below is its own: Ctrl-C ends it, not the saving"
             rows.append(("launcher", words))

@@ -224,9 +224,11 @@ class Classification(Task):
                 "question 13 in docs/lessons.md"
             )
         elif loss > 0.95 * guessing and results["accuracy"] < float(shares.max()) + 0.05:
+            below = results["accuracy"] < float(shares.max())
             found["guesses"] = (
                 f"the test loss {loss:.4f} is what guessing costs ({guessing:.4f}), and "
-                f"{results['accuracy']:.1%} right is hardly more than {float(shares.max()):.1%}, "
+                f"{results['accuracy']:.1%} right is {'less' if below else 'hardly more'} than "
+                f"{float(shares.max()):.1%}, "
                 f"which always answering {classes[int(shares.argmax())]} gives: the model knows "
                 "nothing of the test images; see question 14 in docs/lessons.md"
             )

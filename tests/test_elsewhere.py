@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -59,6 +60,9 @@ def test_training_is_the_same_and_goes_on(nets, tmp_path):
     words = [TRAIN, *arguments, "--run-dir", "there"]
     stopped = python(PROGRAM, *words, "--max-time", "1s", cwd=tmp_path)
     assert stopped.returncode == 75, stopped.stderr
+    # What it says to type would else stop there again, before the first step.
+    assert "the start alone took" in stopped.stdout, stopped.stdout
+    assert re.search("--resume there --max-time [1-9][0-9]*m ", stopped.stdout), stopped.stdout
     done = python(PROGRAM, *words, "--max-time", "10m", cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert json.loads((tmp_path / "there" / "status.json").read_text())["status"] == "finished"

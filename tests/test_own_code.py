@@ -113,6 +113,13 @@ def test_settings_that_the_code_names_beside_it_are_kept_and_what_a_script_does_
     assert build_model(copy, num_classes=2, image_size=8).in_features == 5
 
 
+def test_an_import_with_a_dot_is_told_how_the_file_finds_its_neighbour(tmp_path):
+    (tmp_path / "blocks.py").write_text("")
+    (tmp_path / "net.py").write_text("from .blocks import Net\n")
+    with pytest.raises(UserError, match=r"net.py, line 1: .*without the dot"):
+        build_model(f"{tmp_path / 'net.py'}:Net", num_classes=2, image_size=8)
+
+
 def test_more_than_a_megabyte_is_not_kept_and_told(loaded, tmp_path):
     with (tmp_path / "mine" / "blocks.py").open("a") as file:
         file.write("#" * own_file.MOST_KEPT)

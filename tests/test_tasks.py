@@ -328,6 +328,8 @@ def test_classes_that_mirror_each_other_are_named_and_guessing_is_held_against_t
     assert "mirror" not in doubts([[10, 10, 10], [10, 10, 10], [10, 10, 10]])
     found = doubts([[60, 0, 0], [20, 0, 0], [20, 0, 0]])
     assert "60.0% right is hardly more than 60.0%, which always answering up" in found["guesses"]
+    found = doubts([[0, 60, 0], [0, 20, 0], [0, 20, 0]])
+    assert "20.0% right is less than 60.0%, which always answering up" in found["guesses"]
 
 
 @pytest.mark.parametrize("no_flip", [False, True])
