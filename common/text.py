@@ -27,8 +27,19 @@ def file_name(text: str) -> str:
 
 
 def class_name(text: str | int | float) -> str:
-    """The name of a class in one Unicode form (NFC): macOS stores é as e and an accent."""
-    return unicodedata.normalize("NFC", str(text))
+    r"""The name of a class in one Unicode form (NFC): macOS stores é as e and an accent.
+
+    A folder's bytes that are no UTF-8 (of an old archive), or that the locale does not know, came
+    as halves of characters, which nothing can write: they are read again, or stand as \xe9.
+    """
+    name = str(text)
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        try:
+            raw = name.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # half a character that JSON wrote
+            raw = name.encode("utf-8", "backslashreplace")
+        name = raw.decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", name)
 
 
 def places(names: Sequence[str], known: Sequence[str]) -> list[int | None]:

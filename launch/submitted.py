@@ -148,6 +148,8 @@ def state_of(run: Path, queued: tuple[str, str] | None, silent: bool) -> tuple[s
         return ("runs", f"{step}, as its folder says") if silent else ("died", step)
     if ended in ("finished", "stopped", "failed"):
         return ended, ", ".join(filter(None, [step, str(status.get("reason") or "")]))
+    if state == "CANCELLED":
+        return "cancelled", "before it began"
     if state == "COMPLETED":  # --eval-only and the like leave no folder
         return "finished", "without a run folder"
     return "unknown" if silent else "failed", "before it began" if not silent else ""

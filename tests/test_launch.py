@@ -770,7 +770,8 @@ def test_a_job_whose_submission_nobody_reads_is_submitted_and_named(close, tmp_p
 
 def test_status_says_which_rows_ran_failed_and_wait(tmp_path):
     """What waits and runs is SLURM's to know, how a task ended is its folder's."""
-    queue = ["0|COMPLETED|None", "1|RUNNING|None", "2|PENDING|Resources", "3|FAILED|None"]
+    queue = ["0|COMPLETED|None", "1|RUNNING|None", "2|PENDING|Resources", "3|FAILED|None",
+             "5|CANCELLED|None"]  # fmt: skip
     path = stubs(tmp_path, sbatch="echo 4714", sinfo="",
                  squeue="\n".join(f"echo '{line}'" for line in queue))  # fmt: skip
     sweep = tmp_path / "rows.txt"
@@ -785,10 +786,10 @@ def test_status_says_which_rows_ran_failed_and_wait(tmp_path):
     assert [row[:4] for row in told[:6]] == [
         ["0", "finished", "step", "10"], ["1", "runs", "step", "11"], ["2", "waits", "step", "12,"],
         ["3", "failed", "before", "it"], ["4", "died", "step", "14"],
-        ["5", "failed", "before", "it"],
+        ["5", "cancelled", "before", "it"],
     ], done.stdout  # fmt: skip
     assert told[2][-2:] == ["--lr", "0.3"] and "runs/slurm-4714_3.log" in told[3]
-    assert done.returncode == 1 and "2 failed" in done.stdout.splitlines()[-1]
+    assert done.returncode == 1 and "1 failed" in done.stdout.splitlines()[-1]
     assert submit("--status", "999", PATH=stubs(tmp_path, squeue="")).returncode == 2
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import unicodedata
 from pathlib import Path
 
@@ -113,6 +114,19 @@ def test_no_class_in_common_to_training_and_test_is_refused_with_both_lists(tmp_
     with pytest.raises(UserError, match="training has ant, bee; the test part has Ant, Bee") as e:
         load_source(str(tmp_path / "d"), image_size=16)
     assert e.value.code == "no-common-class"
+
+
+def test_a_folder_whose_bytes_are_no_utf8_is_a_class_that_can_be_written(tmp_path):
+    for split in ("train", "test"):
+        for number, name in enumerate(("caf\udce9", "thé", "zoo")):
+            folder = tmp_path / "d" / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "a.png")
+    source = load_source(str(tmp_path / "d"), image_size=16)
+    assert source.classes == ("caf\\xe9", "thé", "zoo") and "".join(source.classes).encode()
+    assert source.test.labels.tolist() == source.train.labels.tolist() == [0, 1, 2]
+    assert class_name(os.fsencode("🐱").decode("ascii", "surrogateescape")) == "🐱"  # locale C
+    assert class_name("a\ud83d") == "a\\ud83d"
 
 
 def test_a_name_is_one_name_in_both_forms_of_unicode(tmp_path):
