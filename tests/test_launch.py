@@ -218,6 +218,8 @@ def test_every_flag_that_documents_name_is_known():
     known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--num_processes"}
     known |= {"--batch", "--full"}  # of scancel
     known |= {"--out", "--store", "--short-side"}  # of python -m data
+    known |= {"--nv", "--bind", "--mount"}  # of Apptainer and enroot
+    known |= {"--no-kill", "--test-only", "--wait"}  # of sbatch and srun
     known |= {
         "--multi_gpu",
         "--gpu-bind",

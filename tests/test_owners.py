@@ -248,7 +248,11 @@ def test_the_best_so_far_is_in_the_status_after_an_evaluation_and_a_row_waits_fo
         monkeypatch.setattr(log.folder, "status", lambda spent, **values: written.append(values))
         task, progress = Classification(3), Progress(step=7)
         data = SimpleNamespace(
-            batch=BatchPlan(8, 1, 1), classes=["a", "b", "c"], chosen_on="test", waits=dict
+            batch=BatchPlan(8, 1, 1),
+            classes=["a", "b", "c"],
+            chosen_on="test",
+            waits=dict,
+            test_loaders={},
         )
         plan = schedule(epochs=2)
         log.row({"train/loss": 1.5}, data, plan, progress)

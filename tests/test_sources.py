@@ -660,7 +660,7 @@ def test_a_wrong_policy_is_shown_with_a_mark(tmp_path, monkeypatch, capsys):
         ("stats --dataset digits --seed x", "--seed: x: must be a whole number from 0"),
         ("stats --datset digits", "--datset digits; see python -m data --help"),
         ("sats", "choose from"),
-        ("", "show|stats|list|prepare|check|cache"),
+        ("", "show|stats|list|correct|prepare|check|cache"),
         ("show --dataset digits --out nowhere/x.png", "try --out sheet.png"),
         ("show --dataset line", "try --dataset digits"),
         ("prepare --dataset digits --out nowhere/x.safetensors", "try --out data.safetensors"),
