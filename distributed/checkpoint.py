@@ -361,10 +361,14 @@ class Writer:
         """Begin a save of captured state."""
         self.wait()
         progress = replace(progress, sums=list(progress.sums))  # metrics are never changed
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._run, args=(files, progress, facts), name="checkpoint-writer"
         )
-        self._thread.start()
+        try:
+            thread.start()
+            self._thread = thread
+        except RuntimeError:  # no memory for one: the step waits instead
+            self._run(files, progress, facts)
 
     def _run(self, files: Files, progress: Progress, facts: dict) -> None:
         began = time.monotonic()

@@ -79,8 +79,9 @@ class Watch:
             last = time.monotonic()
             if asleep > BEAT_SECONDS:  # all of this process stood still: Ctrl-Z, a suspended job
                 self._since += asleep
-            self._beat()
-            self.on_beat()
+            with contextlib.suppress(MemoryError, RuntimeError):  # a beat without memory is missed
+                self._beat()
+                self.on_beat()
             still = time.monotonic() - self._since
             if still > self.limit * (6 if self.phase in self.patient else 1):
                 self._stalled()
@@ -122,16 +123,20 @@ class Watch:
         self._end(message)
 
     def _dump(self, why: str) -> None:
-        with contextlib.suppress(OSError), self._file(f"rank-{self.rank}.txt").open("w") as f:
+        unwritten = contextlib.suppress(OSError, MemoryError)
+        with unwritten, self._file(f"rank-{self.rank}.txt").open("w") as f:
             f.write(f"{why}\n")
             f.flush()
             faulthandler.dump_traceback(f, all_threads=True)
 
     def _end(self, message: str) -> None:
-        self.before_the_end()
-        self.on_stall(message)
-        print(f"\n{message}\nstacks of all processes: {self.folder}", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            self.before_the_end()
+            self.on_stall(message)
+            words = f"\n{message}\nstacks of all processes: {self.folder}"
+            print(words, file=sys.stderr, flush=True)
+        finally:  # whatever fails in a process that is failing: it ends
+            os._exit(1)
 
     def _places(self) -> dict[int, dict]:
         """Rank -> what its last heartbeat says.

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -399,6 +400,16 @@ def test_damaged_checkpoints_of_a_later_step_never_push_out_a_whole_one(tmp_path
     assert writer.error == ""
     path, _ = warnings_of(tmp_path)[0]
     assert path.name == "step-000000015"
+
+
+def test_where_there_is_no_memory_for_a_thread_a_save_is_made_without_one(tmp_path, monkeypatch):
+    """It was waited for until the process was ended from outside: a thread that never began."""
+    none = RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(none))
+    writer = Writer(tmp_path, 2, lambda told: None)
+    writer.start(small(), Progress(step=3), {})
+    writer.wait(60)
+    assert not writer.busy() and [p.name for p in tmp_path.iterdir()] == ["step-000000003"]
 
 
 def test_a_writer_keeps_the_progress_of_the_moment_it_was_given(tmp_path):

@@ -386,6 +386,25 @@ def test_patience_is_six_times_as_long_where_a_phase_has_no_beats(monkeypatch, p
     assert bool(stalled) == ends
 
 
+def test_a_process_that_stands_still_ends_whatever_fails_on_the_way(monkeypatch, tmp_path):
+    """Without memory its last words may fail, and its heartbeat: a hang must not last."""
+
+    def ends(status: int):
+        raise SystemExit(status)
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(watch.os, "_exit", ends)
+    for broken in ("before_the_end", "on_stall", "_beat", "on_beat"):
+        one = Watch(0, 1)
+        one.folder, one.limit = tmp_path, 0.05
+        setattr(one, broken, fails)
+        with pytest.raises(SystemExit, match="1"):
+            one._run()
+
+
 @pytest.mark.slow
 def test_a_compiled_run_is_patient_until_its_second_step_and_first_evaluation(tmp_path, nets):
     """By the Watch of a real run, whose compiler is played."""
