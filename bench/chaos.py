@@ -159,7 +159,7 @@ def disturb(one: Round, agents: list[subprocess.Popen]) -> str:
     kinds = ["kill a rank", "kill an agent", "stop", "freeze", "less memory"]
     kind = chance.choice(kinds + ["full disk"] * one.small_disk)
     rank = chance.choice(there) if there else None
-    if rank is None and kind not in ("kill an agent", "stop"):
+    if not (agents if kind in ("kill an agent", "stop") else there):
         return ""
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         if kind == "kill an agent":
