@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import rows, same_weights, train
 from test_pack import KEEP, make, prepared, seen
+from test_photographs import NET
 
 from data import rows as lying
 from data.sources import load_source, tables
@@ -146,3 +148,39 @@ def test_what_is_wrong_with_tables_of_photographs_is_a_sentence(photographs, tmp
         assert code() == "bad-table"
         (folder / "train.parquet").write_bytes(whole[:-100])
         assert code() == "bad-table"
+
+
+RUN = ["--model", "net.py:Net", "--image-size", "16", "--batch-size", "8", "--epochs", "2"]
+RUN += ["--augment", "resized_crop", "--threads", "1", "--log-every", "1", "--no-plots"]
+RUN += ["--shards", "4", "--bitwise", "--checkpoint-every", "2", "--lr", "0.05"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "in_a_group", "words"),
+    [
+        ("parquet", 1, "row groups of at most"),
+        ("parquet", 60, "copied out once"),
+        ("arrow", 60, "the files that hold them"),
+    ],
+)
+def test_a_run_on_rows_is_the_run_on_files_on_two_processes_and_after_a_kill(
+    tmp_path, form, in_a_group, words
+):
+    (tmp_path / "net.py").write_text(NET)
+    photographs = make(tmp_path / "photographs", 60, 1200, 900)
+    table_of(tmp_path / "table", photographs, in_a_group, form)
+    cache = {"LOCKSTEP_CACHE_SIZE": "0"}
+    done = train([*RUN, "--dataset", photographs, "--run-dir", "files"], tmp_path, **cache)
+    assert done.status == 0, done.out
+    flags = [*RUN, "--dataset", "table", "--run-dir", "rows"]
+    killed = train(flags, tmp_path, 2, LOCKSTEP_FAULT="kill@step=5", **cache)
+    assert killed.status != 0 and words in " ".join(killed.out.replace("│", " ").split())
+    done = train(flags, tmp_path, 2, **cache)
+    assert done.status == 0, done.out
+    found, expected = (
+        [{k: v for k, v in row.items() if k != "data/wait"} for row in rows(tmp_path / name)]
+        for name in ("rows", "files")
+    )
+    assert found == expected
+    assert same_weights(tmp_path / "rows", tmp_path / "files") == []
