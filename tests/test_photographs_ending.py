@@ -84,8 +84,9 @@ def test_what_is_read_before_the_first_step_of_a_later_life_does_not_depend_on_i
     assert abs(read[16] - read[2]) <= IN_FLIGHT < 14 * 4, read
 
 
-@pytest.mark.parametrize("kind", ["hang", "memory", "exit", "kill"])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "processes"), [("hang", 1), ("hang", 2), ("memory", 1), ("exit", 2), ("kill", 2)]
+)
 def test_a_thread_that_fails_or_hangs_holds_no_run_up(tmp_path, kind, processes):
     (tmp_path / "net.py").write_text(NET + BROKEN)
     photographs(tmp_path / "photos", 32)
