@@ -31,7 +31,6 @@ SCALING = {  # antialiased, as torch.nn.functional.interpolate calls them
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
-TURNED = torch.ops.aten.flip.out
 REDUCTIONS = (8, 4, 2)  # what libjpeg can divide the sides of a picture by while it decodes
 
 
@@ -336,14 +335,12 @@ def cut(
     size, part = len(out), pixels[top:bottom, left:right]
     whole = height == width == size and not (x or y)
     if part.shape[:2] != (height, width):
-        if min(part.strides) < 0 or not part.flags.writeable:  # torch takes neither
-            part = part.copy()
         straight = whole and not flips
         scaled = out if straight else np.empty((height, width, 3), np.uint8)
         # Into what lies as a picture does: half the time.
         SCALING[interpolation](
-            torch.from_numpy(part.transpose(2, 0, 1)[None]), [height, width], False,
-            out=torch.from_numpy(scaled.transpose(2, 0, 1)[None]),
+            _tensor(part).permute(2, 0, 1)[None], [height, width], False,
+            out=_tensor(scaled).permute(2, 0, 1)[None],
         )  # fmt: skip
         if straight:
             return
@@ -356,10 +353,15 @@ def cut(
         x = size - x - columns if flips else x
         out = out[y : y + rows, x : x + columns]
     if flips:  # torch turns rows around ten times faster than numpy does
-        part = np.ascontiguousarray(part)
-        TURNED(torch.from_numpy(part), [1], out=torch.from_numpy(out))
-    else:
-        out[:] = part
+        part = _tensor(part).flip(1).numpy()
+    out[:] = part
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """The same memory, or a copy of what torch takes not: turned ones, a page of a pack."""
+    if min(pixels.strides) < 0 or not pixels.flags.writeable:
+        pixels = pixels.copy()
+    return torch.from_numpy(pixels)
 
 
 def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:

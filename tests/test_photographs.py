@@ -88,6 +88,25 @@ def test_boxes_of_many_sizes_are_those_of_each_size_alone():
         assert [float(x[row]) for x in together] == [float(x) for x in alone]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("flips", [0, 1])
+@pytest.mark.parametrize("side", [16, 24])
+def test_a_picture_that_may_not_be_written_to_is_cut_without_a_word(side, flips):
+    """A page of a pack: torch warns where it is given such memory."""
+    pixels = np.arange(side * side * 3, dtype=np.int64).astype(np.uint8).reshape(side, side, 3)
+    page, out, other = (
+        pixels.copy(),
+        np.empty((16, 16, 3), np.uint8),
+        np.empty((16, 16, 3), np.uint8),
+    )
+    page.flags.writeable = False
+    for picture, into in ((page, out), (pixels, other)):
+        cut(picture, [0, 0, side, side, 16, 16, 0, 0, flips], into, GREY)
+    assert (out == other).all()
+    if side == 16:
+        assert (out == (pixels[:, ::-1] if flips else pixels)).all()
+
+
 @pytest.mark.parametrize(("size", "side"), [(224, 256), (96, 96), (64, 73)])
 def test_evaluation_sees_what_resize_and_center_crop_show(size, side):
     pictures = [noise(*shape) for shape in SIZES]
