@@ -130,13 +130,15 @@ class Watch:
             faulthandler.dump_traceback(f, all_threads=True)
 
     def _end(self, message: str) -> None:
-        try:
-            self.before_the_end()
-            self.on_stall(message)
-            words = f"\n{message}\nstacks of all processes: {self.folder}"
-            print(words, file=sys.stderr, flush=True)
-        finally:  # whatever fails in a process that is failing: it ends
-            os._exit(1)
+        words = f"\n{message}\nstacks of all processes: {self.folder}"
+        for last in (
+            self.before_the_end,
+            lambda: self.on_stall(message),
+            lambda: print(words, file=sys.stderr, flush=True),
+        ):
+            with contextlib.suppress(Exception):  # what fails of a failing process stops no other
+                last()
+        os._exit(1)
 
     def _places(self) -> dict[int, dict]:
         """Rank -> what its last heartbeat says.

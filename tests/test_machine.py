@@ -386,7 +386,7 @@ def test_patience_is_six_times_as_long_where_a_phase_has_no_beats(monkeypatch, p
     assert bool(stalled) == ends
 
 
-def test_a_process_that_stands_still_ends_whatever_fails_on_the_way(monkeypatch, tmp_path):
+def test_a_process_that_stands_still_ends_whatever_fails_on_the_way(monkeypatch, tmp_path, capsys):
     """Without memory its last words may fail, and its heartbeat: a hang must not last."""
 
     def ends(status: int):
@@ -403,6 +403,7 @@ def test_a_process_that_stands_still_ends_whatever_fails_on_the_way(monkeypatch,
         setattr(one, broken, fails)
         with pytest.raises(SystemExit, match="1"):
             one._run()
+        assert f"stacks of all processes: {one.folder}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
