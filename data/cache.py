@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -38,6 +39,7 @@ LARGE = 10**9  # bytes of one entry that are told where they land in the home fo
 STALE = 86400.0  # seconds after which a half-written file is nobody's any more
 STARTED = time.time()
 ENTRY = re.compile(r"[0-9a-f]{32}\.\w+")  # of the names in the folder, what is ours to remove
+T = TypeVar("T")
 LOOK = ".look"  # the end of a file of what was found at one start
 PATIENCE = 1800.0  # seconds to wait for another process's build before building for oneself
 
@@ -71,19 +73,31 @@ def cached(key: Json, build: Callable[[], Entry]) -> Entry:
     builds for itself. Errors of `build` pass through.
     """
     path = entry_path(key)
+
+    def read() -> Entry | None:
+        if (entry := read_entry(path)) is not None:
+            use(path)
+        return entry
+
+    def make() -> Entry:
+        tensors, meta = build()
+        if write_entry(path, tensors, meta):
+            use(path)
+            trim()
+        return tensors, meta
+
+    return _by_one(path, read, make)
+
+
+def _by_one(path: Path, read: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What a file holds; None: it is made, by the first process of this node to ask."""
     while True:
         seen = _signature(path)
-        entry = read_entry(path)
-        if entry is not None:
-            use(path)
-            return entry
+        if (found := read()) is not None:
+            return found
         with _node_lock(path, seen) as mine:
             if mine and _signature(path) == seen:
-                tensors, meta = build()
-                if write_entry(path, tensors, meta):
-                    use(path)
-                    trim()
-                return tensors, meta
+                return make()
 
 
 def _look_path(start: str, key: Json) -> Path:
@@ -97,16 +111,14 @@ def looked_once(start: str, key: Json, look: Callable[[], dict]) -> dict:
     every process looks for itself.
     """
     path = _look_path(start, key)
-    while True:
-        seen = _signature(path)
-        if (found := read_json(path)) is not None:
-            return found
-        with _node_lock(path, seen) as mine:
-            if mine and _signature(path) == seen:
-                found = look()
-                with contextlib.suppress(OSError):
-                    write_json(path, found)
-                return found
+
+    def make() -> dict:
+        found = look()
+        with contextlib.suppress(OSError):
+            write_json(path, found)
+        return found
+
+    return _by_one(path, lambda: read_json(path), make)
 
 
 def forget_looks(start: str) -> None:
