@@ -117,13 +117,25 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class Rows(Lazy[bytes]):
-    """Pictures in the row groups of parquet files; each is read when it is asked for."""
+class InGroups:
+    """Pictures by where they stand in row groups."""
 
     groups: Groups
     which: Tensor  # (n,) the file of each, its group and its row in that
     group: Tensor
     row: Tensor
+
+    def encoded(self, place: int) -> bytes:
+        """The bytes of a picture; OSError where they cannot be read."""
+        return self.groups.read(
+            int(self.which[place]), int(self.group[place]), int(self.row[place])
+        )
+
+
+@dataclass(frozen=True)
+class Rows(InGroups, Lazy[bytes]):
+    """Pictures in the row groups of parquet files; each is read when it is asked for."""
+
     lengths: Tensor
     hashes: Sequence[Hashed]
 
@@ -138,9 +150,7 @@ class Rows(Lazy[bytes]):
         """One, or some of them."""
         if isinstance(place, slice):
             return [self[one] for one in range(*place.indices(len(self)))]
-        return self.groups.read(
-            int(self.which[place]), int(self.group[place]), int(self.row[place])
-        )
+        return self.encoded(place)
 
     def chosen(self, kept: Sequence[int]) -> Self:
         """Those of these positions."""
@@ -150,25 +160,13 @@ class Rows(Lazy[bytes]):
         return replace(self, **found, hashes=[self.hashes[place] for place in kept])
 
 
-@dataclass(frozen=True)
-class GroupStore:
-    """Pictures that are read from the row groups that they lie in."""
-
-    groups: Groups
-    which: Tensor
-    group: Tensor
-    row: Tensor
+class GroupStore(InGroups):
+    """Pictures of an index that are read from the row groups that they lie in."""
 
     @property
     def words(self) -> str:
         """See Store."""
         return f"decoded from row groups of at most {in_bytes(self.groups.largest)}"
-
-    def encoded(self, place: int) -> bytes:
-        """See Store."""
-        return self.groups.read(
-            int(self.which[place]), int(self.group[place]), int(self.row[place])
-        )
 
     def raw(self, place: int) -> None:
         """See Store."""
