@@ -10,7 +10,6 @@ number; no row may be missing or there twice. Linux; the small disk needs root.
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shlex
@@ -30,6 +29,7 @@ import psutil
 from safetensors.torch import load_file
 
 from bench.kills import running, trains
+from bench.many_photographs import rows
 from bench.measure import REPOSITORY, arguments_of, finish, table
 from common.disk import read_json
 from distributed.checkpoint import visible
@@ -273,15 +273,10 @@ def wrong_with(one: Round, whole: Path, same_bits: bool) -> list[str]:
             else (tensor.double() - other[name].double()).abs().max() <= TOLERANCE
         )
     ]
-    rows = read_rows(one.run)
-    due = [step for step, row in read_rows(whole) if "train/loss" in row]
-    there = [step for step, row in rows if "train/loss" in row]
+    there, due = (
+        [row["step"] for row in rows(run) if "train/loss" in row] for run in (one.run, whole)
+    )
     return wrong + ([] if there == due else [f"rows of steps {there} instead of {due}"])
-
-
-def read_rows(run: Path) -> list[tuple[int, dict]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(row["step"], row) for row in map(json.loads, lines)]
 
 
 @contextlib.contextmanager
