@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from common.metric import selectable
 from common.text import seconds
-from config.fields import HINTS, NUMBER, TrainConfig, mean_and_std, taking, unfreezing
+from config.fields import HINTS, NUMBER, TrainConfig, flag_of, mean_and_std, taking, unfreezing
 from config.layers import Settings, task_of
 from data.policy import parse_policy
 from errors import UserError, all_of
@@ -56,10 +56,6 @@ def _raised(read: Callable[[], object]) -> Iterator[UserError]:
         yield error
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _size(settings: Settings, c: TrainConfig) -> Iterator[UserError]:
     if problem := size_problem(c.model, lookup(c.model), c.image_size):
         yield _wrong(problem, "image-too-small")
@@ -70,10 +66,10 @@ def _times(settings: Settings, c: TrainConfig) -> Iterator[UserError]:
         value, words = getattr(c, name), NO_TIMES.get(name, ())
         steps = name in NO_TIMES and NUMBER.fullmatch(value)
         if steps and int(value) < 1:
-            yield _wrong(f"{_flag(name)} 0: must be at least 1 step")
+            yield _wrong(f"{flag_of(name)} 0: must be at least 1 step")
         elif value and not steps and value not in words:
             for error in _raised(lambda value=value: seconds(value)):
-                yield _wrong(f"{_flag(name)} {error}", error.code)
+                yield _wrong(f"{flag_of(name)} {error}", error.code)
 
 
 def _shards(settings: Settings, c: TrainConfig) -> Iterator[UserError]:
@@ -87,7 +83,7 @@ def _task(settings: Settings, c: TrainConfig) -> Iterator[UserError]:
         yield _both(f"--task {task}: {c.model} is for {meant}: drop one")
     if task == "regression" and (more := parts_of(vars(c))):
         yield _both(f"--{', --'.join(more)}: of images; {c.model} sees none")
-    asked = [_flag(name) for name in NOT_OF[task] if getattr(c, name) != HINTS[name].default]
+    asked = [flag_of(name) for name in NOT_OF[task] if getattr(c, name) != HINTS[name].default]
     if asked:
         yield _both(f"{', '.join(asked)}: {WHY_NOT[task].format(model=c.model)}")
     if task == "multilabel" and c.loss == "cross_entropy" and settings.asked("loss"):

@@ -24,6 +24,7 @@ from config.fields import (
     TYPES,
     TrainConfig,
     convert,
+    flag_of,
     no_such,
 )
 from config.layers import (
@@ -113,7 +114,7 @@ def _typed(given: dict, problems: list[UserError]) -> dict[str, object]:
     layer: dict[str, object] = {}
     for name in HINTS:
         if given.get(name) is not None:
-            convert(name, given[name], "--" + name.replace("_", "-"), layer, problems)
+            convert(name, given[name], flag_of(name), layer, problems)
     return layer
 
 
@@ -266,7 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for name, f in HINTS.items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         default = "" if f.default in (None, False) else f" (default {f.default})"
         known = [*map(str, f.metadata["choices"]), *["FILE.py:Class"] * f.metadata["own"]]
         choices = f" [{'|'.join(known)}]" if known else ""

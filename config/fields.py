@@ -445,6 +445,11 @@ def no_such(name: str, known: Iterable[str]) -> str:
     return f"; {meant}" if meant else did_you_mean(name, known)
 
 
+def flag_of(name: str) -> str:
+    """A setting as it is typed: `batch_size` as `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
 def convert(
     name: str, value: object, shown: str, into: dict[str, object], problems: list[UserError]
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.mounts import own_disk
 from common.text import nearest
-from config.fields import HINTS, MAY_CHANGE, TrainConfig, convert
+from config.fields import HINTS, MAY_CHANGE, TrainConfig, convert, flag_of
 from config.rows import Rows
 from errors import UserError
 from models import Recipe, lookup, parts_of, size_problem, told_by_weights
@@ -208,7 +208,7 @@ def own_code(setting: str, model: str, folder: Path, actions: Actions) -> str:
 def refuse_conflicts(typed: dict, saved: dict, folder: Path, allowed: tuple[str, ...]) -> None:
     """A resumed run keeps its settings; what the user typed differently is listed, all at once."""
     conflicts = [
-        f"--{name.replace('_', '-')} {value} (the run has {saved[name]})"
+        f"{flag_of(name)} {value} (the run has {saved[name]})"
         for name, value in typed.items()
         if name in saved and value != saved[name]
         and name not in MAY_CHANGE and name not in allowed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.text import file_name
-from config.fields import HINTS, SWITCH_WORDS, TYPES, convert, no_such
+from config.fields import HINTS, SWITCH_WORDS, TYPES, convert, flag_of, no_such
 from errors import UserError, all_of
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def rows_of(given: dict, argv: Sequence[str], seed: int) -> tuple[tuple[str, ...
     """
     for name in ALONE:
         if given[name]:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise UserError(
                 f"{flag} is of one run, and this command is several: drop one", code="contradiction"
             )
@@ -116,7 +116,7 @@ def rows_of(given: dict, argv: Sequence[str], seed: int) -> tuple[tuple[str, ...
     typed = {name for row in rows for name in row.values if given.get(name) is not None}
     typed -= {"seed"} if given["seeds"] is not None else set()  # the first of them
     if typed:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(typed))
+        flags = ", ".join(flag_of(name) for name in sorted(typed))
         raise UserError(
             f"{flags} stands in the command and in its rows: drop one", code="contradiction"
         )

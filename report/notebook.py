@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.disk import write_text
-from config import TYPES, Settings, TrainConfig, parse
+from config import TYPES, Settings, TrainConfig, flag_of, parse
 from config.command_line import read_yaml
 from config.layers import latest_run
 from distributed.checkpoint import Progress
@@ -152,7 +152,7 @@ def words(flags: Flags) -> list[str]:
     """Keywords as the words of a command line; None means what leaving it out means."""
     found = []
     for name, value in flags.items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if isinstance(value, bool) and (TYPES.get(name) is bool or name in SWITCHES):
             off = [flag.replace("--", "--no-", 1)] if name in TYPES else []
             found += [flag] if value else off

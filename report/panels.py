@@ -14,7 +14,7 @@ from common.confusion import dense
 from common.disk import read_json, write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
-from config import TrainConfig, own_disks, recipe_of
+from config import TrainConfig, flag_of, own_disks, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL, TIME_LIMIT
@@ -164,7 +164,7 @@ def advise_on_time(screen: Report, plan: Plan, data: Data, world: World, left: f
     smaller = ["--model", config.model, "--dataset", config.dataset]
     for name in ("data_dir", "task", "image_size"):
         if plan.settings.asked(name):
-            smaller += ["--" + name.replace("_", "-"), getattr(config, name)]
+            smaller += [flag_of(name), getattr(config, name)]
     smaller += ["--limit", min(2000, max(1, len(data.train) // 2)), "--epochs", 2]
     words = f"this takes {duration(left)} on a CPU; a smaller run: "
     words += pasted("train.py", *smaller)
