@@ -312,8 +312,8 @@ def one_round(number: int, arguments: argparse.Namespace, top: Path) -> tuple[Ro
             live(one, way, 0 if calm else chance.randint(1, 3))
             if one.status() != "finished" and chance.random() < 0.25:
                 one.done += filter(None, [damage(one)])
-            if chance.random() < 0.25:
-                way = chance.choice(WAYS)
+            if chance.random() < 0.5:
+                way = chance.choice([other for other in WAYS if other[0] != way[0]])
         worlds = set(map(int, (folder / "worlds.txt").read_text().split()))
         size = worlds.pop()
         found = wrong_with(one, top / f"whole-{size}" / "run", same_bits=not worlds)
