@@ -52,7 +52,7 @@ class Net(nn.Module):
         return self.head(self.body(x))
 """
 ROW = 5  # steps: as often as the judge takes them
-OWN = f"--log-every {ROW} --snapshot-every off"
+OWN = f"--log-every {ROW} --snapshot-every off --epochs 1000000 --eval-every 1000000"
 EVEN = "--model my_cnn --dataset digits --image-size 32 --batch-size 48 --threads 1 --no-plots"
 EVEN += f" --epochs 1000000 --eval-every 1000000 --log-every {ROW} --lr 0.001"
 
