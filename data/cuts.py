@@ -5,7 +5,10 @@ here are whole numbers: a part of the picture, what it is scaled to, and where i
 output.
 """
 
-from dataclasses import dataclass
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,19 +24,34 @@ def default_resize(eval_size: int) -> int:
     return round(eval_size / MARGIN)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Boxes:
     """For each of n photographs what is taken of it, and where it lies in the output.
 
-    rows: per photograph left, top, right, bottom of the part that is taken, in pixels of the
-    upright picture; height and width that this part is scaled to; then the row and the column of
-    the output (size, size) at which its first pixel lies, negative where its beginning is cut off;
-    then 1 if the output is mirrored. What no pixel covers has the fill colour.
+    They are drawn when they are first asked for, by a thread that decodes: it computes alone. In a
+    process whose torch has several threads, exp and sqrt of a few hundred numbers start them all,
+    and those spin on the cores that decode.
     """
 
-    rows: list[list[int]]
+    draw: Callable[[], Tensor]
     size: int
     interpolation: str = "bilinear"
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _rows: list[list[int]] | None = None
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Nine whole numbers for each photograph.
+
+        Left, top, right, bottom of the part that is taken, in pixels of the upright picture; height
+        and width that this part is scaled to; then the row and the column of the output
+        (size, size) at which its first pixel lies, negative where its beginning is cut off; then 1
+        if the output is mirrored. What no pixel covers has the fill colour.
+        """
+        with self._lock:
+            if self._rows is None:
+                self._rows = self.draw().tolist()
+            return self._rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,10 @@ class Cuts:
 
     def training(self, sizes: Tensor, indices: Tensor, epoch: int) -> Boxes:
         """The boxes of these training images in an epoch."""
+        draw = functools.partial(self._drawn, sizes, indices, epoch)
+        return Boxes(draw, self.image_size, self.interpolation)
+
+    def _drawn(self, sizes: Tensor, indices: Tensor, epoch: int) -> Tensor:
         boxes = self.kind == "resized_crop"
         draws = uniforms(self.seed, epoch, indices, 5 + 2 * CROP_TRIES * boxes, AUGMENT)
         flips = mirrored(self, draws[:, 0], indices, epoch).long()[:, None]
@@ -70,8 +92,7 @@ class Cuts:
             top, left, height, width = (side.long() for side in place)
             part = torch.stack([left, top, left + width, top + height], dim=1)
             scaled, first = torch.full_like(part[:, :2], self.image_size), part.new_zeros(1, 2)
-            rows = torch.cat([part, scaled, first.expand(len(part), 2), flips], dim=1)
-            return Boxes(rows.tolist(), self.image_size, self.interpolation)
+            return torch.cat([part, scaled, first.expand(len(part), 2), flips], dim=1)
         moves = self.kind in ("crop", "translate")
         fitted = self.resize != "crop" and not moves
         side = self.image_size if fitted else default_resize(self.image_size)
@@ -80,11 +101,13 @@ class Cuts:
     def evaluation(self, sizes: Tensor) -> Boxes:
         """The boxes that evaluation and prediction see."""
         side = self.eval_resize if self.resize == "crop" else self.eval_size
-        return self._window(sizes, side, self.eval_size, sizes.new_zeros(len(sizes), 1).long())
+        flips = sizes.new_zeros(len(sizes), 1).long()
+        draw = functools.partial(self._window, sizes, side, self.eval_size, flips)
+        return Boxes(draw, self.eval_size, self.interpolation)
 
     def _window(
         self, sizes: Tensor, side: int, size: int, flips: Tensor, draws: Tensor | None = None
-    ) -> Boxes:
+    ) -> Tensor:
         """The window of `size` in photographs that are scaled to `side`."""
         shape = sizes.long()
         shorter, longer = (f(dim=1, keepdim=True).values for f in (shape.min, shape.max))
@@ -104,8 +127,7 @@ class Cuts:
             first = torch.minimum((first + shift).clamp(min=0), slack)
         start = (canvas - scaled) // 2 - first  # of the picture in the window
         part = torch.cat([torch.zeros_like(shape), shape.flip(1)], dim=1)
-        rows = torch.cat([part, scaled, start, flips], dim=1).tolist()
-        return Boxes(rows, size, self.interpolation)
+        return torch.cat([part, scaled, start, flips], dim=1)
 
 
 def lost(sizes: Tensor, cuts: Cuts) -> float:

@@ -183,10 +183,13 @@ class Photos:
         pixels, bad = images.numpy(), []
 
         def piece(rows: range) -> None:
+            wanted = boxes.rows
             for row in rows:
-                place = places[row]
-                if place < 0 or not self._cut(place, row, boxes, pixels[row], fill, scaled):
-                    pixels[row] = fill
+                place, part = places[row], pixels[row]
+                if place < 0 or not self._cut(
+                    place, wanted[row], part, fill, boxes.interpolation, scaled
+                ):
+                    part[:] = fill
                     if place >= 0:
                         bad.append(row)
 
@@ -195,15 +198,14 @@ class Photos:
         return threads.do(pieces), images.permute(0, 3, 1, 2), bad
 
     def _cut(
-        self, place: int, row: int, boxes: Boxes, out: np.ndarray, fill: tuple[int, int, int],
-        scaled: bool,
+        self, place: int, wanted: list[int], out: np.ndarray, fill: tuple[int, int, int],
+        interpolation: str, scaled: bool,
     ) -> bool:  # fmt: skip
         if place in self.damage.excluded or place in self.damage.found:
             return False
         try:
-            wanted = boxes.rows[row]
             pixels, times = self.reduced(place, reduction(wanted) if scaled else 1)
-            cut(pixels, in_reduced(wanted, times), out, fill, boxes.interpolation)
+            cut(pixels, in_reduced(wanted, times), out, fill, interpolation)
         except MemoryError:
             raise  # says nothing of the picture
         except Exception as error:  # Pillow raises many kinds on damaged files
