@@ -25,5 +25,9 @@ def all_of(problems: Sequence[UserError]) -> UserError:
 FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
 
 
+class Left(Exception):
+    """What a process waits for does not come, and it is to stop: it leaves between two steps."""
+
+
 class NumbersGoneBad(RuntimeError):
     """A loss or gradient that is not finite; every process raises it at the same step."""

@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before torch is imported: --help and a typo cost n
 
 import torch
 
-from distributed import faults
 from distributed.checkpoint import Progress
 from distributed.world import World
 from optim import build_average, build_optimizer, set_lr
@@ -142,14 +141,13 @@ def evaluate(learner: Learner, data: Data, world: World, progress: Progress) -> 
     model, augment, results = learner.evaluated_model(data).eval(), data.augment, {}
     for split in data.test_loaders:
         found = Evaluation(learner.task, data.amount(split), world.device)
-        for batch in learner.seeded(data.evaluation(split)):
-            faults.hit("evaluate", progress.step)
+        for batch in learner.seeded(world.beating(data.evaluation(split), progress)):
             images = augment.evaluate(batch["images"])
             with world.accelerator.autocast():
                 logits = augment.vote(lambda view: learner.logits(model, view), images)
             found.add(logits, batch)
-            if world.beat(progress.step):
-                return None
+        if world.stop.reason:
+            return None
         results[split] = found.results(world.together)
         assert results[split]["images"] == data.counted(split, world), "an image lost or doubled"
     return results

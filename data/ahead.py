@@ -11,10 +11,13 @@ from typing import Generic, TypeVar
 
 import torch
 
+from errors import Left
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 Piece = Callable[[], None]
+PATIENCE = 2.0  # seconds that who is to stop still waits for work that does not come
 
 
 @contextlib.contextmanager
@@ -104,19 +107,28 @@ class Work:
             if not self._left:
                 self._done.set()
 
-    def wait(self) -> None:
-        """Until all pieces are done; in short turns, so that a signal is heard."""
+    def wait(self, leaves: Callable[[], bool] = lambda: False) -> None:
+        """Until all pieces are done; in short turns, so that a signal is heard.
+
+        Raises Left if they do not come and `leaves` says so.
+        """
+        began = time.monotonic()
         while not self._done.wait(0.2):
-            pass
+            if time.monotonic() - began > PATIENCE and leaves():
+                raise Left
         if self.error is not None:
             raise self.error
 
 
 class Ahead(Generic[T, R]):
-    """Begins what later items need while earlier ones are used; counts the seconds waited."""
+    """Begins what later items need while earlier ones are used; counts the seconds waited.
+
+    `leaves` is asked where an item does not come, see Work.wait.
+    """
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
+        self.leaves: Callable[[], bool] = lambda: False
         self._waited = self._used = 0.0
 
     def take_wait(self) -> float:
@@ -146,7 +158,7 @@ class Ahead(Generic[T, R]):
     def _landed(self, one: tuple[Work, Callable[[], R]]) -> Iterator[R]:
         work, result = one
         began = time.perf_counter()
-        work.wait()
+        work.wait(self.leaves)
         ready = time.perf_counter()
         self._waited += ready - began
         yield result()

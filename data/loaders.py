@@ -102,13 +102,16 @@ class Photographs(Dataset):
 
     def seen(self, indices: Tensor) -> Tensor:
         """Uint8 images (n, 3, S, S) of these, as evaluation is given them."""
-        (batch,) = self.in_flight([self._named(indices)], None)
-        return batch["images"]
+        return self._at_once(indices, None)["images"]
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """A batch of these, in training's form though not in its place."""
-        (batch,) = self.in_flight([self._named(indices)], 0)
-        return batch
+        return self._at_once(indices, 0)
+
+    def _at_once(self, indices: Tensor, epoch: int | None) -> dict[str, Tensor]:
+        work, whole = self._begin(self._named(indices), epoch)
+        work.wait()
+        return whole()
 
     def shown(self, indices: Tensor) -> Tensor:
         """Uint8 images (n, 3, S, S) of these, as training is given them in its first epoch."""

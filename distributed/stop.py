@@ -265,6 +265,13 @@ class StopVote:
         self._agree_on_row(bool(row) and not old_phase)
         return code
 
+    def leaves(self) -> bool:
+        """Whether to stop at once, between two beats: who is alone need agree with nobody."""
+        if self.group is None and self._look():
+            self.reason = self.code
+            return True
+        return False
+
     def goes_on_by_itself(self) -> bool:
         """Whether the job's script asked for this stop, and will start the job again."""
         with contextlib.suppress(OSError):

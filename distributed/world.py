@@ -21,7 +21,7 @@ from distributed.checkpoint import Progress
 from distributed.pace import Pace
 from distributed.stop import SECONDS_PER_ROW, StopVote
 from distributed.watch import Watch
-from errors import NumbersGoneBad, UserError
+from errors import Left, NumbersGoneBad, UserError
 
 try:
     import resource
@@ -179,7 +179,7 @@ class World(contextlib.AbstractContextManager):
         """The batches of an epoch: others see whether this process waits for data or computes."""
         self.phase("data", progress.step, new_beats=True)
         self.pace.asks(first=True)
-        for batch in batches:
+        for batch in self.until_left(batches):
             faults.hit("step", progress.step)
             self.watch.at("step", progress.step)
             self.pace.lap()
@@ -190,6 +190,21 @@ class World(contextlib.AbstractContextManager):
                 self._frozen = True
                 if not (self.guest and gc.get_freeze_count()):  # which could not be put back
                     gc.freeze()  # a collection before it would walk all of them: 0.3 s
+
+    def until_left(self, batches: Iterable[T]) -> Iterator[T]:
+        """Batches, which end where the next does not come to one that is to stop: `stop.reason`."""
+        with contextlib.suppress(Left):
+            yield from batches
+
+    def beating(
+        self, batches: Iterable[T], progress: Progress, point: str = "evaluate"
+    ) -> Iterator[T]:
+        """The batches of an evaluation, with a vote beat after each; they end early to stop."""
+        for batch in self.until_left(batches):
+            faults.hit(point, progress.step)
+            yield batch
+            if self.beat(progress.step):
+                return
 
     def peak_memory(self) -> dict[str, float]:
         """Of this process so far, for a row; nothing where the system does not tell. No host wait.

@@ -278,6 +278,9 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
             "the run saw photographs, of which evaluation cuts a margin; these are seen whole"
         )
     data = replace(data, note="; ".join(notes))
+    for pictures in map(pictures_of, data.loaders):
+        if isinstance(pictures, Photographs):
+            pictures.ahead.leaves = world.stop.leaves
     return plan.with_batch(data.batch), data
 
 

@@ -54,7 +54,7 @@ def find_lr(learner: Learner, data: Data, world: World, train_step: Step) -> Rat
     """Train up to a hundred steps at rising rates, on all processes; None if told to stop."""
     rates, raw = [], []
     learner.model.train()
-    for step, batch in enumerate(itertools.islice(data.endless(), STEPS)):
+    for step, batch in enumerate(itertools.islice(world.until_left(data.endless()), STEPS)):
         rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
         set_lr(learner.optimizer, rate)
         train_step(learner, data, batch, step, step // data.sampler.steps_per_epoch)
@@ -65,7 +65,9 @@ def find_lr(learner: Learner, data: Data, world: World, train_step: Step) -> Rat
         rates.append(rate)
         raw.append(loss)
         if world.beat(step + 1):
-            return None
+            break
+    if world.stop.reason:
+        return None
     if not raw:
         raise UserError(
             "--find-lr: the loss is not finite even at the smallest learning rate",

@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.disk import whole
-from distributed import faults
 from distributed.checkpoint import Progress
 from distributed.world import World
 from training.best import with_weights
@@ -44,15 +43,14 @@ def _probabilities(
     world.phase("evaluate", progress.step, new_beats=True)
     model, augment = learner.evaluated_model(data).eval(), data.augment
     mine = []
-    for batch in learner.seeded(data.evaluation("test")):
-        faults.hit("fold", progress.step)
+    for batch in learner.seeded(world.beating(data.evaluation("test"), progress, "fold")):
         images = augment.evaluate(batch["images"])
         with world.accelerator.autocast():
             logits = augment.vote(lambda view: learner.logits(model, view), images)
         counts = batch["weights"].bool().cpu()
         mine.append((batch["indices"].cpu()[counts], logits.float().softmax(1).cpu()[counts]))
-        if world.beat(progress.step):
-            return None
+    if world.stop.reason:
+        return None
     found = torch.full((len(data.test), data.num_outputs), torch.nan)
     for part in world.everyones(mine):
         for indices, answers in part:
