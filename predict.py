@@ -374,11 +374,9 @@ class Asker:
 
         wanted = (path for path in paths if lacks(str(path)))
         come = Ahead(self.size + threads.count).over(wanted, begin)
-        try:
+        with threads:
             while batch := list(itertools.islice(come, self.size)):
                 yield from self._batch(batch)
-        finally:
-            threads.end()
 
     def _batch(
         self, batch: list[tuple[Path, "torch.Tensor | Exception"]]

@@ -2,12 +2,13 @@
 
 import contextlib
 import queue
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Piece = Callable[[], None]
+SWITCH = 0.0005  # seconds after which a thread is asked to let another one run Python
 PATIENCE = 2.0  # seconds that who is to stop still waits for work that does not come
 
 
@@ -31,13 +33,24 @@ def pool_of(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 class Threads:
-    """Daemon threads that do pieces of work: a read that hangs keeps no process from ending."""
+    """Daemon threads that do pieces of work: a read that hangs keeps no process from ending.
+
+    While they are there, who waits for the interpreter's lock asks for it ten times as often as
+    usual: a picture takes many short turns of it, and the loop that they work for some more.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._usual = 0.0
         self._pieces: queue.SimpleQueue[tuple[Work, Piece] | None] = queue.SimpleQueue()
         self._started = False
         self._there: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def do(self, pieces: list[Piece]) -> "Work":
         """Begin with these pieces, after all that were given before."""
@@ -50,6 +63,8 @@ class Threads:
         return work
 
     def _start(self) -> None:
+        self._usual = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._usual, SWITCH))
         ready = threading.Barrier(self.count + 1)
         for number in range(self.count):
             name = f"decode-{number}"
@@ -72,7 +87,9 @@ class Threads:
         for one in self._there:
             one.join(max(0.0, until - time.monotonic()))
         self._there.clear()
-        self._started = False
+        if self._started:
+            self._started = False
+            sys.setswitchinterval(self._usual)
 
     def _run(self, ready: threading.Barrier) -> None:
         torch.set_num_threads(1)

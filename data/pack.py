@@ -561,12 +561,11 @@ class _Packing:
                 CHUNK,
             )
         ]  # fmt: skip
-        threads = Threads(cpus())
         total, done = sum(map(len, chunks)), 0
-        flow: Iterator[list[tuple[bytes, int, str]]] = Ahead(threads.count + 1).over(
-            chunks, functools.partial(self._begin_chunk, threads)
-        )
-        try:
+        with Threads(cpus()) as threads:
+            flow: Iterator[list[tuple[bytes, int, str]]] = Ahead(threads.count + 1).over(
+                chunks, functools.partial(self._begin_chunk, threads)
+            )
             for number in to_do:
                 rows, made = self.shards[number], 0
                 note: dict = {"signature": self._signature(number), "lengths": [], "checksums": []}
@@ -589,8 +588,6 @@ class _Packing:
                     self._refuse_changed(rows)
                 note |= {"bytes": sum(note["lengths"]), "hash": state.hexdigest()}
                 write_json(_note_of(self.out / _name(number)), note | {"damaged": damaged})
-        finally:
-            threads.end()
 
     def _begin_chunk(
         self, threads: Threads, rows: range

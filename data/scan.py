@@ -186,12 +186,9 @@ def seen(pictures: PhotoSet, image_size: int) -> Iterator[tuple[Tensor, list[int
     """Uint8 (n, 3, S, S) of all pictures in turn as evaluation sees them, and the damaged rows."""
     side = default_resize(image_size)
     cuts = Cuts("none", image_size, image_size, side, "crop", 0)
-    threads = Threads(cpus())
-    try:
+    with Threads(cpus()) as threads:
         for places in pictures.places.split(64):
             boxes = cuts.evaluation(pictures.photos.sizes[places])
             work, images, bad = pictures.photos.batch(places.tolist(), boxes, (0, 0, 0), threads)
             work.wait()
             yield images, bad
-    finally:
-        threads.end()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from launches import REPOSITORY, python, rows, train
+from PIL import Image
 from torch import nn
 
 from errors import UserError
@@ -138,6 +139,7 @@ def snapshot() -> dict:
         "folder": Path.cwd(),
         "path": list(sys.path),
         "frozen": gc.get_freeze_count(),
+        "switches": sys.getswitchinterval(),
     }
 
 
@@ -174,6 +176,40 @@ def test_three_calls_leave_the_process_as_they_found_it(monkeypatch):
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(1)
         warnings.filters[:] = filters
+
+
+def test_who_decodes_photographs_is_gone_after_a_call(monkeypatch):
+    """Whether it ends well or in the middle."""
+    monkeypatch.setenv("LOCKSTEP_CACHE_SIZE", "0")  # they stay files
+    draw = numpy.random.default_rng(0)
+    for number in range(30):
+        pixels = draw.integers(0, 256, (80, 90, 3), dtype=numpy.uint8)
+        path = Path("photos") / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    photos = {**TINY, "dataset": "photos", "augment": "resized_crop"}
+    before = snapshot()
+    seen = []
+
+    class Looks(Net):
+        def forward(self, x):
+            seen.append((threading.active_count(), sys.getswitchinterval()))
+            return super().forward(x)
+
+    assert fit(Looks, **photos).status == "finished"
+    assert min(seen)[0] > len(before["threads"]) and min(s for _, s in seen) < before["switches"]
+    assert snapshot() == before
+
+    class Fails(Looks):
+        def forward(self, x):
+            if self.training and len(seen) > 12:
+                raise RuntimeError("in the middle")
+            return super().forward(x)
+
+    seen.clear()
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fit(Fails, **{**photos, "run_dir": "fails", "epochs": 9})
+    assert snapshot() == before
 
 
 def test_a_result_is_what_the_run_left():
@@ -323,7 +359,6 @@ def test_a_class_is_kept_with_all_that_it_uses_and_predicts_elsewhere(tried, cap
     for line in ("import torch\n", "import torch.nn as nn\n", "WIDTH = 8\n"):
         assert line in text
     picture = Path("picture.png")
-    from PIL import Image
 
     Image.new("RGB", (16, 16), "white").save(picture)
     done = python(REPOSITORY / "predict.py", picture, "--run", "run", "--json", cwd=Path.cwd())

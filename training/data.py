@@ -281,6 +281,7 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
     for pictures in map(pictures_of, data.loaders):
         if isinstance(pictures, Photographs):
             pictures.ahead.leaves = world.stop.leaves
+            world.enter(pictures.decoding.threads)
     return plan.with_batch(data.batch), data
 
 
