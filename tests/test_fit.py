@@ -188,6 +188,8 @@ def test_who_decodes_photographs_is_gone_after_a_call(monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     photos = {**TINY, "dataset": "photos", "augment": "resized_crop"}
+    usual = sys.getswitchinterval()  # of who was here before
+    sys.setswitchinterval(0.005)
     before = snapshot()
     seen = []
 
@@ -210,6 +212,7 @@ def test_who_decodes_photographs_is_gone_after_a_call(monkeypatch):
     with pytest.raises(RuntimeError, match="in the middle"):
         fit(Fails, **{**photos, "run_dir": "fails", "epochs": 9})
     assert snapshot() == before
+    sys.setswitchinterval(usual)
 
 
 def test_a_result_is_what_the_run_left():
