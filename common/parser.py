@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from common.streams import heard
 from errors import USER_ERROR, UserError
 
 PACKAGES = ("torch", "torchvision", "accelerate", "safetensors", "numpy", "PIL", "rich", "yaml")
@@ -38,3 +39,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(
             f"{message}; see python {self.prog.removeprefix('python ')} --help", code="unknown-flag"
         )
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After --help or --version, which a full disk may have cut."""
+        super().exit(int(heard(status) or 0), message)

@@ -60,13 +60,21 @@ def exit_told(main: Callable[[], int]) -> NoReturn:
         status = 130
     except SystemExit as leaving:  # --help, a flag that is none
         status = leaving.code
+    sys.exit(heard(status))
+
+
+def heard(status: str | int | None) -> str | int | None:
+    """The status of a command that has said all on steady streams: 1, and told, if a part is lost.
+
+    A reader that has seen enough is no loss.
+    """
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     lost = lost_words()
     if lost and lost != os.strerror(errno.EPIPE) and not status:
         print(f"stdout cannot be written ({lost})", file=sys.stderr)
-        status = 1
-    sys.exit(status)
+        return 1
+    return status
 
 
 def lost_words() -> str:

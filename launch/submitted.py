@@ -26,7 +26,7 @@ class Problem(ValueError):
 
 
 def tell(text: str) -> None:
-    """Print it; where nobody reads stdout any more (`| head`), on stderr.
+    """Print it; where nobody reads stdout any more (`| head`) or its disk is full, on stderr.
 
     A job's number is not to be lost, nor its submission to end halfway.
     """
@@ -34,7 +34,7 @@ def tell(text: str) -> None:
         sys.stdout = sys.stderr
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's end flushes once more
         sys.stdout = sys.stderr
         with contextlib.suppress(OSError):

@@ -131,6 +131,15 @@ def test_every_command_that_answers_on_stdout_ends_by_that_law():
 
 
 @posix
+@pytest.mark.parametrize("words", ["train.py --help", "train.py --version", "predict.py --help"])
+def test_help_that_a_disk_cuts_is_a_failure_too(words):
+    line = f"{shlex.quote(sys.executable)} {words} > /dev/full"
+    done = subprocess.run(["sh", "-c", line], cwd=REPOSITORY, capture_output=True, timeout=60)
+    told = b"stdout cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+@posix
 def test_a_run_whose_reader_goes_away_trains_on_and_says_so(nets, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
