@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from submitted import HERE, Problem, keep, name_job, snapshot, status_of, tell
 from sweep import read_rows
@@ -25,6 +26,10 @@ NODES = re.compile(r"([0-9]+)(?::([0-9]+))?")  # 4, or 1:4
 GPUS = re.compile(r"(?:([A-Za-z0-9_.-]+):)?([0-9]+)")  # 8, or a100:8
 ARRAY = re.compile(r"[0-9]+(-[0-9]+(:[1-9][0-9]*)?)?(,[0-9]+(-[0-9]+)?)*(%[1-9][0-9]*)?")
 MANY = ("--sweep", "--seeds", "--folds")  # of train.py: several runs
+OWN_FILES = ("--model", "--loss", "--optimizer")  # of train.py: FILE.py:Class, or a name
+PATHS = ("--dataset", "--data-dir", "--weights", "--split", "--exclude", "--config", "--sweep",
+         "--resume", *OWN_FILES)  # fmt: skip
+NAMES = {"auto", "none", "imagenet", "folder", "cifar10", "digits", "synthetic", "line"}  # no paths
 ONE_LOG = "--follow shows one log: follow an array's task with tail -F"
 FEW = 4  # images a process, which keep no GPU busy
 WAITING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
@@ -69,8 +74,15 @@ def slurm_time(total: int) -> str:
     return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00"
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose help goes to stderr where stdout takes none."""
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        tell(self.format_help().rstrip())
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="submit.py", description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False,
         epilog="What follows -- are train.py's flags: python train.py --help",
     )  # fmt: skip
@@ -393,6 +405,43 @@ def rows_asked_for(options: argparse.Namespace, arguments: list[str], python: st
     return told
 
 
+def seen_from_here(arguments: list[str]) -> list[str]:
+    """train.py's flags for a job that starts in the repository: a path is meant as it is typed.
+
+    What is not there where it is typed may be the repository's, as the runs are: it stays.
+    """
+    if Path.cwd() == HERE:
+        return arguments
+    words, flag = [], ""
+    for word in arguments:
+        before, value = "", word
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            before = flag + equals
+        meant = path_of(flag.replace("_", "-"), value) if value else ""
+        if meant != value:
+            print(f"{flag} {value}: {meant}", file=sys.stderr)
+        words.append(before + meant)
+    return words
+
+
+def path_of(flag: str, value: str) -> str:
+    """A flag's value, as an absolute path where it names something by a relative one."""
+    file, class_name = value, ""
+    if flag in OWN_FILES:
+        file, colon, name = value.partition(":")
+        file, class_name = (file, colon + name) if file.endswith(".py") else ("", "")
+    there = flag in PATHS and file and file not in NAMES and os.access(file, os.F_OK)
+    if there or (flag == "--run-dir" and not file.startswith("~")):  # a new one is made there
+        return str(Path(file).absolute()) + class_name
+    return value
+
+
+def from_here(path: str) -> str:
+    """A path below the repository, to be typed where this was typed."""
+    return path if Path.cwd() == HERE else str(HERE / path)
+
+
 def processes(options: argparse.Namespace) -> int:
     return options.nodes * (options.gpus or options.tasks)
 
@@ -405,6 +454,8 @@ def warn_of_time(settings: dict, options: argparse.Namespace, runs: Path) -> str
     like = {name: settings[name][0] for name in ("model", "dataset", "image_size")}
     summaries = sorted(runs.glob("*/summary.json"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in summaries:
+        if path.parent.is_symlink():  # runs/latest: it has a name of its own
+            continue
         try:
             config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))["config"]
             if any(str(config[name]) != value for name, value in like.items()):
@@ -548,6 +599,7 @@ def submit(argv: list[str]) -> int:
     if not arguments:
         raise Problem("train.py's flags are missing: submit.py --nodes 1 --gpus 8 -- --model "
                       "resnet18 --dataset cifar10")  # fmt: skip
+    arguments = seen_from_here(arguments)
     check(options)
     python = options.python or sys.executable
     if not options.env:  # else it is that file that finds the job's Python
@@ -605,16 +657,17 @@ def submit(argv: list[str]) -> int:
     name_job(kept, job, [task for task in each if task is not None], folders)
     task = next(iter(each))  # an array's first: paths that can be pasted
     name = job if task is None else f"{job}_{task}"
-    log, run = f"runs/slurm-{name}.log", folders.get(task, f"runs/slurm-{name}")
+    log, program = from_here(f"runs/slurm-{name}.log"), from_here("launch/submit.py")
+    run = from_here(folders.get(task, f"runs/slurm-{name}"))
     others = "" if len(each) == 1 else f"     task {task}; the last is _{list(each)[-1]}"
-    again = shlex.join(["python", "launch/submit.py", *without(own), "--", "--resume", run])
+    again = shlex.join(["python", program, *without(own), "--", "--resume", run])
     code = "as it is now" if options.snapshot else "as it will be when the job starts (--snapshot "
     code += "" if options.snapshot else "keeps it as it is now)"
     tell(f"job     {job}")
     tell(f"code    {code}")
     tell(f"log     {log}{others}")
     tell(f"follow  tail -F {shlex.quote(log)}")
-    tell(f"status  python launch/submit.py --status {job}")
+    tell(f"status  {shlex.join(['python', program, '--status', job])}")
     tell(f"stop    scancel {job}     saves, and does not requeue")
     tell(f"go on   {again}")
     if options.follow:

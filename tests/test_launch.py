@@ -30,6 +30,7 @@ from refusals import refused
 
 from common.disk import read_json
 from config import build_parser
+from data.sources import NAMES
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,9 +148,9 @@ def home() -> Path:
     return linked_repository(folder / "repository")
 
 
-def submit(*words: str, **env: str) -> subprocess.CompletedProcess:
+def submit(*words: str, where: Path | None = None, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(home() / "launch" / "submit.py"), *words],
+        [sys.executable, str(home() / "launch" / "submit.py"), *words], cwd=where or home(),
         env={**os.environ, **env}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
@@ -218,7 +219,7 @@ def test_every_flag_that_documents_name_is_known():
     known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--num_processes"}
     known |= {"--batch", "--full"}  # of scancel
     known |= {"--out", "--store", "--short-side"}  # of python -m data
-    known |= {"--nv", "--bind", "--mount"}  # of Apptainer and enroot
+    known |= {"--nv", "--bind", "--mount", "--cd"}  # of Apptainer, enroot and Charliecloud
     known |= {"--no-kill", "--test-only", "--wait"}  # of sbatch and srun
     known |= {
         "--multi_gpu",
@@ -521,19 +522,24 @@ given=("PATH=$PATH")
 while [[ $1 == --* ]]; do [ "$1" = --mount ] || given+=("$2=${!2}"); shift 2; done
 shift && cd / && exec env -i "${given[@]}" "$@"
 """
+CHARLIECLOUD = """cd /
+while [[ $1 == --* ]]; do [ "$1" != --cd ] || cd "$2"; shift 2; done
+shift 2 && exec "$@"
+"""
 
 
-@pytest.mark.parametrize("tool", ["apptainer", "enroot"])
+@pytest.mark.parametrize("tool", ["apptainer", "enroot", "ch-run"])
 def test_the_scripts_for_containers_hand_on_folder_environment_and_every_word(tool, tmp_path):
     page = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     (text,) = (t for t in re.findall(r"```bash\n(.*?)```", page, flags=re.S) if tool in t)
     script, look = tmp_path / "lockstep-python", "import json, os, sys\n"
     script.write_text(text)
     look += "print(json.dumps([os.getcwd(), dict(os.environ), sys.argv[1:]]))"
-    path = stubs(tmp_path, apptainer=APPTAINER, enroot=ENROOT,
-                 python=f'exec {sys.executable} "$@"')  # fmt: skip
+    tools = {"apptainer": APPTAINER, "enroot": ENROOT, "ch-run": CHARLIECLOUD}
+    path = stubs(tmp_path, **tools, python=f'exec {sys.executable} "$@"')
     place = {"RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "SLURM_JOB_ID": "77",
-             "LOCKSTEP_LOG": "a b'\n\"c"}  # fmt: skip
+             "LOCKSTEP_LOG": "a b'\n\"c", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1",
+             "CIFAR10_DIR": "/shared/cifar10", "WANDB_MODE": "offline"}  # fmt: skip
     done = subprocess.run(
         ["bash", str(script), "-c", look, *HOSTILE], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, **place, "PATH": path}, timeout=60,
@@ -706,6 +712,37 @@ def test_a_job_that_slurm_forgot_ends_as_its_run_did(end, code, tmp_path):
     assert done.returncode == code and f"says: {end or 'no status'}" in done.stdout, done.stdout
 
 
+def test_a_path_behind_the_dashes_is_meant_where_it_is_typed_as_train_py_takes_it(tmp_path):
+    """The job starts in the repository, whose runs have short names; what is told can be typed."""
+    for folder in ("photos", "digits", "runs/old"):  # digits is a name that the program knows
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "net.py").write_text("class Net: pass\n")
+    path = stubs(tmp_path, sbatch='printf "%s\\n" "$@" >"$GOT"; echo 4711', sinfo="")
+    place = {"PATH": path, "GOT": str(tmp_path / "got"), "where": tmp_path}
+    words = ["--model", "net.py:Net", "--dataset", "photos", "--run_dir=runs/new"]
+    done = submit("--", *words, **place)
+    assert done.returncode == 0, done.stderr
+    got = (tmp_path / "got").read_text().split("launch/slurm.sbatch\n")[1].split()
+    assert got == ["--model", f"{tmp_path}/net.py:Net", "--dataset", f"{tmp_path}/photos",
+                   f"--run_dir={tmp_path}/runs/new"]  # fmt: skip
+    assert f"--dataset photos: {tmp_path}/photos\n" in done.stderr
+    again = done.stdout.partition("go on   ")[2].strip()
+    assert again == f"python {home()}/launch/submit.py -- --resume {tmp_path}/runs/new"
+    assert f"tail -F {home()}/runs/slurm-4711.log\n" in done.stdout
+    done = submit("--", *TINY, "--data-dir", "neither/here/nor/there", **place)
+    got = (tmp_path / "got").read_text().split("launch/slurm.sbatch\n")[1].split()
+    assert got == [*TINY, "--data-dir", "neither/here/nor/there"] and not done.stderr
+
+
+def test_the_names_that_submit_takes_for_no_paths_are_those_of_the_data_sets():
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        import submit as module
+    finally:
+        sys.path.remove(str(LAUNCH))
+    assert set(NAMES) | {"none", "imagenet"} == module.NAMES
+
+
 def test_submit_names_how_one_task_of_an_array_goes_on(tmp_path):
     stub = tmp_path / "sbatch"
     stub.write_text("#!/bin/bash\necho 4711\n")
@@ -758,13 +795,13 @@ def test_a_python_without_torch_and_nodes_without_the_cpus_are_named_at_once(tmp
     assert "more than 64" in done.stderr and not (tmp_path / "queued").exists()
 
 
-@pytest.mark.parametrize("close", [">&-", "| true"])
+@pytest.mark.parametrize("close", [">&-", "| true", "> /dev/full"])
 def test_a_job_whose_submission_nobody_reads_is_submitted_and_named(close, tmp_path):
     path = stubs(tmp_path, sbatch="sleep 0.3; echo 4711", sinfo="")
     words = f"{sys.executable} {home()}/launch/submit.py -- {' '.join(TINY)}"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {words} {close}"], text=True, capture_output=True,
-        env={**os.environ, "PATH": path}, timeout=60,
+        cwd=home(), env={**os.environ, "PATH": path}, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0 and "job     4711" in done.stderr, done.stderr
     assert "--resume runs/slurm-4711" in done.stderr and "Error" not in done.stderr
@@ -844,6 +881,8 @@ def test_submit_warns_where_an_earlier_run_says_the_limit_is_short(tmp_path):
     few = {**settings, "epochs": ("10", "flag"), "max_steps": ("40", "flag")}
     assert module.warn_of_time(few, options, tmp_path) == ""
     many = {**settings, "epochs": ("2", "default"), "max_steps": ("1000", "flag")}
+    (tmp_path / "latest").symlink_to(run.name)
+    assert "latest" not in module.warn_of_time(many, options, tmp_path)
     assert "10.0 h" in module.warn_of_time(many, options, tmp_path)
     assert module.warn_of_time({**settings, "epochs": ("10", "flag")}, options, ROOT / "no") == ""
     # Two steps of 0.1 s and a minute to start: a thousand epochs are not a thousand starts.
