@@ -1,6 +1,7 @@
 """What happened to a run, on one screen, and what to type."""
 
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -18,11 +19,15 @@ from training.goodput import goodput, in_words, slow_ones
 from training.run_dir import free_bytes
 from training.snapshots import in_memory
 
+LAST_WORDS = 5  # lines of the log of a job that never ran
+
 
 def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     """(rows to show, what to type, whether all is well) of a run folder; changes nothing."""
     status = read_json(folder / "status.json", {})
     config = read_json(folder / "config.json")
+    if config is None and (found := before_it_ran(folder)):
+        return found
     if config is None:
         raise UserError(f"{folder} holds no run: it has no readable config.json", code="no-run")
     rows = [("status", describe_status(folder, status))]
@@ -59,6 +64,31 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     typed = str(status.get("go_on") or "")
     typed = typed if typed.startswith("sbatch ") else pasted("train.py", "--resume", folder)
     return rows, typed, state == "stopped"
+
+
+def before_it_ran(folder: Path) -> tuple[list[tuple[str, str]], str, bool] | None:
+    """The same of a SLURM job that has no run yet, or left none; None where it names no job."""
+    named = re.fullmatch(r"slurm-(\d+)(_\d+)?", folder.name)
+    if named is None:
+        return None
+    job, log = f"{named[1]}{named[2] or ''}", folder.with_name(f"{folder.name}.log")
+    queued = state_in_queue(job)
+    known = log.is_file() or (folder.parent / "submitted" / named[1]).exists()
+    if not queued and not known:
+        return None
+    ended = "" if queued else "never ran: "
+    rows = [("status", f"{ended}{folder} holds no run{' yet' if queued else ''}"),
+            ("job", f"{job}: {queued or 'no longer in the queue'}")]  # fmt: skip
+    words = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    rows.append(("log", str(log) if log.is_file() else f"none: {log} is not there"))
+    rows += [("says", printable(line)) for line in words.splitlines()[-LAST_WORDS:] if line.strip()]
+    if queued.startswith("PENDING"):
+        return rows, f"nothing: the job waits for its turn (scancel {job} ends it)", True
+    if queued:
+        return rows, shlex.join(["tail", "-F", str(log)]), True
+    if words:
+        return rows, shlex.join(["less", str(log)]) + "  # then submit it again", False
+    return rows, "the submission again: the job was cancelled, or could not open its log", False
 
 
 def what_helps(spent: dict[str, float], config: dict) -> list[str]:

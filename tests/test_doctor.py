@@ -7,6 +7,7 @@ import time
 import pytest
 from launches import SMALL, newest, python, train
 
+from errors import UserError
 from report.doctor import examine
 
 
@@ -33,6 +34,30 @@ def test_of_a_job_the_doctor_shows_number_log_and_state_and_what_sbatch_wants(tm
         assert "77_3: " in done.stdout and "/logs/77.log" in done.stdout
         assert f" {advice} " in done.stdout, done.stdout
         assert ("sbatch" in done.stdout) == (not state), done.stdout
+
+
+def test_of_a_job_that_never_ran_the_doctor_tells_queue_and_last_words(tmp_path, monkeypatch):
+    run, stub = tmp_path / "slurm-78", tmp_path / "squeue"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def answers(state: str) -> None:
+        stub.write_text(f"#!/bin/bash\n{state}\n")
+        stub.chmod(0o755)
+
+    answers("exit 1")
+    with pytest.raises(UserError, match="holds no run"):
+        examine(run)
+    answers("echo 'PENDING (Resources)'")
+    rows, advice, well = examine(run)
+    assert well and "waits for its turn" in advice
+    assert dict(rows)["job"] == "78: PENDING (Resources)" and "no run yet" in dict(rows)["status"]
+    answers("echo 'RUNNING'")
+    assert examine(run)[1:] == (f"tail -F {run}.log", True)
+    answers("exit 1")
+    (tmp_path / "slurm-78.log").write_text("lockstep: no.env failed\n")
+    rows, advice, well = examine(run)
+    assert not well and advice.startswith(f"less {run}.log")
+    assert "never ran" in dict(rows)["status"] and dict(rows)["says"] == "lockstep: no.env failed"
 
 
 def test_the_doctor_tells_finished_died_damaged_and_foreign_folders_apart(nets):
