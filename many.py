@@ -347,3 +347,9 @@ def _cold(words: list[str], output: Path, environment: dict[str, str]) -> "Proce
             [sys.executable, str(HERE / "train.py"), *words], env=environment,
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:] or ["--sweep", "FILE.yaml"]
+    print(f"many.py is no command; type {pasted('train.py', *words)}", file=sys.stderr)
+    raise SystemExit(USER_ERROR)

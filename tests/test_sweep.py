@@ -73,6 +73,12 @@ def test_rows_are_as_they_stand_and_array_jobs_get_the_same(tmp_path):
     assert "warning: 4 images are left for each GPU" in done.stdout
 
 
+def test_the_file_of_many_runs_is_no_command_and_says_which_one_is():
+    done = python("many.py", "--seeds", "5", "--dataset", "my digits")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.endswith("train.py --seeds 5 --dataset 'my digits'\n"), done.stderr
+
+
 def test_an_array_job_may_have_rows_more_at_the_end_and_no_others(tmp_path):
     """What docs/many-runs.md promises of a file, wherever its rows run."""
     words = ["--dataset", "digits", "--model", "my_cnn", "--run-dir", str(tmp_path / "x")]
