@@ -56,9 +56,10 @@ def main() -> int:
 def table_of_models(num_classes: int) -> "Table":
     """All models in lesson order, with their recipes from scratch."""
     import torch
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("model", title=f"Models for {num_classes} classes, in lesson order")
+    title = f"Models for {num_classes} classes, in lesson order"
+    table = Table(Column("model", no_wrap=True), title=title)  # to be typed: never cut
     for heading in ("parameters", "from size"):
         table.add_column(heading, justify="right")
     table.add_column("recipe from scratch")
@@ -82,9 +83,10 @@ def table_of_models(num_classes: int) -> "Table":
 
 def table_of_recipes() -> "Table":
     """The recipes that --recipe names, with what is claimed of each and by whom."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("recipe", title="Recipes: train.py --recipe NAME; more in docs/recipes.md")
+    title = "Recipes: train.py --recipe NAME; more in docs/recipes.md"
+    table = Table(Column("recipe", no_wrap=True), title=title)
     for heading in ("what it is", "test accuracy claimed", "time"):
         table.add_column(heading)
     for name, recipe in RECIPES.items():
@@ -115,13 +117,14 @@ def table_of_layers(
 
     parts: what else the model is made of, as `models.parts_of` tells it.
     """
-    from rich.table import Table
+    from rich.table import Column, Table
 
     if image_size is None:
         image_size = int(lookup(name).recipe.get("image_size", 1))
     model, inputs = _to_look_at(name, image_size, num_classes, parts or {})
     title = f"{name} at {image_size} px, {num_classes} classes"
-    table = Table("layer", "kind", title=title, caption=said_of_weights(name))
+    path = Column("layer", no_wrap=True)
+    table = Table(path, "kind", title=title, caption=said_of_weights(name))
     for heading in ("output", "parameters", "multiply-adds"):
         table.add_column(heading, justify="right")
     total = 0

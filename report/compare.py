@@ -31,6 +31,7 @@ from report.screen import Report
 SCRIPT = (HERE / "sort.js").read_text(encoding="utf-8")
 PAGE = "compare.html"
 MOST_COLOURS = 8  # of groups in a chart; the others are grey
+LEAST = 12  # characters for the names of runs
 FEWEST = 3  # shared seeds, below which nothing is claimed
 NOT_COMPARED = {"run_dir", "keep", "plots", "track", "log_every", "checkpoint_every", "max_time"}
 NOT_COMPARED |= {"decode_threads", "stage", "snapshot_every"}  # of the machine: no number moves
@@ -310,17 +311,32 @@ def method(comparison: Comparison) -> str:
     return words + "."
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], whole: bool = True) -> Table:
-    """As rich shows it; whole: the first column holds names, which a terminal breaks last."""
-    made = Table()
-    for place, name in enumerate(head):
-        right = "right" if name.startswith("#") else "left"
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], whole: bool = True, width: int = 100
+) -> Table:
+    """As rich shows it; whole: the first column holds names, broken only where values would be.
+
+    width: characters of the screen.
+    """
+    made, rows = Table(), [[printable(cell) for cell in row] for row in rows]
+    heads = [printable(name.lstrip("#")) for name in head]
+    least = [
+        max(len(text) for text in [*heads[place].split(), *(row[place] for row in rows)])
+        for place in range(len(heads))
+    ]
+    wanted = sum(map(max, zip(map(len, heads), least, strict=True))) + 3 * len(heads) + 1
+    room = width - sum(least[1:]) - 3 * len(heads) - 1
+    breaks = whole and wanted > width and room >= LEAST
+    least[0] = min(room, least[0])
+    for place, name in enumerate(heads):
+        right = "right" if head[place].startswith("#") else "left"
+        fixed = least[place] if breaks else None
         made.add_column(
-            Text(printable(name.lstrip("#"))), justify=right, overflow="fold",
-            no_wrap=whole and not place,
+            Text(name), justify=right, overflow="fold", width=fixed,
+            no_wrap=whole and not place and not breaks,
         )  # fmt: skip
     for row in rows:
-        made.add_row(*(Text(printable(cell)) for cell in row))
+        made.add_row(*map(Text, row))
     return made
 
 
@@ -382,7 +398,7 @@ def write_comparison(paths: Sequence[Path], screen: Report) -> Path:
     """Show the tables and write the page; where it lies. OSError where it cannot be written."""
     runs = read_runs(paths, screen.warn)
     comparison, place = Comparison(runs), place_of(paths, runs)
-    screen.show(table(*run_rows(comparison)))
+    screen.show(table(*run_rows(comparison), width=screen.console.width))
     if comparison.repeats:
         screen.show(table(*group_rows(comparison), whole=False))
         screen.show(method(comparison))

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -12,12 +13,13 @@ import numpy
 import pytest
 from launches import python
 from refusals import refused
+from rich.console import Console
 from safetensors.numpy import save_file
 from scipy import stats
 
 from data.__main__ import main as data
 from report.__main__ import main as report
-from report.compare import Comparison, build, found_in, group_rows, holm, read_runs, run_rows
+from report.compare import Comparison, build, found_in, group_rows, holm, read_runs, run_rows, table
 from report.runs import list_runs
 from report.suspects import FILE, confident, section
 
@@ -194,6 +196,22 @@ def test_names_of_runs_are_whole_in_a_terminal_of_100_columns(many):
     assert max(map(len, done.stdout.splitlines())) <= 100
     for path in (path for path in many.iterdir() if path.is_dir()):
         assert f" {path.name} " in done.stdout, done.stdout
+
+
+def test_values_are_whole_too_where_a_name_that_is_broken_leaves_room_for_them():
+    """As in the tables of lesson 10: `finis hed` and `97.18` without its `%` are hard to read."""
+    head = ["run", "loss", "#label smoothing", "#best accuracy", "#at epoch", "#last", "#seconds"]
+    names = [f"00{n}-losscross_entropy-label_smoothing0.{n}" for n in range(3)]
+    rows = [[name, "cross_entropy", "0.1", "97.18 %", "4", "96.62 %", "3", "finished"]
+            for name in names]  # fmt: skip
+    for width in (100, 130):
+        screen = Console(width=width, file=io.StringIO())
+        screen.print(table([*head, "status"], rows, width=width))
+        shown = screen.file.getvalue()
+        assert max(map(len, shown.splitlines())) <= width
+        for value in (*rows[0][1:], "smoothing"):
+            assert f" {value} " in shown, shown
+        assert (f" {names[0]} " in shown) == (width == 130), shown
 
 
 def test_a_curve_has_its_groups_colour_whatever_its_run_is_called(many):

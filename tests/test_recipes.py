@@ -1,6 +1,7 @@
 """Recipes: what they set, what they claim and who says so; each begins; far from it is told."""
 
 import dataclasses
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 from launches import REPOSITORY, train
 from refusals import refused
+from rich.console import Console
 
 from config import parse
-from models.__main__ import table_of_recipes
+from models import MODELS
+from models.__main__ import table_of_models, table_of_recipes
 from models.recipes import DIGITS, IMAGENET, RECIPES, NamedRecipe, in_markdown
 from report.claim import far_from_claim, told_claim
 
@@ -131,3 +134,11 @@ def test_each_begins_on_little_data(tmp_path, name):
     need_packages_of(name)
     done = train(["--recipe", name, *SMALLER, "--dry-run"], tmp_path)
     assert done.status == 0 and "dry run: all is well" in done.out, done.out
+
+
+def test_a_narrow_window_breaks_the_tables_but_no_name_that_is_to_be_typed():
+    window = Console(width=80, file=io.StringIO())
+    for table in (table_of_models(10), table_of_recipes()):
+        window.print(table)
+    shown = window.file.getvalue()
+    assert all(f" {name} " in shown for name in (*MODELS, *RECIPES))
