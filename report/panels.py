@@ -14,7 +14,7 @@ from common.confusion import dense
 from common.disk import read_json, write_json, write_text
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
-from config import TrainConfig, flag_of, own_disks, recipe_of
+from config import Actions, TrainConfig, flag_of, own_disks, recipe_of
 from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL, TIME_LIMIT
@@ -135,9 +135,16 @@ def _what_runs(
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", data.batch.in_words()),
         ("steps", steps_shown(schedule, progress)),
-        ("folder", config.run_dir or "none (dry run)"),
+        ("folder", config.run_dir or f"none ({_why_none(plan.actions)})"),
         *([("snapshots", snapshots.in_words)] if snapshots.in_words else []),
     ]
+
+
+def _why_none(actions: Actions) -> str:
+    """What a command does that leaves no run folder."""
+    if actions.eval_only:
+        return "--eval-only"
+    return "--find-lr" if actions.find_lr else "dry run"
 
 
 def _rates_and_stages(learner: Learner) -> Rows:

@@ -447,6 +447,7 @@ def test_the_learning_rate_finder_makes_no_run_and_needs_no_picture(nets, tmp_pa
     (tmp_path / "runs").write_text("in the way")
     done = train(["--model", nets / "plain.py:Net", *SMALL, "--find-lr"], tmp_path, 2)
     assert done.status == 0 and done.out.count("suggested") == 1, done.out
+    assert "none (--find-lr)" in done.out
     assert "runs/find-lr-plain.py-Net.png cannot be written" in " ".join(done.out.split())
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("output-")} == {"runs"}
 
