@@ -86,6 +86,19 @@ def test_the_tables_of_the_pages_are_what_the_results_say():
     assert shown == set((REPOSITORY / "bench" / "results").glob("*.json"))
 
 
+def test_the_study_of_no_restart_says_what_a_start_costs_as_the_results_do():
+    results = REPOSITORY / "bench" / "results"
+    start, kills = (
+        json.loads((results / name).read_text())["results"]
+        for name in ("startup.json", "kills.json")
+    )
+    start = start["first step"]["median"]
+    again = kills["import"]["median"] + kills["load"]["median"]
+    text = " ".join((REPOSITORY / "docs" / "without_restart.md").read_text().split())
+    assert f"The imports and the start: {start:.1f} s on this machine" in text
+    assert f" {again:.1f} s after a kill" in text
+
+
 ROOM = """
 import os, time
 from bench.gpu import Found
