@@ -467,8 +467,10 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict]
                 bad.rename(bad.with_name(f"damaged-{bad.name}-{time.time_ns()}"))
         return path, manifest
     if candidates:
+        count = len(candidates)
+        told = f"none of the {count} checkpoints in {folder} is whole"
         raise UserError(
-            f"none of the {len(candidates)} checkpoints in {folder} is whole; "
+            f"{told if count > 1 else f'the only checkpoint in {folder} is not whole'}; "
             "start over with --fresh (the old files are kept aside)",
             code="no-whole-checkpoint",
         )

@@ -292,6 +292,11 @@ def test_when_all_are_damaged_nothing_starts_over_silently(tmp_path):
     ):
         newest_valid(tmp_path, told.append)
     assert len(told) == 2
+    (tmp_path / "one").mkdir()
+    (one,) = write(tmp_path / "one", 10)
+    flip(one / "model.safetensors", -1)
+    with refused("no-whole-checkpoint", match="the only checkpoint in .* is not whole; start"):
+        newest_valid(tmp_path / "one", told.append)
     assert newest_valid(tmp_path / "empty", told.append) is None
 
 
