@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from bdb import BdbQuit
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +163,9 @@ def run_to_exit(
         if words:
             print(words, file=sys.stderr, flush=True)
     except (Exception, SystemExit) as error:  # a model that calls sys.exit() ends no run unseen
+        if settings.actions.debug and isinstance(error, BdbQuit):  # q at breakpoint()
+            print("\nthe debugger was left: the run ends here (c goes on)", file=sys.stderr)
+            return FAILED
         if settings.actions.debug:
             show_tracebacks()
             raise

@@ -139,6 +139,23 @@ def test_help_that_a_disk_cuts_is_a_failure_too(words):
     assert (done.returncode, done.stderr) == (1, told)
 
 
+BREAKS = """
+
+class Net(Net):
+    def forward(self, images):
+        breakpoint()
+        return super().forward(images)
+"""
+
+
+def test_leaving_the_debugger_is_no_crash(nets):
+    """q at breakpoint(), as here the end of stdin does: it was pages of traceback through pdb."""
+    (nets / "breaks.py").write_text((nets / "plain.py").read_text() + BREAKS)
+    done = train(["--model", "breaks.py:Net", *SMALL, "--debug"], nets)
+    assert done.status == 1 and "(Pdb)" in done.out, done.out
+    assert "the debugger was left: the run ends here" in done.out and "BdbQuit" not in done.out
+
+
 @posix
 def test_a_run_whose_reader_goes_away_trains_on_and_says_so(nets, tmp_path):
     os.mkfifo(tmp_path / "pipe")
