@@ -45,7 +45,7 @@ PREVIEW_WIDTH = 96  # characters, at most
 def main(arguments: list[str] | None = None) -> int:
     """Run one of the commands; exit status 2 after an error the user can mend."""
     try:
-        options = _parser().parse_args(arguments)
+        options = build_parser().parse_args(arguments)
         if options.run in (_check, _cache, _correct):
             return options.run(options)
         name, sentence = choose_dataset(options.dataset, options.data_dir)
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     common = Parser(add_help=False, allow_abbrev=False)
     names = ", ".join(NAMES)
     common.add_argument(
@@ -125,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     summary = "compare every byte of a pack with its hashes"
     checks = commands.add_parser("check", help=summary, description=summary, allow_abbrev=False)
-    checks.add_argument("folder", type=Path, metavar="FOLDER", help="the pack")
+    checks.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="the pack")
+    checks.add_argument("--dataset", type=Path, metavar="FOLDER", help="the same")
     checks.set_defaults(run=_check)
     which = add("list", _list, "print which picture is in which split and class, as csv")
     which.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
@@ -312,9 +314,14 @@ def _prepare(source: Source, options: argparse.Namespace) -> None:
         return _tell(source)
     print(f"{count} ready; cache: {printable(cache_dir())}")
     if options.out:
-        if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
+        why = ""
+        if options.out.suffix != ".safetensors":
+            why = "small pictures make one file, .safetensors (a pack is for photographs)"
+        elif not options.out.parent.is_dir():
+            why = "cannot be written"
+        if why:
             raise UserError(
-                f"{printable(options.out)}: cannot be written; try --out data.safetensors",
+                f"{printable(options.out)}: {why}; try --out data.safetensors",
                 code="output-unwritable",
             )
         save_source(source, options.out, options.image_size)
@@ -341,10 +348,13 @@ def _pack(source: Source, options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    if not is_pack(options.folder):
-        raise UserError(f"{printable(options.folder)} is no pack", code="no-pack")
-    files = check(options.folder)
-    print(f"{printable(options.folder)}: {counted(files, 'file')}, all bytes as written")
+    folder = options.folder or options.dataset
+    if folder is None:
+        raise UserError("which pack? type python -m data check FOLDER", code="no-pack")
+    if not is_pack(folder):
+        raise UserError(f"{printable(folder)} is no pack", code="no-pack")
+    files = check(folder)
+    print(f"{printable(folder)}: {counted(files, 'file')}, all bytes as written")
     return 0
 
 

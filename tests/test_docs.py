@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_lessons import not_printed, run_in
 
 from config import parse
+from data.__main__ import build_parser as build_data_parser
 
 PAGES = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
 PAGES += [*(REPOSITORY / "launch").glob("*.md"), *(REPOSITORY / "bench").glob("*.md")]
@@ -42,6 +43,17 @@ def test_every_train_command_parses(page, tmp_path, monkeypatch, nets):
             continue  # they need a run or a file that the reader makes first
         if not {"--help", "--version"} & set(words):
             parse(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_on_data_parses(page):
+    """In exercises, too: one of a lesson named a flag that its command had not."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    code = re.findall(r"```sh\n(.*?)```", text, flags=re.S) + re.findall(r"`([^`\n]+)`", text)
+    for line in "\n".join(code).splitlines():
+        found = re.search(r"python -m data (\w.*)$", line.split("  #")[0])
+        if found and "..." not in line and not re.search(r"[|&>]", found[1]):
+            build_data_parser().parse_args(shlex.split(found[1]))
 
 
 @pytest.mark.slow

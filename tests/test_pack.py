@@ -68,7 +68,7 @@ def code_of(*words) -> str:
     """Of the mistake that a command ends with."""
     from data import __main__ as commands
 
-    options = commands._parser().parse_args([str(word) for word in words])
+    options = commands.build_parser().parse_args([str(word) for word in words])
     with pytest.raises(UserError) as caught:
         if options.run is commands._check:
             commands._check(options)
@@ -221,7 +221,7 @@ def test_a_flipped_byte_is_found_and_mended(photographs, tmp_path, monkeypatch, 
     monkeypatch.setattr(pack, "SHARD_BYTES", 20_000)
     for store in ("jpeg", "raw"):
         out = prepared(photographs, tmp_path / store, "--store", store, *KEEP)
-        assert main(["check", str(out)]) == 0
+        assert main(["check", str(out)]) == main(["check", "--dataset", str(out)]) == 0
         before = content_of(out)
         damaged = out / "shard-00001.bin"
         content = bytearray(damaged.read_bytes())

@@ -665,6 +665,8 @@ def test_a_wrong_policy_is_shown_with_a_mark(tmp_path, monkeypatch, capsys):
         ("show --dataset line", "try --dataset digits"),
         ("prepare --dataset digits --out nowhere/x.safetensors", "try --out data.safetensors"),
         ("prepare --dataset digits --out x.pt", "try --out data.safetensors"),
+        ("prepare --dataset digits --out x", "small pictures make one file, .safetensors"),
+        ("check", "which pack? type python -m data check FOLDER"),
         ("prepare --dataset digits --out x.safetensors", "digits needs no file"),
     ],
 )
