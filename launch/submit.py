@@ -302,8 +302,8 @@ def write(path: Path, text: str) -> None:
 def rehearsed(options: argparse.Namespace, settings: dict, runs: int) -> list[str]:
     """What --dry-run says of the job that it does not submit."""
     count, batch = processes(options), int(settings["batch_size"][0])
-    kind = "GPU" if options.gpus else "process"
-    share = batch / count
+    kind, kinds = ("GPU", "GPUs") if options.gpus else ("process", "processes")
+    each_node, share = options.gpus or options.tasks, batch / count
     each = f"{share:.0f}" if share.is_integer() else f"about {share:.1f}"
     limit = f"{options.time}, told {lead_of(options)} s before" if options.time else "the cluster's"
     nodes = f"{options.nodes} node{'s' * (options.nodes > 1)}"
@@ -312,8 +312,7 @@ def rehearsed(options: argparse.Namespace, settings: dict, runs: int) -> list[st
     lines = [
         "nothing was submitted (--dry-run)",
         f"runs       {runs}",
-        f"processes  {count}: {nodes} x {options.gpus or options.tasks}"
-        + f" {kind}{'' if kind == 'process' else 's'}",
+        f"processes  {count}: {nodes} x {each_node} {kind if each_node == 1 else kinds}",
         f"batch      {batch} = {count} x {each} images",
         f"limit      {limit}",
     ]

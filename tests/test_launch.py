@@ -560,6 +560,8 @@ def test_submit_prints_one_exact_command_and_dry_run_submits_nothing():
     for word in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--time=0-04:00:00"):
         assert word in line.split()
     assert line.endswith("--data-dir 'a b;$(x)'")
+    for words, told in (("--gpus 1", "1 node x 1 GPU\n"), ("--tasks 2", "1 node x 2 processes\n")):
+        assert told in submit(*words.split(), "--dry-run", "--", *TINY).stdout
 
 
 def test_submit_asks_for_a_range_of_nodes_and_for_gpus_of_a_kind():
