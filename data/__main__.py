@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import torch
 
 from common.streams import exit_told
-from common.text import counted, printable
+from common.text import counted, in_bytes, printable
 from data.augment import Augment
 from data.cache import cache_dir, kept, size_limit, trim
 from data.corrected import read_changes, write_corrected
@@ -289,21 +289,17 @@ def _list(source: Source, options: argparse.Namespace) -> None:
 def _cache(options: argparse.Namespace) -> int:
     entries, most = kept(), size_limit()
     total = sum(one.size for one in entries)
-    print(f"{printable(cache_dir())}: {_bytes(total)} of at most {_bytes(most)}")
+    print(f"{printable(cache_dir())}: {in_bytes(total)} of at most {in_bytes(most)}")
     if options.empty:
         freed = trim(0)
-        stay = f", {_bytes(total - freed)} in use stay" if freed < total else ""
-        print(f"removed {_bytes(freed)}{stay}")
+        stay = f", {in_bytes(total - freed)} in use stay" if freed < total else ""
+        print(f"removed {in_bytes(freed)}{stay}")
         return 0
     for one in reversed(entries):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
-        print(f"  {_bytes(one.size):>9}  used {used}  {printable(one.about or one.path.name)}")
+        print(f"  {in_bytes(one.size):>9}  used {used}  {printable(one.about or one.path.name)}")
     print("LOCKSTEP_CACHE=FOLDER puts it elsewhere, LOCKSTEP_CACHE_SIZE=50GB limits it")
     return 0
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
 
 
 def _prepare(source: Source, options: argparse.Namespace) -> None:
@@ -325,7 +321,7 @@ def _prepare(source: Source, options: argparse.Namespace) -> None:
                 code="output-unwritable",
             )
         save_source(source, options.out, options.image_size)
-        print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.0f} MB")
+        print(f"{printable(options.out)}: {in_bytes(options.out.stat().st_size)}")
     _tell(source)
 
 

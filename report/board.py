@@ -17,6 +17,7 @@ from rich.text import Text
 from common.text import counted, duration, printable
 from errors import FAILED, FINISHED, STOPPED
 from report.page import Files, is_number
+from report.reader import Reader
 from report.screen import Report
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -44,6 +45,7 @@ class Board:
     _looked: float = 0.0
     _took: list[float] = field(default_factory=list)  # seconds of runs that ended well
     _best: dict[Path, tuple[float, str, bool]] = field(default_factory=dict)
+    _readers: dict[Path, Reader] = field(default_factory=dict)
 
     def begin(self, disk: str, beside: int, devices: Sequence[str]) -> None:
         """Before the first one starts: how many, where, what they take."""
@@ -86,7 +88,7 @@ class Board:
         table = Table.grid(padding=(0, 2))
         for run in self.runs:
             if run.state == "runs":
-                part = done_part(run.folder)
+                part = self._done(run)
                 self._note_best(run)
                 best = self._best.get(run.folder)
                 words = f"{100 * part:.0f} %", best[1] if best else "", duration(run.seconds)
@@ -117,7 +119,7 @@ class Board:
     def left(self) -> float:
         """Seconds that the rest takes, by what has been seen of others; 0 where nothing was."""
         running = [run for run in self.runs if run.state == "runs"]
-        parts = [done_part(run.folder) for run in running]
+        parts = [self._done(run) for run in running]
         guesses = [run.seconds / p for run, p in zip(running, parts, strict=True) if p > EARLY]
         each = self._took or guesses
         if not each:
@@ -128,11 +130,27 @@ class Board:
 
     def _note_best(self, run: Seen) -> None:
         with contextlib.suppress(Exception):  # a file of a run that is just being written
-            files = Files(run.folder)
+            files = self._files(run)
             value = files.best[0].get(f"test/{files.deciding.key}")
             if is_number(value):
                 metric = files.deciding
                 self._best[run.folder] = value, metric.show(value), metric.higher_is_better
+
+    def _done(self, run: Seen) -> float:
+        """How much of a run is done, 0 to 1, by its rows and its configuration."""
+        with contextlib.suppress(Exception):  # a file of a run that is just being written
+            files = self._files(run)
+            config, row = files.config["config"], files.rows[-1]
+            if config.get("max_steps"):
+                return min(1.0, row["step"] / config["max_steps"])
+            evaluated = len(files.points(f"test/{files.deciding.key}"))
+            return min(1.0, evaluated * config["eval_every"] / config["epochs"])
+        return 0.0
+
+    def _files(self, run: Seen) -> Files:
+        """What a run's files say: of its rows only the new ones are read."""
+        reader = self._readers.setdefault(run.folder, Reader(run.folder))
+        return Files(run.folder, reader.rows())
 
     def end(self, again: str) -> int:
         """What became of all, what failed and why; the exit status."""
@@ -153,15 +171,3 @@ class Board:
         title = "stopped" if open_ else "failed in part" if failed else "finished"
         self.screen.end_panel(title, rows, good=not (failed or open_), commands=commands)
         return STOPPED if open_ else FAILED if failed else FINISHED
-
-
-def done_part(folder: Path) -> float:
-    """How much of a run is done, 0 to 1, by its rows and its configuration."""
-    with contextlib.suppress(Exception):  # a file of a run that is just being written
-        files = Files(folder)
-        config, row = files.config["config"], files.rows[-1]
-        if config.get("max_steps"):
-            return min(1.0, row["step"] / config["max_steps"])
-        evaluated = len(files.points(f"test/{files.deciding.key}"))
-        return min(1.0, evaluated * config["eval_every"] / config["epochs"])
-    return 0.0

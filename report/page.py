@@ -335,7 +335,7 @@ def lives(files: Files) -> Markup:
         dead = end is not last and end["status"] == "running"
         how = f"{'killed' if dead else end['status']} at step {end['step']}"
         message = f"{how}: {end['reason']}" if end["reason"] else how
-        rows.append([life["life"], life["began"], life["step"], message])
+        rows.append([life["life"] + 1, life["began"], life["step"], message])
     made = PARTS.table(["life", "began", "#from step", "ended"], rows, "lives")
     spent = goodput(known)
     if not spent:

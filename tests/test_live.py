@@ -16,7 +16,8 @@ from test_page import fabricate
 from config import parse
 from distributed.checkpoint import Progress
 from errors import UserError
-from report import live
+from report import live, page, reader
+from report.board import Board
 from report.logbook import time_left
 from report.screen import SpeedMeter
 from training.schedule import build_schedule
@@ -121,12 +122,7 @@ def test_rows_come_once_whole_and_again_after_another_life(served):
 
 def test_a_page_that_stays_open_reads_each_row_once(served, monkeypatch):
     """A long run has a hundred megabytes of them, and a page asks every two seconds."""
-    from report import page
-
-    first, read, whole = json.loads(served.ask("rows")[1]), [], page.content
-    new_rows = live.new_rows
-    monkeypatch.setattr(live, "new_rows", lambda f, place: read.append(place) or new_rows(f, place))
-    monkeypatch.setattr(page, "content", lambda path: read.append(path.name) or whole(path))
+    first, read = json.loads(served.ask("rows")[1]), places_read(monkeypatch)
     with (served.folder / "metrics.jsonl").open("a") as opened:
         opened.write('{"step": 99, "epoch": 9, "test/accuracy": 0.99, "test/loss": 0.1}\n')
     later = json.loads(served.ask(f"rows?from={first['to']}&life=2")[1])
@@ -134,6 +130,31 @@ def test_a_page_that_stays_open_reads_each_row_once(served, monkeypatch):
     assert read and set(read) == {first["to"]}
     (served.folder / "metrics.jsonl").write_text('{"step": 1, "test/accuracy": 0.25}\n')
     assert json.loads(served.ask("rows")[1])["best"] == "25.00 %"
+
+
+def places_read(monkeypatch):
+    """From where on metrics.jsonl is read from now on."""
+    read, whole, new_rows = [], page.content, reader.new_rows
+    for module in (live, reader):
+        monkeypatch.setattr(
+            module, "new_rows", lambda file, place: read.append(place) or new_rows(file, place)
+        )
+    monkeypatch.setattr(page, "content", lambda path: read.append(path.name) or whole(path))
+    return read
+
+
+def test_the_board_of_many_runs_reads_each_row_once(served, monkeypatch):
+    """It looks every two seconds too, at all that run."""
+    run = SimpleNamespace(folder=served.folder, state="runs", reason="", seconds=100.0)
+    board = Board(served.folder.parent, [run])
+    board._note_best(run)
+    assert "best 87.50 %" in board.headline()
+    size, read = (served.folder / "metrics.jsonl").stat().st_size, places_read(monkeypatch)
+    with (served.folder / "metrics.jsonl").open("a") as opened:
+        opened.write('{"step": 99, "epoch": 9, "test/accuracy": 0.99, "test/loss": 0.1}\n')
+    board._note_best(run)
+    assert read == [size] and "best 99.00 %" in board.headline()
+    assert {*read} == {size, (served.folder / "metrics.jsonl").stat().st_size}
 
 
 def test_a_port_that_is_taken_and_a_folder_without_a_run_are_sentences(served, tmp_path):

@@ -19,9 +19,10 @@ import torch
 from launches import REPOSITORY, SMALL, train
 
 from common.text import printable
-from report import page
+from report import live, page
 from report import pictures as plots
 from report.chart import MOST_POINTS, thinned, ticks
+from report.doctor import examine
 from tasks import Classification
 
 OWNED = "parent.document.title='owned';document.title='owned'"
@@ -146,8 +147,11 @@ def test_the_page_tells_what_the_files_hold(folder):
     assert page.build(folder) == made
 
 
-def test_how_each_life_ended_is_told(folder):
+def test_how_each_life_ended_is_told_and_the_first_is_number_1_as_everywhere(folder):
     told = section(page.build(folder), "Lives")
+    assert re.findall(r'<th scope="row">(\d)<', told) == ["1", "2", "3"]
+    assert dict(live.state_of(folder, [])["facts"])["life"] == "3"
+    assert next(line for name, line in examine(folder)[0] if name == "lives").startswith("3, ")
     for words in (
         "stopped at step 25000: SIGTERM &lt;i&gt;",
         "killed at step 52500",
