@@ -489,6 +489,8 @@ def convert(
     except (TypeError, ValueError, OverflowError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         message = f"{shown} {value!r}: must be {wanted[kind]}"
+        if value == "":
+            message = f"{shown} '': is empty (an unset variable?); give a value, or leave it out"
         problems.append(UserError(message, code="bad-value"))
         return
     choices, low, high = (f.metadata[key] for key in ("choices", "low", "high"))

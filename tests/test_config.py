@@ -29,6 +29,7 @@ from config import (
 )
 from errors import UserError
 from models import MODELS
+from training.plan import without_effect
 
 FIXED_FLAGS = [
     "--model",
@@ -267,6 +268,27 @@ def test_an_unknown_model_is_reported_together_with_the_other_problems():
 def test_control_characters_in_names_are_refused(flag, character):
     with pytest.raises(UserError, match="must be text"):
         parse([flag, f"a{character}b"])
+
+
+@pytest.mark.parametrize("flag", ["--model", "--dataset", "--run-dir"])
+def test_an_empty_text_is_refused_with_where_it_may_come_from(flag):
+    with refused("bad-value", match=f"{flag} '': is empty .an unset variable"):
+        parse([flag, ""])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--lr 0", "--lr 0 changes no weight; --find-lr suggests"),
+        ("--fresh", "no effect: --fresh; without --run-dir"),
+        ("--lr 0 --eval-only --weights w", ""),
+        ("--fresh --run-dir r", ""),
+        ("", ""),
+    ],
+)
+def test_what_is_typed_and_changes_nothing_is_told(words, told):
+    found = without_effect(parse(words.split()))
+    assert (told in found[0] and len(found) == 1) if told else not found
 
 
 @pytest.mark.parametrize("flag", ["--shards", "--checkpoint-every"])

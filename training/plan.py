@@ -86,7 +86,7 @@ def _look(settings: Settings) -> dict:
     """Which data, which weights; what the user typed always wins."""
     config, layers = settings.config, {}
     shouts: list[tuple[str, str]] = []
-    warnings: list[str] = []
+    warnings = without_effect(settings)
     goes_on = _has_weights(settings)
     entry = lookup(config.model)
     asked = config.dataset
@@ -122,6 +122,16 @@ def _look(settings: Settings) -> dict:
         "shouts": tuple(shouts),
         "warnings": tuple(warnings),
     }
+
+
+def without_effect(settings: Settings) -> list[str]:
+    """What was typed and changes nothing."""
+    config, actions, found = settings.config, settings.actions, []
+    if config.lr == 0 and not actions.eval_only:
+        found.append("--lr 0 changes no weight; --find-lr suggests a rate, --eval-only trains none")
+    if actions.fresh and config.run_dir is None:
+        found.append("no effect: --fresh; without --run-dir each run has a new folder anyway")
+    return found
 
 
 def _has_weights(settings: Settings) -> bool:
