@@ -7,10 +7,13 @@ What a row adds up over the processes carries the times of the newest steps: no 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,12 +21,14 @@ from torch import Tensor, nn
 
 from common.disk import Json
 
-BLOCKS, STEPS = 3, 5  # of so many steps in a row: in each of them a slow process is the slower one
-PARTS = ("data", "forward", "backward")
-NUMBERS = BLOCKS * len(PARTS) + 1  # of a process in a row: a median of each, and the spread
+BLOCKS, STEPS = 5, 5  # of so many steps in a row
+NEWEST = 3  # of the blocks: in each of them a slow process is the slower one
+PARTS = ("data", "forward", "backward", "core")  # the last: waits for one, in all of a step
+OWN = 3  # of the parts: together they are a process's own time of a step
+NUMBERS = BLOCKS * len(PARTS) + 2  # of a process in a row: a mean of each, and two errors
 WARM_UP = 2  # steps that say nothing
 WORTH_TELLING = 0.05  # of a step's time: a process that loses less is not called slow
-SPREADS = 3.0  # what it loses in each block stands out by so many of its standard errors
+ERRORS = 5.0  # what it loses is so many standard errors of all blocks together
 MOST_KEPT = 20  # the newest, in status.json
 MOSTLY = 2 / 3  # of what is lost: the reason
 
@@ -39,6 +44,39 @@ class Slow:
     faster: float  # 0.2: the run would be 20 % faster
     since: int
     until: int | None = None  # it keeps up again
+
+
+@dataclass
+class Lost:
+    """Seconds of a step that others wait for a process, by one measure: oldest block first."""
+
+    blocks: list[float]
+    error: float  # of their mean
+
+    @property
+    def newest(self) -> float:
+        return statistics.median(self.blocks[-NEWEST:])
+
+    def stands_out(self, worth: float) -> bool:
+        """In each new block worth telling, and in all of them more than chance makes."""
+        in_all = statistics.mean(self.blocks)
+        return min(self.blocks[-NEWEST:]) > worth and in_all > ERRORS * self.error
+
+    def is_over(self, worth: float) -> bool:
+        return statistics.mean(self.blocks[-NEWEST:]) < max(worth, self.error)
+
+
+class CoreWaits:
+    """Seconds that this thread could have run so far and had no core; 0 where nobody tells."""
+
+    def __init__(self) -> None:
+        self._file = -1
+        with contextlib.suppress(OSError):  # Linux only
+            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+
+    def __call__(self) -> float:
+        return int(os.pread(self._file, 64, 0).split()[1]) / 1e9 if self._file >= 0 else 0.0
 
 
 class HostClock:
@@ -89,7 +127,11 @@ class Pace:
         self._marks: list = []  # of the step under way; none where nobody times it
         self._last: float | torch.cuda.Event | None = None  # the last gradient so far
         self._steps = self._told_at = 0
-        self._begun: deque[list] = deque(maxlen=2 * BLOCKS * STEPS)  # a GPU is behind its host
+        self._begun: deque[tuple[float, list]] = deque(
+            maxlen=2 * BLOCKS * STEPS
+        )  # a GPU is behind its host
+        self._core_waits = CoreWaits()
+        self._waited = 0.0  # for a core, until this step
         self._times: deque[tuple[float, ...]] = deque(maxlen=BLOCKS * STEPS)
         self._heard: list[float] = []
         self._hooks: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
@@ -102,9 +144,10 @@ class Pace:
         if self.processes == 1:
             return
         mark, marks = self.clock.mark(), self._marks
+        waited, self._waited = self._waited, self._core_waits()
         self._steps += not first
         if self._steps > WARM_UP and len(marks) > 2 and len(marks) % 3 == 2 and not first:
-            self._begun.append([*marks, mark])
+            self._begun.append((self._waited - waited, [*marks, mark]))
         self._marks = [mark]
 
     def lap(self) -> None:
@@ -146,37 +189,35 @@ class Pace:
     # --- with a row -----------------------------------------------------------------------------
 
     def numbers(self, like: Tensor) -> Tensor:
-        """What a row adds up over all processes: everybody's medians, of which we know our own."""
-        mine = [0.0] * NUMBERS
-        while self._begun and self.clock.known(self._begun[0][-1]):
-            self._times.append(self._parts(self._begun.popleft()))
+        """What a row adds up over all processes: everybody's means, of which we know our own."""
+        mine: list[float] = []
+        while self._begun and self.clock.known(self._begun[0][1][-1]):
+            self._times.append(self._parts(*self._begun.popleft()))
         due = self._steps >= self._told_at + STEPS  # for all processes in the same row
         if due:
             self._told_at = self._steps
         if due and len(self._times) == BLOCKS * STEPS:
-            own = [sum(parts[:3]) for parts in self._times]
-            spread = statistics.median(abs(a - b) for a, b in zip(own[1:], own, strict=False))
-            mine = [seconds for block in self._blocks() for seconds in block[:3]] + [spread]
+            times = list(self._times)
+            blocks = [times[first : first + STEPS] for first in range(0, len(times), STEPS)]
+            for block in blocks:
+                mine += map(statistics.mean, [*zip(*block, strict=True)][:-1])
+            mine += [error_of([[sum(parts[:OWN]) for parts in block] for block in blocks])]
+            mine += [error_of([[parts[OWN] for parts in block] for block in blocks])]
         rest = self.processes - 1 - self.rank
-        return like.new_tensor([0.0] * NUMBERS * self.rank + mine + [0.0] * NUMBERS * rest)
+        return like.new_tensor(
+            [0.0] * NUMBERS * self.rank + (mine or [0.0] * NUMBERS) + [0.0] * NUMBERS * rest
+        )
 
-    def _parts(self, marks: list) -> tuple[float, ...]:
-        """Seconds of data, forward, backward, and of the whole step."""
+    def _parts(self, waited: float, marks: list) -> tuple[float, ...]:
+        """Seconds of each part, and of the whole step."""
         between, found = self.clock.seconds, [0.0, 0.0]
         for place in range(2, len(marks) - 1, 3):
             for part in range(2):
                 found[part] += between(*marks[place + part : place + part + 2])
-        return between(marks[0], marks[1]), *found, between(marks[0], marks[-1])
-
-    def _blocks(self) -> Iterator[list[float]]:
-        """The median of each part in each block of steps, the oldest first."""
-        times = list(self._times)
-        for first in range(0, len(times), STEPS):
-            parts = zip(*times[first : first + STEPS], strict=True)
-            yield [statistics.median(part) for part in parts]
+        return between(marks[0], marks[1]), *found, waited, between(marks[0], marks[-1])
 
     def hear(self, numbers: list[float]) -> None:
-        """Everybody's medians; none on one process."""
+        """Everybody's means; none on one process."""
         self._heard = numbers
 
     def judge(self, step: int, where: Callable[[int], str]) -> list[Slow]:
@@ -186,24 +227,34 @@ class Pace:
         self._heard = []
         if not told or not all(map(any, told)):
             return []
-        whole = statistics.median(parts[3] for parts in self._times)
+        newest = list(self._times)[-NEWEST * STEPS :]
+        whole = statistics.median(parts[-1] for parts in newest)
+        worth = WORTH_TELLING * whole
         blocks = [blocks_of(numbers) for numbers in told]
-        lost, by_chance = waited_for(blocks, self.shares), noise(told, self.shares)
+        own = [[sum(parts[:OWN]) for parts in mine] for mine in blocks]
+        waits = [[parts[OWN] for parts in mine] for mine in blocks]
+        by_time = waited_for(own, [numbers[-2] for numbers in told], self.shares)
+        by_core = waited_for(waits, [numbers[-1] for numbers in told], self.shares)
         changed = []
-        for rank, seconds in enumerate(lost):
-            old, bar = self.slow.get(rank), max(WORTH_TELLING * whole, by_chance[rank])
-            if old is not None and max(seconds) < bar:
+        for rank, (late, waiting) in enumerate(zip(by_time, by_core, strict=True)):
+            old, measures = self.slow.get(rank), [late, waiting]
+            if self.clock is DeviceClock:
+                measures = [late]  # a GPU has work enough while its host waits
+            out = [lost.newest for lost in measures if lost.stands_out(worth)]
+            if old is not None and all(lost.is_over(worth) for lost in measures):
                 old.until = step
                 changed.append(self.slow.pop(rank))
-            elif min(seconds) > bar:
-                reasons = reasons_of(rank, blocks, self.shares)
+            elif out:
+                reasons = reasons_of(rank, blocks, self.shares)[-NEWEST:]
+                if waiting.newest > late.newest / 2:
+                    reasons = ["core"] * NEWEST
                 if old is not None:
                     if len(set(reasons)) > 1 or reasons[0] == old.reason:
                         continue
                     old.until = step
-                mean, reason = statistics.mean(seconds), statistics.mode(reasons)
-                faster = mean / max(whole - mean, mean / 100)
-                slow = Slow(rank, where(rank), reason, mean, faster, step)
+                seconds, reason = max(out), statistics.mode(reasons)
+                faster = seconds / max(whole - seconds, seconds / 100)
+                slow = Slow(rank, where(rank), reason, seconds, faster, step)
                 self.slow[rank] = slow
                 self.all.append(slow)
                 changed.append(slow)
@@ -225,19 +276,25 @@ def blocks_of(told: list[float]) -> list[list[float]]:
     return [told[block * count : (block + 1) * count] for block in range(BLOCKS)]
 
 
-def waited_for(blocks: list[list[list[float]]], shares: Sequence[int]) -> list[list[float]]:
-    """For each process the seconds of a step, in each block, that all others wait for it.
+def waited_for(
+    seconds: list[list[float]], errors: list[float], shares: Sequence[int]
+) -> list[Lost]:
+    """What all others wait for each process, of its seconds of a step in each block.
 
     An even process needs in proportion to its shards what the median of all needs; a process is
     waited for as far as it is later than the last of the even ones.
     """
-    own = [[sum(parts) for parts in mine] for mine in blocks]
     even = [
-        middle([mine[block] / share for mine, share in zip(own, shares, strict=True)])
-        for block in range(BLOCKS)
+        max(shares) * middle([one / share for one, share in zip(each, shares, strict=True)])
+        for each in zip(*seconds, strict=True)
     ]
-    last = [seconds * max(shares) for seconds in even]
-    return [[a - b for a, b in zip(mine, last, strict=True)] for mine in own]
+    lost = []
+    for rank, mine in enumerate(seconds):
+        others = [error / share for error, share in zip(errors, shares, strict=True)]
+        others.pop(rank)
+        error = (errors[rank] ** 2 + (max(shares) * middle(others)) ** 2) ** 0.5
+        lost.append(Lost([one - usual for one, usual in zip(mine, even, strict=True)], error))
+    return lost
 
 
 def reasons_of(rank: int, blocks: list[list[list[float]]], shares: Sequence[int]) -> list[str]:
@@ -245,22 +302,19 @@ def reasons_of(rank: int, blocks: list[list[list[float]]], shares: Sequence[int]
     found = []
     for block, mine in enumerate(blocks[rank]):
         usual = []
-        for part in range(len(PARTS)):
+        for part in range(OWN):
             each = zip(blocks, shares, strict=True)
             usual.append(shares[rank] * middle([its[block][part] / n for its, n in each]))
-        found.append(reason(mine, usual))
+        found.append(reason(mine[:OWN], usual))
     return found
 
 
-def noise(told: list[list[float]], shares: Sequence[int]) -> list[float]:
-    """What each process may seem to lose by chance: SPREADS standard errors of a block's median.
+def error_of(blocks: list[list[float]]) -> float:
+    """The standard error of a step's mean over all blocks; a drift from block to block is none.
 
-    `told` ends with the median difference of neighbouring steps, which a drift does not enlarge.
+    Of means, not of medians: a core that is shared by slices of time makes only some steps late.
     """
-    error = 1.05 * 1.25 / STEPS**0.5  # of a normal distribution: its sigma, and a median's error
-    spreads = [error * numbers[-1] for numbers in told]
-    usual = middle([spread / share for spread, share in zip(spreads, shares, strict=True)])
-    return [SPREADS * (mine**2 + (usual * max(shares)) ** 2) ** 0.5 for mine in spreads]
+    return (statistics.mean(map(statistics.variance, blocks)) / (BLOCKS * STEPS)) ** 0.5
 
 
 def reason(mine: Sequence[float], usual: Sequence[float]) -> str:

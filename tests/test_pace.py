@@ -2,6 +2,8 @@
 
 import json
 import random
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -11,7 +13,7 @@ from launches import train
 from PIL import Image
 from torch import nn
 
-from distributed.pace import BLOCKS, NUMBERS, STEPS, WARM_UP, Pace, middle
+from distributed.pace import BLOCKS, NUMBERS, STEPS, WARM_UP, CoreWaits, Pace, middle
 from report.doctor import examine
 from training.goodput import slow_in_words
 
@@ -19,10 +21,13 @@ USUAL = (0.002, 0.010, 0.020)  # seconds of a shard: data, forward, backward
 WINDOW = BLOCKS * STEPS
 
 
-def judged(steps, shares, planted=lambda step, rank: (0, 0, 0), noise=0.0, seed=0):
+def judged(
+    steps, shares, planted=lambda step, rank: (0, 0, 0), noise=0.0, seed=0,
+    waits=lambda step, rank, draw: 0.0, device="cpu",
+):  # fmt: skip
     """What the main process says in a run whose clock is planted: (step, rank, reason or None)."""
     draw = random.Random(seed)
-    worlds = [Pace(rank, len(shares), torch.device("cpu")) for rank in range(len(shares))]
+    worlds = [Pace(rank, len(shares), torch.device(device)) for rank in range(len(shares))]
     told = []
     for step in range(steps):
         rows, whole = [], 0.0
@@ -33,8 +38,11 @@ def judged(steps, shares, planted=lambda step, rank: (0, 0, 0), noise=0.0, seed=
                 seconds * (1 + noise * draw.expovariate(1)) + late
                 for seconds, late in zip(usual, planted(step, rank), strict=True)
             ]
-            rows.append(each)
-            whole = max(whole, sum(each) + 0.005)
+            # Half of it while its part of a step is timed.
+            wait = sum(waits(step, rank, draw) for _ in range(shares[rank]))
+            each[2] += wait / 2
+            rows.append((*each, wait))
+            whole = max(whole, sum(each) + wait / 2 + 0.005)
         for pace, each in zip(worlds, rows, strict=True):
             pace._times.append((*each, whole))
             pace._steps += 1
@@ -98,6 +106,57 @@ def test_of_two_processes_the_slower_one_is_waited_for():
     assert [(rank, why) for _, rank, why, _ in told] == [(0, "backward")]
 
 
+def slices(often, longest):
+    """Waits for a core as they were recorded: some steps meet slices of others, some none."""
+    return lambda draw: draw.uniform(0, longest) * (draw.random() < often)
+
+
+BUSY, FREE, CROWDED = slices(0.8, 0.024), slices(0.1, 0.002), slices(0.7, 0.03)
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (2, 2, 2), (3, 3, 2, 2, 2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_core_that_is_shared_from_now_on_is_named_within_30_steps(shares, seed):
+    """A busy process has its slices on it: single steps are uneven, all together are not."""
+
+    def waits(step, rank, draw):
+        return (BUSY if rank == 0 and 40 <= step < 400 else FREE)(draw)
+
+    told = judged(500, shares, noise=0.1, seed=seed, waits=waits)
+    (named, rank, why, slow), *between, (_, same, nothing, end) = told
+    assert 40 < named < 70 and (rank, why, same, nothing) == (0, "core", 0, None)
+    assert 0.003 < slow.seconds / shares[0] < 0.02 and 400 < end.until < 440
+    assert {(rank, why) for _, rank, why, _ in between} <= {(0, "core"), (0, None)}
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (1, 1, 1), (2, 2, 1)])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_all_share_their_cores_with_others_alike_nobody_is_named(shares, seed):
+    crowded = lambda step, rank, draw: CROWDED(draw)  # noqa: E731
+    assert judged(1500, shares, noise=0.1, seed=seed, waits=crowded) == []
+
+
+def test_a_host_that_waits_for_a_core_is_no_slow_gpu():
+    """The device has work enough meanwhile: what counts there are its own events."""
+    waits = lambda step, rank, draw: 0.01 * rank  # noqa: E731
+    late = lambda step, rank: (0, 0, -0.005 * rank)  # noqa: E731 - that `judged` adds for a wait
+    assert judged(100, (1, 1), late, waits=waits, device="cuda") == []
+    assert [why for _, _, why, _ in judged(100, (1, 1), late, waits=waits)] == ["core"]
+
+
+def test_waits_for_a_core_are_those_of_this_thread():
+    wait = CoreWaits()
+    before = wait()
+    if not Path("/proc/thread-self/schedstat").exists():
+        assert before == 0.0
+        return
+    time.sleep(0.05)  # asleep, it wants no core
+    assert 0 <= before <= wait() < before + 0.05
+    missing = CoreWaits()
+    missing._file = -1
+    assert missing() == 0.0
+
+
 # --- what is timed -------------------------------------------------------------------------------
 
 
@@ -117,6 +176,7 @@ class Clock:
 def test_a_steps_time_is_cut_where_the_others_are_waited_for():
     pace, clock = Pace(1, 2, torch.device("cpu")), Clock()
     pace.clock = clock
+    pace._core_waits = iter(range(0, 10_000, 5)).__next__
     layers = [nn.Linear(2, 2) for _ in range(3)]
     pace.follow([p for layer in layers for p in layer.parameters()])
 
@@ -143,7 +203,7 @@ def test_a_steps_time_is_cut_where_the_others_are_waited_for():
     mine = pace.numbers(torch.zeros(1)).view(2, NUMBERS)
     # The first shard adds up here alone, so all until it returns is its own.
     assert mine[0].tolist() == [0] * NUMBERS
-    assert mine[1].tolist() == [1, 20, 1200] * BLOCKS + [0]
+    assert mine[1].tolist() == [1, 20, 1200, 5] * BLOCKS + [0, 0]
     assert len(pace._hooks) == 1  # of the parameter whose gradient is the last
 
 

@@ -23,7 +23,8 @@ SLOW = {  # what a process that the others wait for is slow in: distributed/pace
     "data": "waiting for its data",
     "forward": "its forward",
     "backward": "its backward",
-    "all": "all that it computes (a busy core or host, a hot GPU)",
+    "all": "all that it computes (a busy host, a hot GPU)",
+    "core": "all that it computes (its core is shared with others)",
 }
 
 
