@@ -4,8 +4,9 @@ One run of two processes trains a tiny model, whose step is nearly all the host'
 In windows of its steps, in turned order, it has its pace (distributed/pace.py) and one that does
 nothing; ratios are taken pair by pair, of CPU time (user and system of both processes) and of the
 clock. Then even runs of a small network, with a row each five steps so that the judge has every
-chance to err: on two processes, on three, and on two beside a process that never rests; there once
-as the system places them, once with each process held to a core and the busy one on the last's.
+chance to err: on two processes, on three, and on two of which, from a third of the run on, one has a
+process beside it that never rests; there once as the system places them, once with each process
+held to a core and the busy one on the last's.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -186,30 +188,60 @@ BUSY = "import os, sys\nif len(sys.argv) > 1: os.sched_setaffinity(0, {int(sys.a
 BUSY += "while True: pass"
 
 
+class Beside(threading.Thread):
+    """Begins to be busy, on some core, when the rows of a run have come to a step."""
+
+    def __init__(self, rows: Path, step: int, where: list[str]) -> None:
+        super().__init__()
+        self.rows, self.step, self.where = rows, step, where
+        self.began: int | None = None
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.02):
+            if (step := self._reached()) >= self.step:
+                self.began = step
+                other = subprocess.Popen([sys.executable, "-c", BUSY, *self.where])
+                self.over.wait()
+                other.kill()
+                other.wait()
+
+    def _reached(self) -> int:
+        if not self.rows.exists():
+            return 0
+        with self.rows.open("rb") as file:
+            file.seek(max(0, self.rows.stat().st_size - 2000))
+            lines = file.read().split(b"\n")
+        return json.loads(lines[-2])["step"] if len(lines) > 2 else 0
+
+    def end(self) -> None:
+        self.over.set()
+        self.join()
+
+
 def even(steps: int, processes: int, folder: Path, busy: bool = False, held: bool = False) -> dict:
     """One ordinary run: who was named, and why."""
     folder.mkdir()
-    env, other, cores = {}, None, sorted(os.sched_getaffinity(0))
+    env, cores = {}, sorted(os.sched_getaffinity(0))
     if held:
         (folder / "sitecustomize.py").write_text(
             f"import os\nif 'LOCAL_RANK' in os.environ:\n    os.sched_setaffinity(0, "
             f"{{{cores}[int(os.environ['LOCAL_RANK']) % {len(cores)}]}})\n"
         )
         env = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"}
-    if busy:
-        where = [str(cores[(processes - 1) % len(cores)])] if held else []
-        other = subprocess.Popen([sys.executable, "-c", BUSY, *where])
+    where = [str(cores[(processes - 1) % len(cores)])] if held else []
+    beside = Beside(folder / "run/metrics.jsonl", steps // 3 if busy else steps + 1, where)
+    beside.start()
     try:
         flags = [*EVEN.split(), "--max-steps", str(steps), "--run-dir", "run"]
         seconds = launch([str(REPOSITORY / "train.py"), *flags], processes, folder, **env)
     finally:
-        if other is not None:
-            other.kill()
-            other.wait()
+        beside.end()
     status = json.loads((folder / "run/status.json").read_text())
     slow = [found for life in status["lives"] for found in life.get("slow", ())]
     return {"processes": processes, "steps": steps, "seconds": seconds, "busy": busy,
-            "held": held, "judged": steps // ROW - 3, "slow": slow}  # fmt: skip
+            "held": held, "busy from": beside.began, "judged": steps // ROW - 5,
+            "slow": slow}  # fmt: skip
 
 
 def cost(results: dict) -> str:
@@ -226,14 +258,14 @@ def cost(results: dict) -> str:
 def named(results: dict) -> str:
     rows = []
     for run in results["even"]:
-        beside = "a busy process" if run["busy"] else "nothing of ours"
+        beside = f"a busy process from step {run['busy from']}" if run["busy"] else ""
         beside += ", each held to a core, the busy one on the last's" if run["held"] else ""
         told = []
         for slow in run["slow"]:
             until = "to the end" if slow["until"] is None else f"to {slow['until']}"
             when, late = f"from step {slow['since']} {until}", 1e3 * slow["seconds"]
             told.append(f"rank {slow['rank']} in {slow['reason']} {when}, {late:.1f} ms a step")
-        rows.append([f"{run['processes']} processes", beside, run["steps"],
+        rows.append([f"{run['processes']} processes", beside or "nothing of ours", run["steps"],
                      f"{1e3 * run['seconds'] / run['steps']:.0f}", len(told),
                      "; ".join(told) or "nobody"])  # fmt: skip
     head = [
