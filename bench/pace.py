@@ -4,8 +4,8 @@ One run of two processes trains a tiny model, whose step is nearly all the host'
 In windows of its steps, in turned order, it has its pace (distributed/pace.py) and one that does
 nothing; ratios are taken pair by pair, of CPU time (user and system of both processes) and of the
 clock. Then even runs of a small network, with a row each five steps so that the judge has every
-chance to err: on two processes, on three, and on two of which, from a third of the run on, one has a
-process beside it that never rests; there once as the system places them, once with each process
+chance to err: on two processes, on three, and on two beside a process that never rests, which
+begins when a third of the run is done; there once as the system places them, once with each process
 held to a core and the busy one on the last's.
 """
 
