@@ -5,11 +5,14 @@ every file) -> rename -> fsync of the parent -> prune. No pickle anywhere, no ra
 augmentation and dropout are functions of (seed, epoch, step, shard).
 """
 
+import atexit
 import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import queue
 import shutil
 import threading
 import time
@@ -344,9 +347,11 @@ def sweep(folder: Path) -> int:
 
 
 class Writer:
-    """Writes checkpoints in a background thread; one save in flight.
+    """Writes checkpoints in a thread of its own; one save in flight.
 
-    `cpu_seconds` is what the latest took of a CPU.
+    The thread is there from the beginning: where memory has run out, one that is to begin may die
+    before it says that it has, and whoever began it would wait for ever. `end` lets it go.
+    `cpu_seconds` is what the latest save took of a CPU.
     """
 
     def __init__(
@@ -355,27 +360,38 @@ class Writer:
         self.folder, self.keep, self.on_done, self.what = folder, keep, on_done, what
         self.cpu_seconds = 0.0
         self.error = ""  # why the latest save failed; "" once one succeeds
-        self._thread: threading.Thread | None = None
+        self._saves: queue.SimpleQueue[tuple[Files, Progress, dict] | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no memory for one: steps wait instead
+            self._thread.start()
+        atexit.register(self.wait)
 
     def start(self, files: Files, progress: Progress, facts: dict) -> None:
         """Begin a save of captured state."""
         self.wait()
         progress = replace(progress, sums=list(progress.sums))  # metrics are never changed
-        thread = threading.Thread(
-            target=self._run, args=(files, progress, facts), name="checkpoint-writer"
-        )
-        try:
-            thread.start()
-            self._thread = thread
-        except RuntimeError:  # no memory for one: the step waits instead
+        if not self._thread.is_alive():
             self._run(files, progress, facts)
+            return
+        self._idle.clear()
+        self._saves.put((files, progress, facts))
+
+    def _work(self) -> None:
+        while (save := self._saves.get()) is not None:
+            try:
+                self._run(*save)
+            finally:
+                del save  # the copy of the state
+                self._idle.set()
 
     def _run(self, files: Files, progress: Progress, facts: dict) -> None:
-        began = time.monotonic()
+        began, spent = time.monotonic(), time.thread_time()
         try:
             target = write_checkpoint(self.folder, files, progress, facts, self.what)
             prune(self.folder, self.keep, self.what)
-            self.error, self.cpu_seconds = "", time.thread_time()  # of this thread from its birth
+            self.error, self.cpu_seconds = "", time.thread_time() - spent
             self.on_done(f"saved {target.name} in {time.monotonic() - began:.1f} s")
         except Exception as error:
             name = "checkpoint" if self.what == "save" else self.what
@@ -384,15 +400,21 @@ class Writer:
 
     def busy(self) -> bool:
         """Whether a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        return not self._idle.is_set() and self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> None:
         """Until the save under way is done, or for so long."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(seconds)
-            if not thread.is_alive():
-                self._thread = None
+        until = math.inf if seconds is None else time.monotonic() + seconds
+        while self.busy() and (left := until - time.monotonic()) > 0:
+            self._idle.wait(min(left, 1.0))
+
+    def end(self) -> None:
+        """Wait for the save under way; there is none afterwards."""
+        self.wait()
+        self._saves.put(None)
+        if self._thread.is_alive():
+            self._thread.join(1.0)
+        atexit.unregister(self.wait)
 
 
 def explain_failure(error: Exception, folder: Path, files: Files, name: str = "checkpoint") -> str:

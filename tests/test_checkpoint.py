@@ -417,6 +417,39 @@ def test_where_there_is_no_memory_for_a_thread_a_save_is_made_without_one(tmp_pa
     assert not writer.busy() and [p.name for p in tmp_path.iterdir()] == ["step-000000003"]
 
 
+def test_a_save_begins_no_thread(tmp_path, monkeypatch):
+    """One that begins while memory has run out may die unseen: who began it waited for ever."""
+    where, threads = [], threading.active_count()
+    writer = Writer(tmp_path, 2, lambda told: where.append(threading.current_thread().name))
+    monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread begins"))
+    for step in (3, 4):
+        writer.start(small(), Progress(step=step), {})
+        writer.wait(60)
+    assert where == ["checkpoint-writer"] * 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003", "step-000000004"]
+    writer.end()
+    assert threading.active_count() == threads and not writer.busy()
+
+
+def test_an_interpreter_ends_only_when_its_save_is_whole(tmp_path):
+    script = f"""
+import sys, time, torch
+sys.path.insert(0, {REPOSITORY!r})
+from pathlib import Path
+from distributed import checkpoint
+from distributed.checkpoint import Progress, Writer
+quick = checkpoint.write_checkpoint
+checkpoint.write_checkpoint = lambda *a: (time.sleep(1.5), quick(*a))[1]
+writer = Writer(Path({str(tmp_path / "saves")!r}), 2, lambda told: None)
+writer.start({{"model": {{"w": torch.ones(5)}}, "optimizer": {{}}}}, Progress(step=2), {{}})
+"""
+    (tmp_path / "saves").mkdir()
+    (tmp_path / "ends.py").write_text(script)
+    done = python(tmp_path / "ends.py")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "saves").iterdir()] == ["step-000000002"]
+
+
 def test_a_writer_keeps_the_progress_of_the_moment_it_was_given(tmp_path):
     progress = Progress(step=3)
     writer = Writer(tmp_path, 2, lambda told: None)

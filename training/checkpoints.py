@@ -78,8 +78,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         if self.writer is not None:
-            self.writer.wait()
-        self.snapshots.wait()
+            self.writer.end()
+        self.snapshots.end()
 
     def resume(
         self, learner: Learner, warn: Callable[[str], None], note: Callable[[str], None]

@@ -336,6 +336,8 @@ class Snapshots:
         if refused:
             self.in_words = f"none: {refused[0]}"
             return
+        if self._writes and self._root is not None:
+            self.writer = Writer(self._root, 1, self._written, "snapshot")
         often = f"every {self.steps} steps" if self.steps else (
             f"every {self.least:g} s or longer, at most 1 % of the time"
         )  # fmt: skip
@@ -374,8 +376,8 @@ class Snapshots:
         home = self._home()
         if not self._writes or self._gave_up or home is None:
             return
-        if self.writer is None:
-            self.writer = Writer(home, 1, self._written, "snapshot")
+        assert self.writer is not None
+        self.writer.folder = home
         if not self.steps and self.writer.busy():
             return  # a step waits for no copy that is still on its way
         self.writer.wait()
@@ -448,6 +450,11 @@ class Snapshots:
         """Until the one under way is whole."""
         if self.writer is not None:
             self.writer.wait(seconds)
+
+    def end(self) -> None:
+        """Wait for it, and take no more."""
+        if self.writer is not None:
+            self.writer.end()
 
     def forget(self) -> None:
         """The disk has it all: memory is given back."""
