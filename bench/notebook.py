@@ -1,7 +1,8 @@
 """The lessons 1 to 8 as notebooks, docs/lessons.ipynb and docs/lessons.zh.ipynb, made of the pages.
 
 A script of a page becomes a cell, `python train.py` a call of fit(); what stands between
-`<!-- notebook` and `-->` is for the notebook alone. Outputs are left out: the cells make them.
+`<!-- notebook` and `-->` is for the notebook alone. Outputs are left out: the cells make them, but
+where a command is only shown.
 Without --write the notebooks are only compared; exit status 1 if one differs.
 """
 
@@ -58,6 +59,7 @@ def of_commands(text: str, scripts: set[str]) -> list[str]:
 def cells(text: str) -> list[tuple[str, str]]:
     """(kind, source) of each cell of a page, up to the last lesson of a notebook."""
     text, scripts, found, at = text.split(f"\n## {LAST + 1}. ")[0], set(), [], 0
+    shown = False  # a command that is not run; then the page's output is shown, too
     text = ONLY.sub(r"\1", text) + "\n"
 
     def prose(words: str) -> None:
@@ -66,7 +68,8 @@ def cells(text: str) -> list[tuple[str, str]]:
 
     for fence in FENCE.finditer(text):
         language, body = fence.groups()
-        shown = language == "sh" and NEEDS_MORE.search(body)
+        if language:
+            shown = language == "sh" and bool(NEEDS_MORE.search(body))
         prose(text[at : fence.end() if shown else fence.start()])
         at = fence.end()
         if language == "python":

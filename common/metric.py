@@ -41,7 +41,8 @@ class Metric:
 
     def show(self, value: float) -> str:
         """`98.59 %`, `0.0515`: as every screen and page writes it."""
-        return f"{value:{self.format}}".replace("%", " %")
+        huge = abs(value) >= 1e7 and not self.is_share  # as of a loss that explodes
+        return f"{value:.4g}" if huge else f"{value:{self.format}}".replace("%", " %")
 
     def named(self, value: float) -> str:
         """`accuracy 98.59 %`."""

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from common.streams import in_cell
 from common.text import duration
 
 Count = Callable[[int, int], None]  # how much is done, of how much
@@ -19,7 +20,7 @@ def progress(doing: str, unit: str, after: float = 0.0) -> Iterator[Count]:
     to come, and is gone at the end.
     """
     began = time.monotonic()
-    if sys.stderr is None or not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty() or in_cell():
         yield _lines(doing, unit)
         return
     from rich.console import Console

@@ -33,6 +33,11 @@ class Steady(io.FileIO):
             return memoryview(data).nbytes
 
 
+def in_cell() -> bool:
+    """Whether a notebook's `!` started this: what looks like a terminal there cannot erase."""
+    return "JPY_PARENT_PID" in os.environ
+
+
 def steady_streams() -> None:
     """Make stdout and stderr steady; to be called before a file is opened that is to stay open.
 

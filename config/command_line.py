@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -257,20 +258,28 @@ def _steps(
     return int(text)
 
 
+class Wrapped(argparse.HelpFormatter):
+    """Lines that end between words: what is typed is never broken at its hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every field of TrainConfig as a flag, in groups, and the actions."""
     parser = Parser(
         prog="train.py",
         description="Train an image classifier: the same run on one process or many.",
         allow_abbrev=False,
-        epilog="Start with: python train.py --debug     Models: python -m models",
+        epilog="Start with: python train.py --debug. Models: python -m models.",
+        formatter_class=Wrapped,
     )
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for name, f in HINTS.items():
         flag = flag_of(name)
-        default = "" if f.default in (None, False) else f" (default {f.default})"
+        default = "" if f.default is None or f.default is False else f" (default {f.default})"
         known = [*map(str, f.metadata["choices"]), *["FILE.py:Class"] * f.metadata["own"]]
-        choices = f" [{'|'.join(known)}]" if known else ""
+        choices = f" [{' | '.join(known)}]" if known else ""
         text = (f.metadata["help"] + choices + default).replace("%", "%%")
         group = groups[f.metadata["group"]]
         if TYPES[name] is bool:
@@ -283,7 +292,9 @@ def build_parser() -> argparse.ArgumentParser:
     act.add_argument(
         "--as", metavar="N", help="with --dry-run: as one of N processes, with their shards"
     )
-    act.add_argument("--eval-only", action="store_true", help="evaluate the run's best model")
+    act.add_argument(
+        "--eval-only", action="store_true", help="evaluate the run's best model, or --weights"
+    )
     act.add_argument(
         "--stop-after", metavar="N", help="stop after N steps for a look; the run can go on later"
     )

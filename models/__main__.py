@@ -46,7 +46,12 @@ def main() -> int:
         elif arguments.model.endswith(":") or "*" in arguments.model:
             console.print("\n".join(names_like(arguments.model)), highlight=False, markup=False)
         else:
-            console.print(table_of_layers(arguments.model, arguments.image_size, arguments.classes))
+            named = (arguments.model, arguments.image_size, arguments.classes)
+            table, failure = table_of_layers(*named)
+            console.print(table)
+            if failure:
+                print(failure, file=sys.stderr)
+                return 2
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -112,10 +117,11 @@ def names_like(pattern: str) -> list[str]:
 
 def table_of_layers(
     name: str, image_size: int | None, num_classes: int, parts: Mapping[str, Any] | None = None
-) -> "Table":
+) -> tuple["Table", str]:
     """Layers in the order in which they run in training, auxiliary heads included.
 
-    parts: what else the model is made of, as `models.parts_of` tells it.
+    parts: what else the model is made of, as `models.parts_of` tells it. Where the model fails,
+    the layers before that, and a sentence.
     """
     from rich.table import Column, Table
 
@@ -128,15 +134,17 @@ def table_of_layers(
     for heading in ("output", "parameters", "multiply-adds"):
         table.add_column(heading, justify="right")
     total = 0
-    for path, layer, shape in _as_they_run(model, inputs):
+    layers, failure = _as_they_run(model, inputs)
+    for path, layer, shape in layers:
         work = math.prod(shape) * _weights_per_output(layer)
         total += work
         sides = " x ".join(map(str, shape))
         kind, held = type(layer).__name__, count(layer.parameters())
         table.add_row(path, kind, sides, f"{held:,}", f"{work:,}")
     table.add_section()
-    table.add_row("total", "", "", f"{count(model.parameters()):,}", f"{total:,}")
-    return table
+    work = "" if failure else f"{total:,}"
+    table.add_row("total", "", "", f"{count(model.parameters()):,}", work)
+    return table, failure and f"{name} fails at --image-size {image_size} {failure}"
 
 
 def _to_look_at(
@@ -170,11 +178,15 @@ def _to_look_at(
 
 def _as_they_run(
     model: "nn.Module", inputs: "torch.Tensor"
-) -> list[tuple[str, "nn.Module", tuple[int, ...]]]:
-    """Path, layer and the shape of its output for one sample, each time that a layer runs."""
+) -> tuple[list[tuple[str, "nn.Module", tuple[int, ...]]], str]:
+    """Path, layer and the shape of its output for one sample, each time that a layer runs.
+
+    And what ended it, "" if nothing did.
+    """
     import torch
 
     found: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+    begun: list[str] = []  # and not done
 
     def note(path: str, layer: "nn.Module", output: "torch.Tensor | tuple | list") -> None:
         while isinstance(output, tuple | list) and output:  # nn.GRU, nn.MultiheadAttention
@@ -184,12 +196,18 @@ def _as_they_run(
 
     for path, layer in model.named_modules():
         if not any(True for _ in layer.children()):
+            layer.register_forward_pre_hook(lambda *_, path=path: begun.append(path))
             layer.register_forward_hook(
-                lambda layer, _, output, path=path: note(path, layer, output)
+                lambda layer, _, output, path=path: (begun.pop(), note(path, layer, output))[1]
             )
-    with torch.no_grad():
-        model(inputs)
-    return found
+    try:
+        with torch.no_grad():
+            model(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        where = f"in layer {begun[-1]}" if begun else "between its layers, in forward()"
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return found, f"{where}: {why}"
+    return found, ""
 
 
 def _weights_per_output(layer: "nn.Module") -> int:

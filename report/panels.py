@@ -78,7 +78,9 @@ def show_start(
         rows.append(("job", f"{number}, start {start}" + (f", log {log}" if log else "")))
     if plan.actions.debug:
         parts = parts_of(vars(config))
-        screen.show(table_of_layers(config.model, config.image_size, data.num_outputs, parts))
+        layers, _ = table_of_layers(config.model, config.image_size, data.num_outputs, parts)
+        layers.caption = None  # of weights that could be had; the panel names this run's
+        screen.show(layers)
     screen.start_panel("lockstep", rows, changed)
     odd = schedule_doubts(config, schedule, progress, plan.both_lengths)
     notes = (data.batch.note, data.note, *_notes(plan, data, started, world), *odd)
@@ -100,10 +102,10 @@ def _standing(
     elif progress.step > 0:
         best, metric = progress.best, learner.task.best
         shown = f", best {metric.show(best)}" if best is not None and metric.has("best") else ""
-        epoch = schedule.place(progress.step)[0]
+        epoch = f"in epoch {schedule.place(progress.step)[0] + 1} of {schedule.epochs}"
         ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
         source = f", {checkpoints.snapshots.source}" if checkpoints.snapshots.source else ""
-        told = f"at step {progress.step}, epoch {epoch}{ahead}{shown}{source}"
+        told = f"at step {progress.step}, {epoch}{ahead}{shown}{source}"
         rows.append(("resumed", told))
     return rows
 
@@ -447,7 +449,7 @@ def show_ending(
     if "by_class" in best:
         screen.class_numbers(data.classes, task.class_metrics, best["by_class"], when)
     if best and task.best.has("best"):
-        if missed := task.never_found(best, data.classes):
+        if not plan.actions.debug and (missed := task.never_found(best, data.classes)):
             screen.warn(missed)
         last = progress.last
         if code == FINISHED and not reason and (far := far_from_claim(plan.config, data, last)):

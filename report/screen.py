@@ -20,7 +20,7 @@ from rich.text import Text
 
 from common.confusion import totals
 from common.metric import Metric
-from common.streams import lost_words
+from common.streams import in_cell, lost_words
 from common.text import duration, percent, printable
 
 CHATTY = ("accelerate", "torch.distributed", "PIL", "matplotlib")
@@ -44,7 +44,8 @@ class Report:
         stream = self.console.file
         with contextlib.suppress(AttributeError, ValueError):  # a console that has no such letters
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-        self.has_bar = self.console.is_terminal or (
+        self.in_terminal = self.console.is_terminal and not in_cell()
+        self.has_bar = self.in_terminal or (
             self.console.is_jupyter and find_spec("ipywidgets") is not None
         )
         self.log: Console | None = None
@@ -63,14 +64,17 @@ class Report:
                 force_jupyter=False,  # in a notebook a console forgets its file
             )  # fmt: skip
 
-    def show(self, thing: RenderableType, style: str | None = None) -> None:
-        """Print text or a rich table; text is never read as markup."""
+    def show(self, thing: RenderableType, style: str | None = None, to_copy: bool = True) -> None:
+        """Print text or a rich table; text is never read as markup.
+
+        What nobody copies is broken between words on a terminal that is too narrow for it.
+        """
         if not self.enabled:
             return
         line = isinstance(thing, str)  # a line is never broken: it can be searched and copied
         if line:
             thing = Text("\n".join(map(printable, thing.split("\n"))), style=style or "")
-        self.console.print(thing, soft_wrap=line)
+        self.console.print(thing, soft_wrap=line and (to_copy or not self.in_terminal))
         if self.log is not None:
             with contextlib.suppress(OSError):  # a full disk must not end the run
                 self.log.print(thing, soft_wrap=line)
@@ -168,7 +172,7 @@ class Report:
 
     def epoch_line(self, text: str, better: bool) -> None:
         self.close_bar()
-        self.show(text, "green" if better else None)
+        self.show(text, "green" if better else None, to_copy=False)
 
     # --- at the end -----------------------------------------------------------------------------
 
@@ -222,6 +226,8 @@ class Report:
 
     def predictions(self, results: Mapping[str, Sequence[tuple[str, int, float]]]) -> None:
         """What predict.py found: a picture a block, the likeliest class first, and its number."""
+        if not results:
+            return
         table = Table()
         for name in ("picture", "class"):
             table.add_column(name, overflow="fold")  # whole on a narrow terminal, too
@@ -355,7 +361,21 @@ def quieted() -> Iterator[None]:
 
 
 def show_tracebacks() -> None:
-    """From now on a traceback comes with its local variables: for --debug."""
+    """From now on a traceback shows code and local variables, of a model's own file: for --debug.
+
+    Of what calls it only the places: their variables, whole data sets among them, are thousands of
+    lines in front of the one that counts. Of a tensor its shape: the process ends with it.
+    """
+    import torch
     from rich.traceback import install
 
-    install(show_locals=True)
+    def in_short(tensor: torch.Tensor) -> str:
+        return f"tensor {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+
+    torch.Tensor.__repr__ = in_short  # pyright: ignore[reportAttributeAccessIssue]
+    home = Path(__file__).resolve().parent.parent
+    ours = [f for f in home.iterdir() if (f / "__init__.py").is_file()]
+    ours += [home / "train.py", home / "launch"]  # a job types launch/../train.py
+    libraries = [find_spec(name) for name in ("torch", "torchvision", "accelerate", "timm")]
+    theirs = [Path(spec.origin).parent for spec in libraries if spec and spec.origin]
+    install(show_locals=True, suppress=[*map(str, ours), *map(str, theirs)])

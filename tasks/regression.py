@@ -51,6 +51,17 @@ class Regression(Task):
             "images": images,
         }
 
+    def doubts(self, results: dict, classes: list[str]) -> dict[str, str]:
+        worse = 1 - results["r2"]  # how many times what the mean costs
+        if worse <= 10:
+            return {}
+        loss = results["loss"]
+        counted = f" (an error counts {LARGEST_LOSS:,.0f} at most)" * (loss > LARGEST_LOSS / 2)
+        return {"explodes": (
+            f"the test loss is {loss:,.4g}{counted}, where always answering the mean costs "
+            f"{loss / worse:.4g}: the steps are too large (try a tenth of the --lr)"
+        )}  # fmt: skip
+
     def new_examples(self, device: torch.device) -> Tensor:
         """By the sample's index, int64 (MOST_POINTS + 1, 2): its answer's bits, 1 where it is."""
         return torch.zeros(MOST_POINTS + 1, 2, dtype=torch.int64, device=device)

@@ -137,7 +137,7 @@ def test_one_channel_is_trained_resumed_predicted_and_exported(folder):
 def test_what_a_model_is_made_of_is_a_flag_whose_default_is_the_usual_and_debug_shows_it():
     assert {name: HINTS[name].default for name in PARTS} == PARTS
     plain, grey = (
-        next(iter(table_of_layers("resnet18", 16, 10, parts).columns[3].cells))
+        next(iter(table_of_layers("resnet18", 16, 10, parts)[0].columns[3].cells))
         for parts in ({}, {"channels": 1})
     )
     assert (plain, grey) == ("1,728", "576")  # 3 x 3 x 3 x 64, and a third of it

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from common import disk
+from common.metric import METRICS
 from common.text import counted, did_you_mean, file_name, seconds
 from errors import UserError, all_of
 
@@ -69,3 +70,11 @@ def test_one_thing_is_said_in_the_singular():
     said = [counted(n, thing) for n, thing in ((1, "epoch"), (0, "image"), (2000, "other class"))]
     assert said == ["1 epoch", "0 images", "2,000 other classes"]
     assert [counted(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
+
+
+def test_a_loss_that_explodes_is_written_in_a_few_digits():
+    accuracy, loss = (
+        next(m for m in METRICS["classification"] if m.key == key) for key in ("accuracy", "loss")
+    )
+    assert loss.named(1.67e23) == "loss 1.67e+23" and loss.named(6869.25) == "loss 6869.2500"
+    assert accuracy.named(0.5) == "accuracy 50.00 %"

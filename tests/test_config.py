@@ -585,6 +585,10 @@ def test_help_and_version_need_no_heavy_import(tmp_path):
     done = run("train.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and all(flag in done.stdout for flag in FIXED_FLAGS)
     assert run("train.py", "--version", cwd=tmp_path).stdout.startswith("lockstep ")
+    words = done.stdout.split()  # nothing that is typed is broken where a line ends
+    choices = [str(c) for f in HINTS.values() for c in f.metadata["choices"]]
+    assert not [c for c in choices if not {c, f"[{c}", f"{c}]"} & {*words}]
+    assert "0: off (default 0)" in " ".join(words)
 
 
 def test_the_module_prints_each_value_with_its_origin(tmp_path):

@@ -469,3 +469,23 @@ def test_the_command_file_works_from_anywhere(tmp_path, monkeypatch):
         env={**os.environ, "PATH": path},
     )  # fmt: skip
     assert json.loads(done.stdout) == [str(typed), TRAIN, ["--model", "net.py:Net"]]
+
+
+def test_a_model_whose_shapes_part_is_told_in_a_sentence_and_in_few_lines_with_debug(nets):
+    (nets / "parts.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self, num_classes=10):\n"
+        "        super().__init__()\n"
+        "        self.head = nn.Linear(5, num_classes)\n\n"
+        "    def forward(self, images):\n"
+        "        return self.head(images.flatten(1))\n"
+    )
+    words = ["--model", "parts.py:Net", *SMALL]
+    done = train([*words, "--run-dir", "parts"], nets)
+    assert done.status == 2 and "python -m models parts.py:Net --image-size 16" in done.out
+    debug = train([*words, "--debug"], nets)
+    assert "RuntimeError: mat1 and mat2 shapes cannot be multiplied" in debug.last_lines
+    assert "return self.head(images.flatten(1))" in debug.out
+    assert "images = tensor (16, 3, 16, 16), float32" in debug.out
+    for held in ("plan = ", "settings = ", "learner = "):  # by main() and what is around it
+        assert held not in debug.out, debug.out

@@ -291,8 +291,15 @@ def test_a_kernel_runs_the_lessons_in_a_notebook(tmp_path, monkeypatch):
     printed = "\n".join(said)
     for line in ("linear.bias    4.0635", "last     95.04 % of 121", "whole.pth is refused"):
         assert line in printed, line
-    assert re.search(r"^stopped at step \d+$", printed, flags=re.M)
-    assert re.search(r"^finished at step 660$", printed, flags=re.M), "30 epochs of 22 steps"
+    stop = int(re.findall(r"stopped at step (\d+): a stop signal", printed)[0])
+    assert stop >= 22, "an epoch is done before it is stopped, says the text"
+    assert f"at step {stop}, in epoch {stop // 22 + 1} of 30" in printed
+    assert "Result(status='stopped'" in printed and "Result(status='finished'" in printed
+    assert ", 660 steps" in printed, "30 epochs of 22 steps"
+    assert "IProgress" not in printed, "the first cell warns of nothing"
+    for said_of in ("-m data stats", "predict.py"):  # what cannot be erased in a cell is not drawn
+        (output,) = (s for s, c in zip(said, cells, strict=True) if said_of in c.source)
+        assert "\x1b[2K" not in output and "\n\n\n" not in output, output
 
 
 # --- the questions --------------------------------------------------------------------------------
@@ -538,7 +545,7 @@ def test_question_16_mean_and_std_are_those_of_the_training_images_for_all_three
 
 def test_question_17_pixels_cost_a_49th_at_32_instead_of_224():
     def multiply_adds(size: int) -> int:
-        table = table_of_layers("my_cnn", size, 10)
+        table, _ = table_of_layers("my_cnn", size, 10)
         return int(list(table.columns[-1].cells)[-1].replace(",", ""))
 
     assert multiply_adds(224) == 49 * multiply_adds(32)

@@ -808,6 +808,18 @@ def test_a_wrong_name_on_the_command_line_is_one_sentence():
     assert "Traceback" not in shown.stderr
 
 
+def test_of_a_model_that_fails_the_layers_before_are_printed_and_what_failed(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n"
+        "    def __init__(self, num_classes=10):\n"
+        "        super().__init__(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(5, num_classes))\n"
+    )
+    shown = show(f"{tmp_path / 'own.py'}:Net", "--image-size", "8")
+    assert shown.returncode == 2 and "4 x 6 x 6" in shown.stdout and "│ 144" not in shown.stdout
+    assert "in layer 2: mat1 and mat2 shapes cannot be multiplied (2x144 and 5x10)" in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
 # Training
 
 

@@ -243,6 +243,11 @@ def test_squared_error_and_r2_equal_the_textbook_in_every_batching():
     assert task.results(counted(task, constant, constant, whole(constant)))["r2"] == 0.0
     nan = torch.full((5, 1), float("nan"))
     assert task.results(counted(task, nan, constant, whole(constant)))["loss"] == LARGEST_LOSS
+    assert task.doubts(metrics, []) == {}
+    far = task.results(counted(task, targets * 1e6, targets, whole(targets)))
+    told = task.doubts(far, [])["explodes"]
+    assert far["loss"] > LARGEST_LOSS / 2 and "(an error counts 1,048,576 at most)" in told
+    assert f"the mean costs {float(spread) / 101:.4g}: the steps are too large" in told
 
 
 @pytest.mark.parametrize("classes", [30, 130, 2100])

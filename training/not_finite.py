@@ -23,6 +23,7 @@ def refuse_not_finite(
     rate = schedule.lr(found.step)
     if schedule.shape == "plateau":  # how often it fell nobody told us: the rate of the last update
         rate = learner.optimizer.param_groups[0]["lr"]
+    half = ", or --mixed-precision bf16" * (learner.config.mixed_precision == "fp16")
     where = f"in the loss on rank {found.ranks}" if found.ranks else "in the gradient"
     if folder is not None:
         (folder / "crash").mkdir(exist_ok=True)
@@ -31,6 +32,5 @@ def refuse_not_finite(
     raise NumbersGoneBad(
         f"{learner.shards.bad_number} appeared {where} at step {found.step} "
         f"(learning rate {rate:.3g}, samples {indices[:8]}...); the weights "
-        "before it are kept. Try a lower --lr, --grad-clip 1, or --mixed-precision bf16 instead of "
-        "fp16"
+        f"before it are kept. Try a lower --lr or --grad-clip 1{half}"
     )

@@ -145,7 +145,8 @@ def try_model(
             f"{config.image_size}: {place_in(config.model, error)}"
             f"{(str(error).splitlines() or [type(error).__name__])[0]}"
             f"{about_channels(config.channels)}; {usual}"
-            "python train.py --debug with the same flags but --run-dir shows where",
+            f"python -m models {config.model} --image-size {config.image_size} shows how far it "
+            "comes, python train.py --debug with the same flags but --run-dir the traceback",
             code="model-fails",
         ) from None
     unused = [n for n, p in second.named_parameters() if p.requires_grad and p.grad is None]
