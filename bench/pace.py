@@ -258,7 +258,8 @@ def cost(results: dict) -> str:
 def named(results: dict) -> str:
     rows = []
     for run in results["even"]:
-        beside = f"a busy process from step {run['busy from']}" if run["busy"] else ""
+        since = f" from step {run['busy from']} on" if run.get("busy from") else ""
+        beside = f"a busy process{since}" if run["busy"] else ""
         beside += ", each held to a core, the busy one on the last's" if run["held"] else ""
         told = []
         for slow in run["slow"]:
