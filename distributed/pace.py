@@ -133,7 +133,9 @@ class Pace:
         )  # a GPU is behind its host
         self._core_waits = CoreWaits()
         self._waited = 0.0  # for a core, until this step
-        self._times: deque[tuple[float, ...]] = deque(maxlen=BLOCKS * STEPS)
+        self._times: deque[tuple[float, ...]] = deque(maxlen=NEWEST * STEPS)
+        self._block: list[tuple[float, ...]] = []  # of them, until it is whole
+        self._blocks: deque[tuple[list[float], float, float]] = deque(maxlen=BLOCKS)
         self._heard: list[float] = []
         self._hooks: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
         self._latest: Tensor | None = None
@@ -193,21 +195,28 @@ class Pace:
         """What a row adds up over all processes: everybody's means, of which we know our own."""
         mine: list[float] = []
         while self._begun and self.clock.known(self._begun[0][1][-1]):
-            self._times.append(self._parts(*self._begun.popleft()))
+            self._take(self._parts(*self._begun.popleft()))
         due = self._steps >= self._told_at + STEPS  # for all processes in the same row
         if due:
             self._told_at = self._steps
-        if due and len(self._times) == BLOCKS * STEPS:
-            times = list(self._times)
-            blocks = [times[first : first + STEPS] for first in range(0, len(times), STEPS)]
-            for block in blocks:
-                mine += [sum(part) / STEPS for part in [*zip(*block, strict=True)][:-1]]
-            mine += [error_of([[sum(parts[:OWN]) for parts in block] for block in blocks])]
-            mine += [error_of([[parts[OWN] for parts in block] for block in blocks])]
+        if due and len(self._blocks) == BLOCKS:
+            means, own, waits = zip(*self._blocks, strict=True)
+            mine = [seconds for block in means for seconds in block]
+            mine += [error_of(own), error_of(waits)]
         rest = self.processes - 1 - self.rank
         return like.new_tensor(
             [0.0] * NUMBERS * self.rank + (mine or [0.0] * NUMBERS) + [0.0] * NUMBERS * rest
         )
+
+    def _take(self, parts: tuple[float, ...]) -> None:
+        """Keep the times of a step; of each block what a row tells of it."""
+        self._times.append(parts)
+        self._block.append(parts)
+        if len(self._block) == STEPS:
+            *means, _ = [sum(part) / STEPS for part in zip(*self._block, strict=True)]
+            own = squares_of([sum(parts[:OWN]) for parts in self._block])
+            self._blocks.append((means, own, squares_of([parts[OWN] for parts in self._block])))
+            self._block = []
 
     def _parts(self, waited: float, marks: list) -> tuple[float, ...]:
         """Seconds of each part, and of the whole step."""
@@ -228,8 +237,7 @@ class Pace:
         self._heard = []
         if not told or not all(map(any, told)):
             return []
-        newest = list(self._times)[-NEWEST * STEPS :]
-        whole = statistics.median(parts[-1] for parts in newest)
+        whole = statistics.median(parts[-1] for parts in self._times)
         worth = WORTH_TELLING * whole
         blocks = [blocks_of(numbers) for numbers in told]
         own = [[sum(parts[:OWN]) for parts in mine] for mine in blocks]
@@ -310,16 +318,18 @@ def reasons_of(rank: int, blocks: list[list[list[float]]], shares: Sequence[int]
     return found
 
 
-def error_of(blocks: list[list[float]]) -> float:
+def squares_of(block: list[float]) -> float:
+    """How far a block's steps are from their mean, in squares."""
+    mean = sum(block) / STEPS
+    return sum((seconds - mean) ** 2 for seconds in block)
+
+
+def error_of(squares: Sequence[float]) -> float:
     """The standard error of a step's mean over all blocks; a drift from block to block is none.
 
     Of means, not of medians: a core that is shared by slices of time makes only some steps late.
     """
-    squares = 0.0  # by hand: statistics.variance reckons in fractions, 100 times as long
-    for block in blocks:
-        mean = sum(block) / STEPS
-        squares += sum((seconds - mean) ** 2 for seconds in block)
-    return (squares / (BLOCKS * (STEPS - 1)) / (BLOCKS * STEPS)) ** 0.5
+    return (sum(squares) / (BLOCKS * (STEPS - 1)) / (BLOCKS * STEPS)) ** 0.5
 
 
 def reason(mine: Sequence[float], usual: Sequence[float]) -> str:

@@ -44,7 +44,7 @@ def judged(
             rows.append((*each, wait))
             whole = max(whole, sum(each) + wait / 2 + 0.005)
         for pace, each in zip(worlds, rows, strict=True):
-            pace._times.append((*each, whole))
+            pace._take((*each, whole))
             pace._steps += 1
         heard = sum(pace.numbers(torch.zeros(1)) for pace in worlds).tolist()
         worlds[0].hear(heard)
