@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -582,19 +583,37 @@ def follow(job: str, log: Path, run: Path) -> int:
         time.sleep(2)
 
 
-def submit(argv: list[str]) -> int:
-    if "--" in argv:
-        cut = argv.index("--")
-        own, arguments = argv[:cut], argv[cut + 1 :]
-    else:
-        own, arguments = argv, []
-    options, other = build_parser().parse_known_args(own)
-    if other:
-        raise Problem(f"{shlex.join(other)}: not submit.py's; what is train.py's stands after --, "
-                      "as in launch/submit.py --time 4h -- --model alexnet --dataset cifar10; "
-                      "launch/submit.py --help lists the others")  # fmt: skip
-    if options.status is not None:
-        return status_of(options.status)
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, checked: submit.py's own words, train.py's, and the settings of each task.
+
+    A job that is one run has one task, None. `many` holds the rows of a sweep, seeds or folds.
+    """
+
+    own: list[str]
+    options: argparse.Namespace
+    python: str
+    arguments: list[str]
+    each: dict[int | None, dict]
+    many: dict | None
+
+    @property
+    def folders(self) -> dict[int | None, str]:
+        """The run folders that the flags name."""
+        return {
+            task: found["run_dir"][0] for task, found in self.each.items()
+            if found.get("run_dir", ("None", ""))[0] != "None"
+        }  # fmt: skip
+
+    @property
+    def rows(self) -> list[str]:
+        """The flags of each row, as a line."""
+        first = len(self.arguments)
+        return [shlex.join(row["words"][first:]) for row in self.many["rows"]] if self.many else []
+
+
+def asked(own: list[str], arguments: list[str], options: argparse.Namespace) -> Job:
+    """The job of these words. Raises Problem for the first mistake."""
     if not arguments:
         raise Problem("train.py's flags are missing: submit.py --nodes 1 --gpus 8 -- --model "
                       "resnet18 --dataset cifar10")  # fmt: skip
@@ -604,43 +623,84 @@ def submit(argv: list[str]) -> int:
     if not options.env:  # else it is that file that finds the job's Python
         check_python(python)
     many = rows_asked_for(options, arguments, python)
+    each: dict[int | None, dict]
     if many is not None:
         if options.follow:
             raise Problem(ONE_LOG)
         arguments = many["base"]
-        each = check_rows(options, many, python)
+        each = {**check_rows(options, many, python)}
     elif options.array or options.sweep:
-        each = check_array(options, arguments, python)
+        each = {**check_array(options, arguments, python)}
     else:
         each = {None: trainer_settings(arguments, python)}
         check_settings(each[None], options)
-    settings = next(iter(each.values()))
-    folders = {
-        task: found["run_dir"][0] for task, found in each.items()
-        if found.get("run_dir", ("None", ""))[0] != "None"
-    }  # fmt: skip
-    kept = None
-    if not options.dry_run:
-        check_cpus(options)
-        kept = keep(options.sweep if many is None else None, options.env)
-        if many is not None:
-            lines = [shlex.join(row["words"][len(many["base"]) :]) for row in many["rows"]]
-            write(kept / "sweep.txt", "\n".join(lines) + "\n")
-            write(HERE / many["folder"] / "sweep.json", json.dumps(many, indent=2) + "\n")
-        if options.snapshot:
-            snapshot(kept / "code", list(folders.values()))
-    command, env = sbatch_command(options, arguments), job_environment(options, kept)
+    return Job(own, options, python, arguments, each, many)
+
+
+def kept_for(job: Job) -> Path:
+    """What the job shall find as it is now, however long it waits."""
+    options, many = job.options, job.many
+    check_cpus(options)
+    kept = keep(options.sweep if many is None else None, options.env)
+    if many is not None:
+        write(kept / "sweep.txt", "\n".join(job.rows) + "\n")
+        write(HERE / many["folder"] / "sweep.json", json.dumps(many, indent=2) + "\n")
+    if options.snapshot:
+        snapshot(kept / "code", list(job.folders.values()))
+    return kept
+
+
+def submitted(job: Job, number: str) -> int:
+    """Say what is to be known of a job that the cluster has taken; follow it, where asked."""
+    options, own, task = job.options, job.own, next(iter(job.each))
+    name = number if task is None else f"{number}_{task}"  # an array's first: it can be pasted
+    log, program = from_here(f"runs/slurm-{name}.log"), from_here("launch/submit.py")
+    run = from_here(job.folders.get(task, f"runs/slurm-{name}"))
+    others = "" if len(job.each) == 1 else f"     task {task}; the last is _{list(job.each)[-1]}"
+    again = shlex.join(["python", program, *without(own), "--", "--resume", run])
+    code = "as it is now" if options.snapshot else "as it will be when the job starts (--snapshot "
+    code += "" if options.snapshot else "keeps it as it is now)"
+    tell(f"job     {number}")
+    tell(f"code    {code}")
+    tell(f"log     {log}{others}")
+    tell(f"follow  tail -F {shlex.quote(log)}")
+    tell(f"status  {shlex.join(['python', program, '--status', number])}")
+    tell(f"stop    scancel {number}     saves, and does not requeue")
+    tell(f"go on   {again}")
+    if options.follow:
+        try:
+            return follow(number, HERE / log, HERE / run)
+        except (KeyboardInterrupt, BrokenPipeError):  # a person, or the reader of our output
+            tell(f"\nthe job runs on; scancel {number} stops it")
+    return 0
+
+
+def submit(argv: list[str]) -> int:
+    """From the words to the job: check, keep, tell, hand over."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    own, arguments = argv[:cut], argv[cut + 1 :]
+    options, other = build_parser().parse_known_args(own)
+    if other:
+        raise Problem(f"{shlex.join(other)}: not submit.py's; what is train.py's stands after --, "
+                      "as in launch/submit.py --time 4h -- --model alexnet --dataset cifar10; "
+                      "launch/submit.py --help lists the others")  # fmt: skip
+    if options.status is not None:
+        return status_of(options.status)
+    job = asked(own, arguments, options)
+    kept = None if options.dry_run else kept_for(job)
+    command, env = sbatch_command(options, job.arguments), job_environment(options, kept)
+    settings = next(iter(job.each.values()))
     warning = warn_of_time(settings, options, HERE / "runs")
-    for text in filter(None, (warning, *warn_of_disks(options, arguments, python))):
+    for text in filter(None, (warning, *warn_of_disks(options, job.arguments, job.python))):
         print(text, file=sys.stderr)
-    if many and kept is None:
-        env.pop("LOCKSTEP_SWEEP")  # written where it is submitted
-    told = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
     if kept is None:
-        for row in many["rows"] if many else ():
-            tell(f"row {row['row']:<4}   {shlex.join(row['words'][len(arguments) :])}")
-        for line in rehearsed(options, settings, len(each)):
+        if job.many:
+            env.pop("LOCKSTEP_SWEEP")  # written where it is submitted
+        for row, line in zip(job.many["rows"] if job.many else (), job.rows, strict=True):
+            tell(f"row {row['row']:<4}   {line}")
+        for line in rehearsed(options, settings, len(job.each)):
             tell(line)
+    told = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
     tell(f"{told} {shlex.join(command)}".strip())  # last, for what reads it
     if kept is None:
         return 0
@@ -652,29 +712,9 @@ def submit(argv: list[str]) -> int:
         raise Problem("sbatch is not here: submit from a login node of the cluster") from None
     if done.returncode:
         return 1
-    job = done.stdout.strip().partition(";")[0]
-    name_job(kept, job, [task for task in each if task is not None], folders)
-    task = next(iter(each))  # an array's first: paths that can be pasted
-    name = job if task is None else f"{job}_{task}"
-    log, program = from_here(f"runs/slurm-{name}.log"), from_here("launch/submit.py")
-    run = from_here(folders.get(task, f"runs/slurm-{name}"))
-    others = "" if len(each) == 1 else f"     task {task}; the last is _{list(each)[-1]}"
-    again = shlex.join(["python", program, *without(own), "--", "--resume", run])
-    code = "as it is now" if options.snapshot else "as it will be when the job starts (--snapshot "
-    code += "" if options.snapshot else "keeps it as it is now)"
-    tell(f"job     {job}")
-    tell(f"code    {code}")
-    tell(f"log     {log}{others}")
-    tell(f"follow  tail -F {shlex.quote(log)}")
-    tell(f"status  {shlex.join(['python', program, '--status', job])}")
-    tell(f"stop    scancel {job}     saves, and does not requeue")
-    tell(f"go on   {again}")
-    if options.follow:
-        try:
-            return follow(job, HERE / log, HERE / run)
-        except (KeyboardInterrupt, BrokenPipeError):  # a person, or the reader of our output
-            tell(f"\nthe job runs on; scancel {job} stops it")
-    return 0
+    number = done.stdout.strip().partition(";")[0]
+    name_job(kept, number, [task for task in job.each if task is not None], job.folders)
+    return submitted(job, number)
 
 
 def main(argv: list[str]) -> int:
