@@ -488,6 +488,23 @@ def test_where_the_first_node_is_lost_slurm_requeues_the_job_on_those_that_are_l
     assert_undisturbed(three, job)
 
 
+def test_a_job_with_no_kill_that_slurm_itself_ended_goes_on_when_a_person_says_so(three):
+    """Its first node is set DOWN while its daemon lives: SLURM ends all, nobody is left to ask."""
+    job = sbatch(three, "--nodes=1-3", "--no-kill", flags=FEWER, LOCKSTEP_LEAST="1",
+                 LOCKSTEP_FAULT=slow_until(15))  # fmt: skip
+    wait_for_step(three, job, 5)
+    three.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    assert three.wait(job) == "FAILED" and restarts(three, job) == 0, log(three, job)
+    assert "JobLaunchFailure" in three.run("scontrol", "show", "job", job)
+    assert status(three, job)["life"] == 0 and status(three, job)["step"] < STEPS
+    three.run("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)
+    again = sbatch(three, "--nodes=1-3", flags=["--resume", f"runs/slurm-{job}"])
+    assert three.wait(again) == "COMPLETED", log(three, again)
+    after = status(three, job)
+    assert after["life"] == 1 and after["resumed_at"] >= 4, after
+    assert_undisturbed(three, job)
+
+
 def test_nodes_that_are_separate_hosts_give_the_same_run(alone, tmp_path):
     """Each node in a network namespace of its own, so only the head node's address leads there."""
     require_slurm(apart=True)
