@@ -22,6 +22,7 @@ from data.cuts import Boxes, Cuts, default_resize
 from data.files import decode, opened, refuse_too_large
 from data.grey import mean_colour
 from data.image_set import Levels
+from data.kept import WORTH, Kept
 
 PLAIN = 16  # in a picture's kind: a JPEG whose colours need no thought; below it: its orientation
 RETRIES = (1.0, 3.0, 6.0)  # seconds before a picture that cannot be read is tried once more
@@ -131,6 +132,7 @@ class Photos:
     levels: Levels | None = None  # of those of 16 bits
     damage: Damage = field(default_factory=Damage)
     clipped: dict[int, int] = field(default_factory=dict)  # place: values outside of the levels
+    kept: Kept | None = None  # of pictures that lie decoded
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -204,14 +206,33 @@ class Photos:
         if place in self.damage.excluded or place in self.damage.found:
             return False
         try:
-            pixels, times = self.reduced(place, reduction(wanted) if scaled else 1)
-            cut(pixels, in_reduced(wanted, times), out, fill, interpolation)
+            found = self._as_a_whole(place, wanted, interpolation) if self.kept else None
+            if found is None:
+                pixels, times = self.reduced(place, reduction(wanted) if scaled else 1)
+                found = pixels, in_reduced(wanted, times)
+            cut(*found, out, fill, interpolation)
         except MemoryError:
             raise  # says nothing of the picture
         except Exception as error:  # Pillow raises many kinds on damaged files
             self.damage.add(place, reason(error))
             return False
         return True
+
+    def _as_a_whole(
+        self, place: int, wanted: list[int], interpolation: str
+    ) -> tuple[np.ndarray, list[int]] | None:
+        """The scaled picture, and the row of Boxes for it; None where a part is to be scaled."""
+        left, top, right, bottom, height, width, *_ = wanted
+        small = WORTH * height * width <= right * bottom
+        if left or top or not small or [bottom, right] != self.sizes[place].tolist():
+            return None
+        assert self.kept is not None  # who calls asked
+        key = (place, height, width, interpolation)
+        if (found := self.kept.get(key)) is None:
+            found = np.empty((height, width, 3), np.uint8)
+            scale(self.pixels(place), found, interpolation)
+            self.kept.put(key, found)
+        return found, [0, 0, width, height, *wanted[4:]]
 
 
 def reason(error: Exception) -> str:
@@ -339,11 +360,7 @@ def cut(
     if part.shape[:2] != (height, width):
         straight = whole and not flips
         scaled = out if straight else np.empty((height, width, 3), np.uint8)
-        # Into what lies as a picture does: half the time.
-        SCALING[interpolation](
-            _tensor(part).permute(2, 0, 1)[None], [height, width], False,
-            out=_tensor(scaled).permute(2, 0, 1)[None],
-        )  # fmt: skip
+        scale(part, scaled, interpolation)
         if straight:
             return
         part = scaled
@@ -357,6 +374,14 @@ def cut(
     if flips:  # torch turns rows around ten times faster than numpy does
         part = _tensor(part).flip(1).numpy()
     out[:] = part
+
+
+def scale(pixels: np.ndarray, out: np.ndarray, interpolation: str) -> None:
+    """Scale a picture (H, W, 3) into `out`, which lies as a picture does: half the time."""
+    SCALING[interpolation](
+        _tensor(pixels).permute(2, 0, 1)[None], [*out.shape[:2]], False,
+        out=_tensor(out).permute(2, 0, 1)[None],
+    )  # fmt: skip
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

@@ -138,6 +138,35 @@ def test_smaller_jpegs_are_those_of_any_store_of_the_same_bytes(photographs, tmp
     assert torch.equal(seen(load_source(str(raw)), 12, scaled=True), whole)  # they lie decoded
 
 
+def test_whole_pictures_that_lie_decoded_are_scaled_once_while_there_is_room(
+    photographs, tmp_path, monkeypatch
+):
+    from data import kept
+    from data import photographs as module
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    expected, scaled, scale = seen(load_source(str(photographs)), 16), [], module.scale
+    out = prepared(photographs, tmp_path / "raw", "--store", "raw", *KEEP)
+    monkeypatch.setattr(module, "scale", lambda *given: scaled.append(1) or scale(*given))
+    counts = []
+    for owner, name, value in (
+        (kept, "ROOM", 2**29), (kept, "ROOM", 20_000), (kept, "MOST", 7), (os, "pwrite", fails),
+        (os, "pread", fails), (os, "getpid", iter(range(999)).__next__),  # as a fork would be
+    ):  # fmt: skip
+        source = load_source(str(out))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert torch.equal(seen(source, 16), expected)
+            scaled.clear()
+            assert torch.equal(seen(source, 16), expected)
+        counts.append(len(scaled))
+    parts, *some, one, other, another = counts  # what training cuts is a part, each time anew
+    assert parts <= 60 and one == other == another == parts + 60
+    assert all(parts < count < one for count in some)
+
+
 def test_a_scaled_pack_has_whole_pictures_and_a_fingerprint_of_its_own(photographs, tmp_path):
     fingerprints = {load_source(str(photographs)).fingerprint}
     for store in ("jpeg", "raw"):
