@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launches import SMALL, rows, same_weights, train
+from test_pack import make
 
 from config import parse
+from data.sources import load_source
 from distributed.checkpoint import card_of
 from errors import UserError
 from tasks import Classification, Regression, balanced_accuracy, never_found
 from training.best import terms
+from training.data import build_data
 
 RUN = ["--model", "full.py:Net", *SMALL, "--limit", "640", "--lr", "0.01", "--schedule", "constant"]
 
@@ -55,7 +58,9 @@ def test_a_metric_that_is_not_measured_is_refused(words):
 )  # fmt: skip
 def test_what_an_evaluation_sees_is_among_the_terms(flags):
     """With --allow-change eval_size an old best of other pixels would stand for ever."""
-    data = SimpleNamespace(chosen_on="test", classes=["a", "b"])
+    data = SimpleNamespace(
+        chosen_on="test", classes=["a", "b"], excluded_from_evaluation=lambda: []
+    )
 
     def of(words):
         plan = SimpleNamespace(config=parse(["--model", "my_cnn", *words]).config)
@@ -63,6 +68,19 @@ def test_what_an_evaluation_sees_is_among_the_terms(flags):
         return terms(checkpoints, data, Classification(2))
 
     assert of([]) == of(["--lr", "0.5"]) != of(flags.split())
+
+
+def test_pictures_excluded_from_the_evaluation_are_among_the_terms(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    source = load_source(str(make(tmp_path / "photographs", 30)))
+    settings = parse(["--model", "my_cnn", "--image-size", "16", "--batch-size", "4"])
+    data = build_data(settings, source, torch.device("cpu"), 1, 0)
+    checkpoints = SimpleNamespace(plan=SimpleNamespace(config=settings.config), facts={"data": "d"})
+    found = []
+    for places in ([], source.train.places[:2].tolist(), source.test.places[:1].tolist()):
+        source.train.photos.damage.excluded = frozenset(places)
+        found.append(terms(checkpoints, data, Classification(2)))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("ema", ["0", pytest.param("0.9", marks=pytest.mark.slow)])

@@ -31,6 +31,7 @@ def terms(checkpoints: Checkpoints, data: Data, task: Task) -> dict:
     held_out = f" {config.val_fraction} {config.seed}" if data.chosen_on == "val" else ""
     return {
         "data": checkpoints.facts["data"],
+        "set of pictures": digest("\n".join(data.excluded_from_evaluation())),
         "classes": digest("\n".join(data.classes)),
         "split": data.chosen_on + held_out,
         "limit": config.limit,

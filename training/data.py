@@ -176,6 +176,17 @@ class Data:
         photos = self.train.pictures.photos
         return {photos.names[place]: "excluded" for place in sorted(photos.damage.excluded)}
 
+    def excluded_from_evaluation(self) -> list[str]:
+        """Names of photographs that the user left out of what is evaluated."""
+        names: list[str] = []
+        for loader in self.test_loaders.values():
+            pictures = pictures_of(loader)
+            if isinstance(pictures, Photographs):
+                photos = pictures.pictures.photos
+                there = photos.damage.excluded & {*pictures.pictures.places.tolist()}
+                names += [photos.names[place] for place in sorted(there)]
+        return names
+
     def clipped(self, world: World) -> list[str]:
         """What to tell of values of 16-bit photographs that no training image of a sample had."""
         if isinstance(self.train, Resident) or self.source.levels is None:
