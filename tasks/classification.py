@@ -38,10 +38,10 @@ def never_found(results: dict, classes: Sequence[str]) -> str:
     """The classes of which no image is recognised, in a sentence; "" where there are none."""
     if not (missed := not_found(results, classes)):
         return ""
-    return (
-        f"the best weights find none of class {some(missed, 5)}; --select balanced_accuracy "
-        "chooses weights by the mean over the classes"
-    )
+    there = [count for count in totals(results)[0] if count]
+    way = "; --select balanced_accuracy chooses weights by the mean over the classes"
+    # Where all are alike that mean is the accuracy.
+    return f"the best weights find none of class {some(missed, 5)}{way * (len({*there}) > 1)}"
 
 
 class Classification(Task):

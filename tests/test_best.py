@@ -30,6 +30,7 @@ def test_what_chooses_is_a_metric_with_its_own_direction():
     told = never_found({"confusion": confusion}, ["common", "rare", "none"])
     assert "none of class rare (5 images); --select" in told
     assert never_found({"confusion": [[1, 0], [0, 1]]}, ["a", "b"]) == ""
+    assert "--select" not in never_found({"confusion": [[4, 0], [4, 0]]}, ["a", "b"])
     task = Classification(3)
     counts = torch.tensor([300 * 2**20, 95, 100, 100, 95, 0, 0, 5, 0, 0, 0, 0, 0])
     rest = task.new_counts("cpu")[len(counts) :]
