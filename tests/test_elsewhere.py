@@ -8,15 +8,20 @@ import sys
 
 import pytest
 from launches import CLEAN, REPOSITORY, SMALL, TRAIN, losses, train
+from test_pack import make
+from test_photographs import NET
 
 MODULES = ("fcntl", "resource", "termios", "tty", "pty", "grp", "pwd", "syslog")
 SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGSTOP", "SIGALRM", "SIGCHLD", "SIGPIPE")
 CALLS = ("fork", "killpg", "getpgid", "setsid", "getuid", "geteuid", "uname", "statvfs", "sysconf",
-         "sched_getaffinity", "getloadavg", "mkfifo", "nice")  # fmt: skip
+         "sched_getaffinity", "getloadavg", "mkfifo", "nice", "pread", "pwrite",
+         "posix_fallocate", "posix_fadvise")  # fmt: skip
 PRELUDE = f"""
-import multiprocessing, os, runpy, signal, sys
+import multiprocessing, os, runpy, shutil, signal, sys
 import accelerate, psutil, torch  # they see that this is Linux, and rely on it
 multiprocessing.set_start_method("spawn")
+usage = shutil.disk_usage(os.curdir)  # Windows has it, by a call of its own
+shutil.disk_usage = lambda _: usage
 for name in {MODULES}:
     sys.modules[name] = None
 for name in {SIGNALS}:
@@ -31,8 +36,8 @@ PROGRAM = PRELUDE + "runpy.run_path(sys.argv[0], run_name='__main__')"
 pytestmark = pytest.mark.slow
 
 
-def python(code: str, *words, cwd) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k not in CLEAN}
+def python(code: str, *words, cwd, **more: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in CLEAN} | more
     command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
@@ -66,6 +71,26 @@ def test_training_is_the_same_and_goes_on(nets, tmp_path):
     done = python(PROGRAM, *words, "--max-time", "10m", cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert json.loads((tmp_path / "there" / "status.json").read_text())["status"] == "finished"
+    assert losses(tmp_path / "there") == losses(tmp_path / "here")
+
+
+def test_photographs_are_the_same_and_go_on(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    make(tmp_path / "photographs", 60)
+    arguments = ["--model", "net.py:Net", "--dataset", "photographs", "--image-size", "16"]
+    arguments += ["--batch-size", "8", "--epochs", "2", "--threads", "1", "--no-plots"]
+    arguments += ["--log-every", "1", "--checkpoint-every", "2"]
+    here = train([*arguments, "--run-dir", "here"], tmp_path, LOCKSTEP_CACHE=str(tmp_path / "a"))
+    assert here.status == 0, here.out
+    # A cache of its own: the lock files of one system are locks to another one.
+    nowhere = {"LOCKSTEP_CACHE": str(tmp_path / "b"), "LOCKSTEP_SHM": str(tmp_path / "nowhere")}
+    words = [TRAIN, *arguments, "--run-dir", "there"]
+    lives = ((["--stop-after", "3"], "20GB", 0, "a pack: decoded pixels"),
+             ([], "0", 0, "decoded from their files"))  # fmt: skip
+    for more, room, status, home in lives:
+        life = python(PROGRAM, *words, *more, cwd=tmp_path, LOCKSTEP_CACHE_SIZE=room, **nowhere)
+        assert life.returncode == status and "Traceback" not in life.stderr, life.stderr
+        assert home in " ".join(life.stdout.replace("│", " ").split()), life.stdout
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
 
 
