@@ -409,9 +409,9 @@ class Writer:
             self._idle.wait(min(left, 1.0))
 
     def end(self) -> None:
-        """Wait for the save under way; there is none afterwards."""
+        """Wait for the save under way; there is none afterwards, and no thread."""
+        self._saves.put(None)  # first: an interrupt may cut the wait short
         self.wait()
-        self._saves.put(None)
         if self._thread.is_alive():
             self._thread.join(1.0)
         atexit.unregister(self.wait)

@@ -431,6 +431,20 @@ def test_a_save_begins_no_thread(tmp_path, monkeypatch):
     assert threading.active_count() == threads and not writer.busy()
 
 
+def test_a_wait_that_an_interrupt_cuts_short_leaves_no_thread_behind(tmp_path, monkeypatch):
+    """In a notebook, whose process goes on."""
+    goes_on, threads = threading.Event(), threading.active_count()
+    writer = Writer(tmp_path, 2, lambda told: goes_on.wait(60))
+    writer.start(small(), Progress(step=3), {})
+    monkeypatch.setattr(writer._idle, "wait", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        writer.end()
+    goes_on.set()
+    writer._thread.join(10)
+    assert threading.active_count() == threads
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000003"]
+
+
 def test_an_interpreter_ends_only_when_its_save_is_whole(tmp_path):
     script = f"""
 import sys, time, torch
