@@ -24,7 +24,7 @@ from common.text import duration, percent, printable
 from errors import FINISHED, UserError
 from report.doctor import describe_status
 from report.page import HERE, SPEED, STYLE, TEMPLATES, Files, is_number, source_of
-from report.reader import Reader, new_rows
+from report.reader import Reader, life_of, new_rows
 
 SCRIPT = (HERE / "live.js").read_text(encoding="utf-8")
 HOSTS = {"127.0.0.1", "localhost", "[::1]"}  # an ssh tunnel may have any port at its other end
@@ -69,7 +69,7 @@ def state_of(folder: Path, rows: list[dict]) -> dict[str, Json]:
     ]
     return {
         "name": printable(files.name), "state": state, "reason": printable(reason), "best": best,
-        "about": about, "life": status.get("life"), "charts": charts,
+        "about": about, "life": life_of(status), "charts": charts,
         "facts": [[name, printable(value)] for name, value in facts if value],
     }  # fmt: skip
 
@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
     def _rows(self, query: str) -> dict[str, Json]:
         told = parse_qs(query)
         state = state_of(self.folder, self.reader.rows())
-        same = told.get("life", [""])[0] in ("", str(state["life"]))
+        same = told.get("life", [""])[0] in ("", state["life"])
         text = told.get("from", ["0"])[0]
         place = int(text) if same and text.isascii() and text.isdigit() else 0
         start, end, rows, more = new_rows(self.folder / "metrics.jsonl", place)

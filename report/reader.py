@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from common.disk import parse_object, read_json
+from common.disk import digest, parse_object, read_json
 
 JUDGED = ("test/", "val/")  # of an evaluation
 MOST_BYTES = 2_000_000  # of metrics.jsonl in an answer; the rest comes with the next
@@ -28,12 +28,20 @@ def new_rows(file: Path, place: int) -> tuple[int, int, list[dict], bool]:
     return place, place + len(data), rows, len(data) > MOST_BYTES // 2
 
 
+def life_of(status: dict) -> str:
+    """Which life of which run writes there: one that --fresh began counts from 0 again."""
+    lives = status.get("lives")
+    newest = lives[-1] if isinstance(lives, list) and lives else {}
+    began = newest.get("began") if isinstance(newest, dict) else ""
+    return digest(f"{status.get('life')} {began}")
+
+
 class Reader:
     """Reads metrics.jsonl once, however often it is asked; keeps evaluations and the last row."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._place, self._life = 0, None
+        self._place, self._life = 0, ""
         self._evaluations: list[dict] = []
         self._last: list[dict] = []
         self._lock = threading.Lock()  # each answer has a thread
@@ -41,7 +49,7 @@ class Reader:
     def rows(self) -> list[dict]:
         """What the page's words are made of, by now."""
         with self._lock:
-            life, more = read_json(self.folder / "status.json", {}).get("life"), True
+            life, more = life_of(read_json(self.folder / "status.json", {})), True
             place, self._life = self._place if life == self._life else 0, life
             while more:
                 start, place, rows, more = new_rows(self.folder / "metrics.jsonl", place)

@@ -95,7 +95,8 @@ def test_nothing_can_be_changed(served, method):
 
 
 def test_rows_come_once_whole_and_again_after_another_life(served):
-    def rows(place=0, life="2"):
+    def rows(place=0, life=None):
+        life = first["life"] if life is None else life
         return json.loads(served.ask(f"rows?from={place}&life={life}")[1])
 
     file = served.folder / "metrics.jsonl"
@@ -125,11 +126,23 @@ def test_a_page_that_stays_open_reads_each_row_once(served, monkeypatch):
     first, read = json.loads(served.ask("rows")[1]), places_read(monkeypatch)
     with (served.folder / "metrics.jsonl").open("a") as opened:
         opened.write('{"step": 99, "epoch": 9, "test/accuracy": 0.99, "test/loss": 0.1}\n')
-    later = json.loads(served.ask(f"rows?from={first['to']}&life=2")[1])
+    later = json.loads(served.ask(f"rows?from={first['to']}&life={first['life']}")[1])
     assert later["best"] == "99.00 %" and dict(later["facts"])["step"].startswith("99")
     assert read and set(read) == {first["to"]}
     (served.folder / "metrics.jsonl").write_text('{"step": 1, "test/accuracy": 0.25}\n')
     assert json.loads(served.ask("rows")[1])["best"] == "25.00 %"
+
+
+def test_a_run_that_was_started_over_shows_no_row_of_the_one_before(served):
+    """With --fresh, in the same folder: its life has the same number, its file may be longer."""
+    file, status = served.folder / "metrics.jsonl", served.folder / "status.json"
+    first, told = json.loads(served.ask("rows")[1]), json.loads(status.read_text())
+    told["lives"] = [{"life": told["life"], "began": "2030-01-01 00:00:00"}]
+    status.write_text(json.dumps(told))
+    row = '{"step": 1, "test/accuracy": 0.25}\n'
+    file.write_text(row * 2 * (file.stat().st_size // len(row)))
+    later = json.loads(served.ask(f"rows?from={first['to']}&life={first['life']}")[1])
+    assert later["from"] == 0 and later["best"] == "25.00 %"
 
 
 def places_read(monkeypatch):
