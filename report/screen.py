@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -364,7 +365,7 @@ def show_tracebacks() -> None:
     """From now on a traceback shows code and local variables, of a model's own file: for --debug.
 
     Of what calls it only the places: their variables, whole data sets among them, are thousands of
-    lines in front of the one that counts. Of a tensor its shape: the process ends with it.
+    lines in front of the one that counts. Of a tensor its shape, there only: a debugger may follow.
     """
     import torch
     from rich.traceback import install
@@ -372,10 +373,20 @@ def show_tracebacks() -> None:
     def in_short(tensor: torch.Tensor) -> str:
         return f"tensor {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
 
-    torch.Tensor.__repr__ = in_short  # pyright: ignore[reportAttributeAccessIssue]
+    def in_few_lines(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        usual = torch.Tensor.__repr__
+        torch.Tensor.__repr__ = in_short  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            shown(kind, error, trace)
+        finally:
+            torch.Tensor.__repr__ = usual
+
     home = Path(__file__).resolve().parent.parent
     ours = [f for f in home.iterdir() if (f / "__init__.py").is_file()]
     ours += [home / "train.py", home / "launch"]  # a job types launch/../train.py
     libraries = [find_spec(name) for name in ("torch", "torchvision", "accelerate", "timm")]
     theirs = [Path(spec.origin).parent for spec in libraries if spec and spec.origin]
     install(show_locals=True, suppress=[*map(str, ours), *map(str, theirs)])
+    shown, sys.excepthook = sys.excepthook, in_few_lines

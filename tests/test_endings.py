@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -34,7 +35,7 @@ from rich.console import Console
 from common.text import pasted
 from distributed.checkpoint import Progress, card_of, save_tensors, write_checkpoint
 from errors import UserError
-from report.screen import Report
+from report.screen import Report, show_tracebacks
 from training.checkpoints import Checkpoints
 from training.run_dir import RunDir, launch_command
 
@@ -489,3 +490,16 @@ def test_a_model_whose_shapes_part_is_told_in_a_sentence_and_in_few_lines_with_d
     assert "images = tensor (16, 3, 16, 16), float32" in debug.out
     for held in ("plan = ", "settings = ", "learner = "):  # by main() and what is around it
         assert held not in debug.out, debug.out
+
+
+def test_tensors_are_short_in_the_traceback_and_whole_for_a_debugger(tmp_path, monkeypatch, capsys):
+    """As with python -m pdb train.py --debug, which looks at them after it."""
+    (tmp_path / "own.py").write_text("import torch\nheld = torch.ones(2)\nheld.nothing\n")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    show_tracebacks()
+    with pytest.raises(AttributeError) as raised:
+        runpy.run_path(str(tmp_path / "own.py"))
+    assert repr(torch.ones(2)) == "tensor([1., 1.])"
+    sys.excepthook(raised.type, raised.value, raised.tb)
+    assert "held = tensor (2,), float32" in capsys.readouterr().err
+    assert repr(torch.ones(2)) == "tensor([1., 1.])"
