@@ -106,13 +106,14 @@ def train_one_epoch(
             refuse_not_finite(learner, data, schedule, log.run_folder)
         world.beat(progress.step)
         where = "" if world.stop.reason else checkpoints.due(progress, schedule)
-        if where or world.stop.reason:  # after a bad number, steps are no longer the weights'
+        if where:  # to disk or memory; after a bad number, steps are no longer the weights'
             refuse_not_finite(learner, data, schedule, log.run_folder)
-        if where:  # to disk or memory
             with log.pause("saving"), observer.phase("save"):
                 checkpoints.save(learner, progress, where)
         if world.stop.reason or not schedule.trains(progress):
             break
+    if world.stop.reason:  # also where the next batch did not come: this step is saved
+        refuse_not_finite(learner, data, schedule, log.run_folder)
 
 
 def train_step(learner: Learner, data: Data, batch: Batch, step: int, epoch: int) -> None:

@@ -294,17 +294,24 @@ def test_what_there_is_after_the_first_step_is_walked_by_no_collection(settings,
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_stop_between_rows_saves_nothing_after_a_bad_number(device):
+@pytest.mark.parametrize("batches_come", [True, False])
+def test_a_stop_between_rows_saves_nothing_after_a_bad_number(device, batches_come):
     """On a GPU numbers are read with a row alone; a save must not outrun them."""
     saved, progress = [], Progress()
     stop = SimpleNamespace(reason=0, row_agreed=False)
+
+    def watched(batches, _):
+        yield from batches[: 7 if batches_come else 2]
+        stop.reason = 3
+
     world = SimpleNamespace(
-        device=torch.device(device), stop=stop, watched=lambda batches, _: batches,
-        beat=lambda step: setattr(stop, "reason", 3 if step == 2 else 0),
+        device=torch.device(device), stop=stop, watched=watched,
+        beat=lambda step: setattr(stop, "reason", 3 if batches_come and step == 2 else 0),
     )  # fmt: skip
     learner = SimpleNamespace(
         model=nn.Linear(1, 1), optimizer=SimpleNamespace(param_groups=[]),
         shards=SimpleNamespace(bad_number="a number that is not finite"),
+        config=SimpleNamespace(mixed_precision="no"),
         not_finite=lambda: NotFinite(1, []) if progress.step > 1 else None,
         unfreeze=lambda epoch: 0,
     )  # fmt: skip
