@@ -1,5 +1,6 @@
 """TrainConfig: every setting with its help, its limits and what a resumed run may change."""
 
+import os
 import re
 import typing
 from collections.abc import Iterable
@@ -486,6 +487,8 @@ def convert(
             value.encode()  # half a character, of a name that is not UTF-8, can stand in no file
             if not value or any(c < " " for c in value):
                 raise ValueError
+            if name == "run_dir":  # no shell does it in --run-dir=~/runs
+                value = os.path.expanduser(value)  # noqa: PTH111 - Path's own may raise
     except (TypeError, ValueError, OverflowError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         message = f"{shown} {value!r}: must be {wanted[kind]}"

@@ -123,7 +123,7 @@ def known_run_dir(typed: dict, actions: Actions) -> Path | None:
     A SLURM job (or array task), and the lives under one restarting launcher, share a folder.
     """
     if actions.resume is not None:
-        folder = latest_run(Path(actions.resume))
+        folder = latest_run(Path(os.path.expanduser(actions.resume)))  # noqa: PTH111 - as in convert
         if typed.get("run_dir") and Path(str(typed["run_dir"])) != folder:
             raise UserError(
                 f"--resume {folder} and --run-dir {typed['run_dir']} name two folders: drop one",

@@ -451,6 +451,14 @@ def test_a_damaged_config_file_is_a_sentence(tmp_path, text):
         parse(["--resume", folder])
 
 
+def test_a_run_folder_in_the_home_is_meant_also_where_no_shell_puts_it_in(tmp_path, monkeypatch):
+    """A folder named ~ was made beside the program."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(["--run-dir=~/runs/new"]).config.run_dir == f"{tmp_path}/runs/new"
+    with refused("no-run", match=f"--resume {tmp_path}/runs/old"):
+        parse(["--resume=~/runs/old"])
+
+
 def test_resume_and_another_run_dir_contradict_each_other(tmp_path):
     folder = saved_run(tmp_path)
     with pytest.raises(UserError, match="--run-dir"):
