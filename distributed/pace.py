@@ -2,8 +2,9 @@
 
 Each process times its own part of a step: the wait for its batch, and forward and backward of its
 shards up to the last gradient, because from there on a collective makes all of them equally late.
-Beside that it counts how long its thread waited for a core that others use too. What a row adds up
-over the processes carries the numbers of the newest steps: no wait of its own.
+Beside that it counts how long its thread waited for a core that other work has, were it its own
+save. What a row adds up over the processes carries the numbers of the newest steps: no wait of its
+own.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ SLOW = {  # what a process that the others wait for is slow in: distributed/pace
     "forward": "its forward",
     "backward": "its backward",
     "all": "all that it computes (a busy host, a hot GPU)",
-    "core": "all that it computes (its core is shared with others)",
+    "core": "all that it computes (its core does other work too)",
 }
 
 
