@@ -382,6 +382,10 @@ class Writer:
         while (save := self._saves.get()) is not None:
             try:
                 self._run(*save)
+            except Exception as error:  # of who was told: the next save finds this thread there
+                found = type(error), error, error.__traceback__, self._thread
+                threading.excepthook(threading.ExceptHookArgs(found))
+                del found  # with its frames
             finally:
                 del save  # the copy of the state
                 self._idle.set()
@@ -392,11 +396,11 @@ class Writer:
             target = write_checkpoint(self.folder, files, progress, facts, self.what)
             prune(self.folder, self.keep, self.what)
             self.error, self.cpu_seconds = "", time.thread_time() - spent
-            self.on_done(f"saved {target.name} in {time.monotonic() - began:.1f} s")
+            words = f"saved {target.name} in {time.monotonic() - began:.1f} s"
         except Exception as error:
             name = "checkpoint" if self.what == "save" else self.what
-            self.error = explain_failure(error, self.folder, files, name)
-            self.on_done(self.error)
+            self.error = words = explain_failure(error, self.folder, files, name)
+        self.on_done(words)
 
     def busy(self) -> bool:
         """Whether a save is under way."""

@@ -431,6 +431,23 @@ def test_a_save_begins_no_thread(tmp_path, monkeypatch):
     assert threading.active_count() == threads and not writer.busy()
 
 
+def test_who_is_told_of_a_save_and_fails_puts_no_later_one_into_a_step(tmp_path, monkeypatch):
+    told, where = [], []
+
+    def fails(words: str) -> None:
+        where.append(threading.current_thread().name)
+        raise MemoryError(words)
+
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    writer = Writer(tmp_path, 2, fails)
+    for step in (3, 4):
+        writer.start(small(), Progress(step=step), {})
+        writer.wait(60)
+    writer.end()
+    assert where == ["checkpoint-writer"] * 2 and not writer.error, "both are on the disk"
+    assert [one.exc_type for one in told] == [MemoryError] * 2
+
+
 def test_a_wait_that_an_interrupt_cuts_short_leaves_no_thread_behind(tmp_path, monkeypatch):
     """In a notebook, whose process goes on."""
     goes_on, threads = threading.Event(), threading.active_count()
