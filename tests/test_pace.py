@@ -336,9 +336,8 @@ def test_a_planted_delay_is_named_and_what_it_costs(tmp_path, processes, who):
         ahead = 5 if slow["reason"] == "data" else 0  # what is decoded already has to be used up
         assert first < slow["since"] <= first + 20 + ahead, slow
         assert last < slow["until"] <= last + 20 + ahead, slow
-        assert (
-            slow["where"].startswith(f"rank {who} on ") and slow["faster"] > 0.1
-        )  # of a step that a busy machine makes longer
+        # 0.1, not more: on a busy machine a step is longer.
+        assert slow["where"].startswith(f"rank {who} on ") and slow["faster"] > 0.1
         assert done.out.count(slow_in_words({**slow, "until": None})) == 1, done.out
         assert done.out.count(f"{slow['where']} keeps up again since step {slow['until']}") == 1
         for told in (
