@@ -136,7 +136,8 @@ class Watch:
             lambda: self.on_stall(message),
             lambda: print(words, file=sys.stderr, flush=True),
         ):
-            with contextlib.suppress(Exception):  # what fails of a failing process stops no other
+            # What fails of a failing process stops no other, nor the end.
+            with contextlib.suppress(BaseException):
                 last()
         os._exit(1)
 

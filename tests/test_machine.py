@@ -392,15 +392,19 @@ def test_a_process_that_stands_still_ends_whatever_fails_on_the_way(monkeypatch,
     def ends(status: int):
         raise SystemExit(status)
 
-    def fails(*_):
-        raise MemoryError
+    def failing(error: type[BaseException]):
+        def fails(*_):
+            raise error
+
+        return fails
 
     monkeypatch.setattr(watch, "BEAT_SECONDS", 0.01)
     monkeypatch.setattr(watch.os, "_exit", ends)
-    for broken in ("before_the_end", "on_stall", "_beat", "on_beat"):
+    ways = [(name, MemoryError) for name in ("before_the_end", "on_stall", "_beat", "on_beat")]
+    for broken, error in [*ways, ("before_the_end", GeneratorExit), ("on_stall", GeneratorExit)]:
         one = Watch(0, 1)
         one.folder, one.limit = tmp_path, 0.05
-        setattr(one, broken, fails)
+        setattr(one, broken, failing(error))
         with pytest.raises(SystemExit, match="1"):
             one._run()
         assert f"stacks of all processes: {one.folder}" in capsys.readouterr().err
