@@ -269,11 +269,11 @@ def tasks_of(array: str) -> list[int]:
     return numbers
 
 
-def check_rows(options: argparse.Namespace, many: dict, python: str) -> dict:
+def check_rows(options: argparse.Namespace, many: dict, python: str) -> dict[int | None, dict]:
     """The settings of each row that is asked for, as far as a job makes them wrong."""
     options.array = options.array or f"0-{len(many['rows']) - 1}"
     options.sweep = options.sweep or many["folder"]  # for the job: there are rows
-    found: dict[int, dict] = {}
+    found: dict[int | None, dict] = {}
     for task in tasks_of(options.array):
         if task >= len(many["rows"]):
             raise Problem(f"--array {options.array}: the rows are 0 to {len(many['rows']) - 1}, "
@@ -323,7 +323,9 @@ def rehearsed(options: argparse.Namespace, settings: dict, runs: int) -> list[st
     return lines
 
 
-def check_array(options: argparse.Namespace, arguments: list[str], python: str) -> dict:
+def check_array(
+    options: argparse.Namespace, arguments: list[str], python: str
+) -> dict[int | None, dict]:
     """The settings of each of an array's tasks, by number; every row's mistake is told."""
     for word in arguments:
         flag = word.replace("_", "-").partition("=")[0]
@@ -346,7 +348,7 @@ def check_array(options: argparse.Namespace, arguments: list[str], python: str) 
     if beyond:
         raise Problem(f"--array {options.array}: {options.sweep} has rows 0 to {len(rows) - 1}, "
                       f"none for task {beyond[0]}")  # fmt: skip
-    found: dict[int, dict] = {}
+    found: dict[int | None, dict] = {}
     problems: list[str] = []
     folders: dict[str, int] = {}
     for task in tasks_of(options.array):
@@ -628,9 +630,9 @@ def asked(own: list[str], arguments: list[str], options: argparse.Namespace) -> 
         if options.follow:
             raise Problem(ONE_LOG)
         arguments = many["base"]
-        each = {**check_rows(options, many, python)}
+        each = check_rows(options, many, python)
     elif options.array or options.sweep:
-        each = {**check_array(options, arguments, python)}
+        each = check_array(options, arguments, python)
     else:
         each = {None: trainer_settings(arguments, python)}
         check_settings(each[None], options)
