@@ -289,10 +289,11 @@ def load_data(plan: Plan, world: World, say: Callable[[str], None] = print) -> t
             "the run saw photographs, of which evaluation cuts a margin; these are seen whole"
         )
     data = replace(data, note="; ".join(notes))
+    if isinstance(data.train, Photographs):
+        world.enter(data.train.decoding.threads)  # the one that all of these share
     for pictures in map(pictures_of, data.loaders):
         if isinstance(pictures, Photographs):
             pictures.ahead.leaves = world.stop.leaves
-            world.enter(pictures.decoding.threads)
     return plan.with_batch(data.batch), data
 
 
