@@ -129,9 +129,8 @@ class Pace:
         self._marks: list = []  # of the step under way; none where nobody times it
         self._last: float | torch.cuda.Event | None = None  # the last gradient so far
         self._steps = self._told_at = 0
-        self._begun: deque[tuple[float, list]] = deque(
-            maxlen=2 * BLOCKS * STEPS
-        )  # a GPU is behind its host
+        # Not yet known: a GPU is behind its host.
+        self._begun: deque[tuple[float, list]] = deque(maxlen=2 * BLOCKS * STEPS)
         self._core_waits = CoreWaits()
         self._waited = 0.0  # for a core, until this step
         self._times: deque[tuple[float, ...]] = deque(maxlen=NEWEST * STEPS)

@@ -29,7 +29,7 @@ from config import (
 )
 from errors import UserError
 from models import MODELS
-from training.plan import without_effect
+from training.plan import typed_in_vain
 
 FIXED_FLAGS = [
     "--model",
@@ -287,7 +287,7 @@ def test_an_empty_text_is_refused_with_where_it_may_come_from(flag):
     ],
 )
 def test_what_is_typed_and_changes_nothing_is_told(words, told):
-    found = without_effect(parse(words.split()))
+    found = typed_in_vain(parse(words.split()))
     assert (told in found[0] and len(found) == 1) if told else not found
 
 

@@ -86,7 +86,7 @@ def _look(settings: Settings) -> dict:
     """Which data, which weights; what the user typed always wins."""
     config, layers = settings.config, {}
     shouts: list[tuple[str, str]] = []
-    warnings = without_effect(settings)
+    warnings = typed_in_vain(settings)
     goes_on = _has_weights(settings)
     entry = lookup(config.model)
     asked = config.dataset
@@ -124,7 +124,7 @@ def _look(settings: Settings) -> dict:
     }
 
 
-def without_effect(settings: Settings) -> list[str]:
+def typed_in_vain(settings: Settings) -> list[str]:
     """What was typed and changes nothing."""
     config, actions, found = settings.config, settings.actions, []
     if config.lr == 0 and not actions.eval_only:
