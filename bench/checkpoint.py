@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict:
             writer.start(files, Progress(step=number + 1), {})
             stalls.append(time.perf_counter() - began)
             beside = []
-            while writer._thread is not None and writer._thread.is_alive():
+            while writer.busy():
                 beside.append(step())
             writer.wait()
             if writer.error:
@@ -66,6 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict:
             writes.append(time.perf_counter() - began - stalls[-1])
             slowed.append(sum(beside) - len(beside) * alone)
             shares.append((stalls[-1] + max(0.0, slowed[-1])) / arguments.every)
+        writer.end()
     megabytes = sum(t.numel() * t.element_size() for part in files.values() for t in part.values())
     return {
         "stall": spread(stalls), "write": spread(writes), "steps slowed by": spread(slowed),
