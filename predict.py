@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 from common.cpus import cpus
 from common.disk import digest
+from common.errors import FAILED, FINISHED, USER_ERROR, UserError
 from common.parser import Parser, need_packages
 from common.streams import lost_words, steady_streams
 from common.text import printable
 from config.layers import LATEST, latest_in_words
-from errors import FAILED, FINISHED, USER_ERROR, UserError
 from models import lookup
 from models.own_file import code_of_weights, is_own_file
 from report.answers import Answer, Answers

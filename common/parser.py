@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from common.errors import USER_ERROR, UserError
 from common.streams import heard
-from errors import USER_ERROR, UserError
 
 PACKAGES = ("torch", "torchvision", "accelerate", "safetensors", "numpy", "PIL", "rich", "yaml")
 

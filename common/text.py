@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from errors import UserError
+from common.errors import UserError
 
 
 def printable(text: object) -> str:

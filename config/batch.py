@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from common.errors import UserError
 from common.text import counted
 from config.layers import Settings
-from errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ tells all of it together.
 import re
 from collections.abc import Callable, Iterator
 
+from common.errors import UserError, all_of
 from common.metric import selectable
 from common.text import seconds
 from config.fields import HINTS, NUMBER, TrainConfig, flag_of, mean_and_std, taking, unfreezing
 from config.layers import Settings, task_of
 from data.policy import parse_policy
-from errors import UserError, all_of
 from models import lookup, parts_of, size_problem
 from models.own_file import check_own_file, is_own_file
 

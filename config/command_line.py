@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from common.errors import UserError, all_of
 from common.parser import Parser, need_packages
 from common.streams import steady_streams
 from common.text import did_you_mean
@@ -42,7 +43,6 @@ from config.layers import (
 )
 from config.rows import MANY, MOST_TOLD, Rows, default_folder, rows_of
 from data.sources import NAMES
-from errors import UserError, all_of
 from models import MODELS, lookup
 from models.own_file import is_own_file
 from models.recipes import RECIPES

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
+from common.errors import UserError
 from common.metric import METRICS, selectable
 from common.text import did_you_mean
 from data.policy import KINDS
 from data.sources import NAMES
-from errors import UserError
 from models.own_file import is_own_file
 from models.recipes import RECIPES
 

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from common.errors import UserError
 from common.mounts import own_disk
 from common.text import nearest
 from config.fields import HINTS, MAY_CHANGE, TrainConfig, convert, flag_of
 from config.rows import Rows
-from errors import UserError
 from models import Recipe, lookup, parts_of, size_problem, told_by_weights
 from models.own_file import CODE, code_of_weights, refuse_foreign_code
 

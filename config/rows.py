@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.errors import UserError, all_of
 from common.text import file_name
 from config.fields import HINTS, SWITCH_WORDS, TYPES, convert, flag_of, no_such
-from errors import UserError, all_of
 
 if TYPE_CHECKING:
     import yaml

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import torch
 
+from common.errors import UserError
 from common.streams import exit_told
 from common.text import counted, in_bytes, printable
 from data.augment import Augment
@@ -29,7 +30,6 @@ from data.policy import parse_policy
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
 from data.sources.many import multi_hot
 from data.splits import divided, rows_of, split_text, write_split
-from errors import UserError
 
 CACHE = "show what the cache of decoded data sets holds, or empty it"
 Command = Callable[[Source, argparse.Namespace], None]

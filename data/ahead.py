@@ -12,7 +12,7 @@ from typing import Generic, Self, TypeVar
 
 import torch
 
-from errors import Left
+from common.errors import Left
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from common.disk import Json, digest, read_json, whole, write_json
-from errors import UserError
+from common.errors import UserError
 
 try:
     import fcntl

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from common.errors import UserError, all_of
 from common.text import counted, nearest, printable, some
-from errors import UserError, all_of
 
 MOST_TOLD = 10  # mistakes
 

@@ -16,12 +16,12 @@ import torch
 
 from common.cpus import cpus
 from common.disk import digest
+from common.errors import UserError
 from common.progress import progress
 from common.text import printable
 from data.ahead import pool_of
 from data.image_set import Decoded, Levels, Reasons
 from data.keyed_random import SAMPLE, permutation
-from errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from common.errors import UserError
 from common.text import places, printable
-from errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from common.cpus import cpus
 from common.disk import digest, read_json, whole, write_json
+from common.errors import UserError
 from common.progress import Count, progress
 from common.text import duration, in_bytes, printable
 from data.ahead import Ahead, Threads, Work, pool_of
@@ -32,7 +33,6 @@ from data.files import Part, cannot_decode
 from data.image_set import Levels, Source, kept_beside
 from data.kept import Kept
 from data.photographs import PLAIN, FileStore, Names, Photos, PhotoSet, Store, decoder, reason
-from errors import UserError
 
 INDEX = "pack.safetensors"  # written last: a folder with it is a whole pack
 BEGUN = "begun.json"  # what the pack is to become

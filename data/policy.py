@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from common.errors import UserError
 from common.text import did_you_mean
-from errors import UserError
 
 KINDS = ("none", "flip", "crop", "resized_crop", "translate")  # how a picture is cut and mirrored
 CUTS = ("crop", "resized_crop", "translate")  # these mirror too, as they did before there were more

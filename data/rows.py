@@ -16,13 +16,13 @@ from torch import Tensor
 
 from common.cpus import cpus
 from common.disk import read_json, whole, write_json
+from common.errors import UserError
 from common.progress import progress
 from common.text import counted, in_bytes, printable
 from data.ahead import pool_of
 from data.cache import trim, use
 from data.files import Hashed, Item, Lazy, Part
 from data.pack import LOCK, disk_told
-from errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow

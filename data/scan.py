@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.cpus import cpus
+from common.errors import UserError
 from common.progress import progress
 from common.text import counted, duration, printable
 from data.ahead import Threads, pool_of
@@ -20,7 +21,6 @@ from data.grey import grey
 from data.image_set import Levels
 from data.keyed_random import SAMPLE, permutation
 from data.photographs import PhotoSet, header, reason
-from errors import UserError
 
 PART_HEAD = 65536  # bytes of a part of a file, in which its header is looked for
 HEAD = 4096  # bytes of a file that its fingerprint is made of, beside its length

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from common.disk import csv_text, digest, write_csv
+from common.errors import UserError
 from common.text import class_name, printable, some
 from data.files import Hashed, Records
 from data.image_set import ImageSet, LeftOut, Source, labels_in_words
 from data.keyed_random import SPLIT, permutation
 from data.photographs import PhotoSet
-from errors import UserError
 
 TEST_PART = 5  # one in so many tests, of a data set that has no test split
 SPLIT_FILE = "split.csv"  # in a run folder

@@ -26,8 +26,8 @@ from torch.cuda import nccl
 
 from common.cpus import cpus
 from common.disk import digest
+from common.errors import UserError
 from config import Settings, host_name, several_nodes, tell
-from errors import UserError
 from models import lookup
 
 T = TypeVar("T")
@@ -476,8 +476,7 @@ def what_must_agree(settings: Settings) -> dict[str, str]:
 
 # What decides the numbers of a run: folders, or files of that name.
 ROOMS = (
-    "train", "tasks", "losses", "optim", "optimizers", "scores", "common", "config", "data",
-    "distributed", "models", "training",
+    "train", "tasks", "optim", "common", "config", "data", "distributed", "models", "training",
 )  # fmt: skip
 
 

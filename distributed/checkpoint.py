@@ -28,8 +28,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from common.disk import digest
+from common.errors import UserError
 from distributed import faults
-from errors import UserError
 from models.state import load_whole_state, whole_state
 
 Files = dict[str, dict[str, Tensor]]  # name of a file without its suffix -> tensors by name

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import NumbersGoneBad
+from common.errors import NumbersGoneBad
 from models.state import as_real
 
 ODD = 0x9E3779B1  # modulo 2**32, as all sums here

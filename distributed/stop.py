@@ -19,8 +19,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from common.errors import STOPPED, UserError
 from common.parent import launched, orphaned
-from errors import STOPPED, UserError
 
 SECONDS_PER_ROW = 0.5  # at least, where rows are due by time: on a GPU
 REQUEUE = "requeue"  # in the STOP file of a job that its script puts back into the queue

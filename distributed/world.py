@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.errors import Left, NumbersGoneBad, UserError
 from common.text import seconds
 from config import Settings
 from distributed import accelerator as machine
@@ -21,7 +22,6 @@ from distributed.checkpoint import Progress
 from distributed.pace import Pace
 from distributed.stop import SECONDS_PER_ROW, StopVote
 from distributed.watch import Watch
-from errors import Left, NumbersGoneBad, UserError
 
 try:
     import resource

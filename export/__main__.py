@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.errors import FAILED, FINISHED, USER_ERROR, UserError
 from common.parser import Parser, need_packages
 from common.streams import exit_told
 from common.text import pasted, printable
 from config.layers import latest_in_words
-from errors import FAILED, FINISHED, USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from torch import nn

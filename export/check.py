@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.text import counted
 from config import parse
 from data.augment import Augment
 from data.pack import levels_in
-from errors import UserError
 from export.forms import Ask, answer
 from export.service import in_unit
 from training.data import build_data, source_named, split_of

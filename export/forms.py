@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.errors import UserError
 from distributed.checkpoint import save_tensors
-from errors import UserError
 from export.service import INPUT, OUTPUT, Service, side_of
 from models import build_from
 from models.state import is_extra

@@ -8,9 +8,9 @@ from keyword import iskeyword
 from pathlib import Path
 
 from common.disk import Json, write_json, write_text
+from common.errors import UserError
 from common.reach import unreached
 from common.text import printable
-from errors import UserError
 from models import parts_of
 from models.own_file import CODE, is_own_file, load_own_class
 

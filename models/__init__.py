@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
 from common.text import class_name, did_you_mean
-from errors import UserError
 from models.own_file import (
     call_with_known_arguments,
     check_own_file,

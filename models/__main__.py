@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
 from common.parser import need_packages_or_exit
 from common.streams import exit_told
 from common.text import counted
-from errors import UserError
 from models import MODELS, build_model, lookup
 from models.looks import published_look
 from models.own_file import is_own_file

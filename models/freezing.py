@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import nn
 
+from common.errors import UserError
 from common.text import did_you_mean, some
-from errors import UserError
 from models.weights import freeze, hold_frozen, let_go, named
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.disk import digest, read_json
+from common.errors import UserError
 from common.text import did_you_mean
-from errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 CODE = "code"  # in a run folder: the files of an own model
 MOST_KEPT = 1_000_000  # bytes of them
 OURS = {
-    "__main__", "bench", "common", "config", "data", "distributed", "errors", "export", "launch",
-    "losses", "models", "optim", "optimizers", "predict", "report", "scores", "tasks", "tests",
-    "train", "training",
+    "__main__", "bench", "common", "config", "data", "distributed", "export", "launch",
+    "many", "models", "optim", "predict", "report", "tasks", "tests", "train", "training",
 }  # fmt: skip
 SETTINGS = {".json", ".yaml", ".yml", ".toml", ".ini", ".cfg"}  # that a model's file may read
 # What a class must be, by the flag that names it.

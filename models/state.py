@@ -6,7 +6,7 @@ import json
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 
 EXTRA = "_extra_state"  # torch's name for what get_extra_state returns
 Plain = Tensor | dict | list | tuple | str | float | int | bool | None

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from common.errors import UserError
 from common.text import did_you_mean, some
-from errors import UserError
 from models import no_drop_path
 
 if TYPE_CHECKING:

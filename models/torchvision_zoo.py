@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from errors import UserError
+from common.errors import UserError
 from models import no_drop_path
 from models.pooling import AdaptivePool
 

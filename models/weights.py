@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.errors import UserError
 from common.text import both_sides, counted, did_you_mean, places, some
-from errors import UserError
 from models import TIMM, lookup, parts_of, timm_zoo, told_by_weights
 from models.hooks import NamesAuxiliaryHeads
 from models.own_file import is_own_file

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
+from common.errors import USER_ERROR, UserError
 from common.parser import Parser, need_packages
 from common.streams import exit_told
 from common.text import printable
 from config.layers import LATEST, latest_in_words
-from errors import USER_ERROR, UserError
 
 COMMANDS = {
     "page": "write report.html into a run's folder, from the files that are there",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from common.disk import csv_text, digest, read_json, write_json
+from common.errors import UserError
 from common.text import printable
-from errors import UserError
 
 if TYPE_CHECKING:
     from report.screen import Report

@@ -14,8 +14,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import FAILED, FINISHED, STOPPED
 from common.text import counted, duration, printable
-from errors import FAILED, FINISHED, STOPPED
 from report.page import Files, is_number
 from report.reader import Reader
 from report.screen import Report

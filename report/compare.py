@@ -19,11 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from common.disk import read_json, write_text
+from common.errors import FINISHED, UserError
 from common.metric import Metric
 from common.text import counted, printable, some
 from config import TrainConfig
 from config.rows import SWEEP
-from errors import FINISHED, UserError
 from report.chart import chart, short
 from report.page import HERE, PARTS, STYLE, TEMPLATES, Files, is_number, source_of
 from report.screen import Report

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 from common.disk import read_json
+from common.errors import FAILED, FINISHED, UserError
 from common.text import duration, pasted, printable
 from data.pack import BEGUN
 from distributed.checkpoint import verify, visible
 from distributed.watch import alive
-from errors import FAILED, FINISHED, UserError
 from report.screen import WORTH_TELLING, Report
 from training.goodput import goodput, in_words, slow_ones
 from training.run_dir import free_bytes

@@ -7,6 +7,7 @@ from bdb import BdbQuit
 from collections.abc import Callable
 from pathlib import Path
 
+from common.errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
 from common.text import counted
 from config import Settings, has_own_terminal
 from distributed.accelerator import leave
@@ -14,7 +15,6 @@ from distributed.checkpoint import Progress
 from distributed.stop import DAMAGED, SAVE_FAILED, restarts_left
 from distributed.watch import failed_at_start, tell_agent
 from distributed.world import World
-from errors import FAILED, FINISHED, STOPPED, USER_ERROR, NumbersGoneBad, UserError
 from optim import ScheduleFreeWeights
 from report import panels
 from report.gradcam import keep_mistakes

@@ -20,8 +20,8 @@ from urllib.parse import parse_qs
 from markupsafe import Markup
 
 from common.disk import Json, read_json
+from common.errors import FINISHED, UserError
 from common.text import duration, percent, printable
-from errors import FINISHED, UserError
 from report.doctor import describe_status
 from report.page import HERE, SPEED, STYLE, TEMPLATES, Files, is_number, source_of
 from report.reader import Reader, life_of, new_rows

@@ -10,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 
 from common.disk import Json
+from common.errors import FINISHED, UserError
 from common.text import counted, duration
 from config import restarted, to_json
 from distributed import faults
 from distributed.checkpoint import Progress, sweep
 from distributed.stop import MOVED
 from distributed.world import World
-from errors import FINISHED, UserError
 from models.own_file import keep_code
 from report import panels
 from report.screen import Report, SpeedMeter

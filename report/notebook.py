@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.disk import write_text
+from common.errors import FAILED, FINISHED, STOPPED, UserError
 from config import TYPES, Settings, TrainConfig, flag_of, parse
 from config.command_line import read_yaml
 from config.layers import latest_run
 from distributed.checkpoint import Progress
 from distributed.lent import lent
 from distributed.world import World
-from errors import FAILED, FINISHED, STOPPED, UserError
 from models import PARTS, build_from
 from models.class_source import standalone_source
 from models.own_file import standing_for

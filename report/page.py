@@ -21,10 +21,10 @@ from markupsafe import Markup
 
 from common.confusion import dense, totals
 from common.disk import parse_object, read_json, write_text
+from common.errors import FINISHED, UserError
 from common.metric import Metric
 from common.text import duration, pasted, percent, printable
 from config import TrainConfig
-from errors import FINISHED, UserError
 from report.chart import chart, short
 from report.pictures import MOST_NAMES
 from training.goodput import LOST, goodput, slow_ones

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.confusion import dense
 from common.disk import read_json, write_json, write_text
+from common.errors import FAILED, FINISHED, STOPPED
 from common.metric import Metric
 from common.text import counted, duration, pasted, printable
 from config import Actions, TrainConfig, flag_of, own_disks, recipe_of
@@ -19,7 +20,6 @@ from distributed.accelerator import cpu_has_bf16, lacks_bf16
 from distributed.checkpoint import Progress, card_of
 from distributed.stop import DAMAGED, SIGNAL, TIME_LIMIT
 from distributed.world import World
-from errors import FAILED, FINISHED, STOPPED
 from models import parts_of
 from models.__main__ import table_of_layers
 from models.own_file import is_own_file

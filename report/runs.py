@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 from common.disk import read_json
+from common.errors import FINISHED, UserError
 from common.text import duration
 from config.rows import SWEEP
-from errors import FINISHED, UserError
 from report.compare import Run, shown, table
 from report.doctor import describe_status
 from report.page import Files

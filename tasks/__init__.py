@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from losses import Criterion
 from models.hooks import WeighsAuxiliaryHeads
 from tasks.classification import Classification, balanced_accuracy, never_found
+from tasks.losses import Criterion
 from tasks.multilabel import Multilabel
 from tasks.regression import Regression
 from tasks.task import LARGEST_LOSS, LOSS_UNIT, Outputs, Task, split_outputs

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import scores
 from common.confusion import MOST, WHOLE, precisions, totals
 from common.metric import METRICS
 from common.text import percent, some
-from losses import Criterion
+from tasks import scores
+from tasks.losses import Criterion
 from tasks.task import (
     LARGEST_LOSS,
     LOSS_UNIT,

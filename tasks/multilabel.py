@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from common.confusion import totals
 from common.metric import METRICS, Metric
 from common.text import percent, some
-from losses import Binary, Criterion
+from tasks.losses import Binary, Criterion
 from tasks.task import (
     LARGEST_LOSS,
     LOSS_UNIT,

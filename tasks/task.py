@@ -9,7 +9,7 @@ from torch import Tensor
 from common.confusion import totals
 from common.metric import Metric
 from common.text import counted
-from losses import Criterion
+from tasks.losses import Criterion
 
 # Losses are counted in units of 2**-20, so that their sum is an integer: the same total in every
 # order of addition, hence on every number of processes.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from errors import UserError
+from common.errors import UserError
 
 
 @contextlib.contextmanager

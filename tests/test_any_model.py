@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import predict
+from common.errors import UserError
 from data.loaders import Resident
 from distributed.checksums import checksum
 from distributed.generators import Generators
 from distributed.shards import Arrivals, EveryParameter
-from errors import UserError
 from models import build_model
 from models.state import whole_state
 from models.weights import freeze_backbone, head_prefixes

@@ -8,10 +8,10 @@ import torch
 from launches import SMALL, rows, same_weights, train
 from test_pack import make
 
+from common.errors import UserError
 from config import parse
 from data.sources import load_source
 from distributed.checkpoint import card_of
-from errors import UserError
 from tasks import Classification, Regression, balanced_accuracy, never_found
 from training.best import terms
 from training.data import build_data

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from common.errors import UserError
 from config import HINTS, parse
 from data.augment import Augment
 from data.grey import grey
 from data.image_set import ImageSet
 from data.sources.describe import grey_levels
 from distributed.checkpoint import card_of
-from errors import UserError
 from models import PARTS, build_from, build_model
 from models.__main__ import table_of_layers
 from models.blurpool import add_blur

@@ -16,6 +16,7 @@ from refusals import refused
 from safetensors.torch import save_file
 from torch import nn
 
+from common.errors import UserError
 from config import TrainConfig
 from distributed import faults
 from distributed.checkpoint import (
@@ -35,7 +36,6 @@ from distributed.checkpoint import (
     visible,
     write_checkpoint,
 )
-from errors import UserError
 from optim import WeightAverage, build_optimizer
 
 REPOSITORY = str(Path(__file__).resolve().parent.parent)

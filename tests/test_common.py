@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from common import disk
+from common.errors import UserError, all_of
 from common.metric import METRICS
 from common.text import counted, did_you_mean, file_name, seconds
-from errors import UserError, all_of
 
 
 def test_a_mistake_keeps_its_code_on_its_way():

@@ -12,6 +12,7 @@ from launches import REPOSITORY
 from refusals import refused
 
 import predict
+from common.errors import UserError
 from common.text import seconds
 from config import (
     HINTS,
@@ -27,7 +28,6 @@ from config import (
     plan_batch,
     to_json,
 )
-from errors import UserError
 from models import MODELS
 from training.plan import typed_in_vain
 

@@ -123,7 +123,7 @@ def test_the_map_in_the_readme_names_every_file_and_folder():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/")]:
         name = path.name + "/" if path.is_dir() else path.name
-        if name.startswith((".", "__")) or name in ("runs/", "tests/", "wandb/", "errors.py"):
+        if name.startswith((".", "__")) or name in ("runs/", "tests/", "wandb/"):
             continue
         if path.is_dir() and not any(path.glob("*.py")) and name not in ("launch/", "docs/"):
             continue

@@ -7,7 +7,7 @@ import time
 import pytest
 from launches import SMALL, newest, python, train
 
-from errors import UserError
+from common.errors import UserError
 from report.doctor import examine
 
 

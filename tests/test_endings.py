@@ -32,9 +32,9 @@ from launches import (
 )
 from rich.console import Console
 
+from common.errors import UserError
 from common.text import pasted
 from distributed.checkpoint import Progress, card_of, save_tensors, write_checkpoint
-from errors import UserError
 from report.screen import Report, show_tracebacks
 from training.checkpoints import Checkpoints
 from training.run_dir import RunDir, launch_command

@@ -21,7 +21,7 @@ from launches import REPOSITORY, python, rows, train
 from PIL import Image
 from torch import nn
 
-from errors import UserError
+from common.errors import UserError
 from models.class_source import standalone_source
 from report.notebook import KeptClass, where_it_runs
 from train import fit
@@ -477,7 +477,7 @@ class Cell(nn.Module):
 result = fit(Cell, dataset="digits", image_size=16, epochs=3, threads=1, plots=False)
 result
 ---
-from errors import UserError
+from common.errors import UserError
 try:
     fit(Cell, epoch=3)
 except UserError as error:

@@ -29,9 +29,9 @@ from launches import (
 from refusals import refused
 
 from common.disk import read_json
+from common.errors import UserError
 from config import build_parser
 from data.sources import NAMES
-from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"

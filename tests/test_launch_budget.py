@@ -136,7 +136,8 @@ STEP = {
     },
     "data/operators.py": {"change", "_apply_changes", "_jitter", "affine", "colour", "levelled"}
     | {"sharpen", "equalise", "hue", "blur", "_erase", "grey"},
-    "optim.py": {"step", "_update", "_update_together", "orthogonal_stacks", "update"},
+    "optim/muon.py": {"step", "_update", "_update_together", "orthogonal_stacks"},
+    "optim/average.py": {"update"},
 }
 
 

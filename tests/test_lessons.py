@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import predict
 from bench import notebook
+from common.errors import UserError
 from config import parse
 from data.augment import Augment
 from data.files import decode
@@ -29,7 +30,6 @@ from data.order import EvaluationBatchSampler, GlobalBatchSampler
 from data.sources import load_source
 from data.sources.folder import read_class_folders
 from data.splits import split_validation
-from errors import UserError
 from models import build_model
 from models.__main__ import table_of_layers
 from report.screen import Report

@@ -13,9 +13,9 @@ from launches import REPOSITORY, SMALL, Command, begun, command, finish, start, 
 from refusals import refused
 from test_page import fabricate
 
+from common.errors import UserError
 from config import parse
 from distributed.checkpoint import Progress
-from errors import UserError
 from report import live, page, reader
 from report.board import Board
 from report.logbook import time_left

@@ -9,9 +9,9 @@ from refusals import refused
 from torch import nn
 from torch.nn import functional as F
 
+from common.errors import UserError
 from config import parse
-from errors import UserError
-from losses import WEIGHT_UNIT, Criterion, build_criterion, class_weights
+from tasks.losses import WEIGHT_UNIT, Criterion, build_criterion, class_weights
 
 CLASSES = 7
 

@@ -31,8 +31,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.errors import UserError
 from config import parse
-from errors import UserError
 from models import MODELS, build_model, lookup, weights
 from models.pooling import AdaptivePool, pooled_linear, without_deterministic_backward
 from models.weights import freeze_backbone, head_prefixes, imagenet_reach, load_weights

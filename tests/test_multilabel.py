@@ -21,10 +21,10 @@ from data.augment import Augment
 from data.image_set import labels_in_words, numbered_as
 from data.sources import load_source
 from data.sources.many import multi_hot
-from losses import Binary
 from predict import load_run, made_by, predict, with_threshold
 from report import page
 from tasks import TASKS, Multilabel
+from tasks.losses import Binary
 from tasks.multilabel import steps
 
 CLASSES = 6

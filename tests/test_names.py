@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from common.errors import UserError
 from common.text import class_name, places
 from data.sources import load_source
 from data.sources.folder import read_class_folders
 from data.sources.listed import read_listed
-from errors import UserError
 from models.weights import load_weights
 from training.data import excluded_names
 

@@ -9,20 +9,20 @@ import torch
 from refusals import refused
 from torch import nn
 
+from common.errors import UserError
 from config import HINTS, TrainConfig, parse
 from config.fields import OPTIMIZERS as TAKEN
 from distributed.checkpoint import capture, restore
 from distributed.shards import Guard
-from errors import UserError
 from optim import (
     WeightAverage,
     build_average,
     build_optimizer,
     lr_at,
-    parameter_groups,
     set_lr,
     start_state,
 )
+from optim.build import parameter_groups
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "exponential", "plateau")  # never rise
 RISE = ("one_cycle", "cosine_restarts")

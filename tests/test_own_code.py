@@ -14,8 +14,8 @@ from launches import REPOSITORY, SMALL, python, train
 from PIL import Image
 from safetensors.torch import save_file
 
+from common.errors import UserError
 from distributed.checkpoint import card_of
-from errors import UserError
 from models import build_model, own_file
 from models.own_file import code_of_weights, digests_of, keep_code
 from predict import main as predict_main

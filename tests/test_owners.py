@@ -13,10 +13,10 @@ from refusals import refused
 from torch import nn
 
 import train as loop
+from common.errors import NumbersGoneBad, UserError
 from config import BatchPlan, TrainConfig, parse
 from distributed.checkpoint import Progress
 from distributed.world import World
-from errors import NumbersGoneBad, UserError
 from optim import build_optimizer, lr_at
 from report import logbook
 from report.logbook import Logbook

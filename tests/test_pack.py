@@ -18,12 +18,12 @@ from filelock import FileLock
 from launches import rows, same_weights, train
 from PIL import Image
 
+from common.errors import UserError
 from data import pack
 from data.__main__ import main
 from data.cache import digest_of, read_entry
 from data.cuts import Cuts
 from data.sources import load_source
-from errors import UserError
 
 KEEP = ("--short-side", "keep")
 

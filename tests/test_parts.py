@@ -6,8 +6,8 @@ from launches import SMALL, losses, newest, rows, same_after_a_kill, same_weight
 from safetensors.torch import load_file
 from torch import nn
 
+from common.errors import UserError
 from config import TrainConfig, parse, unfreezing
-from errors import UserError
 from models import build_model
 from models.freezing import Frozen
 from models.resnet import stochastic_depth

@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from common.errors import UserError
 from data import files
 from data import photographs as module
 from data.ahead import Ahead, Threads
@@ -26,7 +27,6 @@ from data.photographs import PLAIN, Names, Photos, cut, decoded, header, reducti
 from data.scan import scan
 from data.sources import load_source
 from data.splits import read_split
-from errors import UserError
 from training.recorder import read
 
 SIZES = [(375, 500), (500, 333), (64, 700), (230, 231), (90, 40), (1200, 900)]

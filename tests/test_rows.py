@@ -12,9 +12,9 @@ from launches import rows, same_weights, train
 from test_pack import KEEP, make, prepared, seen
 from test_photographs import NET
 
+from common.errors import UserError
 from data import rows as lying
 from data.sources import load_source, tables
-from errors import UserError
 
 
 @pytest.fixture(autouse=True)

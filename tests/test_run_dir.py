@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.disk import read_json, write_json, write_text
-from errors import UserError
+from common.errors import UserError
 from training import run_dir
 from training.run_dir import (
     STALE_SECONDS,

@@ -19,6 +19,7 @@ import torch
 from launches import Command, finish, start
 from PIL import Image, ImageFile
 
+from common.errors import UserError
 from config import HINTS, build_parser
 from data import cache, files, sources
 from data.__main__ import main
@@ -26,7 +27,6 @@ from data.photographs import PhotoSet
 from data.sources import choose_dataset, cifar_batches, folder, hub, load_source
 from data.sources.cifar10 import CIFAR10
 from data.sources.published import Published
-from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

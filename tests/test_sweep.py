@@ -12,13 +12,15 @@ import torch
 from launches import REPOSITORY, begun, command, finish, python, rows, start, train, wait_for
 from refusals import refused
 
-import many
 from config import parse
 from config.rows import Row, Rows, read_sweep
 from data.sources import load_source
 from data.splits import folded, keyed_folds, keyed_split
 from distributed.stop import SIGNALS
 from distributed.watch import alive
+from many import crew as crews
+from many import folder as folders
+from many import starts
 from training.out_of_fold import FILE
 
 SMALL = ["--model", "my_cnn", "--dataset", "digits", "--image-size", "16", "--batch-size", "64"]
@@ -73,12 +75,6 @@ def test_rows_are_as_they_stand_and_array_jobs_get_the_same(tmp_path):
     assert "warning: 4 images are left for each GPU" in done.stdout
 
 
-def test_the_file_of_many_runs_is_no_command_and_says_which_one_is():
-    done = python("many.py", "--seeds", "5", "--dataset", "my digits")
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.endswith("train.py --seeds 5 --dataset 'my digits'\n"), done.stderr
-
-
 def test_an_array_job_may_have_rows_more_at_the_end_and_no_others(tmp_path):
     """What docs/many-runs.md promises of a file, wherever its rows run."""
     words = ["--dataset", "digits", "--model", "my_cnn", "--run-dir", str(tmp_path / "x")]
@@ -98,14 +94,19 @@ def test_what_another_command_wrote_until_the_lock_was_ours_counts(tmp_path, mon
     rows = Rows(folder, ("--model", "my_cnn"), (Row(0, "", {"lr": "0.1"}),))
     others = Rows(folder, ("--model", "alexnet"), rows.rows).told()
     monkeypatch.setattr(
-        many.fcntl, "lockf", lambda *_: (folder / "sweep.json").write_text(json.dumps(others))
+        folders.fcntl,
+        "lockf",
+        lambda *_: (folder / "sweep.json").write_text(json.dumps(others)),
     )
-    with refused("other-sweep", match="holds other runs: --model alexnet"), many.entered(rows):
+    with (
+        refused("other-sweep", match="holds other runs: --model alexnet"),
+        folders.entered(rows),
+    ):
         pass
     assert json.loads((folder / "sweep.json").read_text()) == others
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "letter.txt").write_text("")
-    with refused("run-dir-foreign"), many.entered(Rows(tmp_path / "own", (), rows.rows)):
+    with refused("run-dir-foreign"), folders.entered(Rows(tmp_path / "own", (), rows.rows)):
         pass
     assert [path.name for path in (tmp_path / "own").iterdir()] == ["letter.txt"]
 
@@ -166,17 +167,17 @@ def test_the_folder_may_stand_in_a_file_and_be_typed_otherwise_later(tmp_path):
     found = parse(["--config", file, "--seeds", "2"]).rows
     assert found.folder == tmp_path / "mine"
     assert [row.values for row in found.rows] == [{"seed": "5"}, {"seed": "6"}]
-    with many.entered(found):
+    with folders.entered(found):
         pass
     typed = os.path.relpath(tmp_path / "mine")
     words = ["--config", file, "--seeds"]
-    with many.entered(parse([*words, "3", "--run-dir", typed]).rows):  # a row more, at the end
+    with folders.entered(parse([*words, "3", "--run-dir", typed]).rows):  # a row more, at the end
         pass
     kept = json.loads((tmp_path / "mine" / "sweep.json").read_text())
     assert [row["name"] for row in kept["rows"]] == ["000-seed5", "001-seed6", "002-seed7"]
     with (
         refused("other-sweep", match="002-seed7 is not as it was"),
-        many.entered(parse([*words, "2"]).rows),
+        folders.entered(parse([*words, "2"]).rows),
     ):
         pass
 
@@ -222,13 +223,13 @@ def crew(monkeypatch, folder, words=(), side_by_side=2, left=3, board=None, at_s
         at_start()
         return made[-1]
 
-    monkeypatch.setattr(many, "warm_interpreter", lambda: contextlib.nullcontext(start))
-    monkeypatch.setattr(many, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(many, "cpus", lambda: 6)
+    monkeypatch.setattr(crews, "warm_interpreter", lambda: contextlib.nullcontext(start))
+    monkeypatch.setattr(crews, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(crews, "cpus", lambda: 6)
     every = tuple(Row(n, "", {"seed": str(n)}) for n in range(3))
     rows = Rows(folder, tuple(words), every, side_by_side)
-    turns = [many.Turn(row, folder / row.name) for row in every[3 - left :]]
-    many.Crew(rows, turns, min(side_by_side or 1, left), [], board or Board()).work()
+    turns = [folders.Turn(row, folder / row.name) for row in every[3 - left :]]
+    crews.Crew(rows, turns, min(side_by_side or 1, left), [], board or Board()).work()
     return made
 
 
@@ -273,8 +274,8 @@ def test_what_is_compiled_starts_cold_whoever_says_so(monkeypatch, tmp_path):
     warm = contextlib.nullcontext(Board())
     warm.enter_result.start = lambda *words, **more: started.append("warm")
     monkeypatch.setattr("launch.preloaded.Interpreter", lambda environment: warm)
-    monkeypatch.setattr(many, "_cold", lambda *words: started.append("cold"))
-    with many.warm_interpreter() as start:
+    monkeypatch.setattr(starts, "_cold", lambda *words: started.append("cold"))
+    with starts.warm_interpreter() as start:
         for words in ([], ["--compile"], ["--config", file], ["--config", file, "--no-compile"]):
             start(words, tmp_path / "x.txt", {})
     assert started == ["warm", "cold", "cold", "warm"]
@@ -293,7 +294,7 @@ def test_under_nohup_the_terminal_may_go(monkeypatch, tmp_path):
 
 
 def test_what_a_row_says_lies_beside_its_folder_under_its_whole_name():
-    assert many.Turn(Row(0, "", {}), Path("s/000-lr0.003")).output == Path("s/000-lr0.003.txt")
+    assert folders.Turn(Row(0, "", {}), Path("s/000-lr0.003")).output == Path("s/000-lr0.003.txt")
 
 
 # --- folds ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models as zoo
 
-from errors import UserError
+from common.errors import UserError
 from models import build_model, looks, lookup, told_by_weights
 from models.weights import freeze_backbone, head_prefixes, imagenet_reach, load_weights
 

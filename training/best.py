@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.disk import digest
+from common.errors import UserError
 from distributed.checkpoint import Progress, card_of, copy_state
 from distributed.world import World
-from errors import UserError
 from tasks import Task
 from training.checkpoints import Checkpoints
 from training.data import Data

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.disk import Json, read_json
+from common.errors import UserError
 from common.text import both_sides, seconds
 from distributed.checkpoint import (
     Progress,
@@ -31,7 +32,6 @@ from distributed.checkpoint import (
     visible,
 )
 from distributed.world import World
-from errors import UserError
 from models.own_file import CODE, digests_of, holds
 from training.learner import Learner
 from training.plan import Plan, classes_of_run

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.disk import Json
+from common.errors import UserError
 from common.text import counted
 from config import HINTS, BatchPlan, Settings, TrainConfig, mean_and_std, plan_batch, task_of
 from data.augment import Augment
@@ -40,7 +41,6 @@ from data.splits import SPLIT_FILE, divided, folded
 from distributed import faults
 from distributed.stop import DAMAGED
 from distributed.world import World
-from errors import UserError
 from models import lookup
 from models.looks import Look, look_of, published_look
 from training.elsewhere import as_the_run_sees, card_of_run

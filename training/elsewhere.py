@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from common.disk import Json, digest, read_json, write_json
+from common.errors import UserError
 from common.text import both_sides, file_name, places
 from data.image_set import Source, renumbered
 from data.splits import names_of, together
 from distributed.checkpoint import card_of
-from errors import UserError
 from training.plan import Plan
 
 EVALUATIONS = "evaluations"  # in a run folder

@@ -20,11 +20,11 @@ from distributed.checksums import refuse_difference
 from distributed.generators import Generators
 from distributed.shards import Guard, Shards
 from distributed.world import World
-from losses import WEIGHT_UNIT
 from models import lookup
 from models.state import beside_state_dict, whole_state
 from optim import ScheduleFreeWeights, WeightAverage, add_parameters, start_state
 from tasks import split_outputs
+from tasks.losses import WEIGHT_UNIT
 from training.data import Data
 from training.norms import measure
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from common.errors import UserError
 from distributed.world import World
-from errors import UserError
 from optim import set_lr
 from training.data import Batch, Data
 from training.learner import Learner

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common.disk import write_json
-from errors import NumbersGoneBad
+from common.errors import NumbersGoneBad
 from training.data import Data
 from training.learner import Learner
 from training.schedule import Schedule

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.disk import read_json
+from common.errors import UserError
 from common.text import class_name
 from config import Actions, BatchPlan, Settings, TrainConfig, recipe_of, restarted
 from data.sources import SOURCES, choose_dataset
 from distributed.checkpoint import visible
 from distributed.world import World
-from errors import UserError
 from models import lookup, told_by_weights
 from models.weights import imagenet_reach
 from training.run_dir import fresh_name

@@ -22,12 +22,12 @@ from typing import TextIO
 from torch import Tensor
 
 from common.disk import Json, parse_object, read_json, whole, write_json, write_text
+from common.errors import UserError
 from common.metric import Metric
 from common.text import file_name, found_from_here, pasted
 from data.cache import write_entry
 from data.image_set import Source
 from data.splits import SPLIT_FILE, rows_of, write_split
-from errors import UserError
 from models.own_file import CODE
 
 try:

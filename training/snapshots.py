@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 
 from common.disk import digest, read_json, write_text
+from common.errors import UserError
 from common.parent import launched
 from common.text import seconds
 from config import MAY_CHANGE, TrainConfig
 from distributed.accelerator import wait_limit
 from distributed.checkpoint import Progress, Writer, capture, read_progress, sweep, verify, visible
 from distributed.world import World
-from errors import UserError
 from models.state import whole_state
 from training.learner import Learner
 from training.plan import Plan

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from common.disk import Json, digest
+from common.errors import UserError
 from config import Settings, to_json, unfreezing
 from data.keyed_random import hash_integers
 from distributed.accelerator import code_fingerprint, model_fingerprint
@@ -17,8 +18,6 @@ from distributed.checkpoint import Progress
 from distributed.generators import Generators
 from distributed.shards import packed, unpack
 from distributed.world import World
-from errors import UserError
-from losses import Criterion, build_criterion, class_weights
 from models import build_from, lookup, parts_of
 from models.freezing import Frozen
 from models.hooks import StartsFromData
@@ -26,6 +25,7 @@ from models.own_file import digests_of, is_own_file
 from models.state import load_whole_state, separate_views, whole_state
 from models.weights import load_weights
 from tasks import TASKS, Task, build_task
+from tasks.losses import Criterion, build_criterion, class_weights
 from training.data import Data
 from training.learner import Learner
 from training.plan import Plan

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from config import TrainConfig
 from data.keyed_random import hash_integers
 from distributed.generators import Generators
 from distributed.shards import Arrivals, EveryParameter, Nature
 from distributed.watch import device_failed, out_of_memory
 from distributed.world import World
-from errors import UserError
 from models import lookup
 from models.own_file import about_channels, place_in
 from models.pooling import without_deterministic_backward

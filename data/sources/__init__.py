@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from common.errors import UserError
 from common.progress import progress
 from common.text import nearest, not_permitted, printable
 from data.image_set import ImageSet, Source, limited
-from errors import UserError
 
 if TYPE_CHECKING:
     from data.cache import Entry

@@ -9,13 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import UserError
 from common.text import class_name, printable
 from data.files import SUFFIXES, Part, Records
 from data.image_set import LeftOut
 from data.sources.layout import Layout
 from data.sources.tables import split_of
 from data.splits import AS_IT_IS, Wanted, arranged, test_and_val
-from errors import UserError
 
 MOST_TEXT = 2**20  # bytes of a label or of a table of names
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

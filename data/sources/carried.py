@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.errors import UserError
 from common.text import printable
 from data.cache import Entry, read_entry, write_entry
 from data.files import SMALL
@@ -10,7 +11,6 @@ from data.image_set import Source, in_memory, kept_beside
 from data.sources.describe import packed
 from data.sources.layout import Layout
 from data.sources.published import Published
-from errors import UserError
 
 
 def save(source: Source, path: Path, image_size: int | None) -> None:

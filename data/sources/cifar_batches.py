@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.errors import UserError
 from common.text import printable
 from data.image_set import Decoded
 from data.sources.cifar10 import CIFAR10
 from data.sources.layout import Layout
-from errors import UserError
 
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
 BATCH_NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from common.disk import Json, digest
+from common.errors import UserError
 from common.text import both_sides, class_name, some
 from data.cache import Entry, cached, digest_of, entry_path, size_limit, trim, use
 from data.files import Part, Records, told_levels
@@ -28,7 +29,6 @@ from data.photographs import PHOTOGRAPH, FileStore, Names, PhotoSet, Store, deco
 from data.rows import Groups, GroupStore, Parts, Rows
 from data.scan import RowStore, Scanned, level_counts, mean_and_std_of, root_and_names
 from data.sources.twice import told_twice
-from errors import UserError
 
 
 def check(labels: torch.Tensor, is_test: torch.Tensor, classes: tuple[str, ...], at: str) -> None:

@@ -5,13 +5,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError
 from common.text import class_name, printable, some
 from data.files import SUFFIXES, Made, Records
 from data.image_set import LeftOut
 from data.sources.layout import Layout
 from data.sources.walk import entries, is_folder, once, walk
 from data.splits import AS_IT_IS, Wanted, arranged, split_word, test_and_val
-from errors import UserError
 
 NO_CLASS = {"unknown", "unlabeled", "unlabelled", "images", "all", "test"}  # what holds no labels
 

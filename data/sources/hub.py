@@ -7,12 +7,12 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from common.errors import UserError
 from common.text import printable
 from data.files import Records
 from data.sources.layout import Aside
 from data.sources.tables import Placed, read_tables, records_of_tables, split_of, table_files
 from data.splits import AS_IT_IS, Wanted, split_word
-from errors import UserError
 
 PATIENCE = 4.0  # seconds; a blocked name resolution would otherwise take minutes
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.disk import Json, parse_object
+from common.errors import UserError
 from common.text import class_name, printable, some
 from data.files import Records
 from data.image_set import LeftOut
@@ -20,7 +21,6 @@ from data.sources.folder import subfolders
 from data.sources.layout import Layout
 from data.sources.walk import entries, is_folder, once, walk
 from data.splits import AS_IT_IS, Wanted, arranged, class_names, split_word, test_and_val
-from errors import UserError
 
 SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # and what parts the columns
 STEMS = ("metadata", "labels", "annotations")

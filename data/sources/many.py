@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import torch
 
+from common.errors import UserError
 from common.text import class_name, printable, some
 from data.image_set import Source, class_counts
 from data.sources.describe import lacking
 from data.splits import class_names
-from errors import UserError
 
 BETWEEN = "|"
 PARTS = (BETWEEN, ";", ",")  # what stands between names in a cell: the first that a column has

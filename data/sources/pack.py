@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.errors import UserError
 from common.text import printable
 from data.cache import Entry
 from data.pack import is_pack, open_pack
 from data.sources.layout import Layout
 from data.sources.published import Published
-from errors import UserError
 
 
 def read(path: Path, image_size: int | None, known: Mapping[str, Published], name: str) -> Entry:

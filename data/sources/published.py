@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+from common.errors import UserError
 from common.text import places, printable
 from data.image_set import Decoded
 from data.scan import Scanned
-from errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.errors import UserError
 from common.text import both_sides, class_name, places, printable, some
 from data.files import SMALL, Records
 from data.image_set import LeftOut
@@ -31,7 +32,6 @@ from data.sources import many
 from data.sources.layout import Aside, Layout
 from data.splits import AS_IT_IS, Wanted, arranged, split_word, test_and_val
 from data.splits import Column as Cells
-from errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from errors import UserError
+from common.errors import UserError
 from models.own_file import is_own_file, load_own_class
 
 FOCUS = 2.0  # focal loss's gamma where nobody says another, as Lin et al. (ICCV 2017) chose it
