@@ -20,7 +20,8 @@ from data.loaders import place
 from data.sources import ImageSet
 from distributed.checkpoint import capture, restore
 from models import MODELS, build_model
-from optim import Muon, build_optimizer, orthogonal
+from optim import Muon, build_optimizer
+from optim.muon import orthogonal
 
 MUON = TrainConfig(optimizer="muon", lr=0.02, momentum=0.6)
 
