@@ -39,6 +39,41 @@ def test_every_measurement_says_what_it_does(module):
     assert "--json" in done.stdout
 
 
+IN_SMALL = {
+    "throughput": "--models my_cnn --rounds 1 --steps 3 --dataset digits --batch-size 16",
+    "options": "--models my_cnn --rounds 1 --steps 3 --batch-size 16 --options DDP;bf16",
+    "augment": "--rounds 1 --batch-size 4",
+    "startup": "--model my_cnn --image-size 16 --batch-size 8 --rounds 1",
+    "seeds": "--runs 2 -- --model my_cnn --dataset digits --image-size 16 --epochs 1",
+    "checkpoint": "--model my_cnn --image-size 32 --batch-size 4 --rounds 1",
+    "shards": "--model my_cnn --image-size 32 --micro-batch 4 --shards 4 --rounds 1",
+    "loader": "--images 40 --large 0 --rounds 1",
+    "later_epochs": "--images 64 --rounds 1",
+    "kills": "--kills 1 --seconds 2",
+}
+
+
+def numbers(found: object) -> list[float]:
+    """All that a measurement found, however deep it stands."""
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, list):
+        return [number for one in found for number in numbers(one)]
+    return [float(found)] if isinstance(found, int | float) else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", IN_SMALL)
+def test_every_measurement_comes_to_its_end_and_has_found_numbers(module, tmp_path):
+    """One waited for ever for a thread that had begun to live as long as the run."""
+    file = tmp_path / "found.json"
+    done = python("-m", f"bench.{module}", "--json", file, *IN_SMALL[module].split())
+    assert done.returncode == 0, done.stderr
+    found = numbers(json.loads(file.read_text()))
+    assert len(found) > 3 and all(map(math.isfinite, found)), found
+    assert "|" in done.stdout
+
+
 def test_a_gate_lets_whole_windows_through_and_warms_up_first(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("go\ngo\n"))
     gate = Gate(steps=3, warm=2, batch_size=10)
