@@ -229,6 +229,17 @@ def use(path: Path) -> None:
             _in_use[path] = descriptor
 
 
+@contextlib.contextmanager
+def given_back() -> Iterator[None]:
+    """Entries that are first used within may be removed afterwards, though this process lives."""
+    before = set(_in_use)
+    try:
+        yield
+    finally:
+        for path in _in_use.keys() - before:
+            os.close(_in_use.pop(path))
+
+
 def _held_file(descriptor: int | None) -> int | None:
     return None if descriptor is None else os.fstat(descriptor).st_ino
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class PackStore:
                 if number not in self._opened:
                     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
                     descriptor = os.open(self.root / self.files[number], flags)
+                    weakref.finalize(self, os.close, descriptor).atexit = False
                     pages = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
                     self._opened[number] = descriptor, pages
         return *self._opened[number], start, length

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from common.streams import steady_streams
+from data.cache import given_back
 from distributed.accelerator import FILLING, cpu_asked
 
 
@@ -22,8 +23,10 @@ def lent() -> Iterator[None]:
     Signals, threads and groups are the world's, which gives them back itself.
     """
     with contextlib.ExitStack() as kept:
-        for keep in (_environment, _output, _switches, _generators, _accelerate, _memory):
-            kept.enter_context(keep())
+        for part in (
+            _environment, _output, _switches, _generators, _accelerate, given_back, _memory,
+        ):  # fmt: skip
+            kept.enter_context(part())
         yield
 
 

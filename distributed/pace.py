@@ -131,7 +131,7 @@ class Pace:
         self._steps = self._told_at = 0
         # Not yet known: a GPU is behind its host.
         self._begun: deque[tuple[float, list]] = deque(maxlen=2 * BLOCKS * STEPS)
-        self._core_waits = CoreWaits()
+        self._core_waits: Callable[[], float] = CoreWaits() if processes > 1 else float
         self._waited = 0.0  # for a core, until this step
         self._times: deque[tuple[float, ...]] = deque(maxlen=NEWEST * STEPS)
         self._block: list[tuple[float, ...]] = []  # of them, until it is whole
