@@ -75,10 +75,10 @@ class Launches(TorchDispatchMode):
 def fake_gpu() -> Iterator[torch.device]:
     """A device "cuda" whose tensors have shapes only; no constant of it outlives the block."""
     for alpha in (0.2, 1.0):
-        data.augment._beta_table(alpha)  # made of real numbers
+        data.augment.beta_table(alpha)  # made of real numbers
     rooms = vars(data.augment) | vars(operators)
     constants = [v for v in rooms.values() if hasattr(v, "cache_clear")]
-    constants.remove(data.augment._beta_table)
+    constants.remove(data.augment.beta_table)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield torch.device("cuda")

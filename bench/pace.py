@@ -147,7 +147,7 @@ def calls_alone(steps: int = 20_000) -> float:
             for _ in range(3):
                 pace.lap()
             if kind is Pace:
-                pace._arrived(parameter)
+                pace.arrived(parameter)
             pace.shard_done(waits=True)
             pace.asks()
             if step % ROW == ROW - 1:

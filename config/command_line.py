@@ -102,7 +102,8 @@ def _words(argv: list[str], problems: list[UserError]) -> dict:
     """What argparse makes of a command line, values still as they were typed."""
     parser = build_parser()
     known, unknown = parser.parse_known_args([spell(word) for word in argv])
-    flags = [s for action in parser._actions for s in action.option_strings]
+    every = parser._actions  # noqa: SLF001 - argparse lists them nowhere else
+    flags = [s for action in every for s in action.option_strings]
     wrong = [unknown_flag(word, flags) for word in unknown if word.startswith("--")]
     if not wrong and unknown:
         wrong.append(bare_words(unknown))

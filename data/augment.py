@@ -365,7 +365,7 @@ def cut_out(images: Tensor, corner: Tensor, side: int) -> Tensor:
 
 def beta_quantile(chance: Tensor, alpha: float) -> Tensor:
     """The numbers below which Beta(alpha, alpha) falls with probability `chance`, as its draws."""
-    table = constant(_beta_table(alpha), chance.device)
+    table = constant(beta_table(alpha), chance.device)
     position = torch.minimum(chance, 1 - chance) * 2 * (len(table) - 1)
     below = position.long().clamp(max=len(table) - 2)
     lower_half = torch.lerp(table[below], table[below + 1], position - below) ** (1 / alpha)
@@ -373,7 +373,7 @@ def beta_quantile(chance: Tensor, alpha: float) -> Tensor:
 
 
 @functools.cache
-def _beta_table(alpha: float, size: int = 2048) -> tuple[float, ...]:
+def beta_table(alpha: float, size: int = 2048) -> tuple[float, ...]:
     """quantile ** alpha of Beta(alpha, alpha) at `size` even chances from 0 to 1/2.
 
     The density x**(alpha-1) (1-x)**(alpha-1) has a pole at 0 for alpha < 1; over z = x**alpha it is

@@ -173,16 +173,17 @@ class Pace:
         """Where DDP waits in the backward itself: whose gradient is the last one, we see soon."""
         self.let_go()
         for p in parameters if self.processes > 1 else ():
-            self._hooks[p] = p.register_post_accumulate_grad_hook(self._arrived)
+            self._hooks[p] = p.register_post_accumulate_grad_hook(self.arrived)
+
+    def arrived(self, parameter: Tensor) -> None:
+        """A parameter's gradient is there: the last one of a step ends this process's own part."""
+        if self._marks:
+            self._last, self._latest = self.clock.mark(), parameter
 
     def let_go(self) -> None:
         """Follow no parameter any more."""
         while self._hooks:
             self._hooks.popitem()[1].remove()
-
-    def _arrived(self, parameter: Tensor) -> None:
-        if self._marks:
-            self._last, self._latest = self.clock.mark(), parameter
 
     def _keep_one_hook(self) -> None:
         if len(self._hooks) > 1 and self._steps:

@@ -115,8 +115,8 @@ def become(job: dict, place: dict[str, str]) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
         status = 1
     # As an interpreter ends, but that it frees what was preloaded: that costs more than a run.
-    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as Python ends
-    atexit._run_exitfuncs()
+    threading._shutdown()  # noqa: SLF001 # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()  # noqa: SLF001
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status & 255)

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.confusion import dense
 from common.disk import read_json, write_json, write_text
@@ -370,7 +371,7 @@ def show_trial(screen: Report, plan: Plan, data: Data, started: Started) -> int:
     if count:
         batch = replace(data.batch, num_processes=count)
         size, share = batch.micro_batch_size, batch.micro_batch_size * min(batch.shares)
-        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in started.model.modules())
+        norms = any(isinstance(m, _BatchNorm) for m in started.model.modules())
         epoch = started.trial.seconds_per_image * len(data.train) / (count * batch.used)
         steps = counted(data.sampler.steps_per_epoch, "step")
         rows += [

@@ -191,11 +191,27 @@ def test_the_machine_checks_what_signatures_say():
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text(encoding="utf-8"))
     assert {"ANN001", "ANN401", "D"} <= set(project["tool"]["ruff"]["lint"]["select"])
     assert not {"ANN001", "ANN401", "D103"} & set(project["tool"]["ruff"]["lint"]["ignore"])
+    assert "SLF001" in project["tool"]["ruff"]["lint"]["select"]
     assert project["tool"]["pyright"]["typeCheckingMode"] == "basic"
     dev = project["project"]["optional-dependencies"]["dev"]
     assert any(re.match(r"pyright\[nodejs\]==\d", name) for name in dev)
     commands = (HOUSE / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert {"ruff check .", "pyright"} <= set(commands)
+
+
+def test_private_names_that_may_be_touched_are_other_peoples():
+    """Ruff lets nobody touch what a class keeps for itself, but for some names of torch's."""
+    project = tomllib.loads((HOUSE / "pyproject.toml").read_text(encoding="utf-8"))
+    allowed = set(project["tool"]["ruff"]["lint"]["flake8-self"]["ignore-names"])
+    touched = set()
+    for place, tree in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in allowed:
+                assert ast.unparse(node.value) not in ("self", "cls"), f"{place}:{node.lineno}"
+                touched.add(node.attr)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert node.name not in allowed, f"{place}:{node.lineno}"
+    assert touched == allowed, "one that nobody needs any more is touched by mistake next"
 
 
 def test_no_folder_hides_a_package():
