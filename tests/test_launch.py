@@ -354,13 +354,16 @@ def test_the_time_limit_saves_and_requeues(desk):
     assert (desk / "runs" / "slurm-77" / "STOP").read_text() == "requeue\n"
 
 
-def test_an_array_task_requeues_itself_alone(desk):
-    task = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1"}
+def test_an_array_task_stops_and_requeues_itself_alone(desk):
+    """The last task of an array has the number of them all, by which SLURM would stop them all."""
+    task = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1"}
     batch(
         desk, *TINY, **task, RUN=str(desk / "runs" / "slurm-70_1"),
         STATUS=status(status="stopped"), SIGNAL="SIGUSR1", CODE="75",
     )  # fmt: skip
-    assert "scontrol requeue 70_1" in calls(desk)
+    words = [line.split() for line in calls(desk).splitlines()]
+    of_jobs = {w[-1] for w in words if w[1] in ("--signal=USR1", "requeue") or w[2] == "job"}
+    assert "scontrol requeue 70_1" in calls(desk) and of_jobs == {"70_1"}, calls(desk)
 
 
 def test_a_hostile_run_folder_is_stopped_by_its_own_name(desk):
@@ -797,6 +800,35 @@ def test_a_python_without_torch_and_nodes_without_the_cpus_are_named_at_once(tmp
     assert "more than 64" in done.stderr and not (tmp_path / "queued").exists()
 
 
+@pytest.mark.parametrize("sbatch", ["echo 'sbatch: error: nope' >&2; exit 1", ""])
+def test_a_submission_that_slurm_refuses_leaves_nothing(sbatch, tmp_path):
+    path = stubs(tmp_path, sinfo="", **({"sbatch": sbatch} if sbatch else {}))
+    if not sbatch:
+        path = str(tmp_path)  # which holds no sbatch
+    before = sorted(home().rglob("*"))
+    words = ["--snapshot", "--", *TINY, "--seeds", "2", "--run-dir", "new/seeds"]
+    done = submit(*words, PATH=path)
+    assert done.returncode == (1 if sbatch else 2) and "sbatch" in done.stderr, done.stderr
+    assert sorted(home().rglob("*")) == before
+    accepts = stubs(tmp_path, sinfo="", sbatch="echo 4799")
+    assert submit(*words, PATH=accepts).returncode == 0
+    kept = (home() / "new" / "seeds" / "sweep.json").read_text()
+    before = sorted(home().rglob("*"))
+    stubs(tmp_path, sbatch="exit 1")
+    assert submit("--", *TINY, "--seeds", "3", "--run-dir", "new/seeds", PATH=path).returncode
+    assert (home() / "new" / "seeds" / "sweep.json").read_text() == kept
+    assert sorted(home().rglob("*")) == before
+    shutil.rmtree(home() / "new")
+
+
+def test_more_nodes_than_there_are_is_told(tmp_path):
+    path = stubs(tmp_path, sbatch="echo 4711", sinfo="printf '3\\n2\\n'")
+    for nodes, told in (("4", "no partition has more than 3 nodes"), ("3", ""), ("1:4", "")):
+        done = submit("--nodes", nodes, "--dry-run", "--", *TINY, "--shards", "12", PATH=path)
+        assert done.returncode == 0, done.stderr
+        assert ("waits until" in done.stderr) == bool(told) and told in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("close", [">&-", "| true", "> /dev/full"])
 def test_a_job_whose_submission_nobody_reads_is_submitted_and_named(close, tmp_path):
     path = stubs(tmp_path, sbatch="sleep 0.3; echo 4711", sinfo="")
@@ -832,6 +864,22 @@ def test_status_says_which_rows_ran_failed_and_wait(tmp_path):
     assert told[2][-2:] == ["--lr", "0.3"] and "runs/slurm-4714_3.log" in told[3]
     assert done.returncode == 1 and "1 failed" in done.stdout.splitlines()[-1]
     assert submit("--status", "999", PATH=stubs(tmp_path, squeue="")).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("queue", "word"),
+    [("FAILED", "failed"), ("CANCELLED", "cancelled"), ("PENDING", "waits"), ("", "over")],
+)
+def test_a_folder_that_another_job_has_tells_nothing_of_this_one(queue, word, tmp_path):
+    path = stubs(tmp_path, sbatch="echo 4716", sinfo="", squeue="")
+    run = tmp_path / "shared"
+    run.mkdir()
+    (run / "status.json").write_text(status(status="running", step=7, job="4717"))
+    assert submit("--", *TINY, "--run-dir", str(run), PATH=path).returncode == 0
+    stubs(tmp_path, squeue=f"echo 'N/A|{queue}|None'" if queue else "")
+    told = submit("--status", "4716", PATH=path).stdout
+    assert told.split()[0] == word and "step 7" not in told, told
+    assert ("job 4717 has its folder" in told) == (queue != "PENDING"), told
 
 
 def test_follow_outlives_a_silent_controller_and_says_how_the_job_ended(tmp_path):

@@ -291,6 +291,21 @@ def test_an_array_trains_its_seeds(slurm):
     assert len(losses) == 2
 
 
+def test_the_last_task_of_an_array_saves_for_its_limit_and_stops_no_other(slurm):
+    """It has the number of the whole array."""
+    job = sbatch(slurm, "--array=0-1", "--nodes=1", LOCKSTEP_FAULT=slow_until(9, seconds=1))
+    for task in range(2):
+        wait_for_step(slurm, f"{job}_{task}", 3)
+    slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_1")  # as SLURM does before the limit
+    deadline = time.monotonic() + 60
+    while "requeued as" not in log(slurm, f"{job}_1") and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert f"requeued as job {job}_1" in log(slurm, f"{job}_1"), log(slurm, f"{job}_1")
+    assert slurm.wait(f"{job}_0") == "COMPLETED", log(slurm, f"{job}_0")
+    assert status(slurm, f"{job}_1")["log"].endswith(f"slurm-{job}_1.out")
+    slurm.run("scancel", job)
+
+
 def test_submit_trains_a_sweeps_rows_where_and_how_it_was_told(slurm, tmp_path):
     """Account, partition, constraint, environment, further flags; the site exports nothing.
 
