@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from submitted import HERE, Problem, keep, name_job, snapshot, status_of, tell
+from submitted import HERE, Problem, as_it_was, keep, name_job, snapshot, status_of, tell
 from sweep import read_rows
 
 LEAD_SECONDS = 180  # of --signal in slurm.sbatch: the job saves that long before its limit
@@ -201,6 +201,25 @@ def check_cpus(options: argparse.Namespace) -> None:
             f"{parts} processes x --cpus {options.cpus or 1} are {asked} CPUs per node, and no "
             f"node{where} has more than {max(have)}"
         )
+
+
+def warn_of_nodes(options: argparse.Namespace) -> list[str]:
+    """SLURM takes a job for more nodes than there are, and lets it wait."""
+    if options.least == 1 or any(flag.startswith("--clusters") for flag in options.sbatch):
+        return []
+    look = ["sinfo", "--noheader", "--summarize", "--format=%D"]
+    look += [f"--partition={options.partition}"] if options.partition else []
+    try:
+        done = subprocess.run(look, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    have = max((int(word) for word in done.stdout.split() if word.isdecimal()), default=0)
+    where = f"partition {options.partition} has" if options.partition else "no partition has more"
+    if not 0 < have < options.least:
+        return []
+    than = f"{have} nodes" if options.partition else f"than {have} nodes"
+    return [f"warning: --nodes {options.least}, and {where} {than}: the job waits until there are "
+            "so many"]  # fmt: skip
 
 
 def trainer_settings(arguments: list[str], python: str) -> dict[str, tuple[str, str]]:
@@ -639,16 +658,17 @@ def asked(own: list[str], arguments: list[str], options: argparse.Namespace) -> 
     return Job(own, options, python, arguments, each, many)
 
 
-def kept_for(job: Job) -> Path:
-    """What the job shall find as it is now, however long it waits."""
+def kept_for(job: Job, undo: contextlib.ExitStack) -> Path:
+    """What the job shall find as it is now, however long it waits; `undo` leaves nothing of it."""
     options, many = job.options, job.many
     check_cpus(options)
-    kept = keep(options.sweep if many is None else None, options.env)
+    kept = keep(options.sweep if many is None else None, options.env, undo)
     if many is not None:
         write(kept / "sweep.txt", "\n".join(job.rows) + "\n")
-        write(HERE / many["folder"] / "sweep.json", json.dumps(many, indent=2) + "\n")
+        told = as_it_was(undo, HERE / many["folder"] / "sweep.json")
+        write(told, json.dumps(many, indent=2) + "\n")
     if options.snapshot:
-        snapshot(kept / "code", list(job.folders.values()))
+        snapshot(kept / "code", list(job.folders.values()), undo)
     return kept
 
 
@@ -689,11 +709,17 @@ def submit(argv: list[str]) -> int:
     if options.status is not None:
         return status_of(options.status)
     job = asked(own, arguments, options)
-    kept = None if options.dry_run else kept_for(job)
+    with contextlib.ExitStack() as undo:
+        return hand_over(job, None if options.dry_run else kept_for(job, undo), undo)
+
+
+def hand_over(job: Job, kept: Path | None, undo: contextlib.ExitStack) -> int:
+    """Give the job to SLURM, tell of it; where nothing is kept, only tell."""
+    options = job.options
     command, env = sbatch_command(options, job.arguments), job_environment(options, kept)
     settings = next(iter(job.each.values()))
-    warning = warn_of_time(settings, options, HERE / "runs")
-    for text in filter(None, (warning, *warn_of_disks(options, job.arguments, job.python))):
+    warnings = [warn_of_time(settings, options, HERE / "runs"), *warn_of_nodes(options)]
+    for text in filter(None, (*warnings, *warn_of_disks(options, job.arguments, job.python))):
         print(text, file=sys.stderr)
     if kept is None:
         if job.many:
@@ -706,13 +732,16 @@ def submit(argv: list[str]) -> int:
     tell(f"{told} {shlex.join(command)}".strip())  # last, for what reads it
     if kept is None:
         return 0
+    undo = undo.pop_all()  # an interrupt may come when the job is in the queue
     try:
         done = subprocess.run(
             command, cwd=HERE, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True
         )
     except FileNotFoundError:
+        undo.close()
         raise Problem("sbatch is not here: submit from a login node of the cluster") from None
     if done.returncode:
+        undo.close()
         return 1
     number = done.stdout.strip().partition(";")[0]
     name_job(kept, number, [task for task in job.each if task is not None], job.folders)

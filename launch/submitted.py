@@ -41,9 +41,30 @@ def tell(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
-def keep(sweep: str | None, env: str | None) -> Path:
+def as_it_was(undo: contextlib.ExitStack, path: Path) -> Path:
+    """The path; what stands there now, or that nothing does, comes back with `undo`."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    before = path.read_bytes() if path.is_file() else None
+
+    def put_back() -> None:
+        with contextlib.suppress(OSError):
+            if before is not None:
+                path.write_bytes(before)
+            else:
+                path.unlink(missing_ok=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # others may have put something there
+                folder.rmdir()
+
+    undo.callback(put_back)
+    return path
+
+
+def keep(sweep: str | None, env: str | None, undo: contextlib.ExitStack) -> Path:
     """A folder with copies of what the job reads only when it starts."""
     folder = HERE / "runs" / "submitted" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    as_it_was(undo, folder)
+    undo.callback(shutil.rmtree, folder, ignore_errors=True)  # the first that is undone
     try:
         folder.mkdir(parents=True)
         for given, name in ((sweep, "sweep.txt"), (env, "env.sh")):
@@ -54,7 +75,7 @@ def keep(sweep: str | None, env: str | None) -> Path:
     return folder
 
 
-def snapshot(target: Path, run_dirs: list[str]) -> None:
+def snapshot(target: Path, run_dirs: list[str], undo: contextlib.ExitStack) -> None:
     """A folder that stands for the repository: its code is copied, everything else is linked.
 
     So relative paths mean what they mean here. Runs, data and environments are links: folders of
@@ -64,6 +85,7 @@ def snapshot(target: Path, run_dirs: list[str]) -> None:
     for folder in run_dirs:
         first = Path(folder).parts[0]
         if first != "..":
+            as_it_was(undo, HERE / first / "run")
             (HERE / first).mkdir(exist_ok=True)
             linked.add(first)
     count = 0
@@ -130,14 +152,22 @@ def queue_of(job: str) -> dict[str, tuple[str, str]] | None:
     return found
 
 
-def state_of(run: Path, queued: tuple[str, str] | None, silent: bool) -> tuple[str, str]:
-    """(one word, what more is known) of a task: the queue knows who waits, the folder the rest."""
+def state_of(run: Path, task: str, queued: tuple[str, str] | None, silent: bool) -> tuple[str, str]:
+    """(one word, what more is known) of a task: the queue knows who waits, the folder the rest.
+
+    A folder that another job has tells nothing of this one.
+    """
     try:
         status = json.loads((run / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         status = {}
-    step = f"step {status['step']}" if "step" in status else ""
     state, reason = queued or ("", "")
+    other, never = str(status.get("job") or task), "before it began"
+    if other != task:
+        status, never = {}, f"job {other} has its folder"
+        if not queued:
+            return "over", never
+    step = f"step {status['step']}" if "step" in status else ""
     if state == "PENDING":
         why = "" if reason == "None" else reason  # the scheduler has not looked at it yet
         return "waits", ", ".join(filter(None, [step, why]))
@@ -149,10 +179,10 @@ def state_of(run: Path, queued: tuple[str, str] | None, silent: bool) -> tuple[s
     if ended in ("finished", "stopped", "failed"):
         return ended, ", ".join(filter(None, [step, str(status.get("reason") or "")]))
     if state == "CANCELLED":
-        return "cancelled", "before it began"
+        return "cancelled", never
     if state == "COMPLETED":  # --eval-only and the like leave no folder
-        return "finished", "without a run folder"
-    return "unknown" if silent else "failed", "before it began" if not silent else ""
+        return "finished", never if other != task else "without a run folder"
+    return ("unknown", "") if silent else ("failed", never)
 
 
 def status_of(job: str) -> int:
@@ -179,7 +209,8 @@ def status_of(job: str) -> int:
     for task in tasks or [""]:
         name = f"slurm-{job}_{task}" if task else f"slurm-{job}"
         folder = kept.get("run_dirs", {}).get(task or "None", f"runs/{name}")
-        word, more = state_of(HERE / folder, (queue or {}).get(task), queue is None)
+        number = f"{job}_{task}" if task else job
+        word, more = state_of(HERE / folder, number, (queue or {}).get(task), queue is None)
         counts[word] = counts.get(word, 0) + 1
         words = " ".join(rows[int(task)]) if task and int(task) < len(rows) else ""
         where = f"runs/{name}.log" if word in ("failed", "died") else folder

@@ -51,6 +51,8 @@ def test_of_a_job_that_never_ran_the_doctor_tells_queue_and_last_words(tmp_path,
     rows, advice, well = examine(run)
     assert well and "waits for its turn" in advice
     assert dict(rows)["job"] == "78: PENDING (Resources)" and "no run yet" in dict(rows)["status"]
+    answers("echo 'PENDING (JobHeldUser)'")
+    assert examine(run)[1:] == ("scontrol release 78  # it is held", False)
     answers("echo 'RUNNING'")
     assert examine(run)[1:] == (f"tail -F {run}.log", True)
     answers("exit 1")
@@ -58,6 +60,25 @@ def test_of_a_job_that_never_ran_the_doctor_tells_queue_and_last_words(tmp_path,
     rows, advice, well = examine(run)
     assert not well and advice.startswith(f"less {run}.log")
     assert "never ran" in dict(rows)["status"] and dict(rows)["says"] == "lockstep: no.env failed"
+
+
+def test_of_a_job_with_a_run_folder_of_its_own_name_the_doctor_finds_it(tmp_path):
+    """Unless another job has that folder: then this one's last words count."""
+    run, job = tmp_path / "mine", tmp_path / "runs" / "slurm-79"
+    run.mkdir()
+    job.parent.mkdir()
+    job.with_name("slurm-79.log").write_text(
+        "lockstep: job 79, start 1: 1 node x 1 process (n1), port 1234, run folder mine\nend\n"
+    )
+    (run / "config.json").write_text("{}")
+    (run / "status.json").write_text(json.dumps({"status": "finished", "step": 5, "job": "79"}))
+    rows, advice, well = examine(job)
+    assert well and dict(rows)["folder"] == str(run) and "predict.py" in advice
+    assert dict(rows)["status"] == "finished, step 5"
+    (run / "status.json").write_text(json.dumps({"status": "finished", "step": 5, "job": "80"}))
+    rows, advice, well = examine(job)
+    assert not well and dict(rows)["folder"] == f"{run}, which job 80 has"
+    assert "never ran" in dict(rows)["status"] and dict(rows)["says"] == "end"
 
 
 def test_the_doctor_tells_finished_died_damaged_and_foreign_folders_apart(nets):
