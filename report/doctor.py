@@ -20,6 +20,16 @@ from training.run_dir import free_bytes
 from training.snapshots import in_memory
 
 LAST_WORDS = 5  # lines of the log of a job that never ran
+RUN_FOLDER = re.compile(r"^lockstep: job .*, run folder (.+)$", re.MULTILINE)  # launch/slurm.sbatch
+WAITS_FOR_A_PERSON = {
+    "JobHeldUser": "scontrol release {job}  # it is held",
+    "JobHeldAdmin": "scancel {job}  # or ask the administrators, who hold it",
+    "DependencyNeverSatisfied": "scancel {job}  # what it waits for can no longer come",
+    "PartitionConfig": "scancel {job}  # it asks for what the partition does not have",
+    "BadConstraints": "scancel {job}  # no node is as it asks for",
+    "PartitionNodeLimit": "scancel {job}  # it asks for more nodes than the partition allows",
+    "PartitionTimeLimit": "scancel {job}  # it asks for more time than the partition allows",
+}  # why SLURM lets a job wait -> what to type
 
 
 def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
@@ -53,7 +63,8 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
         rows.append(("log", str(status["log"])))
     state = rows[0][1].split(",")[0]
     if queued.startswith("PENDING"):
-        return rows, f"nothing: the job goes on by itself (scancel {job} ends it)", True
+        well, typed = while_it_waits(job, queued, "goes on by itself")
+        return rows, typed, well
     if state == "running":
         return rows, shlex.join(["touch", str(folder / "STOP")]) + "  # stops it", True
     if state == "finished":
@@ -72,23 +83,40 @@ def before_it_ran(folder: Path) -> tuple[list[tuple[str, str]], str, bool] | Non
     if named is None:
         return None
     job, log = f"{named[1]}{named[2] or ''}", folder.with_name(f"{folder.name}.log")
-    queued = state_in_queue(job)
-    known = log.is_file() or (folder.parent / "submitted" / named[1]).exists()
-    if not queued and not known:
+    queued, words = state_in_queue(job), ""
+    if log.is_file():
+        words = log.read_text(encoding="utf-8", errors="replace")
+    elif not queued and not (folder.parent / "submitted" / named[1]).exists():
         return None
     ended = "" if queued else "never ran: "
     rows = [("status", f"{ended}{folder} holds no run{' yet' if queued else ''}"),
             ("job", f"{job}: {queued or 'no longer in the queue'}")]  # fmt: skip
-    words = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    if told := RUN_FOLDER.findall(words):  # it was given a --run-dir
+        run = folder.parent.parent / told[-1]
+        owner = str(read_json(run / "status.json", {}).get("job") or "")
+        if owner == job and (run / "config.json").is_file():
+            found, typed, well = examine(run)
+            return [("folder", str(run)), *found], typed, well
+        if owner:
+            rows.append(("folder", f"{run}, which job {owner} has"))
     rows.append(("log", str(log) if log.is_file() else f"none: {log} is not there"))
     rows += [("says", printable(line)) for line in words.splitlines()[-LAST_WORDS:] if line.strip()]
     if queued.startswith("PENDING"):
-        return rows, f"nothing: the job waits for its turn (scancel {job} ends it)", True
+        well, typed = while_it_waits(job, queued, "waits for its turn")
+        return rows, typed, well
     if queued:
         return rows, shlex.join(["tail", "-F", str(log)]), True
     if words:
         return rows, shlex.join(["less", str(log)]) + "  # then submit it again", False
     return rows, "the submission again: the job was cancelled, or could not open its log", False
+
+
+def while_it_waits(job: str, queued: str, what: str) -> tuple[bool, str]:
+    """Whether a job in the queue will start by itself, and what to type."""
+    for reason, typed in WAITS_FOR_A_PERSON.items():
+        if f"({reason})" in queued:
+            return False, typed.format(job=job)
+    return True, f"nothing: the job {what} (scancel {job} ends it)"
 
 
 def what_helps(spent: dict[str, float], config: dict) -> list[str]:
