@@ -315,7 +315,9 @@ def show_epoch(
             m.named(row[f"{split}/{m.key}"]) for m in on_line(task) if f"{split}/{m.key}" in row
         ]
         words += [f"{split} {word}" if number == 0 else word for number, word in enumerate(told)]
-    words.append(f"best {task.best.show(progress.best or 0.0)}" if task.best.has("best") else "")
+    if task.best.has("best"):  # one that is not on the line is named, or it passed for one that is
+        write = task.best.show if task.best.has("line") else task.best.named
+        words.append(f"best {write(progress.best or 0.0)}")
     words.append(f"ETA {duration(left)}" if left else "")
     quiet = epochs > 40 and epoch % max(1, epochs // 20)
     if not quiet or stopping or schedule.over(progress):

@@ -7,9 +7,10 @@ import re
 import pytest
 from launches import REPOSITORY, SMALL, Command, finish, rows, start, train
 
+from config import HINTS
 from report import page
 from report import pictures as plots
-from tasks import TASKS, Task
+from tasks import TASKS, Classification, Task
 
 # A task as someone would add it: one metric more, which decides. Nothing else is touched.
 INVENTED = """
@@ -65,7 +66,8 @@ def test_an_invented_metric_is_shown_written_drawn_and_decides(nets, monkeypatch
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     plots.curves(rows(run), page.Files(run).metrics, run / "curves.png")
     titles = [axes.get_title() for axes in drawn[0].axes]
-    assert titles == ["loss", "accuracy", "mean distance", "learning rate"]
+    usual = [metric.title for metric in Classification.metrics if metric.has("chart")]
+    assert titles == [*usual, "mean distance", "learning rate"]
 
 
 @pytest.mark.slow
@@ -90,8 +92,12 @@ def test_each_task_declares_a_loss_and_what_decides():
         assert "loss" in keys and task.best_is in keys and len(set(keys)) == len(keys)
 
 
-# Words about something else: the tables of the classes, and what stands below one.
-SPOKEN = {"report/screen.py": {"accuracy"}, "report/page.py": {"#accuracy"}}
+# Words about something else: the tables of the classes, and what stands below one; help.
+SPOKEN = {
+    "config/fields.py": {HINTS["select"].metadata["help"]},
+    "report/screen.py": {"accuracy"},
+    "report/page.py": {"#accuracy"},
+}
 
 
 def literals(tree: ast.Module) -> set[str]:
@@ -105,9 +111,13 @@ def literals(tree: ast.Module) -> set[str]:
     return {n.value for n in texts if isinstance(n.value, str)}
 
 
-@pytest.mark.parametrize(
-    "room", ["train.py", "training", "report", "distributed", "bench/verify.py"]
-)
+ROOMS = (
+    "train.py", "predict.py", "config", "training", "report", "distributed", "data", "export",
+    "many", "optim", "bench/verify.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_no_room_knows_a_metric_by_name(room):
     keys = {metric.key for task in TASKS.values() for metric in task.metrics} - {"loss"}
     names = re.compile(rf"\b({'|'.join(keys)}|top-5|mae|best_is ==)\b", re.IGNORECASE)

@@ -337,11 +337,10 @@ def test_classes_that_mirror_each_other_are_named_and_guessing_is_held_against_t
     assert "20.0% right is less than 60.0%, which always answering up" in found["guesses"]
 
 
-@pytest.mark.parametrize("no_flip", [False, True])
-def test_nobody_is_told_to_leave_out_mirroring_who_has(no_flip):
-    task, matrix, told = Classification(2), [[14, 16], [16, 14]], {}
-    last = {"confusion": matrix, "loss": 0.5, "accuracy": 28 / 60}
-    screen = SimpleNamespace(epoch_line=lambda *_: None, warn_once=told.update)
+def epoch_shown(task: Classification, last: dict, no_flip: bool = False) -> tuple[str, dict]:
+    """The line of an epoch of two classes, and the doubts that are warned of."""
+    lines, doubts = [], {}
+    screen = SimpleNamespace(epoch_line=lambda text, _: lines.append(text), warn_once=doubts.update)
     actions = SimpleNamespace(dry_run=False, debug=False)
     plan = SimpleNamespace(actions=actions, config=SimpleNamespace(augment="flip"))
     data = SimpleNamespace(classes=["left", "right"], augment=SimpleNamespace(no_flip=no_flip))
@@ -351,4 +350,18 @@ def test_nobody_is_told_to_leave_out_mirroring_who_has(no_flip):
     panels.show_epoch(
         screen, plan, task, data, schedule, progress, row, False, 0.0, False, {}
     )  # fmt: skip
-    assert ("mirror" in told) is not no_flip
+    return lines[0], doubts
+
+
+@pytest.mark.parametrize("no_flip", [False, True])
+def test_nobody_is_told_to_leave_out_mirroring_who_has(no_flip):
+    last = {"confusion": [[14, 16], [16, 14]], "loss": 0.5, "accuracy": 28 / 60}
+    _, doubts = epoch_shown(Classification(2), last, no_flip)
+    assert ("mirror" in doubts) is not no_flip
+
+
+def test_the_best_of_a_metric_that_is_not_on_the_line_is_named():
+    task, last = Classification(2), {"confusion": [[30, 0], [0, 30]], "loss": 0.1, "accuracy": 1.0}
+    assert epoch_shown(task, last)[0].endswith("  best 50.00 %")
+    task.best_is = "balanced_accuracy"
+    assert epoch_shown(task, last)[0].endswith("  best balanced accuracy 50.00 %")
