@@ -152,10 +152,10 @@ def tensors_of(file: Path) -> Iterator[tuple[str, list]]:
     with safe_open(file, framework="np") as tensors:
         for name in sorted(tensors.keys()):
             value = np.ascontiguousarray(tensors.get_tensor(name))
-            mix = hashlib.blake2b(f"{value.dtype} {value.shape}".encode(), digest_size=12)
-            mix.update(value.reshape(-1).view(np.uint8).data)
+            state = hashlib.blake2b(f"{value.dtype} {value.shape}".encode(), digest_size=12)
+            state.update(value.reshape(-1).view(np.uint8).data)
             norm = np.sqrt(np.square(value, dtype=np.float64).sum())
-            yield name, [mix.hexdigest(), float(norm), float(value.sum(dtype=np.float64))]
+            yield name, [state.hexdigest(), float(norm), float(value.sum(dtype=np.float64))]
 
 
 # --- comparing -----------------------------------------------------------------------------------
@@ -217,8 +217,8 @@ def changed_tensors(was: dict, now: dict) -> str:
 
 
 def file_of(kind: dict[str, str]) -> str:
-    mix = hashlib.blake2b(json.dumps(kind, sort_keys=True).encode(), digest_size=4).hexdigest()
-    return f"{kind['machine']}-{kind['instructions']}-torch-{kind['torch']}-{mix}.json".lower()
+    known_by = hashlib.blake2b(json.dumps(kind, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return f"{kind['machine']}-{kind['instructions']}-torch-{kind['torch']}-{known_by}.json".lower()
 
 
 def write(path: Path, commit: str, kind: dict[str, str], values: Values) -> None:

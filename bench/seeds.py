@@ -42,9 +42,13 @@ def train(flags: list[str]) -> str:
 def with_votes(flags: list[str], folder: Path, tta: int) -> float:
     """Accuracy of a finished run's last weights under test-time augmentation."""
     weights = ["--weights", str(folder / "last.safetensors"), "--eval-only", "--tta", str(tta)]
-    said = train([*flags, *weights])
-    found = re.search(r"accuracy ([\d.]+)", said)
-    assert found, said
+    return accuracy_said(train([*flags, *weights]))
+
+
+def accuracy_said(text: str) -> float:
+    """That of the test images, of what --eval-only prints; a balanced one may come before it."""
+    found = re.search(r"test +[\d,]+ images: .*\baccuracy ([\d.]+)", text)
+    assert found, text
     return float(found[1])
 
 

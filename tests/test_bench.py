@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from bench import gpu, tables
 from bench.measure import WORD, Gate, ratio, spread, table
-from bench.seeds import statistics
+from bench.seeds import accuracy_said, statistics
 
 MODULES = (
     "throughput",
@@ -72,6 +72,16 @@ def test_every_measurement_comes_to_its_end_and_has_found_numbers(module, tmp_pa
     found = numbers(json.loads(file.read_text()))
     assert len(found) > 3 and all(map(math.isfinite, found)), found
     assert "|" in done.stdout
+
+
+def test_the_accuracy_that_was_printed_is_no_other_metrics():
+    words = (
+        "│ more of val   balanced_accuracy 0.1, ece 0.1 │\n"
+        "│ val           300 images: loss 0.3, accuracy 0.2 │\n"
+        "│ more of test  top5 0.99, balanced_accuracy 0.3, macro_f1 0.4 │\n"
+        "│ test          1,355 images: loss 0.3, accuracy 0.9 │\n"
+    )
+    assert accuracy_said(words) == 0.9
 
 
 def test_a_gate_lets_whole_windows_through_and_warms_up_first(monkeypatch, capsys):
