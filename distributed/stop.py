@@ -279,6 +279,11 @@ class StopVote:
                 return self.stop_file.read_text(encoding="utf-8").strip() == REQUEUE
         return False
 
+    def rest_goes_on(self, processes: int) -> bool:
+        """Whether the agent of one node is gone, and those of the others start again without it."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
+        return self.reason == ORPHAN and here < processes and restarts_left()
+
     def why(self, code: int) -> str:
         """The agreed reason in words."""
         if self.goes_on_by_itself():

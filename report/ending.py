@@ -69,7 +69,7 @@ def finish(
             reason = f"{panels.STOP_AFTER} {schedule.last_step}"
         log.ledger.charge("end", time.monotonic() - began)
         _write(log, checkpoints, learner, data, schedule, progress, world, code, reason, damaged)
-    if code == STOPPED and restarts_left():
+    if code == STOPPED and restarts_left() and not world.stop.rest_goes_on(world.num_processes):
         return FINISHED  # an agent would count any other status as a failure, and restart
     return code
 

@@ -520,6 +520,8 @@ def _how_it_ended(
         if world.stop.goes_on_by_itself():
             title = f"saved at step {progress.step}, before the time limit or a preemption"
             typed = f"by itself: job {job()} asks SLURM to requeue it"
+        elif world.stop.rest_goes_on(world.num_processes):
+            typed = "by itself, on the nodes whose launcher is there; where none is: " + typed
         elif job() and world.stop.reason == SIGNAL:
             typed += f"     unless SLURM requeues job {job()} itself (squeue shows it)"
         elif world.stop.reason == TIME_LIMIT and began_at == progress.step:

@@ -25,6 +25,7 @@ from launches import (
 )  # fmt: skip
 from slurm_cluster import free_ports
 
+from common.disk import read_json
 from distributed.checkpoint import visible
 
 LONG = ["--model", "full.py:Net", *SMALL, "--epochs", "400", "--checkpoint-every", "1000"]
@@ -113,6 +114,35 @@ def test_a_trainer_whose_launcher_was_killed_saves_and_ends(nets, processes, nam
     while children_with(name) and time.monotonic() < end:
         time.sleep(0.2)
     stopped(nets, name, "the launcher is gone")
+
+
+@pytest.mark.slow
+def test_where_one_of_two_agents_is_killed_the_other_goes_on_with_its_own_processes(nets):
+    """It waited five minutes for the dead one to say that it was done, and called the run done."""
+    (port,), name = free_ports(1), "one-agent"
+    words = [*LONG, "--run-dir", name, "--shards", "4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--rdzv-id", name]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    launch += ["--local-addr", "127.0.0.1", "--max-restarts", "2", "--rdzv-conf"]
+    limits = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"
+    head, other = (
+        start([*launch, f"is_host={is_host},{limits}", TRAIN, *words], nets,
+              TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        for is_host in (1, 0)
+    )  # fmt: skip
+
+    def trained(life: int) -> bool:
+        status = read_json(nets / name / "status.json", {})
+        return status.get("life") == life and status["step"] > status["resumed_at"]
+
+    wait_for(lambda: trained(0), *head)
+    other[0].kill()
+    wait_for(lambda: trained(1), *head)
+    (nets / name / "STOP").touch()
+    assert finish(*head, 90).status == 0
+    told = head[1].read_text() + finish(*other, 60).out
+    assert "by itself, on the nodes whose launcher is there" in " ".join(told.split()), told
+    assert stopped(nets, name, "STOP file") > read_json(nets / name / "status.json")["resumed_at"]
 
 
 @pytest.mark.slow
