@@ -37,6 +37,7 @@ Files = dict[str, dict[str, Tensor]]  # name of a file without its suffix -> ten
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 NUMBER = "#"  # behind the name of a state that is no tensor but a number of Python's
+IN_STEPS = "no thread could be started (memory, or a limit on processes: ulimit -u): "
 REQUIRED = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 
@@ -351,7 +352,7 @@ class Writer:
 
     The thread is there from the beginning: where memory has run out, one that is to begin may die
     before it says that it has, and whoever began it would wait for ever. `end` lets it go.
-    `cpu_seconds` is what the latest save took of a CPU.
+    `cpu_seconds` is what the latest save took of a CPU, `problem` why steps wait for saves.
     """
 
     def __init__(
@@ -366,6 +367,7 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         with contextlib.suppress(RuntimeError):  # no memory for one: steps wait instead
             self._thread.start()
+        self.problem = "" if self._thread.is_alive() else f"{IN_STEPS}steps wait for each {what}"
         atexit.register(self.wait)
 
     def start(self, files: Files, progress: Progress, facts: dict) -> None:

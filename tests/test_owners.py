@@ -3,6 +3,7 @@
 import gc
 import json
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -361,6 +362,27 @@ def test_what_was_saved_comes_back_in_a_new_life_with_its_loss_sums(settings, tm
         args = (plan, {**FACTS, "data": "z"}, {}, world, lambda problem: None)
         with Checkpoints(*args) as checkpoints, pytest.raises(UserError, match="not those"):
             checkpoints.resume(other, print, print)
+
+
+def test_saves_that_got_no_thread_of_their_own_are_told_once(settings, tmp_path, monkeypatch):
+    """Steps wait for them: to begin with, nobody knew why they were slow."""
+    where, told = tmp_path / "memory", []
+    where.mkdir()
+    monkeypatch.setenv("LOCKSTEP_SHM", str(where))
+    with World(settings("--checkpoint-every", "1", "--snapshot-every", "1")) as world:
+        plan = Plan(world.settings, world.settings.config, tmp_path, goes_on=False)
+        learner, none = learner_of(world), RuntimeError("can't start new thread")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(none))
+            checkpoints = Checkpoints(plan, FACTS, {}, world, lambda problem: None)
+            with checkpoints:
+                checkpoints.resume(learner, told.append, print)
+                checkpoints.save(learner, Progress(step=4))
+                checkpoints.save(learner, Progress(step=5))
+    words = [text.partition(": ")[2] for text in told]
+    assert len(words) == len(set(words)) and "no thread could be started" in told[0], told
+    assert [text.rpartition(" ")[2] for text in told] == ["save", "snapshot"], told
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
 
 
 # --- what a person is told while it trains --------------------------------------------------------

@@ -90,6 +90,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         data are others.
         """
         progress = self._restored(learner, warn)
+        if self.writer is not None and self.writer.problem:
+            warn(self.writer.problem)
         self.snapshots.begin(learner, progress, warn, note)
         return progress
 

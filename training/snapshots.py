@@ -338,6 +338,8 @@ class Snapshots:
             return
         if self._writes and self._root is not None:
             self.writer = Writer(self._root, 1, self._written, "snapshot")
+            if self.writer.problem:
+                warn(self.writer.problem)
         often = f"every {self.steps} steps" if self.steps else (
             f"every {self.least:g} s or longer, at most 1 % of the time"
         )  # fmt: skip
