@@ -232,7 +232,7 @@ def with_threshold(told: dict, threshold: float | None) -> dict:
 
 
 def predict(model: "nn.Module", told: dict, path: Path, top: int | None) -> list[Answer]:
-    """The most likely classes of one picture with their probabilities; see Task.told."""
+    """The most likely classes of one picture with their probabilities; see Task.surest."""
     return ask(model, told, [prepare(path, told)], top)[0]
 
 
@@ -262,7 +262,7 @@ def ask(
     name, threshold = told.get("task", "classification"), told.get("threshold", 0.5)
     task = build_task(name, logits.shape[1], 0.0, model, threshold=threshold)
     return [
-        [Answer(told["classes"][index], index, value) for index, value in task.told(row, top)]
+        [Answer(told["classes"][index], index, value) for index, value in task.surest(row, top)]
         for row in logits[: len(prepared)]
     ]
 

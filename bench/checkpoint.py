@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     step()
     stalls, writes, slowed, shares = [], [], [], []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        writer = Writer(Path(folder), keep=1, on_done=lambda told: None)
+        writer = Writer(Path(folder), keep=1, on_done=lambda _: None)
         for number in range(arguments.rounds):
             alone = median(step() for _ in range(3))
             began = time.perf_counter()

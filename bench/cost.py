@@ -36,7 +36,7 @@ class Net(nn.Module):
         if self.training:
             Net.calls += 1
             if Net.calls in (FIRST, LAST):
-                with open("told.txt", "a") as file:
+                with open("times.txt", "a") as file:
                     print(time.process_time(), time.perf_counter(), file=file)
             if Net.calls == LAST:
                 os._exit(0)
@@ -48,8 +48,8 @@ FLAGS += " --eval-every 1000 --checkpoint-every 100000 --augment crop --no-plots
 
 def run(tree: Path, folder: Path, steps: int) -> tuple[float, float, float]:
     """CPU seconds until the first call that tells, CPU µs of a step after it, images per second."""
-    told, log = folder / "told.txt", folder / "log.txt"
-    told.unlink(missing_ok=True)
+    times, log = folder / "times.txt", folder / "log.txt"
+    times.unlink(missing_ok=True)
     words = [sys.executable, str(tree / "train.py"), "--model", "tiny.py:Net", *FLAGS.split()]
     words += ["--run-dir", "run", "--fresh"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -58,7 +58,7 @@ def run(tree: Path, folder: Path, steps: int) -> tuple[float, float, float]:
         done = subprocess.run(words, cwd=folder, env=env, stdout=file, stderr=file)
     if done.returncode:
         raise SystemExit(f"{tree}/train.py failed:\n{log.read_text()[-3000:]}")
-    (start, began), (end, ended) = (map(float, line.split()) for line in told.open())
+    (start, began), (end, ended) = (map(float, line.split()) for line in times.open())
     return start, 1e6 * (end - start) / steps, BATCH * steps / (ended - began)
 
 
@@ -81,8 +81,8 @@ def markdown(results: dict) -> str:
     rows = []
     for name, values in results["measures"].items():
         r, digits = values["ratio"], 2 if "start" in name else 0
-        told = f"{r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f})"
-        rows.append([name, f"{values['old']:.{digits}f}", f"{values['new']:.{digits}f}", told])
+        ratio = f"{r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f})"
+        rows.append([name, f"{values['old']:.{digits}f}", f"{values['new']:.{digits}f}", ratio])
     return table(["", results["commit"], "this tree", "new/old, 95 % interval"], rows)
 
 
@@ -103,13 +103,13 @@ def main() -> int:
         for tree in trees.values():  # compiles the modules
             run(tree, folder, arguments.steps)
         for pair in range(arguments.pairs):
-            told = []
+            measured = []
             for name in sorted(trees, reverse=bool(pair % 2)):
                 values = run(trees[name], folder, arguments.steps)
-                told.append(f"{name} {' '.join(f'{value:.3f}' for value in values)}")
+                measured.append(f"{name} {' '.join(f'{value:.3f}' for value in values)}")
                 for what, value in zip(WHAT, values, strict=True):
                     found.setdefault(what, {"old": [], "new": []})[name].append(value)
-            said = "; ".join(sorted(told))
+            said = "; ".join(sorted(measured))
             print(f"pair {pair + 1} of {arguments.pairs}: {said}", file=sys.stderr, flush=True)
     measures = {}
     for what, series in found.items():

@@ -113,13 +113,13 @@ class Results:
         verdict = LATE if late else PASS if any(passed) else FIGURE
         verdict = FAIL if False in passed or (problem and not late) else verdict
         entry.update(verdict=verdict, seconds=round(seconds, 1), problem=problem)
-        told = f"{verdict} {problem}".strip()
-        self.show(f"{row.title:18} = {told} ({seconds:.1f} s)")
+        words = f"{verdict} {problem}".strip()
+        self.show(f"{row.title:18} = {words} ({seconds:.1f} s)")
         self.write()
 
     def markdown(self) -> str:
-        told = ", ".join(f"{key} {value}" for key, value in self.head.items())
-        lines = [told, "", "| row | figure | verdict |", "| --- | --- | --- |"]
+        words = ", ".join(f"{key} {value}" for key, value in self.head.items())
+        lines = [words, "", "| row | figure | verdict |", "| --- | --- | --- |"]
         for title, entry in self.rows.items():
             words = {True: PASS, False: FAIL, None: "-"}
             cells = [(f["what"], f["figure"], words[f["passed"]]) for f in entry["found"]]
@@ -129,8 +129,8 @@ class Results:
                 name = f"{title}: {what}" if what else title
                 lines.append(f"| {name} | {figure} | {verdict} |".replace("\n", " "))
         counts = [e["verdict"] for e in self.rows.values()]
-        told = ", ".join(f"{counts.count(v)} {v}" for v in (PASS, FAIL, FIGURE, LATE))
-        return "\n".join([*lines, "", f"Rows: {told}.", ""])
+        words = ", ".join(f"{counts.count(v)} {v}" for v in (PASS, FAIL, FIGURE, LATE))
+        return "\n".join([*lines, "", f"Rows: {words}.", ""])
 
     def write(self) -> None:
         content = json.dumps({**self.head, "rows": self.rows}, indent=1)
@@ -302,9 +302,9 @@ def main() -> int:
     late = [title for title, verdict in verdicts.items() if verdict == LATE]
     failed = [title for title, verdict in verdicts.items() if verdict == FAIL]
     print(f"\n{time.monotonic() - began:.0f} s; gpu.json, gpu.md and gpu.log in {given.out}")
-    for told, titles in (("not reached", late), ("failed", failed)):
+    for words, titles in (("not reached", late), ("failed", failed)):
         if titles:
-            print(f"{told}: {', '.join(titles)}")
+            print(f"{words}: {', '.join(titles)}")
     return int(bool(failed) or (given.rehearse and bool(late)))
 
 

@@ -76,8 +76,8 @@ def card(place: Place) -> Iterator[Found]:
     if shutil.which("nvidia-smi"):
         words = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=20)
-        told = done.stdout.partition("\n")[0].partition(",")
-        facts |= {"driver": told[0].strip(), "memory": told[2].strip()}
+        answer = done.stdout.partition("\n")[0].partition(",")
+        facts |= {"driver": answer[0].strip(), "memory": answer[2].strip()}
     yield Found("device", f"{facts['device']}, driver {facts.get('driver', '?')}", None, facts)
     major, minor = torch.cuda.get_device_capability()
     known = torch.cuda.get_arch_list()
@@ -174,7 +174,7 @@ def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen:
 
 def no_room(place: Place) -> Iterator[Found]:
     """Images that do not fit the GPU stay in host memory: the same losses, some speed less."""
-    asked, told = torch.cuda.mem_get_info, {}
+    asked, speeds = torch.cuda.mem_get_info, {}
     steps, batch = (4, 8) if place.small else (20, SIZES["resnet18"][1])
     for name in ("room", "no room"):
         if name == "no room":
@@ -187,10 +187,10 @@ def no_room(place: Place) -> Iterator[Found]:
                 return
         finally:
             torch.cuda.mem_get_info = asked
-        told[name] = (steps - 2) * batch / windows.seconds[0]
+        speeds[name] = (steps - 2) * batch / windows.seconds[0]
     yield same("images in host memory", place.folder / "room", place.folder / "no room")
-    figure = " against ".join(f"{told[name]:.0f}" for name in ("no room", "room"))
-    yield Found("images/s, a row each step", rehearsed(figure), None, told)
+    figure = " against ".join(f"{speeds[name]:.0f}" for name in ("no room", "room"))
+    yield Found("images/s, a row each step", rehearsed(figure), None, speeds)
 
 
 def googlenet(place: Place) -> Iterator[Found]:

@@ -136,10 +136,10 @@ def speed(place: Place, case: str) -> Iterator[Found]:
     host = {name: round(ms, 2) for name, ms in ours.host.items()}
     numbers = {"images_per_second": speeds(ours, flags), "step_ms": step, "host_ms": host}
     numbers |= {"launches": ours.launches, "busy_ms": 1e3 * ours.busy, "peak_mb": ours.peak / 2**20}
-    told = f"{fast:.0f} images/s, {step:.2f} ms a step, batch {batch_of(flags)}, {images()}"
-    yield Found("trainer", rehearsed(told), None, numbers)
-    told = ", ".join(f"{name} {ms} ms" for name, ms in host.items())
-    yield Found("host time of a step", rehearsed(told), None)
+    figure = f"{fast:.0f} images/s, {step:.2f} ms a step, batch {batch_of(flags)}, {images()}"
+    yield Found("trainer", rehearsed(figure), None, numbers)
+    figure = ", ".join(f"{name} {ms} ms" for name, ms in host.items())
+    yield Found("host time of a step", rehearsed(figure), None)
     if problem := seen(trained(flags_of(place, case, "limit"), limit, bare=True)):
         yield Found("the limit", problem, False)
         return
@@ -179,8 +179,8 @@ def fp16(place: Place, model: str) -> Iterator[Found]:
             figure += f", {ended.skipped} updates skipped"
         few = kind == "bf16" or ended.skipped <= 5
         yield Found(kind, rehearsed(figure), falls and few if CUDA else None)
-    told = f"{found['fp16']:.0f} against {found['bf16']:.0f}"
-    yield Found("images/s, fp16 against bf16", rehearsed(told), None, found)
+    figure = f"{found['fp16']:.0f} against {found['bf16']:.0f}"
+    yield Found("images/s, fp16 against bf16", rehearsed(figure), None, found)
 
 
 def compiled(place: Place) -> Iterator[Found]:
@@ -192,21 +192,21 @@ def compiled(place: Place) -> Iterator[Found]:
         return
     case = "resnet18"
     counters.clear()
-    told = windows(place, stop=False)
+    watch = windows(place, stop=False)
     flags = flags_of(place, case, "compiled")
-    steps = told.warm + told.count * told.steps + 1
-    ended = trained([*flags, "--compile", "--stop-after", str(steps)], told)  # an evaluation too
+    steps = watch.warm + watch.count * watch.steps + 1
+    ended = trained([*flags, "--compile", "--stop-after", str(steps)], watch)  # an evaluation too
     if problem := seen(ended):
         yield Found("a run", problem, False)
         return
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    yield Found("compiling", rehearsed(f"{told.first:.1f} s for the first two steps"), None)
+    yield Found("compiling", rehearsed(f"{watch.first:.1f} s for the first two steps"), None)
     yield Found("graphs", f"{graphs} graphs, {breaks} breaks", graphs == 2 and breaks == 0)
     eager = windows(place)
     if problem := seen(trained(flags_of(place, case, "eager"), eager)):
         yield Found("eager", problem, False)
         return
-    fast, slow = median(speeds(told, flags)), median(speeds(eager, flags))
+    fast, slow = median(speeds(watch, flags)), median(speeds(eager, flags))
     figure = rehearsed(f"{fast:.0f} against {slow:.0f}: {fast / slow:.2f} times")
     yield Found("images/s, compiled against eager", figure, None, {"ratio": fast / slow})
 
@@ -249,10 +249,10 @@ def seeds(place: Place) -> Iterator[Found]:
             yield Found(f"{precision}, seed {seed}", problem, False)
             return
         slowest = max(slowest, time.monotonic() - began)
-        told = summary(folder)
-        found[precision].append(told["test/accuracy"])
-        figure = f"{100 * told['test/accuracy']:.2f} % in {told['seconds']:.1f} s"
-        yield Found(f"{precision}, seed {seed}", rehearsed(figure), None, told)
+        ended = summary(folder)
+        found[precision].append(ended["test/accuracy"])
+        figure = f"{100 * ended['test/accuracy']:.2f} % in {ended['seconds']:.1f} s"
+        yield Found(f"{precision}, seed {seed}", rehearsed(figure), None, ended)
     judged = CUDA and images() == "cifar10"
     mean = fmean(found["bf16"])
     figure = f"{100 * mean:.2f} % of {len(found['bf16'])} seeds (canonical images: 93.8 % at least)"

@@ -148,8 +148,8 @@ def measure(arguments: argparse.Namespace) -> dict:
             wait_for(lambda: read_json(run / "status.json", {}).get("step", 0) > 20, launch, log)
             for number in range(arguments.kills):
                 kills.append(one_kill(run, launch, log, chance, arguments.seconds))
-                told = ", ".join(f"{name} {kills[-1][name]:.2f}" for name in (*PARTS, "in all"))
-                print(f"kill {number + 1}: {told}; {kills[-1]['steps']} steps again", flush=True)
+                seconds = ", ".join(f"{name} {kills[-1][name]:.2f}" for name in (*PARTS, "in all"))
+                print(f"kill {number + 1}: {seconds}; {kills[-1]['steps']} steps again", flush=True)
         finally:
             launch.terminate()
             launch.wait()

@@ -74,8 +74,8 @@ class NoPace(Pace):
 class Windows(Observer):
     """An ordinary run whose pace is there, or not, in windows of its steps that take turns."""
 
-    def __init__(self, world: World, pairs: int, told: Path) -> None:
-        self.world, self.told = world, told
+    def __init__(self, world: World, pairs: int, file: Path) -> None:
+        self.world, self.file = world, file
         self.order = [turn for pair in range(pairs) for turn in (pair % 2, 1 - pair % 2)]
         self.window, self.done = -1, WARM + STEPS  # the first begins with the first step
         self.mark = (0.0, 0.0)
@@ -96,7 +96,7 @@ class Windows(Observer):
         if self.window >= 0:
             now = time.process_time(), time.perf_counter()
             took = [1e6 * (b - a) / STEPS for a, b in zip(self.mark, now, strict=True)]
-            with self.told.open("a", encoding="utf-8") as file:
+            with self.file.open("a", encoding="utf-8") as file:
                 print(json.dumps([self.order[self.window], *took]), file=file)
         self.window, self.done = self.window + 1, 0
         if self.window < len(self.order):
@@ -115,8 +115,8 @@ def windows(pairs: int, folder: Path, flags: list[str]) -> int:
     """One process of the run that takes turns."""
 
     def run(world: World, _: Observer) -> int:
-        told = folder / f"told-{world.process_index}.jsonl"
-        return train_main(world, Windows(world, pairs, told))
+        file = folder / f"windows-{world.process_index}.jsonl"
+        return train_main(world, Windows(world, pairs, file))
 
     return run_to_exit(run, parse_or_exit(flags))
 
@@ -165,14 +165,15 @@ def overhead(pairs: int, folder: Path) -> dict:
     flags = f"--model tiny.py:Net {TINY_FLAGS} {OWN} --max-steps {steps} --run-dir tiny".split()
     own = ["--worker", str(folder), "--pairs", str(pairs), "--"]
     launch(["-m", "bench.pace", *own, *flags], 2, folder)
-    told = [
-        [json.loads(line) for line in (folder / f"told-{rank}.jsonl").open()] for rank in range(2)
+    windows = [
+        [json.loads(line) for line in (folder / f"windows-{rank}.jsonl").open()]
+        for rank in range(2)
     ]
     measures = {}
     for place, what in enumerate(WHAT, 1):
         both = [
             (one[0], one[place] + other[place] if what == "cpu" else one[place])
-            for one, other in zip(*told, strict=True)
+            for one, other in zip(*windows, strict=True)
         ]
         series = {kind: [value for has, value in both if has == kind] for kind in (0, 1)}
         ratios = [a / b for a, b in zip(series[1], series[0], strict=True)]
@@ -248,8 +249,8 @@ def cost(results: dict) -> str:
     rows = []
     for name, values in results["overhead"]["measures"].items():
         r = values["ratio"]
-        told = f"{r['median']:.4f} ({r['low']:.4f}-{r['high']:.4f})"
-        rows.append([WHAT[name], f"{values['without']:.0f}", f"{values['with']:.0f}", told])
+        ratio = f"{r['median']:.4f} ({r['low']:.4f}-{r['high']:.4f})"
+        rows.append([WHAT[name], f"{values['without']:.0f}", f"{values['with']:.0f}", ratio])
     rows.append(["its calls alone, CPU µs a step", "", f"{results['overhead']['calls']:.1f}", ""])
     head = [f"{results['overhead']['pairs']} pairs of windows of {STEPS} steps", "without", "with"]
     return table([*head, "with/without, 95 % interval"], rows)
@@ -261,14 +262,16 @@ def named(results: dict) -> str:
         since = f" from step {run['busy from']} on" if run.get("busy from") else ""
         beside = f"a busy process{since}" if run["busy"] else ""
         beside += ", each held to a core, the busy one on the last's" if run["held"] else ""
-        told = []
+        slow_ones = []
         for slow in run["slow"]:
             until = "to the end" if slow["until"] is None else f"to {slow['until']}"
             when, late = f"from step {slow['since']} {until}", 1e3 * slow["seconds"]
-            told.append(f"rank {slow['rank']} in {slow['reason']} {when}, {late:.1f} ms a step")
+            slow_ones.append(
+                f"rank {slow['rank']} in {slow['reason']} {when}, {late:.1f} ms a step"
+            )
         rows.append([f"{run['processes']} processes", beside or "nothing of ours", run["steps"],
-                     f"{1e3 * run['seconds'] / run['steps']:.0f}", len(told),
-                     "; ".join(told) or "nobody"])  # fmt: skip
+                     f"{1e3 * run['seconds'] / run['steps']:.0f}", len(slow_ones),
+                     "; ".join(slow_ones) or "nobody"])  # fmt: skip
     head = [
         "",
         "beside",

@@ -38,11 +38,11 @@ def seconds_to_bare_step(code: str) -> float:
     words = [sys.executable, "-c", code]
     with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        told = process.stdout.readline()
+        line = process.stdout.readline()
         took = time.perf_counter() - began
         process.kill()
-    if told != "stepped\n":
-        raise SystemExit(f"the bare program said {told!r}")
+    if line != "stepped\n":
+        raise SystemExit(f"the bare program said {line!r}")
     return took
 
 

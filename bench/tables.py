@@ -25,11 +25,13 @@ def made(page: Path) -> str:
     def table(place: re.Match) -> str:
         begin, module, function, file, end = place.groups()
         content = json.loads((page.parent / file).read_text(encoding="utf-8"))
-        told, make = (
+        about, make = (
             content["machine"],
             getattr(importlib.import_module(f"bench.{module}"), function),
         )
-        where = f"`{content['command']}`, {told['date']}, {told['device']}, torch {told['torch']}:"
+        where = (
+            f"`{content['command']}`, {about['date']}, {about['device']}, torch {about['torch']}:"
+        )
         return f"{begin}\n{where}\n\n{make(content['results'])}\n\n{end}"
 
     return PLACE.sub(table, page.read_text(encoding="utf-8"))

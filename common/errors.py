@@ -13,7 +13,7 @@ class UserError(ValueError):
     def __init__(self, message: str, *, code: str = "user-error"):
         super().__init__(message)
         self.code = code
-        self.told = False  # already printed by this process
+        self.printed = False  # by this process, already
 
 
 def all_of(problems: Sequence[UserError]) -> UserError:

@@ -67,10 +67,10 @@ def both_sides(one: str, names: Sequence[str], other: str, others: Sequence[str]
     """Two lists of classes that do not match, and what only one of them has."""
     only = [name for name in names if name not in set(others)]
     missing = [name for name in others if name not in set(names)]
-    told = f"{one} {some(names)}; {other} {some(others)}"
+    both = f"{one} {some(names)}; {other} {some(others)}"
     parts = [f"only the former: {some(only)}"] * bool(only)
     parts += [f"only the latter: {some(missing)}"] * bool(missing)
-    return f"{told} ({'; '.join(parts) or 'some of them twice'})"
+    return f"{both} ({'; '.join(parts) or 'some of them twice'})"
 
 
 def found_from_here(script: str) -> str:

@@ -16,13 +16,13 @@ def main(arguments: list[str]) -> int:
     if shown.refused:
         return 2
     if shown.rows is not None:
-        told = shown.rows.told()
-        lines = [shlex.join(["python", "train.py", *row["words"]]) for row in told["rows"]]
-        print(json.dumps(told) if as_json else "\n".join(lines))
+        content = shown.rows.content()
+        lines = [shlex.join(["python", "train.py", *row["words"]]) for row in content["rows"]]
+        print(json.dumps(content) if as_json else "\n".join(lines))
         return 0
     if as_json:
-        told = json.loads(to_json(shown))
-        print(json.dumps({**told, "own_disks": own_disks(shown.config)}, indent=2))
+        content = json.loads(to_json(shown))
+        print(json.dumps({**content, "own_disks": own_disks(shown.config)}, indent=2))
         return 0
     for key, value in asdict(shown.config).items():
         print(f"{key:18} {value!s:24} {shown.origin(key)}")

@@ -210,13 +210,13 @@ def several(given: dict, argv: list[str], typed: dict) -> Rows:
             found = parse([*base, *row.words])
         except UserError as error:
             where = f"{row.place or given['sweep'] or 'row'}: {' '.join(row.words)}"
-            told = UserError(f"{where}: {error}", code=error.code)
-            problems.setdefault(str(error), []).append(told)
+            placed = UserError(f"{where}: {error}", code=error.code)
+            problems.setdefault(str(error), []).append(placed)
     if problems:
-        whose = {text: told[0] for text, told in problems.items()}
+        whose = {text: placed[0] for text, placed in problems.items()}
         raise all_of([
-            UserError(text, code=told.code) if len(problems[text]) == len(rows) else told
-            for text, told in list(whose.items())[:MOST_TOLD]
+            UserError(text, code=placed.code) if len(problems[text]) == len(rows) else placed
+            for text, placed in list(whose.items())[:MOST_TOLD]
         ])  # fmt: skip
     assert found is not None
     config = found.config
@@ -453,7 +453,7 @@ def tell(error: UserError) -> None:
     elif (env.get("LOCAL_RANK") or env.get("SLURM_LOCALID")) == "0":
         time.sleep(2)
         print(f"rank {rank} on {host}: {error}", file=sys.stderr, flush=True)
-    error.told = True
+    error.printed = True
 
 
 def parse_to_train(argv: list[str]) -> Settings:

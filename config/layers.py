@@ -18,7 +18,7 @@ from common.mounts import own_disk
 from common.text import nearest
 from config.fields import HINTS, MAY_CHANGE, TrainConfig, convert, flag_of
 from config.rows import Rows
-from models import Recipe, lookup, parts_of, size_problem, told_by_weights
+from models import Recipe, card_of_weights, lookup, parts_of, size_problem
 from models.own_file import CODE, code_of_weights, refuse_foreign_code
 
 LATEST = "runs/latest"
@@ -88,9 +88,9 @@ def recipe_of(model: str, weights: str) -> Recipe:
     recipe = dict(entry.recipe)
     if weights not in ("none", "auto"):
         recipe |= entry.finetune
-        told = told_by_weights(weights)
-        recipe |= parts_of(told)
-        size = told.get("image_size", 0)
+        card = card_of_weights(weights)
+        recipe |= parts_of(card)
+        size = card.get("image_size", 0)
         if size and entry.task == "classification" and not size_problem(model, entry, size):
             recipe["image_size"] = size
     return recipe
@@ -190,8 +190,8 @@ def own_code(setting: str, model: str, folder: Path, actions: Actions) -> str:
     if actions.eval_only:
         if setting != "model":  # nothing will be trained
             return str(HINTS[setting].default)
-        told = told_by_weights(str(folder / "model.safetensors"))
-        return code_of_weights(model, told.get("code", {}), folder, actions.trust_code)
+        card = card_of_weights(str(folder / "model.safetensors"))
+        return code_of_weights(model, card.get("code", {}), folder, actions.trust_code)
     file, _, name = model.rpartition(":")
     if Path(file).resolve().is_relative_to(folder.resolve()) and not actions.trust_code:
         refuse_foreign_code(model, folder)

@@ -39,8 +39,8 @@ class Row:
         """Of its folder: the number, then what is its own."""
         words = {key: value.replace("/", "of") if key == "fold" else file_name(value)
                  for key, value in self.values.items()}  # fmt: skip
-        told = (key + value for key, value in words.items())
-        return "-".join([f"{self.number:03}", *told])[:MOST_NAME]
+        own = (key + value for key, value in words.items())
+        return "-".join([f"{self.number:03}", *own])[:MOST_NAME]
 
     @property
     def words(self) -> list[str]:
@@ -70,7 +70,7 @@ class Rows:
         """The flags of a row, as one would type them for it alone."""
         return [*self.base, *row.words, "--run-dir", str(self.folder / row.name)]
 
-    def told(self) -> dict:
+    def content(self) -> dict:
         """What sweep.json says: scripts, array jobs and comparisons read it."""
         rows = [
             {"row": row.number, "name": row.name, "values": row.values, "words": self.words(row)}

@@ -115,7 +115,7 @@ def refuse_together(problem: UserError | None) -> dist.Store | None:
     if rank == 0:  # the store ends with this process
         with contextlib.suppress(RuntimeError):
             met.wait([f"read/{r}" for r in range(size)], timedelta(seconds=30))
-    if problem is not None and problem.told:
+    if problem is not None and problem.printed:
         raise problem
     first, host, text = found[0]
     raise UserError(

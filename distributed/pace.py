@@ -234,17 +234,17 @@ class Pace:
     def judge(self, step: int, where: Callable[[int], str]) -> list[Slow]:
         """Main process: who became slow with this row, for another reason, or keeps up again."""
         size, heard = NUMBERS, self._heard
-        told = [heard[first : first + size] for first in range(0, len(heard), size)]
+        everyones = [heard[first : first + size] for first in range(0, len(heard), size)]
         self._heard = []
-        if not told or not all(map(any, told)):
+        if not everyones or not all(map(any, everyones)):
             return []
         whole = statistics.median(parts[-1] for parts in self._times)
         worth = WORTH_TELLING * whole
-        blocks = [blocks_of(numbers) for numbers in told]
+        blocks = [blocks_of(numbers) for numbers in everyones]
         own = [[sum(parts[:OWN]) for parts in mine] for mine in blocks]
         waits = [[parts[OWN] for parts in mine] for mine in blocks]
-        by_time = waited_for(own, [numbers[-2] for numbers in told], self.shares)
-        by_core = waited_for(waits, [numbers[-1] for numbers in told], self.shares)
+        by_time = waited_for(own, [numbers[-2] for numbers in everyones], self.shares)
+        by_core = waited_for(waits, [numbers[-1] for numbers in everyones], self.shares)
         changed = []
         for rank, (late, waiting) in enumerate(zip(by_time, by_core, strict=True)):
             old, measures = self.slow.get(rank), [late, waiting]
@@ -280,10 +280,10 @@ def middle(values: Sequence[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2]
 
 
-def blocks_of(told: list[float]) -> list[list[float]]:
+def blocks_of(numbers: list[float]) -> list[list[float]]:
     """Seconds of each part in each block, of what a process told."""
     count = len(PARTS)
-    return [told[block * count : (block + 1) * count] for block in range(BLOCKS)]
+    return [numbers[block * count : (block + 1) * count] for block in range(BLOCKS)]
 
 
 def waited_for(

@@ -233,14 +233,14 @@ class Watch:
 def failed_at_start(error: BaseException) -> str:
     """The last words of a process that failed before it had a watch."""
     who = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
-    told = f"{who} failed at its start: {type(error).__name__}: {error}"
+    message = f"{who} failed at its start: {type(error).__name__}: {error}"
     if "gloo" in str(error).lower() and "GLOO_SOCKET_IFNAME" not in os.environ:
-        told += (
+        message += (
             "\ngloo connects by the hosts' own names, which may not lead from node to node: on "
             "each, type export GLOO_SOCKET_IFNAME=eth0 first, with the interface that "
             f"`ip route get {os.environ.get('MASTER_ADDR', 'HEAD')}` names"
         )
-    return told
+    return message
 
 
 def tell_agent(error: BaseException) -> None:

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 def export(arguments: argparse.Namespace) -> int:
     """Write the file, check it, tell what it is."""
     from export import forms, hub
-    from export.service import as_text, card_of, channels_of, confidences, describe, side_of
+    from export.service import as_text, channels_of, confidences, describe, exported_card, side_of
     from models.own_file import code_of_weights, is_own_file
     from predict import load_run
     from report.screen import Report
@@ -68,42 +68,42 @@ def export(arguments: argparse.Namespace) -> int:
     if folder.is_file():
         raise UserError(f"{folder}: name the run's folder, {folder.parent}", code="no-run")
     weights = folder / ("last.safetensors" if arguments.last else "model.safetensors")
-    model, told = load_run(weights if folder.is_dir() else folder, arguments.trust_code)
-    built = told["model"]
+    model, card = load_run(weights if folder.is_dir() else folder, arguments.trust_code)
+    built = card["model"]
     if is_own_file(built):
-        built = code_of_weights(built, told.get("code", {}), folder, arguments.trust_code)
+        built = code_of_weights(built, card.get("code", {}), folder, arguments.trust_code)
     graph = form in ("onnx", "torch.export")
-    about = describe(folder, told, arguments.last, normalised=graph)
+    about = describe(folder, card, arguments.last, normalised=graph)
     path = arguments.out or folder / "export" / forms.NAMES[form]
     file = path / forms.NAMES["safetensors"] if form == "hub" else path
     if file.is_dir():
         raise UserError(f"--out {file} is a folder: name a file", code="bad-out")
-    text = as_text(about if graph else card_of(told, about))
+    text = as_text(about if graph else exported_card(card, about))
     with forms.staged(file) as partly:
         if form == "onnx":
-            ask = forms.write_onnx(model, told, text, partly)
+            ask = forms.write_onnx(model, card, text, partly)
         elif form == "torch.export":
-            ask = forms.write_program(model, told, text, partly)
+            ask = forms.write_program(model, card, text, partly)
         else:
-            ask = forms.write_safetensors(model, told, text, partly, built)
-        found, doubt = check(arguments, told, built, model, ask)
-    side, outside = side_of(told), "" if graph else ", then mean and std"
+            ask = forms.write_safetensors(model, card, text, partly, built)
+        found, doubt = check(arguments, card, built, model, ask)
+    side, outside = side_of(card), "" if graph else ", then mean and std"
     averaged = "averaged weights" if about["averaged"] else "weights"
     rows = [
         ("file", str(file)),
         ("weights", f"{about['weights']} {averaged}, of step {about['step']}"),
         (
             "input",
-            f"images (n, {len(told['mean'])}, {side}, {side}), float32, "
-            f"{channels_of(told)} in 0..1{outside}",
+            f"images (n, {len(card['mean'])}, {side}, {side}), float32, "
+            f"{channels_of(card)} in 0..1{outside}",
         ),
-        ("output", f"logits (n, {len(told['classes'])}); confidences: {confidences(told)}"),
+        ("output", f"logits (n, {len(card['classes'])}); confidences: {confidences(card)}"),
         ("says", "classes, preprocessing, metrics: JSON, as lockstep in its metadata"),
         ("checked", found or f"no, {doubt}"),
     ]
     commands = []
     if form == "hub":
-        rows.append(("card", hub.write_folder(path, about, told, built)))
+        rows.append(("card", hub.write_folder(path, about, card, built)))
         trust = ["--trust-code"] * is_own_file(built)
         commands.append(("try", pasted("predict.py", "PICTURE.png", "--run", path, *trust)))
         if arguments.upload:
@@ -113,7 +113,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def check(
-    arguments: argparse.Namespace, told: dict, built: str, model: "nn.Module", ask: "Ask | None"
+    arguments: argparse.Namespace, card: dict, built: str, model: "nn.Module", ask: "Ask | None"
 ) -> tuple[str, str]:
     """(What a check on test pictures found, or why there was none).
 
@@ -126,10 +126,10 @@ def check(
     if ask is None:
         return "", "onnxruntime is not installed: pip install onnxruntime"
     try:
-        pictures = pictures_of_run(arguments.run, told, built, arguments.check)
+        pictures = pictures_of_run(arguments.run, card, built, arguments.check)
     except (OSError, ValueError) as error:
         return "", f"the run's test pictures are not to be had: {error}"
-    found = compare(model, told, ask, pictures)
+    found = compare(model, card, ask, pictures)
     if not found.holds:
         raise UserError(
             f"{arguments.run}: the exported file answers otherwise than the model, {found}; it is "

@@ -40,18 +40,18 @@ class Checked:
         )
 
 
-def pictures_of_run(folder: Path, told: dict, built: str, most: int) -> Tensor:
+def pictures_of_run(folder: Path, card: dict, built: str, most: int) -> Tensor:
     """Pictures of a run's test set, evenly spread over it, as evaluation sees them (uint8).
 
     built: what build_from knows the model by, where its own file has moved.
 
     Raises UserError or OSError where the data set is not to be had.
     """
-    moved = ["--model", built, "--allow-change", "model"] * (built != told["model"])
+    moved = ["--model", built, "--allow-change", "model"] * (built != card["model"])
     settings = parse(["--resume", str(folder), *moved])
     config = settings.config
-    source = source_named(config, split_of(config, folder), levels_in(told))
-    if list(source.classes) != list(told["classes"]):
+    source = source_named(config, split_of(config, folder), levels_in(card))
+    if list(source.classes) != list(card["classes"]):
         raise UserError("the data have other classes by now", code="other-classes")
     count = len(source.test)
     chosen = torch.linspace(0, count - 1, min(most, count)).long()
@@ -62,17 +62,17 @@ def pictures_of_run(folder: Path, told: dict, built: str, most: int) -> Tensor:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, told: dict, ask: Ask, pictures: Tensor) -> Checked:
+def compare(model: nn.Module, card: dict, ask: Ask, pictures: Tensor) -> Checked:
     """A file and the trained model, each asked by its own way to its pixels."""
     augment = Augment(
-        "none", told["image_size"], told["mean"], told["std"], seed=0,
-        cut=bool(told.get("photographs")),
+        "none", card["image_size"], card["mean"], card["std"], seed=0,
+        cut=bool(card.get("photographs")),
     )  # fmt: skip
-    many, least = told.get("task") == "multilabel", told.get("threshold", 0.5)
+    many, least = card.get("task") == "multilabel", card.get("threshold", 0.5)
     equal, logits, confidence = 0, 0.0, 0.0
     for part in (pictures[:1], *pictures[1:].split(AT_ONCE)):  # one alone, and many together
         mine = answer(model, augment.evaluate(part))
-        its = ask(in_unit(part, told))
+        its = ask(in_unit(part, card))
         logits = max(logits, float((mine - its).abs().max()))
         sure, others = (x.sigmoid() if many else x.softmax(1) for x in (mine, its))
         same = (

@@ -71,21 +71,21 @@ def staged(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def program_of(model: nn.Module, told: dict) -> "ExportedProgram":
+def program_of(model: nn.Module, card: dict) -> "ExportedProgram":
     """The model with its normalisation as torch's graph, for any number of pictures.
 
     Raises UserError where torch cannot follow its forward.
     """
-    side = side_of(told)
-    shape = (2, len(told["mean"]), side, side)
+    side = side_of(card)
+    shape = (2, len(card["mean"]), side, side)
     example = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     batch = torch.export.Dim("batch", min=1)
-    service = Service(model, told["mean"], told["std"]).eval()
+    service = Service(model, card["mean"], card["std"]).eval()
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(service, (example,), dynamic_shapes={INPUT: {0: batch}})
     except Exception as error:  # whatever a forward does that no graph can
-        raise cannot(told["model"], error) from error
+        raise cannot(card["model"], error) from error
 
 
 def cannot(name: str, error: Exception) -> UserError:
@@ -99,27 +99,27 @@ def cannot(name: str, error: Exception) -> UserError:
     )
 
 
-def write_program(model: nn.Module, told: dict, text: str, path: Path) -> Ask:
+def write_program(model: nn.Module, card: dict, text: str, path: Path) -> Ask:
     """torch.export's file, which torch alone runs; the description is `lockstep.json` in it."""
-    program = program_of(model, told)
+    program = program_of(model, card)
     with quiet():
         torch.export.save(program, path, extra_files={"lockstep.json": text})
         return torch.export.load(path).module()
 
 
-def write_onnx(model: nn.Module, told: dict, text: str, path: Path) -> Ask | None:
+def write_onnx(model: nn.Module, card: dict, text: str, path: Path) -> Ask | None:
     """An ONNX file with the description in its metadata; None where nothing here can run it."""
     need("onnx", "onnxscript")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if size > MOST_ONNX:
         raise UserError(
-            f"{told['model']} has {size / 1e9:.1f} GB of weights, and an ONNX file holds 2: "
+            f"{card['model']} has {size / 1e9:.1f} GB of weights, and an ONNX file holds 2: "
             "--to torch.export has no such limit",
             code="too-large",
         )
     import onnx
 
-    program = program_of(model, told)
+    program = program_of(model, card)
     try:
         with quiet():
             made = torch.onnx.export(
@@ -129,7 +129,7 @@ def write_onnx(model: nn.Module, told: dict, text: str, path: Path) -> Ask | Non
             assert made is not None
             graph = made.model_proto
     except Exception as error:  # an operator that ONNX has not
-        raise cannot(told["model"], error) from error
+        raise cannot(card["model"], error) from error
     name_batch(graph.graph)
     onnx.helper.set_model_props(graph, {"lockstep": text})
     onnx.checker.check_model(graph)
@@ -168,13 +168,13 @@ def plain_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {key: value.detach().clone().contiguous() for key, value in state.items()}
 
 
-def write_safetensors(model: nn.Module, told: dict, text: str, path: Path, built: str) -> Ask:
+def write_safetensors(model: nn.Module, card: dict, text: str, path: Path, built: str) -> Ask:
     """The weights under the architecture's own names; `built` is what build_from knows it by."""
-    tensors = plain_state(model, told["model"])
+    tensors = plain_state(model, card["model"])
     save_tensors(path, tensors, {"format": "pt", "lockstep": text})
-    fresh = build_from(told, len(told["classes"]), built)
+    fresh = build_from(card, len(card["classes"]), built)
     fresh.load_state_dict(load_file(path), strict=True)
-    return Service(fresh, told["mean"], told["std"]).eval()
+    return Service(fresh, card["mean"], card["std"]).eval()
 
 
 def answer(model: nn.Module, images: Tensor) -> Tensor:

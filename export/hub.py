@@ -19,28 +19,28 @@ COMPILED = "*__pycache__*"  # of who tried the folder: it names the folders of t
 CARD = "README.md"
 
 
-def write_folder(folder: Path, description: dict[str, Json], told: dict, built: str) -> str:
+def write_folder(folder: Path, description: dict[str, Json], card: dict, built: str) -> str:
     """config.json, the card and an own model's files, beside model.safetensors.
 
     A card that is there already, with a licence by now, is kept. Returns what to tell of it.
     """
-    classes = told["classes"]
+    classes = card["classes"]
     write_json(folder / "config.json", {
-        "architectures": [told["model"].rpartition(":")[2]], "num_labels": len(classes),
+        "architectures": [card["model"].rpartition(":")[2]], "num_labels": len(classes),
         "id2label": {str(number): name for number, name in enumerate(classes)},
         "label2id": {name: number for number, name in enumerate(classes)}, **description,
     })  # fmt: skip
     if is_own_file(built):
-        keep_own_code(folder / CODE, told, Path(built.rpartition(":")[0]))
+        keep_own_code(folder / CODE, card, Path(built.rpartition(":")[0]))
     if (folder / CARD).exists():
         return f"{CARD} was there and is kept as it is"
-    write_text(folder / CARD, card(description, told, built))
+    write_text(folder / CARD, model_card(description, card, built))
     return f"{CARD}: read it, and choose a licence"
 
 
-def keep_own_code(target: Path, told: dict, file: Path) -> None:
+def keep_own_code(target: Path, card: dict, file: Path) -> None:
     """The files of the model's class, as the run executed them."""
-    for place in told.get("code") or {file.name: ""}:
+    for place in card.get("code") or {file.name: ""}:
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file.parent / place, target / place)
 
@@ -58,9 +58,9 @@ def as_words(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|~&])|((?<!\w)_|_(?!\w))", r"\\\1\2", printable(text))
 
 
-def card(description: dict, told: dict, built: str) -> str:
+def model_card(description: dict, card: dict, built: str) -> str:
     """The model card: what it is, what it was trained on, how good it is, how to load it."""
-    classes, metrics = told["classes"], description["metrics"]
+    classes, metrics = card["classes"], description["metrics"]
     shown = ", ".join(as_code(name) for name in classes[:100])
     if len(classes) > 100:
         shown += f" and {len(classes) - 100} more (all of them in config.json)"
@@ -76,7 +76,7 @@ def card(description: dict, told: dict, built: str) -> str:
     about = f"{as_words(description['model'])} for {len(classes)} classes of images"
     if description["dataset"]:
         about += f", trained on {as_words(description['dataset'])} by Lockstep"
-    mean, std = (", ".join(f"{value:.6g}" for value in told[name]) for name in ("mean", "std"))
+    mean, std = (", ".join(f"{value:.6g}" for value in card[name]) for name in ("mean", "std"))
     return f"""---
 pipeline_tag: image-classification
 tags:
@@ -106,7 +106,7 @@ tags:
 `python predict.py PICTURE.png --run FOLDER{trust}` in a clone of Lockstep, or:
 
 ```python
-{loading(told, built)}```
+{loading(card, built)}```
 
 ## Data, licence, limits
 
@@ -115,10 +115,10 @@ and where it fails.
 """
 
 
-def loading(told: dict, built: str) -> str:
+def loading(card: dict, built: str) -> str:
     """Python that builds the plain architecture and gives it the weights."""
-    given = {"num_classes": len(told["classes"]), "image_size": told["image_size"]}
-    given |= parts_of(told)
+    given = {"num_classes": len(card["classes"]), "image_size": card["image_size"]}
+    given |= parts_of(card)
     lines = ["from safetensors.torch import load_file", ""]
     if is_own_file(built):
         file, _, name = built.rpartition(":")
@@ -136,7 +136,7 @@ def loading(told: dict, built: str) -> str:
     else:
         words = ", ".join(f"{key}={value!r}" for key, value in given.items())
         lines += ["from models import build_model  # in a clone of Lockstep", ""]
-        lines += [f'model = build_model("{told["model"]}", {words})']
+        lines += [f'model = build_model("{card["model"]}", {words})']
     lines += ['model.load_state_dict(load_file("model.safetensors"))', "model.eval()"]
     return "\n".join(lines) + "\n"
 

@@ -41,20 +41,20 @@ class Service(nn.Module):
         return split_outputs(self.model(images * scale + shift))[0].float()
 
 
-def side_of(told: dict) -> int:
+def side_of(card: dict) -> int:
     """Pixels a side of what the model is given when it is evaluated."""
-    return int((told.get("photographs") and told.get("eval_size")) or told["image_size"])
+    return int((card.get("photographs") and card.get("eval_size")) or card["image_size"])
 
 
-def in_unit(pixels: Tensor, told: dict) -> Tensor:
+def in_unit(pixels: Tensor, card: dict) -> Tensor:
     """uint8 (n, 3, H, W) as evaluation sees it -> what an exported file takes."""
-    seen = grey(pixels.float()) if len(told["mean"]) == 1 else pixels.float()
-    return resize(seen / 255, side_of(told))
+    seen = grey(pixels.float()) if len(card["mean"]) == 1 else pixels.float()
+    return resize(seen / 255, side_of(card))
 
 
-def channels_of(told: dict) -> str:
+def channels_of(card: dict) -> str:
     """What a model's images are made of."""
-    return "RGB" if len(told["mean"]) == 3 else "L"
+    return "RGB" if len(card["mean"]) == 3 else "L"
 
 
 def plain_name(name: str) -> str:
@@ -62,55 +62,55 @@ def plain_name(name: str) -> str:
     return Path(name).name if is_own_file(name) or "/" in name else name
 
 
-def preprocessing(told: dict) -> dict[str, Json]:
+def preprocessing(card: dict) -> dict[str, Json]:
     """From a picture file to the input, in words that another program can follow."""
-    size = side_of(told)
+    size = side_of(card)
     scaled = " (a JPEG far larger than what is seen at 1/2, 1/4 or 1/8 of its sides, by libjpeg)"
-    decode = "decode" + scaled * (told.get("decode") == "scaled")
+    decode = "decode" + scaled * (card.get("decode") == "scaled")
     steps: list[Json] = [f"{decode}, turn as EXIF says, convert to RGB, 8 bits"]
-    fill = "rgb({}, {}, {})".format(*mean_colour(told["mean"]))
-    small = not told.get("photographs")
-    margin = size if small else told.get("eval_resize", default_resize(size))
-    how = told.get("resize", "crop")
-    if told.get("levels"):
-        low, high = told["levels"]
+    fill = "rgb({}, {}, {})".format(*mean_colour(card["mean"]))
+    small = not card.get("photographs")
+    margin = size if small else card.get("eval_resize", default_resize(size))
+    how = card.get("resize", "crop")
+    if card.get("levels"):
+        low, high = card["levels"]
         steps.append(f"16 bits: {low} becomes 0, {high} becomes 255, what lies outside is clipped")
     fitted = {
         "crop": f"scale the shorter side to {margin}, cut the middle {size} x {size}",
         "squash": f"scale to {size} x {size}, whatever the shape",
         "pad": f"scale the longer side to {size}, fill up to a square with {fill}",
     }[how]
-    way = told.get("interpolation", "bilinear")
+    way = card.get("interpolation", "bilinear")
     fitted += f" ({way}, antialiased)"
-    if small and (shape := told.get("picture_size")):
+    if small and (shape := card.get("picture_size")):
         steps.append(f"a picture of {shape[1]} x {shape[0]} pixels stays whole")
     if small:
         steps.append(f"of at most {SMALL} pixels a side: its middle square to {size} x {size}, "
                      "bicubic (Pillow's ImageOps.fit)")  # fmt: skip
         fitted = f"a larger one: {fitted}"
     brightness = "one channel: 0.299 of red, 0.587 of green, 0.114 of blue (ITU-R 601-2)"
-    steps += [fitted, *[brightness] * (len(told["mean"]) == 1), "divide by 255"]
-    if small and told.get("picture_size", [size, size]) != [size, size]:
+    steps += [fitted, *[brightness] * (len(card["mean"]) == 1), "divide by 255"]
+    if small and card.get("picture_size", [size, size]) != [size, size]:
         steps.append(f"scale to {size} x {size} (bilinear, antialiased)")
     return {
         "size": size, "shorter_side": margin if how == "crop" else None, "resize": how,
-        "crop": "center", "interpolation": way, "antialias": True, "mean": told["mean"],
-        "std": told["std"], "steps": steps,
+        "crop": "center", "interpolation": way, "antialias": True, "mean": card["mean"],
+        "std": card["std"], "steps": steps,
     }  # fmt: skip
 
 
-def confidences(told: dict) -> str:
+def confidences(card: dict) -> str:
     """What makes confidences of the logits."""
-    many = told.get("task") == "multilabel"
+    many = card.get("task") == "multilabel"
     return "sigmoid of each class" if many else "softmax over the classes"
 
 
-def threshold(told: dict) -> dict[str, Json]:
+def threshold(card: dict) -> dict[str, Json]:
     """From which confidence a picture has a class, where it may have several."""
-    return {"threshold": told["threshold"]} if told.get("task") == "multilabel" else {}
+    return {"threshold": card["threshold"]} if card.get("task") == "multilabel" else {}
 
 
-def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str, Json]:
+def describe(folder: Path, card: dict, last: bool, normalised: bool) -> dict[str, Json]:
     """All that a program needs to know of an exported file.
 
     normalised: whether mean and std are in the graph; else they are to be applied after all steps.
@@ -118,31 +118,31 @@ def describe(folder: Path, told: dict, last: bool, normalised: bool) -> dict[str
     config = read_json(folder / "config.json", {}).get("config", {})
     summary = read_json(folder / "summary.json", {})
     start = "test/" if last else "best/test/"
-    size, classes = side_of(told), told["classes"]
+    size, classes = side_of(card), card["classes"]
     return {
-        "made_by": "Lockstep", "run": folder.resolve().name, "model": plain_name(told["model"]),
-        "dataset": plain_name(str(told.get("dataset", ""))), "weights": "last" if last else "best",
-        "step": told.get("step"), "averaged": bool(config.get("ema")), "classes": classes,
+        "made_by": "Lockstep", "run": folder.resolve().name, "model": plain_name(card["model"]),
+        "dataset": plain_name(str(card.get("dataset", ""))), "weights": "last" if last else "best",
+        "step": card.get("step"), "averaged": bool(config.get("ema")), "classes": classes,
         "input": {
-            "name": INPUT, "shape": ["batch", len(told["mean"]), size, size], "type": "float32",
-            "range": [0, 1], "channels": channels_of(told), "normalised_inside": normalised,
+            "name": INPUT, "shape": ["batch", len(card["mean"]), size, size], "type": "float32",
+            "range": [0, 1], "channels": channels_of(card), "normalised_inside": normalised,
         },
         "output": {
             "name": OUTPUT, "shape": ["batch", len(classes)], "type": "float32",
-            "confidences": confidences(told), **threshold(told),
+            "confidences": confidences(card), **threshold(card),
         },
-        "preprocessing": preprocessing(told),
+        "preprocessing": preprocessing(card),
         "metrics": {k.removeprefix(start): v for k, v in summary.items() if k.startswith(start)
                     and isinstance(v, int | float) and k.removeprefix(start) != "images"},
     }  # fmt: skip
 
 
-def card_of(told: dict, about: dict[str, Json]) -> dict[str, Json]:
+def exported_card(card: dict, about: dict[str, Json]) -> dict[str, Json]:
     """The description, with what predict.py asks weights for and no folder of this machine."""
-    card = {k: v for k, v in told.items() if k not in ("facts", "progress")}
-    if is_own_file(told["model"]):
-        card["model"] = f"{CODE}/{about['model']}"
-    return {**about, **card, "dataset": about["dataset"]}
+    kept = {k: v for k, v in card.items() if k not in ("facts", "progress")}
+    if is_own_file(card["model"]):
+        kept["model"] = f"{CODE}/{about['model']}"
+    return {**about, **kept, "dataset": about["dataset"]}
 
 
 def as_text(description: dict[str, Json]) -> str:

@@ -40,7 +40,7 @@ class Crew:
 
     def work(self) -> None:
         """Until no row is left, or all have stopped."""
-        waiting, told = iter(self.left), False
+        waiting, passed_on = iter(self.left), False
         handlers = {
             number: signal.signal(number, self._stop)
             for number in (signal.SIGINT, signal.SIGTERM, *_ALSO)
@@ -56,8 +56,8 @@ class Crew:
                     if not self.running:
                         break
                     time.sleep(LOOK_SECONDS)
-                    if self.asked and not told:
-                        told = True  # once: a second signal is no other wish
+                    if self.asked and not passed_on:
+                        passed_on = True  # once: a second signal is no other wish
                         for _, process in self.running.values():
                             process.terminate()
                     self._hear()

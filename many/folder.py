@@ -58,7 +58,7 @@ def last_words(output: Path, status: int) -> str:
 @contextlib.contextmanager
 def entered(rows: Rows) -> Iterator[None]:
     """The folder of all rows, with its sweep.json, for this process alone."""
-    folder, told, lock = rows.folder, rows.told(), rows.folder / "lock"
+    folder, content, lock = rows.folder, rows.content(), rows.folder / "lock"
     if not lock.exists():
         _refuse_foreign(folder)  # before a file of ours lies in it
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,8 @@ def entered(rows: Rows) -> Iterator[None]:
                     code="run-dir-in-use",
                 ) from None
         _refuse_foreign(folder)  # what is there stays so only while we hold the lock
-        _refuse_others(folder, told)
-        write_json(folder / SWEEP, told)
+        _refuse_others(folder, content)
+        write_json(folder / SWEEP, content)
         yield
 
 
@@ -88,13 +88,13 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _refuse_others(folder: Path, told: dict) -> None:
+def _refuse_others(folder: Path, new: dict) -> None:
     if (old := read_json(folder / SWEEP)) is None:
         return
-    kept, now = ([_own(row) for row in of.get("rows", [])] for of in (old, told))
-    if old.get("base") != told["base"] or kept != now[: len(kept)]:
+    kept, now = ([_own(row) for row in of.get("rows", [])] for of in (old, new))
+    if old.get("base") != new["base"] or kept != now[: len(kept)]:
         raise UserError(
-            f"{folder} holds other runs: {_difference(old, told)}; what was there can only "
+            f"{folder} holds other runs: {_difference(old, new)}; what was there can only "
             "be added to, as rows at the end. Name another folder with --run-dir",
             code="other-sweep",
         )

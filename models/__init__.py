@@ -252,7 +252,7 @@ def _near(name: str) -> str:
     return did_you_mean(name, MODELS)
 
 
-def told_by_weights(weights: str) -> dict:
+def card_of_weights(weights: str) -> dict:
     """What a run wrote into its weights: model, sizes, classes, code, ...; {} for others."""
     try:
         with Path(weights).expanduser().open("rb") as file:  # safetensors: a length, a JSON header
@@ -268,20 +268,20 @@ def told_by_weights(weights: str) -> dict:
         return {}
 
 
-def build_from(told: Mapping[str, Any], num_classes: int, name: str = "") -> nn.Module:
-    """The model of a run: `told` is its configuration, or what its weights say of themselves.
+def build_from(facts: Mapping[str, Any], num_classes: int, name: str = "") -> nn.Module:
+    """The model of a run: `facts` are its configuration, or what its weights say of themselves.
 
     name: another one, where the file of a class has moved.
     """
     return build_model(
-        name or told["model"], num_classes=num_classes, image_size=told["image_size"],
-        drop_path=told.get("drop_path"), **parts_of(told),
+        name or facts["model"], num_classes=num_classes, image_size=facts["image_size"],
+        drop_path=facts.get("drop_path"), **parts_of(facts),
     )  # fmt: skip
 
 
-def parts_of(told: Mapping[str, Any]) -> dict[str, Any]:
+def parts_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a model is made of beside its name, classes and size, where it is not the usual."""
-    return {k: told[k] for k, usual in PARTS.items() if told.get(k, usual) != usual}
+    return {k: facts[k] for k, usual in PARTS.items() if facts.get(k, usual) != usual}
 
 
 def build_model(

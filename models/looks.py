@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import TIMM, lookup, told_by_weights
+from models import TIMM, card_of_weights, lookup
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ def look_of(model: str, weights: str) -> Look | None:
     """
     if weights == "imagenet":
         return published_look(model)
-    if told := told_by_weights(weights):
-        return _of_card(told)
+    if card := card_of_weights(weights):
+        return _of_card(card)
     beside = Path(weights).expanduser().parent / "config.json"
     try:
         said = json.loads(beside.read_text(encoding="utf-8"))["pretrained_cfg"]
@@ -62,11 +62,11 @@ def published_look(model: str) -> Look | None:
     return Look(_three(said.mean), _three(said.std), crop, way, "torchvision's weights")
 
 
-def _of_card(told: dict) -> Look | None:
+def _of_card(card: dict) -> Look | None:
     try:
-        crop = told["eval_size"] / told["eval_resize"] if told.get("eval_resize") else 0.875
-        way = _way(told.get("interpolation", ""))
-        return Look(_three(told["mean"]), _three(told["std"]), crop, way, "the run's own")
+        crop = card["eval_size"] / card["eval_resize"] if card.get("eval_resize") else 0.875
+        way = _way(card.get("interpolation", ""))
+        return Look(_three(card["mean"]), _three(card["std"]), crop, way, "the run's own")
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
 

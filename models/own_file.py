@@ -263,7 +263,7 @@ def keep_code(folder: Path, *names: str) -> str:
     return ""
 
 
-def code_of_weights(name: str, told: dict[str, str], folder: Path, trust: bool = False) -> str:
+def code_of_weights(name: str, digests: dict[str, str], folder: Path, trust: bool = False) -> str:
     """FILE.py:Class to execute for weights in a folder, which were made by files of these hashes.
 
     The file where it was, if it did not change, else the copy that the run keeps. Weights alone
@@ -275,7 +275,7 @@ def code_of_weights(name: str, told: dict[str, str], folder: Path, trust: bool =
         refuse_foreign_code(name, folder)
     places = [path.parent, folder / CODE, *sorted(folder.glob(f"{CODE}.old-*"))]
     for place in places:
-        if holds(place, told) if told else (place / path.name).is_file():
+        if holds(place, digests) if digests else (place / path.name).is_file():
             return f"{place / path.name}:{made}"
     lack = "has changed since" if path.is_file() else "is gone"
     raise UserError(
@@ -300,11 +300,11 @@ def refuse_foreign_code(name: str, folder: Path) -> None:
         )
 
 
-def holds(folder: Path, told: dict[str, str]) -> bool:
+def holds(folder: Path, digests: dict[str, str]) -> bool:
     """Whether all these files are in a folder, with these hashes."""
     try:
-        return bool(told) and all(
-            digest((folder / place).read_bytes()) == value for place, value in told.items()
+        return bool(digests) and all(
+            digest((folder / place).read_bytes()) == value for place, value in digests.items()
         )
     except OSError:
         return False

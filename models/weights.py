@@ -19,7 +19,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.text import both_sides, counted, did_you_mean, places, some
-from models import TIMM, lookup, parts_of, timm_zoo, told_by_weights
+from models import TIMM, card_of_weights, lookup, parts_of, timm_zoo
 from models.hooks import NamesAuxiliaryHeads
 from models.own_file import is_own_file
 from models.state import beside_state_dict, is_extra, load_whole_state, twin, whole_state
@@ -113,7 +113,7 @@ def load_weights(
         )
     load_whole_state(model, whole_state(model) | given | extra)
     if names.permute:
-        return origin + names.told(len(given))
+        return origin + names.in_words(len(given))
     if not fresh:
         doubt = ""
         if classes and not names.known:
@@ -145,7 +145,7 @@ class _Names:
                 f"--weights {self.weights}: other classes: {sides}", code="other-classes"
             )
 
-    def told(self, tensors: int) -> str:
+    def in_words(self, tensors: int) -> str:
         """What came of it, where rows were matched by name."""
         if self.same:
             return f", all {tensors} tensors, the head's rows in the order of the data"
@@ -176,10 +176,10 @@ def _differences(given: dict, wanted: dict, own: dict) -> list[str]:
 
 def _trained_as(weights: str) -> str:
     """With which flags weights that do not fit were trained, or that these should be given."""
-    if not (told := told_by_weights(weights)):
+    if not (card := card_of_weights(weights)):
         return "name the model (and --image-size) that these weights were trained with"
-    parts = "".join(f" --{part} {value}" for part, value in parts_of(told).items())
-    return f"it was trained as --model {told['model']} --image-size {told['image_size']}{parts}"
+    parts = "".join(f" --{part} {value}" for part, value in parts_of(card).items())
+    return f"it was trained as --model {card['model']} --image-size {card['image_size']}{parts}"
 
 
 def imagenet_classes() -> list[str]:
@@ -541,8 +541,8 @@ def _out_of_a_wrapper(
     for front in {key.partition(".")[0] + "." for key in loaded}:
         cut = {k.removeprefix(front): v for k, v in loaded.items() if k.startswith(front)}
         others = [key for key in loaded if not key.startswith(front)]
-        told = f"; {some(others, 3)} left out" if others else ""
-        ways.append((cut, f", its {front}* as the model{told}"))
+        rest = f"; {some(others, 3)} left out" if others else ""
+        ways.append((cut, f", its {front}* as the model{rest}"))
     for front in {key.partition(".")[0] + "." for key in own}:
         ways.append(({front + k: v for k, v in loaded.items()}, f", as the model's {front}*"))
     fit = [len(way.keys() & own.keys()) for way, _ in ways]
@@ -554,7 +554,7 @@ def _out_of_a_wrapper(
 def _classes_of(weights: str, name: str) -> Sequence[str]:
     """What the rows of the file's head are called; () where it does not say."""
     if weights != "imagenet":
-        return told_by_weights(weights).get("classes", ())
+        return card_of_weights(weights).get("classes", ())
     if name.startswith(TIMM):
         count = timm_zoo.config_of(name.removeprefix(TIMM)).num_classes
         return imagenet_classes() if count == 1000 else ()

@@ -92,9 +92,9 @@ def chart(
     names = list(lines) if len(lines) > 1 else []
     if best:
         drawn, names = drawn + dot("best", *best, 6), [*names, "best"]
-    told = {escape(printable(label)): kind for kind, label in (keys or {}).items()}
-    told = told or {name: name.partition("/")[0] for name in names}
-    legend = "".join(f'<span class="key {kind}">{name}</span>' for name, kind in told.items())
+    entries = {escape(printable(label)): kind for kind, label in (keys or {}).items()}
+    entries = entries or {name: name.partition("/")[0] for name in names}
+    legend = "".join(f'<span class="key {kind}">{name}</span>' for name, kind in entries.items())
     label = f"{title} over the {axis}s: {'; '.join(described)}"
     svg = f'<svg viewBox="0 0 420 246" role="img" aria-label="{label}">{drawn}</svg>'
     return Markup(f"<figure>{svg}<figcaption>{legend}</figcaption></figure>")

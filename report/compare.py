@@ -83,8 +83,8 @@ def found_in(paths: Iterable[Path], warn: Callable[[str], None] = lambda _: None
         if (path / "config.json").is_file():
             found[path] = None
             continue
-        told = read_json(path / SWEEP, {}).get("rows", [])
-        names = [str(row["name"]) for row in told] or sorted(
+        listed = read_json(path / SWEEP, {}).get("rows", [])
+        names = [str(row["name"]) for row in listed] or sorted(
             one.name for one in (path.iterdir() if path.is_dir() else ()) if not one.is_symlink()
         )
         runs = [path / name for name in names if (path / name / "config.json").is_file()]

@@ -58,8 +58,8 @@ def finish(
             world.stop.reason, failed = DAMAGED, panels.cannot_decode(damaged)
         code = FAILED
     if log.plan.config.fold and code == FINISHED and log.plan.folder is not None:
-        told = write_out_of_fold(log.plan.folder, learner, data, world, progress)
-        code = FINISHED if told else STOPPED  # the next life has no more to do than that
+        whole = write_out_of_fold(log.plan.folder, learner, data, world, progress)
+        code = FINISHED if whole else STOPPED  # the next life has no more to do than that
     if log.folder is not None:
         reason = failed or (world.stop.why(world.stop.reason) if world.stop.reason else "")
         if not reason and schedule.gave_up(progress):
@@ -158,7 +158,7 @@ def run_to_exit(
         status, words = STOPPED if error.code == "stopped-early" else USER_ERROR, str(error)
         if not speaks(world):
             words = world.own_words if world is not None else ""
-        if error.told:
+        if error.printed:
             words = ""
         if words:
             print(words, file=sys.stderr, flush=True)

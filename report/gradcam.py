@@ -34,8 +34,8 @@ def keep_mistakes(data: Data, progress: Progress, folder: Path, name: str) -> st
     if not examples or data.source.task != "classification":
         return ""
     names, places = names_of(data.source, "test"), data.places["test"].tolist()
-    told = [{**e, "name": names[places[e["index"]]] if names else ""} for e in examples]
-    content = {"epoch": progress.best_epoch, "mistakes": told}
+    named = [{**e, "name": names[places[e["index"]]] if names else ""} for e in examples]
+    content = {"epoch": progress.best_epoch, "mistakes": named}
     write_text(folder / "mistakes.json", json.dumps(content) + "\n")
     best = folder / "model.safetensors"
     model = build_from(card_of(best), data.num_outputs, name).eval()

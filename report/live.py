@@ -122,10 +122,10 @@ class Handler(BaseHTTPRequestHandler):
         return self._answer(404, "text/plain", "There is nothing here.\n")
 
     def _rows(self, query: str) -> dict[str, Json]:
-        told = parse_qs(query)
+        asked = parse_qs(query)
         state = state_of(self.folder, self.reader.rows())
-        same = told.get("life", [""])[0] in ("", state["life"])
-        text = told.get("from", ["0"])[0]
+        same = asked.get("life", [""])[0] in ("", state["life"])
+        text = asked.get("from", ["0"])[0]
         place = int(text) if same and text.isascii() and text.isdigit() else 0
         start, end, rows, more = new_rows(self.folder / "metrics.jsonl", place)
         return {**state, "from": start, "to": end, "rows": rows, "more": more}

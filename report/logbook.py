@@ -395,16 +395,16 @@ class Logbook(contextlib.AbstractContextManager):
         new = self.folder.folder
         self.screen.close()
         self.screen.attach(new)
-        told = f"{old} was renamed to {new} while it trained: the save is there"
+        message = f"{old} was renamed to {new} while it trained: the save is there"
         if not (new / "config.json").exists():
-            told = f"{old} was deleted while it trained: a new save is in {new}"
+            message = f"{old} was deleted while it trained: a new save is in {new}"
             self._write_birth(data, facts)
             keep_code(new, *self.plan.config.may_be_files)
             self.status(**lost)
             self.folder.write_rows()
             progress.metrics_rows = len(self.folder.metrics_lines())
         self.world.stop.stop_file = new / "STOP"
-        self.screen.warn(told)
+        self.screen.warn(message)
         return new
 
     def finish_trackers(self, code: int) -> bool:

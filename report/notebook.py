@@ -47,9 +47,9 @@ TRIAL_SECONDS = 120.0
 TRIAL = """
 import json, sys, torch
 from models import build_from
-told = json.loads(sys.argv[1])
-model = build_from(told, told["classes"])
-model.eval()(torch.zeros(2, told["channels"], told["image_size"], told["image_size"]))
+facts = json.loads(sys.argv[1])
+model = build_from(facts, facts["classes"])
+model.eval()(torch.zeros(2, facts["channels"], facts["image_size"], facts["image_size"]))
 """
 
 
@@ -263,11 +263,11 @@ class KeptClass:
         number = len(list(self.file.parent.iterdir()))
         return self.file.with_name(f"{self.made.__name__}.old-{number}.py")
 
-    def try_elsewhere(self, told: dict[str, str | int]) -> None:
+    def try_elsewhere(self, facts: dict[str, str | int]) -> None:
         """Start an interpreter that builds the model from its file, beside the training."""
         if not self._problem:
             self._trial = subprocess.Popen(
-                [sys.executable, "-c", TRIAL, json.dumps({"model": self.name, **told})],
+                [sys.executable, "-c", TRIAL, json.dumps({"model": self.name, **facts})],
                 cwd=Path(__file__).resolve().parent.parent, stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 start_new_session=True,  # an interrupt of the notebook is none of its business
@@ -303,5 +303,5 @@ class Seen(Observer):
         self.learner, self.data, self.progress = learner, data, progress
         if self.kept is not None:
             config = learner.config
-            told = {name: getattr(config, name) for name in ("image_size", *PARTS)}
-            self.kept.try_elsewhere({**told, "classes": len(data.classes)})
+            facts = {name: getattr(config, name) for name in ("image_size", *PARTS)}
+            self.kept.try_elsewhere({**facts, "classes": len(data.classes)})

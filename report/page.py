@@ -93,10 +93,10 @@ class Files:
         A folder of an older program lacks metrics.json: its numbers tell which task it had.
         """
         try:
-            told = read_json(self.folder / "metrics.json", {})
-            metrics = tuple(Metric(**metric) for metric in told["metrics"])
-            if told["best_is"] in {metric.key for metric in metrics}:
-                return metrics, told["best_is"]
+            declared = read_json(self.folder / "metrics.json", {})
+            metrics = tuple(Metric(**metric) for metric in declared["metrics"])
+            if declared["best_is"] in {metric.key for metric in metrics}:
+                return metrics, declared["best_is"]
         except (KeyError, TypeError, ValueError):
             pass
         from tasks import TASKS  # brings torch
@@ -174,7 +174,7 @@ def verdict(files: Files) -> Markup:
         return PARTS.verdict(files.state, files.reason)
     images = files.ended.get("test/images")
     of = metric.about(f"{images:,} test images" if is_number(images) else "the test images")
-    others = (told for m, told in named(files, row) if m is not metric)
+    others = (words for m, words in named(files, row) if m is not metric)
     when = f"at epoch {row.get('epoch', '?')}, the best on the {chosen}"
     about = ", ".join((of, *others))
     return PARTS.verdict(files.state, files.reason, metric.show(value), about, when)
@@ -191,8 +191,10 @@ def facts(files: Files) -> Markup:
     config, ended = files.config.get("config", {}), files.ended
     last = files.rows[-1] if files.rows else {}
     rows = [("model", config.get("model")), ("data", config.get("dataset"))]
-    evaluations = [told for row in files.rows if (told := named(files, row))]
-    rows += [("last evaluation", ", ".join(word for _, word in told)) for told in evaluations[-1:]]
+    evaluations = [numbers for row in files.rows if (numbers := named(files, row))]
+    rows += [
+        ("last evaluation", ", ".join(word for _, word in numbers)) for numbers in evaluations[-1:]
+    ]
     also = [(m, files.best[0].get(f"test/{m.key}")) for m in files.metrics if m.has("end")]
     rows += [(f"{m.title}, at the best", m.show(value)) for m, value in also if is_number(value)]
     rows.append(("epoch", f"{last['epoch']} of {config.get('epochs')}" if last else ""))
@@ -236,10 +238,10 @@ def curves(files: Files) -> Markup:
 
 def calibration(files: Files) -> Markup | str:
     """How often answers are right, by how sure they are."""
-    told = files.summary.get("calibration")
-    if not told:
+    known = files.summary.get("calibration")
+    if not known:
         return ""
-    bins = zip(told["images"], told["right"], told["sure"], strict=True)
+    bins = zip(known["images"], known["right"], known["sure"], strict=True)
     points = [(sure / images, right / images) for images, right, sure in bins if images]
     exact = [(0.0, 0.0), (1.0, 1.0)]
     lines = {"test/right": [(round(x, 3), y) for x, y in points], "exact": exact}
@@ -278,9 +280,9 @@ def confusion(files: Files) -> Markup | str:
 
 def per_class(files: Files) -> Markup | str:
     """Accuracy and precision of each class, or what the task tells of each."""
-    if told := files.summary.get("by_class"):
-        metrics = [Metric(**metric) for metric in told["metrics"]]
-        columns = [told["values"][metric.key] for metric in metrics]
+    if kept := files.summary.get("by_class"):
+        metrics = [Metric(**metric) for metric in kept["metrics"]]
+        columns = [kept["values"][metric.key] for metric in metrics]
         rows = [
             [name, *("-" if v is None else m.show(v) for m, v in zip(metrics, row, strict=True))]
             for name, *row in zip(files.classes["classes"], *columns, strict=True)
@@ -313,8 +315,8 @@ def mistakes(files: Files) -> Markup | str:
     """The sheet of the surest mistakes of each class, their names, and where the model looked."""
     message = "What it is, what it was taken for: the surest mistakes among the test images"
     made = picture(files.folder / "mistakes.png", message, "sheet")
-    told = read_json(files.folder / "mistakes.json", {}).get("mistakes", [])
-    if named := [one for one in told if one.get("name")]:
+    kept = read_json(files.folder / "mistakes.json", {}).get("mistakes", [])
+    if named := [one for one in kept if one.get("name")]:
         names = [str(name) for name in files.classes["classes"]]
         rows = [
             [o["name"], names[o["label"]], names[o["answer"]], percent(o["confidence"])]

@@ -106,8 +106,8 @@ def _standing(
         epoch = f"in epoch {schedule.place(progress.step)[0] + 1} of {schedule.epochs}"
         ahead = f" ({counted(progress.images, 'image')} seen)" if schedule.ahead else ""
         source = f", {checkpoints.snapshots.source}" if checkpoints.snapshots.source else ""
-        told = f"at step {progress.step}, {epoch}{ahead}{shown}{source}"
-        rows.append(("resumed", told))
+        where = f"at step {progress.step}, {epoch}{ahead}{shown}{source}"
+        rows.append(("resumed", where))
     return rows
 
 
@@ -311,10 +311,10 @@ def show_epoch(
     words = [f"epoch {epoch}/{epochs}"]
     row = row | trained
     for split in ("train", "val", "test"):
-        told = [
+        numbers = [
             m.named(row[f"{split}/{m.key}"]) for m in on_line(task) if f"{split}/{m.key}" in row
         ]
-        words += [f"{split} {word}" if number == 0 else word for number, word in enumerate(told)]
+        words += [f"{split} {word}" if number == 0 else word for number, word in enumerate(numbers)]
     if task.best.has("best"):  # one that is not on the line is named, or it passed for one that is
         write = task.best.show if task.best.has("line") else task.best.named
         words.append(f"best {write(progress.best or 0.0)}")

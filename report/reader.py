@@ -55,8 +55,8 @@ class Reader:
                 start, place, rows, more = new_rows(self.folder / "metrics.jsonl", place)
                 if not start:
                     self._evaluations, self._last = [], []
-                told = [row for row in rows if any(key.startswith(JUDGED) for key in row)]
-                self._evaluations += told
+                evaluations = [row for row in rows if any(key.startswith(JUDGED) for key in row)]
+                self._evaluations += evaluations
                 self._last = rows[-1:] or self._last
             self._place = place
             last = [row for row in self._last if self._evaluations[-1:] != [row]]

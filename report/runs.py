@@ -23,8 +23,8 @@ def list_runs(folder: Path) -> list[list[str]]:
             continue
         if (path / "config.json").is_file():
             rows.append(_of_run(path))
-        elif told := read_json(path / SWEEP):
-            inside = [path / str(row["name"]) for row in told.get("rows", [])]
+        elif content := read_json(path / SWEEP):
+            inside = [path / str(row["name"]) for row in content.get("rows", [])]
             states = [read_json(one / "status.json", {}).get("status", "waits") for one in inside]
             done = f"{states.count('finished')} of {len(states)} runs finished"
             began = min((_began(one) for one in inside if one.is_dir()), default="")
@@ -45,12 +45,12 @@ def _of_run(folder: Path) -> list[str]:
 def _best_of(folders: list[Path]) -> str:
     """The best that any of many runs has come to, and which."""
     runs = [Run(one.name, Files(one)) for one in folders if (one / "config.json").is_file()]
-    told = [(value, run) for run in runs if (value := run.best(run.files.deciding)) is not None]
-    if not told:
+    bests = [(value, run) for run in runs if (value := run.best(run.files.deciding)) is not None]
+    if not bests:
         return ""
-    metric = told[0][1].files.deciding
+    metric = bests[0][1].files.deciding
     pick = max if metric.higher_is_better else min
-    value, run = pick(told, key=lambda pair: pair[0])
+    value, run = pick(bests, key=lambda pair: pair[0])
     return f"{shown(metric, value)} {metric.title} ({run.name})"
 
 

@@ -216,9 +216,9 @@ class Report:
             table.add_column(metric.title, justify="right")
         places = list(range(len(classes)))
         if not few:
-            told = values[metrics[1].key]
-            there = [place for place in places if told[place] is not None]
-            places = sorted(there, key=lambda place: told[place])[:MOST_CLASSES]
+            deciding = values[metrics[1].key]
+            there = [place for place in places if deciding[place] is not None]
+            places = sorted(there, key=lambda place: deciding[place])[:MOST_CLASSES]
         for place in places:
             cells = [(metric, values[metric.key][place]) for metric in metrics]
             words = ["-" if value is None else metric.show(value) for metric, value in cells]

@@ -146,7 +146,7 @@ class Classification(Task):
         }
 
     def new_examples(self, device: torch.device) -> Tensor:
-        """The surest mistakes, int64 (2, rows, places), see `keep`; 0: none.
+        """The surest mistakes, int64 (2, rows, places), see `keep_examples`; 0: none.
 
         A row for each class, of more than WHOLE classes one row for all: it is no larger for more.
         """
@@ -155,7 +155,9 @@ class Classification(Task):
         places = max(MOST_EXAMPLES // 4, MOST_EXAMPLES // self.num_classes)
         return torch.zeros(2, self.num_classes, places, dtype=torch.int64, device=device)
 
-    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
+    def keep_examples(
+        self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor
+    ) -> None:
         """Of a mistake its key, label and answer; neither batches nor processes decide which.
 
         The key is how sure it is in parts of SURE, times 2**32, less its index: no two are equal.
@@ -203,7 +205,7 @@ class Classification(Task):
     def caption(self, example: dict, label: str, classes: list[str]) -> str:
         return f"{label}\nas {classes[example['answer']]} {percent(example['confidence'])}"
 
-    def told(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
+    def surest(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
         best = logits.softmax(0).topk(min(top or TOP, len(logits)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 

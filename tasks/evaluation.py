@@ -24,7 +24,7 @@ class Evaluation:
         device = self.counts.device
         labels, weights, indices = (batch[k].to(device) for k in ("labels", "weights", "indices"))
         answers = self.task.count(self.counts, logits, labels, weights)
-        self.task.keep(self.kept, answers, labels, indices)
+        self.task.keep_examples(self.kept, answers, labels, indices)
         places = indices % len(self.answers)  # padding's, -1, is the last
         self.answers.index_copy_(0, places, self.task.as_integers(answers))
 

@@ -135,11 +135,13 @@ class Multilabel(Task):
         }  # fmt: skip
 
     def new_examples(self, device: torch.device) -> Tensor:
-        """The surest mistakes, int64 (2, 1, places), see `keep`; 0: none."""
+        """The surest mistakes, int64 (2, 1, places), see `keep_examples`; 0: none."""
         return torch.zeros(2, 1, 4 * MOST_EXAMPLES, dtype=torch.int64, device=device)
 
-    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
-        """Of a picture its surest mistake: the key of Classification.keep, class and label.
+    def keep_examples(
+        self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor
+    ) -> None:
+        """Of a picture its surest mistake: its key as Classification makes it, class and label.
 
         How sure a mistake is: how far the confidence is from what it should be.
         """
@@ -191,7 +193,7 @@ class Multilabel(Task):
         sure = percent(example["confidence"])
         return f"{label or 'nothing'}\n{word} {classes[example['class']]} {sure}"
 
-    def told(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
+    def surest(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
         order = logits.argsort(descending=True, stable=True)
         yes = order[logits[order] >= self.yes][:top]
         return list(zip(yes.tolist(), logits.sigmoid()[yes].tolist(), strict=True))

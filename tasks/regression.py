@@ -66,7 +66,9 @@ class Regression(Task):
         """By the sample's index, int64 (MOST_POINTS + 1, 2): its answer's bits, 1 where it is."""
         return torch.zeros(MOST_POINTS + 1, 2, dtype=torch.int64, device=device)
 
-    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
+    def keep_examples(
+        self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor
+    ) -> None:
         shown = (indices >= 0) & (indices < MOST_POINTS)
         places = torch.where(shown, indices, MOST_POINTS)  # the last is for all others
         bits = answers.given.view(torch.int32).long()

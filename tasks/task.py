@@ -120,7 +120,9 @@ class Task:
         """What an evaluation keeps to be shown, int64, all zero: no larger for more images."""
         raise NotImplementedError
 
-    def keep(self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor) -> None:
+    def keep_examples(
+        self, kept: Tensor, answers: Answers, labels: Tensor, indices: Tensor
+    ) -> None:
         """Keep what is worth showing of a batch that was counted, without a wait of the host.
 
         indices (n,) int64 are the samples' numbers, -1 for padding.
@@ -147,7 +149,7 @@ class Task:
         """What stands above a picture that is such an example; `label` says what it is."""
         raise NotImplementedError
 
-    def told(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
+    def surest(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
         """What the logits (classes,) of one picture say: classes and confidences, surest first.
 
         top: at most so many; None: as many as the task takes for right.

@@ -175,7 +175,7 @@ def test_no_class_is_markup_on_the_card(run):
         "run": "x <i>", "averaged": False, "weights": "best", "step": 1,
         "preprocessing": {"steps": []},
     }  # fmt: skip
-    made = hub.card(description, {**told, "classes": names, "model": "my_cnn"}, "my_cnn")
+    made = hub.model_card(description, {**told, "classes": names, "model": "my_cnn"}, "my_cnn")
     tokens = MarkdownIt("commonmark").enable("table").parse(made.split("---\n", 2)[2])
     pieces = [piece for token in tokens for piece in token.children or []]
     assert [piece.content for piece in pieces if piece.type == "code_inline"][: len(names)] == names

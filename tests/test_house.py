@@ -214,6 +214,21 @@ def test_private_names_that_may_be_touched_are_other_peoples():
     assert touched == allowed, "one that nobody needs any more is touched by mistake next"
 
 
+MISLEAD = {"told", "gradients_are_bad", "step_done", "Chrono", "Apart"}  # as names of things
+STILL_SO = (
+    "data/", "launch/", "bench/chaos.py", "distributed/checkpoint.py", "training/checkpoints.py",
+    "training/snapshots.py", "predict.py",
+)  # fmt: skip
+
+
+def test_a_sentence_is_a_message_and_what_weights_say_is_their_card():
+    """Words that named sentences, numbers, cards and switches alike name nothing any more."""
+    for place, tree in sources().items():
+        for node in ast.walk(tree) if not place.startswith(STILL_SO) else ():
+            names = {getattr(node, part, None) for part in ("id", "attr", "arg", "name")}
+            assert not names & MISLEAD, f"{place}:{node.lineno}: {names & MISLEAD}"
+
+
 def test_no_folder_hides_a_package():
     for parent in (HOUSE, HOUSE / "launch"):
         for name in ("datasets", "wandb", "torch", "rich", "accelerate", "torchvision"):

@@ -97,7 +97,7 @@ def test_a_regression_is_counted_on_the_device(device):
     targets, kept = torch.empty(8, 1, device=device), task.new_examples(device)
 
     def piece() -> None:
-        task.keep(kept, task.count(counts, targets, targets, weights), targets, weights)
+        task.keep_examples(kept, task.count(counts, targets, targets, weights), targets, weights)
 
     assert count(piece)
 

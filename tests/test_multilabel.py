@@ -114,7 +114,7 @@ def test_the_surest_mistakes_are_kept_whatever_the_spread():
         for number, part in enumerate(torch.arange(301).split(size)):
             weights = torch.ones(len(part), dtype=torch.int64)
             answers = task.count(task.new_counts("cpu"), logits[part], labels[part], weights)
-            task.keep(kept[number % processes], answers, labels[part], part)
+            task.keep_examples(kept[number % processes], answers, labels[part], part)
         found.append(task.examples(torch.stack(kept)))
     assert found[0] == found[1] == found[2] and len(found[0]) == 32
     off = (logits.sigmoid() - labels).abs()

@@ -60,7 +60,7 @@ def test_rows_are_as_they_stand_and_array_jobs_get_the_same(tmp_path):
         {"lr": "0.1", "momentum": "0.8"}, {"augment": "crop|erase(0.25)"},
     ]  # fmt: skip
     words = ["--sweep", file, "--dataset", "digits"]
-    told = parse(words).rows.told()
+    told = parse(words).rows.content()
     assert json.loads(python("-m", "config", "--json", *words).stdout) == told
     done = python(
         "launch/submit.py", "--gpus", "2", "--nodes", "8", "--dry-run", "--sweep", file, "--",
@@ -78,7 +78,7 @@ def test_rows_are_as_they_stand_and_array_jobs_get_the_same(tmp_path):
 def test_an_array_job_may_have_rows_more_at_the_end_and_no_others(tmp_path):
     """What docs/many-runs.md promises of a file, wherever its rows run."""
     words = ["--dataset", "digits", "--model", "my_cnn", "--run-dir", str(tmp_path / "x")]
-    told = parse([*words, "--seeds", "2"]).rows.told()
+    told = parse([*words, "--seeds", "2"]).rows.content()
     (tmp_path / "x").mkdir()
     submit = ["launch/submit.py", "--dry-run", "--", *words]
     for kept, seeds, status in ((told, 3, 0), (told, 1, 2), ({"base": []}, 2, 2)):
@@ -92,7 +92,7 @@ def test_what_another_command_wrote_until_the_lock_was_ours_counts(tmp_path, mon
     """Both find an empty folder; the second one has the lock when the first one has ended."""
     folder = tmp_path / "x"
     rows = Rows(folder, ("--model", "my_cnn"), (Row(0, "", {"lr": "0.1"}),))
-    others = Rows(folder, ("--model", "alexnet"), rows.rows).told()
+    others = Rows(folder, ("--model", "alexnet"), rows.rows).content()
     monkeypatch.setattr(
         folders.fcntl,
         "lockf",

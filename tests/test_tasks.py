@@ -162,7 +162,7 @@ def shown(task, logits, labels, parts, processes=1):
         part = torch.cat([part, torch.tensor([0])])  # padding: the first sample once more
         indices = torch.cat([part[:-1], torch.tensor([-1])])
         answers = task.count(counts, logits[part], labels[part], weights[part])
-        task.keep(everyones[number % processes], answers, labels[part], indices)
+        task.keep_examples(everyones[number % processes], answers, labels[part], indices)
     return task.examples(torch.stack(everyones))
 
 
@@ -295,7 +295,7 @@ def test_of_many_classes_the_surest_mistakes_are_kept_in_room_that_does_not_grow
     counts, kept = task.new_counts("cpu"), task.new_examples("cpu")
     found, answers = task.count(counts, logits, labels, torch.ones_like(labels)), logits.argmax(1)
     with Sizes():
-        task.keep(kept, found, labels, torch.arange(203))
+        task.keep_examples(kept, found, labels, torch.arange(203))
     assert max(made) <= 2 * (256 + 203)
     sure = logits.softmax(1).amax(1)
     wrong = [i for i in sure.argsort(descending=True).tolist() if answers[i] != labels[i]]

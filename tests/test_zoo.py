@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import models as zoo
 
 from common.errors import UserError
-from models import build_model, looks, lookup, told_by_weights
+from models import build_model, card_of_weights, looks, lookup
 from models.weights import freeze_backbone, head_prefixes, imagenet_reach, load_weights
 
 timm = pytest.importorskip("timm")
@@ -224,7 +224,7 @@ def test_published_weights_say_what_they_were_trained_with():
 
 
 def card(folder):
-    return told_by_weights(str(folder / "model.safetensors"))
+    return card_of_weights(str(folder / "model.safetensors"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from config import Actions, BatchPlan, Settings, TrainConfig, recipe_of, restart
 from data.sources import SOURCES, choose_dataset
 from distributed.checkpoint import visible
 from distributed.world import World
-from models import lookup, told_by_weights
+from models import card_of_weights, lookup
 from models.weights import imagenet_reach
 from training.run_dir import fresh_name
 
@@ -53,10 +53,10 @@ def classes_of_run(plan: Plan) -> tuple[str, ...]:
     if not plan.goes_on or plan.config.run_dir is None:
         return ()
     folder = Path(plan.config.run_dir)
-    told = told_by_weights(str(folder / "model.safetensors")).get("classes", ())
+    known = card_of_weights(str(folder / "model.safetensors")).get("classes", ())
     if plan.actions.eval_only:
-        return told
-    kept = read_json(folder / "classes.json", {}).get("classes", told)
+        return known
+    kept = read_json(folder / "classes.json", {}).get("classes", known)
     return tuple(map(class_name, kept))
 
 

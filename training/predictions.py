@@ -30,8 +30,8 @@ def write_predictions(path: Path, answers: dict[str, Tensor], task: Task, data: 
     for split, given in answers.items():
         if split not in data.row_heads:
             data.row_heads[split] = _known(data, split, len(given))
-        told = task.answered(given, data.classes)
-        rows = zip(data.row_heads[split], told, strict=True)
+        found = task.answered(given, data.classes)
+        rows = zip(data.row_heads[split], found, strict=True)
         lines += [f"{row}{fields[answer]},{sure}\n" for row, (answer, sure) in rows]
     write_text(path, "".join(lines))
 
