@@ -100,7 +100,7 @@ def load_run(folder: Path, trust_code: bool = False) -> tuple["nn.Module", dict]
     path = folder if folder.is_file() else folder / "model.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()["lockstep"])
+            card = json.loads(file.metadata()["lockstep"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         if not folder.exists():
@@ -113,23 +113,23 @@ def load_run(folder: Path, trust_code: bool = False) -> tuple["nn.Module", dict]
             "writes them after its first evaluation, other weights need --model and --weights",
             code="weights-unreadable",
         ) from None
-    name = told["model"]
+    name = card["model"]
     if is_own_file(name):
-        name = code_of_weights(name, told.get("code", {}), path.parent, trust_code)
-        if name != told["model"]:
+        name = code_of_weights(name, card.get("code", {}), path.parent, trust_code)
+        if name != card["model"]:
             print(f"the model is executed from {printable(name)}", file=sys.stderr)
     if lookup(name).task != "classification":
         raise UserError(
             f"--run {folder}: {name} predicts a number, not a class", code="not-a-classifier"
         )
-    model = build_from(told, len(told["classes"]), name)
+    model = build_from(card, len(card["classes"]), name)
     if wrong := load_whole_state(model, tensors):
         raise UserError(
             f"--run {folder}: its weights no longer fit {name} ({', '.join(wrong[:3])}); did its "
             "file change?",
             code="weights-do-not-fit",
         )
-    return model.eval(), told
+    return model.eval(), card
 
 
 def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
@@ -198,7 +198,7 @@ def inside_of(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def prepare(path: Path, told: dict) -> "torch.Tensor":
+def prepare(path: Path, card: dict) -> "torch.Tensor":
     """A picture as the run's evaluation saw its own: uint8 (1, 3, S, S), not yet normalised."""
     import torch
 
@@ -208,36 +208,36 @@ def prepare(path: Path, told: dict) -> "torch.Tensor":
     if path.is_dir():
         raise ValueError(f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
     with warnings.catch_warnings(action="ignore"):  # what is too large is an error below
-        if told.get("decode") == "scaled":
-            seen = reduced_as_evaluated(path.read_bytes(), told)
+        if card.get("decode") == "scaled":
+            seen = reduced_as_evaluated(path.read_bytes(), card)
         else:
-            seen = as_evaluated(decode(path, levels=told.get("levels")), told)
+            seen = as_evaluated(decode(path, levels=card.get("levels")), card)
     return torch.from_numpy(seen).permute(2, 0, 1)[None]
 
 
-def with_threshold(told: dict, threshold: float | None) -> dict:
+def with_threshold(card: dict, threshold: float | None) -> dict:
     """What the weights say of themselves, with the threshold that was typed; it may make no sense.
 
     Older weights say nothing of a task: they classify.
     """
-    told = {"task": "classification", **told}
+    card = {"task": "classification", **card}
     if threshold is None:
-        return told
-    if told["task"] != "multilabel":
+        return card
+    if card["task"] != "multilabel":
         raise UserError(
             "--threshold: this model answers the likeliest class; it is for --task multilabel",
             code="contradiction",
         )
-    return {**told, "threshold": threshold}
+    return {**card, "threshold": threshold}
 
 
-def predict(model: "nn.Module", told: dict, path: Path, top: int | None) -> list[Answer]:
+def predict(model: "nn.Module", card: dict, path: Path, top: int | None) -> list[Answer]:
     """The most likely classes of one picture with their probabilities; see Task.surest."""
-    return ask(model, told, [prepare(path, told)], top)[0]
+    return ask(model, card, [prepare(path, card)], top)[0]
 
 
 def ask(
-    model: "nn.Module", told: dict, prepared: list["torch.Tensor"], top: int | None, tta: int = 0,
+    model: "nn.Module", card: dict, prepared: list["torch.Tensor"], top: int | None, tta: int = 0,
     size: int = 1,
 ) -> list[list[Answer]]:  # fmt: skip
     """The most likely classes of each picture, asked together, filled up to `size` of them."""
@@ -250,19 +250,19 @@ def ask(
     device = next(model.parameters()).device
     Generators(device, [model]).seed(0)  # a model that draws even now answers the same each time
     augment = Augment(
-        "none", told["image_size"], told["mean"], told["std"], seed=0, tta=tta,
-        no_flip=bool(told.get("no_flip")) or told.get("dataset") == "digits",
-        cut=bool(told.get("photographs")),  # they come in the size that evaluation saw
+        "none", card["image_size"], card["mean"], card["std"], seed=0, tta=tta,
+        no_flip=bool(card.get("no_flip")) or card.get("dataset") == "digits",
+        cut=bool(card.get("photographs")),  # they come in the size that evaluation saw
     )  # fmt: skip
     with torch.no_grad():
         images = torch.cat([augment.evaluate(one.to(device)) for one in prepared])
         fill = images[-1:].expand(max(0, size - len(images)), -1, -1, -1)
         images = torch.cat([images, fill]) if len(fill) else images
         logits = augment.vote(lambda view: split_outputs(model(view))[0], images).float()
-    name, threshold = told.get("task", "classification"), told.get("threshold", 0.5)
+    name, threshold = card.get("task", "classification"), card.get("threshold", 0.5)
     task = build_task(name, logits.shape[1], 0.0, model, threshold=threshold)
     return [
-        [Answer(told["classes"][index], index, value) for index, value in task.surest(row, top)]
+        [Answer(card["classes"][index], index, value) for index, value in task.surest(row, top)]
         for row in logits[: len(prepared)]
     ]
 
@@ -297,21 +297,21 @@ def main(argv: list[str]) -> int:
         need_packages()
         arguments = parse(argv)
         if arguments.model:
-            model, told = load_imagenet(arguments.model, arguments.weights)
+            model, card = load_imagenet(arguments.model, arguments.weights)
         else:
             arguments.run = latest_in_words(arguments.run or Path(LATEST))
-            model, told = load_run(arguments.run, arguments.trust_code)
-        told = with_threshold(told, arguments.threshold)
+            model, card = load_run(arguments.run, arguments.trust_code)
+        card = with_threshold(card, arguments.threshold)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # a GPU's answer is a CPU's, to float32's rounding
-    asker = Asker(on_gpu(model), told, arguments)
+    asker = Asker(on_gpu(model), card, arguments)
     total = sum(1 for _ in pictures(arguments.paths))
     try:
-        answers = Answers(arguments, total, made_by(arguments, told) if arguments.out else {})
+        answers = Answers(arguments, total, made_by(arguments, card) if arguments.out else {})
         with stop_signals() as came, warnings.catch_warnings(action="ignore"):
             # Here, for a filter of a decoding thread would be everybody's.
             for path, answer in asker.answers(pictures(arguments.paths), answers.lacks):
@@ -345,8 +345,8 @@ def main(argv: list[str]) -> int:
 class Asker:
     """Decodes on threads, a few pictures ahead, and asks the model; a GPU that fails is left."""
 
-    def __init__(self, model: "nn.Module", told: dict, arguments: argparse.Namespace) -> None:
-        self.model, self.told, self.top, self.tta = model, told, arguments.top, arguments.tta
+    def __init__(self, model: "nn.Module", card: dict, arguments: argparse.Namespace) -> None:
+        self.model, self.card, self.top, self.tta = model, card, arguments.top, arguments.tta
         on_cpu = next(model.parameters()).device.type == "cpu"
         self.size = arguments.batch_size or (1 if on_cpu else BATCH)
         self.failed = False
@@ -366,7 +366,7 @@ class Asker:
 
             def piece() -> None:
                 try:
-                    found.append(prepare(path, self.told))
+                    found.append(prepare(path, self.card))
                 except Exception as error:  # Pillow raises many kinds on damaged files
                     found.append(error)
 
@@ -394,7 +394,7 @@ class Asker:
             yield path, failed if failed is not None else next(rows)
 
     def _ask(self, prepared: list["torch.Tensor"]) -> list[list[Answer]]:
-        words = self.told, prepared, self.top, self.tta, self.size
+        words = self.card, prepared, self.top, self.tta, self.size
         try:
             return ask(self.model, *words)
         except RuntimeError as error:
@@ -425,7 +425,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def made_by(arguments: argparse.Namespace, told: dict) -> dict:
+def made_by(arguments: argparse.Namespace, card: dict) -> dict:
     """What decides the rows of a file that is gone on with."""
     path = arguments.run
     weights = path if path.is_file() else path / "model.safetensors"
@@ -433,8 +433,8 @@ def made_by(arguments: argparse.Namespace, told: dict) -> dict:
         weights = Path(arguments.weights)
     known = digest(weights.read_bytes()) if weights.is_file() else str(arguments.weights)
     found = {"weights": known, "tta": arguments.tta}
-    shown = min(arguments.top or TOP, len(told["classes"]))
-    if told["task"] == "multilabel":
+    shown = min(arguments.top or TOP, len(card["classes"]))
+    if card["task"] == "multilabel":
         if arguments.out.suffix == ".csv":
             raise UserError(
                 f"--out {arguments.out}: with many labels a picture has any number of rows, and "
@@ -442,7 +442,7 @@ def made_by(arguments: argparse.Namespace, told: dict) -> dict:
                 code="contradiction",
             )
         most = 0 if arguments.top is None else shown
-        return {**found, "classes": most, "threshold": told["threshold"]}
+        return {**found, "classes": most, "threshold": card["threshold"]}
     return {**found, "classes": shown}
 
 
