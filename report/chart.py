@@ -1,7 +1,7 @@
 """Curves over the steps of a run as inline SVG: no script, no package, the page's own colours."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from markupsafe import Markup, escape
 
@@ -9,6 +9,7 @@ from common.text import printable
 
 Point = tuple[float, float]  # (step, value)
 
+WIDE = 100  # times the smallest value: from there on an axis of decades
 MOST_POINTS = 600  # of a curve; a longer one is thinned without losing its extremes
 
 
@@ -25,6 +26,19 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     apart = next(power * m for m in (1, 2, 5, 10, 20) if power * m * wanted > (high - low) * 0.99)
     first, last = math.floor(low / apart + 1e-9), math.ceil(high / apart - 1e-9)
     return [apart * number for number in range(first, last + 1)]
+
+
+def in_decades(values: Iterable[float]) -> bool:
+    """Whether they span so much that on an even axis most of them would lie on its floor."""
+    values = list(values)
+    return bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
+
+
+def decades(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Powers of ten, evenly apart, from one below `low` to one above `high`; both above 0."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    apart = math.ceil((last - first) / wanted)
+    return [10.0**power for power in range(first, last + apart, apart)]
 
 
 def thinned(points: list[Point]) -> list[Point]:
@@ -45,11 +59,13 @@ def chart(
     axis: str = "step",
     kinds: Mapping[str, str] | None = None,
     keys: Mapping[str, str] | None = None,
+    may_be_wide: bool = False,
 ) -> Markup | str:
     """Curves over the steps as inline SVG; `show` writes a value, `best` is a point to ring.
 
     axis is what lies below, where it is not the steps. kinds: the CSS class of each line, by
     default what stands before its name's "/"; keys: what such a class is called.
+    may_be_wide: values that span decades get an axis of decades, which the title says.
     """
     title = str(escape(printable(title)))  # titles and names may be those of a file
     of = {str(escape(printable(name))): kind for name, kind in (kinds or {}).items()}
@@ -57,14 +73,17 @@ def chart(
     if not lines:
         return ""
     every = [point for points in lines.values() for point in points]
-    marks = ticks(min(y for _, y in every), max(y for _, y in every))
+    values = [y for _, y in every]
+    wide = may_be_wide and in_decades(values)
+    marks = (decades if wide else ticks)(min(values), max(values))
+    title += ", axis of decades" * wide
     end = max(1, max(x for x, _ in every))
     low, high = marks[0], marks[-1]
     left, right, top, bottom = 52, 396, 26, 206
 
     def at(x: float, y: float) -> tuple[float, float]:
-        up = (y - low) / (high - low) * (bottom - top)
-        return round(left + x / end * (right - left), 1), round(bottom - up, 1)
+        part = math.log(y / low) / math.log(high / low) if wide else (y - low) / (high - low)
+        return round(left + x / end * (right - left), 1), round(bottom - part * (bottom - top), 1)
 
     drawn, described = f'<text x="4" y="13">{title}</text>', []
     for mark in marks:

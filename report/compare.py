@@ -23,6 +23,7 @@ from common.errors import FINISHED, UserError
 from common.metric import Metric
 from common.text import counted, printable, some
 from config import TrainConfig
+from config.fields import OPTIMIZERS
 from config.rows import SWEEP
 from report.chart import chart, short
 from report.page import HERE, PARTS, STYLE, TEMPLATES, Files, is_number, source_of
@@ -35,6 +36,7 @@ LEAST = 12  # characters for the names of runs
 FEWEST = 3  # shared seeds, below which nothing is claimed
 NOT_COMPARED = {"run_dir", "keep", "plots", "track", "log_every", "checkpoint_every", "max_time"}
 NOT_COMPARED |= {"decode_threads", "stage", "snapshot_every"}  # of the machine: no number moves
+OF_SOME = {name for taken in OPTIMIZERS.values() for name in taken}  # settings of some optimizers
 USUAL = {field.name: field.default for field in fields(TrainConfig)}
 
 
@@ -47,8 +49,13 @@ class Run:
 
     @cached_property
     def values(self) -> dict:
-        """Its settings; those that it was too old to have are the usual ones."""
-        return USUAL | self.files.config.get("config", {})
+        """Its settings; those that it was too old to have are the usual ones.
+
+        What its optimizer does not take is "": SGD's momentum says nothing of an AdamW.
+        """
+        found = USUAL | self.files.config.get("config", {})
+        taken = OPTIMIZERS.get(found["optimizer"])  # None: one's own, which may take any
+        return found | {name: "" for name in OF_SOME if taken is not None and name not in taken}
 
     def best(self, metric: Metric) -> float | None:
         """What its best weights gave on the test images."""
@@ -151,7 +158,7 @@ class Comparison:
         self.runs = sorted(runs, key=key, reverse=self.metric.higher_is_better)
         names = [name for name in runs[0].values if name not in NOT_COMPARED]
         self.differing = [
-            name for name in names if len({str(run.values.get(name)) for run in runs}) > 1
+            name for name in names if len({str(run.values.get(name)) for run in runs} - {""}) > 1
         ]
         chosen = {run.files.best[1] for run in runs}
         self.by_last = any("test" in word for word in chosen)
@@ -167,7 +174,7 @@ class Comparison:
         mixed = len({run.values["fold"] is None for run in given}) > 1  # no repeats of each other
         found: dict[str, list[Run]] = defaultdict(list)
         for run in given:
-            words = [f"{name} {run.values.get(name)}" for name in own]
+            words = [f"{name} {value}" for name in own if (value := run.values.get(name)) != ""]
             words += ["folds" if run.values["fold"] else "the data's own split"] * mixed
             found[", ".join(words) or "all"].append(run)
         groups = []
@@ -274,7 +281,7 @@ def run_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     metric, runs = comparison.metric, comparison.runs
 
     def number(name: str) -> bool:
-        return all(is_number(run.values.get(name)) for run in runs)
+        return all(run.values.get(name) == "" or is_number(run.values[name]) for run in runs)
 
     head = ["run", *["#" * number(name) + name.replace("_", " ") for name in comparison.differing]]
     head += [f"#best {metric.title}", "#at epoch", "#last", "#seconds", "status"]
@@ -356,7 +363,8 @@ def curves(comparison: Comparison) -> list[Markup | str]:
     ]
     for title, key, show in pairs:
         lines = {run.name: run.files.points(key) for run in reversed(comparison.runs)}
-        drawn.append(chart(title, lines, show, kinds=kinds, keys=keys))
+        wide = show is short  # shares are not
+        drawn.append(chart(title, lines, show, kinds=kinds, keys=keys, may_be_wide=wide))
     return drawn
 
 

@@ -49,7 +49,7 @@ def keep_mistakes(data: Data, progress: Progress, folder: Path, name: str) -> st
     sheet, words, classes = [], [], [printable(c) for c in data.classes]
     for image, heat, e in zip(seen, looked, surest, strict=True):
         sheet += [image, heated(image, heat)]
-        words += [f"{classes[e['label']]}\nas {classes[e['answer']]} {percent(e['confidence'])}"]
+        words += [f"{classes[e['label']]}\nas {classes[e['answer']]}, {percent(e['confidence'])}"]
         words += [f"what spoke for\n{classes[e['answer']]}"]
     pictures.sheet(torch.stack(sheet), words, folder / "gradcam.png")
     return ""

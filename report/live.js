@@ -17,6 +17,7 @@ const html = (name, kind, text) => {
 const short = (value) => {
   const size = Math.abs(value);
   if (size >= 1000 && size < 1e6) return Math.round(value).toLocaleString("en");
+  if (size >= 1e6) return value.toExponential(3).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 };
 function ticks(low, high) {
@@ -30,6 +31,12 @@ function ticks(low, high) {
   for (let n = Math.floor(low / apart + 1e-9); n <= Math.ceil(high / apart - 1e-9); n++) {
     found.push(n * apart);
   }
+  return found;
+}
+function decades(low, high) {
+  const first = Math.floor(Math.log10(low) + 1e-9), last = Math.ceil(Math.log10(high) - 1e-9);
+  const apart = Math.ceil((last - first) / 5), found = [];
+  for (let power = first; power < last + apart; power += apart) found.push(10 ** power);
   return found;
 }
 function thinned(points) {  // of each stretch its lowest and its highest
@@ -51,16 +58,20 @@ function draw(chart) {
   const show = chart.share ? (v) => `${Number((100 * v).toPrecision(4))} %` : short;
   const every = lines.flatMap(([, points]) => points);
   const values = every.map((point) => point[1]);
-  const marks = ticks(values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b)));
+  const ends = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
+  const wide = chart.may_be_wide && ends[0] > 0 && ends[1] > 100 * ends[0];
+  const marks = wide ? decades(...ends) : ticks(...ends);
+  const title = chart.title + (wide ? ", axis of decades" : "");
   const end = lines.reduce((most, [, points]) => Math.max(most, points[points.length - 1][0]), 1);
   const low = marks[0], high = marks[marks.length - 1];
   const [left, right, top, bottom] = [52, 396, 26, 206];
   const x = (step) => (left + (step / end) * (right - left)).toFixed(1);
-  const y = (value) => (bottom - ((value - low) / (high - low)) * (bottom - top)).toFixed(1);
+  const part = (v) => wide ? Math.log(v / low) / Math.log(high / low) : (v - low) / (high - low);
+  const y = (value) => (bottom - part(value) * (bottom - top)).toFixed(1);
   const said = lines.map(([key, points]) => `${key} ${show(points[points.length - 1][1])}`);
   const picture = svg("svg", { viewBox: "0 0 420 246", role: "img",
-    "aria-label": `${chart.title} over the steps: ${said.join(", ")}` });
-  picture.append(svg("text", { x: 4, y: 13 }, chart.title));
+    "aria-label": `${title} over the steps: ${said.join(", ")}` });
+  picture.append(svg("text", { x: 4, y: 13 }, title));
   for (const mark of marks) {
     picture.append(svg("path", { class: "grid", d: `M${left} ${y(mark)}H${right}` }));
     picture.append(svg("text", { class: "end", x: left - 7, y: Number(y(mark)) + 4 }, show(mark)));

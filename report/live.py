@@ -60,7 +60,7 @@ def state_of(folder: Path, rows: list[dict]) -> dict[str, Json]:
     ]  # fmt: skip
     charts = [
         {"title": m.title, "keys": [f"{split}/{m.key}" for split in ("train", "val", "test")],
-         "share": m.is_share}
+         "share": m.is_share, "may_be_wide": not m.is_share}
         for m in files.metrics if m.has("chart")
     ]  # fmt: skip
     charts += [

@@ -192,9 +192,8 @@ def facts(files: Files) -> Markup:
     last = files.rows[-1] if files.rows else {}
     rows = [("model", config.get("model")), ("data", config.get("dataset"))]
     evaluations = [numbers for row in files.rows if (numbers := named(files, row))]
-    rows += [
-        ("last evaluation", ", ".join(word for _, word in numbers)) for numbers in evaluations[-1:]
-    ]
+    newest = evaluations[-1] if evaluations else []
+    rows += [(f"last {m.title}", word.removeprefix(f"{m.title} ")) for m, word in newest]
     also = [(m, files.best[0].get(f"test/{m.key}")) for m in files.metrics if m.has("end")]
     rows += [(f"{m.title}, at the best", m.show(value)) for m, value in also if is_number(value)]
     rows.append(("epoch", f"{last['epoch']} of {config.get('epochs')}" if last else ""))
@@ -218,7 +217,8 @@ def curves(files: Files) -> Markup:
         value = row.get(keys[-1]) if metric is files.deciding and lines[keys[-1]] else None
         ring = (row["step"], value) if is_number(value) else None
         if metric.has("chart"):
-            drawn.append(chart(metric.title, lines, metric.on_axis(short), ring))
+            show, wide = metric.on_axis(short), not metric.is_share
+            drawn.append(chart(metric.title, lines, show, ring, may_be_wide=wide))
     drawn += [
         chart("learning rate", {"lr": files.points("lr")}),
         chart("images per second", {SPEED: files.points(SPEED)}),
@@ -227,7 +227,11 @@ def curves(files: Files) -> Markup:
             {"data/wait": files.points("data/wait")},
             lambda share: f"{short(100 * share)} %",
         ),
-        chart("gradient norm, before clipping", {"train": files.points("train/grad_norm")}),
+        chart(
+            "gradient norm, before clipping",
+            {"train": files.points("train/grad_norm")},
+            may_be_wide=True,
+        ),
         chart("peak memory so far, GB", {"memory": files.points("system/peak_memory_gb")}),
     ]
     if not any(drawn):

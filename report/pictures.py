@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from common.disk import whole
 from common.metric import Metric
 from common.text import printable
+from report.chart import in_decades
 
 if TYPE_CHECKING:
     import numpy
@@ -91,14 +92,14 @@ def save(drawn: "Figure", path: Path) -> None:
 
 def curves(rows: list[dict], metrics: Sequence[Metric], path: Path) -> None:
     """The metrics that want a chart, and the learning rate, over the steps of metrics.jsonl."""
-    panels = [
-        (metric.title, [f"{split}/{metric.key}" for split in ("train", "val", "test")])
+    panels: list[tuple[str, list[str], Metric | None]] = [
+        (metric.title, [f"{split}/{metric.key}" for split in ("train", "val", "test")], metric)
         for metric in metrics
         if metric.has("chart")
     ]
-    panels.append(("learning rate", ["lr"]))
+    panels.append(("learning rate", ["lr"], None))
     drawn = figure(4 * len(panels), 3.6)
-    for place, (title, keys) in enumerate(panels, 1):
+    for place, (title, keys, metric) in enumerate(panels, 1):
         axes = drawn.add_subplot(1, len(panels), place)
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if key in row]
@@ -106,8 +107,12 @@ def curves(rows: list[dict], metrics: Sequence[Metric], path: Path) -> None:
                 marker = "o" if len(points) < 40 and key.startswith(("val", "test")) else ""
                 axes.plot(*zip(*points, strict=True), label=key, marker=marker, markersize=3)
         axes.set(title=title, xlabel="step")
+        if metric is not None and metric.is_share:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+        elif metric is not None and in_decades(row[k] for row in rows for k in keys if k in row):
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
-        if axes.lines and keys != ["lr"]:
+        if axes.lines and metric is not None:
             axes.legend()
     save(drawn, path)
 

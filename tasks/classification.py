@@ -203,7 +203,7 @@ class Classification(Task):
         ]  # fmt: skip
 
     def caption(self, example: dict, label: str, classes: list[str]) -> str:
-        return f"{label}\nas {classes[example['answer']]} {percent(example['confidence'])}"
+        return f"{label}\nas {classes[example['answer']]}, {percent(example['confidence'])}"
 
     def surest(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
         best = logits.softmax(0).topk(min(top or TOP, len(logits)))

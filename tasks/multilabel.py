@@ -191,7 +191,7 @@ class Multilabel(Task):
     def caption(self, example: dict, label: str, classes: list[str]) -> str:
         word = "not" if example["label"] else "also"
         sure = percent(example["confidence"])
-        return f"{label or 'nothing'}\n{word} {classes[example['class']]} {sure}"
+        return f"{label or 'nothing'}\n{word} {classes[example['class']]}, {sure}"
 
     def surest(self, logits: Tensor, top: int | None) -> list[tuple[int, float]]:
         order = logits.argsort(descending=True, stable=True)

@@ -61,6 +61,25 @@ def many(tmp_path):
     return tmp_path
 
 
+def test_what_an_optimizer_does_not_take_is_no_setting_of_its_runs(tmp_path):
+    for name, settings in {
+        "a": {"optimizer": "adamw", "momentum": 0.9},
+        "b": {"optimizer": "sgd", "momentum": 0.9},
+        "c": {"optimizer": "sgd", "momentum": 0.0},
+    }.items():
+        made(tmp_path / name, [0.5], **settings)
+    found = Comparison(read_runs([tmp_path]))
+    assert found.differing == ["optimizer", "momentum"]
+    head, rows = run_rows(found)
+    assert head[:3] == ["run", "optimizer", "#momentum"]
+    assert sorted(row[:3] for row in rows) == [
+        ["a", "adamw", ""], ["b", "sgd", "0.9"], ["c", "sgd", "0.0"],
+    ]  # fmt: skip
+    assert {group.label for group in found.groups} == {
+        "optimizer adamw", "optimizer sgd, momentum 0.9", "optimizer sgd, momentum 0.0",
+    }  # fmt: skip
+
+
 def test_only_settings_that_differ_are_shown_and_the_best_stands_first(many):
     found = Comparison(read_runs([many]))
     assert found.differing == ["lr", "seed"] and found.warnings == []

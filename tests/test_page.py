@@ -21,7 +21,7 @@ from launches import REPOSITORY, SMALL, train
 from common.text import printable
 from report import live, page
 from report import pictures as plots
-from report.chart import MOST_POINTS, thinned, ticks
+from report.chart import MOST_POINTS, chart, decades, thinned, ticks
 from report.doctor import examine
 from tasks import Classification
 
@@ -326,6 +326,26 @@ def test_ticks_are_few_round_and_around_what_is_drawn(ends):
     assert 3 <= len(marks) <= 8 and marks[0] <= ends[0] + 1e-12 and marks[-1] >= ends[1] - 1e-12
     apart = {f"{b - a:.6g}" for a, b in itertools.pairwise(marks)}
     assert len(apart) == 1 and f"{float(apart.pop()):.0e}"[0] in "125"
+
+
+def test_a_loss_that_exploded_leaves_the_other_curves_to_be_read():
+    lines = {"burst": [(1, 2.3), (50, 2e28)], "fine": [(1, 2.3), (50, 0.03)]}
+    heights = {}
+    for wide in (False, True):
+        made = str(chart("loss", lines, may_be_wide=wide))
+        ways = re.findall(r'class="(burst|fine)" points="[\d.]+,([\d.]+) [\d.]+,([\d.]+)"', made)
+        heights[wide] = {name: abs(float(a) - float(b)) for name, a, b in ways}
+        assert ("axis of decades" in made) == wide
+        assert float(re.findall(r'class="end" x="45" y="([\d.]+)"', made)[0]) == 210
+    assert heights[False]["fine"] == 0 and heights[True]["fine"] > 5
+    few = {"fine": [(1, 2.3), (50, 0.03)]}
+    assert chart("loss", few, may_be_wide=True) == chart("loss", few)
+
+
+@pytest.mark.parametrize("ends", [(0.03, 2e28), (0.775, 148.7), (0.01, 100), (1e-9, 1.1)])
+def test_decades_are_few_and_around_what_is_drawn(ends):
+    marks = decades(*ends)
+    assert 3 <= len(marks) <= 7 and marks[0] <= ends[0] and marks[-1] >= ends[1]
 
 
 def test_the_page_is_written_whole_or_not_at_all(copy):
