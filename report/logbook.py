@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -37,6 +38,7 @@ from training.schedule import Schedule
 
 LIVES_WITHOUT_PROGRESS = 3
 TWICE = "interrupted twice: what came after the last checkpoint is lost"
+MOST_SHARED = 2  # times that a core's other work is told of, which on a laptop comes and goes
 STEPS_TO_TELL = 10  # until their time says something of the rest
 
 
@@ -66,8 +68,9 @@ class Logbook(contextlib.AbstractContextManager):
         self.trackers: list[Tracker] = []
         self._row_problem = ""
         self._begun = False
-        self._epoch: list[tuple[int, dict]] = []  # steps and numbers of its rows, in this life
+        self._epoch: list[tuple[int, dict]] = []  # steps and numbers of its rows
         self._row_step = 0
+        self._shared_cores = Counter[int]()  # how often each rank was slow by other work
         self._paused = self._evaluation = 0.0  # seconds, of the last pause and evaluation
         if plan.folder is not None:
             self.life, owner = world.main_decides(partial(self._enter_folder, plan.folder))
@@ -221,6 +224,8 @@ class Logbook(contextlib.AbstractContextManager):
         self.ledger.begin_steps()
         epoch, first = schedule.place(progress.step)
         self._epoch, self._row_step = [], progress.step
+        if self.clock.steps == 0:  # this life may go on within it
+            self._remember(max(progress.step - first, progress.evaluated), progress.step)
         title = f"epoch {epoch + 1}/{schedule.epochs}"
         self.screen.open_bar(schedule.steps_per_epoch, first, title)
 
@@ -265,11 +270,17 @@ class Logbook(contextlib.AbstractContextManager):
         if not self.world.is_main:
             return
         for slow in self.world.pace.judge(step, self.world.watch.where):
-            if slow.until is None:
-                self.screen.warn(slow_in_words(asdict(slow)))
+            self.ledger.slow = self.world.pace.history()
+            comes, shared = slow.until is None, slow.reason == "core"
+            self._shared_cores[slow.rank] += comes and shared
+            times = shared * self._shared_cores[slow.rank]
+            if times > MOST_SHARED:
+                continue
+            if comes:
+                goes = "; this comes and goes: the next times are in status.json alone"
+                self.screen.warn(slow_in_words(asdict(slow)) + goes * (times == MOST_SHARED))
             else:
                 self.screen.show(f"{slow.where} keeps up again since step {step}")
-            self.ledger.slow = self.world.pace.history()
 
     def _left(self, data: Data, schedule: Schedule, progress: Progress) -> float:
         """See time_left."""
@@ -278,8 +289,16 @@ class Logbook(contextlib.AbstractContextManager):
             self.clock, schedule, progress, self._evaluation, tested / data.batch.batch_size
         )
 
+    def _remember(self, start: int, step: int) -> None:
+        """The rows of an epoch that an earlier life has trained: its line tells of all of it."""
+        for row in self.folder.read_metrics() if self.folder is not None else ():
+            if start < row["step"] <= step and "train/loss" in row:
+                numbers = {name: row[name] for name in row if name.startswith("train/")}
+                self._epoch.append((row["step"] - start, numbers))
+                start = self._row_step = row["step"]
+
     def _epoch_means(self) -> dict[str, float]:
-        """Of an image of the epoch the mean of each number, as far as this life trained it."""
+        """Of an image of the epoch the mean of each number, since the last evaluation."""
         steps = sum(count for count, _ in self._epoch)
         names = self._epoch[0][1] if steps else ()
         return {

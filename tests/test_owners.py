@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ import train as loop
 from common.errors import NumbersGoneBad, UserError
 from config import BatchPlan, TrainConfig, parse
 from distributed.checkpoint import Progress
+from distributed.pace import Slow
 from distributed.world import World
 from optim import build_optimizer, lr_at
 from report import logbook
@@ -408,6 +410,43 @@ def test_the_means_of_an_epoch_weigh_each_row_by_its_steps():
     log = SimpleNamespace(_epoch=[(3, {"train/loss": 1.0}), (1, {"train/loss": 2.0})])
     assert Logbook._epoch_means(log) == {"train/loss": 1.25}
     assert Logbook._epoch_means(SimpleNamespace(_epoch=[])) == {}
+
+
+def test_other_work_on_a_core_which_comes_and_goes_is_told_twice_and_another_reason_each_time():
+    told, judged = [], []
+    log = SimpleNamespace(
+        _shared_cores=Counter(),
+        ledger=SimpleNamespace(slow=[]),
+        screen=SimpleNamespace(warn=told.append, show=told.append),
+        world=SimpleNamespace(
+            is_main=True,
+            watch=SimpleNamespace(where=None),
+            pace=SimpleNamespace(judge=lambda *_: judged, history=lambda: ["kept"]),
+        ),
+    )
+    for reason in ["core"] * 4 + ["data"] * 3:
+        for until in (None, 9):
+            judged[:] = [Slow(1, "rank 1", reason, 0.01, 0.5, 5, until)]
+            Logbook._tell_slow(log, 5)
+    assert [line.startswith("rank 1 keeps up again") for line in told] == [False, True] * 5
+    assert ["comes and goes" in line for line in told].index(True) == 2
+    assert sum("comes and goes" in line for line in told) == 1 and log.ledger.slow == ["kept"]
+
+
+def test_an_epochs_line_tells_of_all_of_it_whichever_life_trained_it():
+    numbers = [{"train/loss": 1.0}, {"train/loss": 2.0}]
+    rows = [
+        {"step": 7, "train/loss": 9.0, "lr": 1.0},  # of the epoch before
+        {"step": 7, "test/loss": 9.0},
+        *({"step": step, **told, "lr": 1.0} for step, told in zip((9, 10), numbers, strict=True)),
+        {"step": 12, "train/loss": 9.0},  # of a life that was killed; not in the checkpoint
+    ]
+    log = SimpleNamespace(
+        folder=SimpleNamespace(read_metrics=lambda: rows), _epoch=[], _row_step=11
+    )
+    Logbook._remember(log, 7, 11)
+    assert log._epoch == [(2, numbers[0]), (1, numbers[1])]
+    assert log._row_step == 10  # what the checkpoint has of step 11 comes with the next row
 
 
 def test_no_bar_is_drawn_over_a_debuggers_prompt(settings, monkeypatch):

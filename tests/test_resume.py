@@ -17,6 +17,11 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def told_of_epochs(out: str) -> list[str]:
+    """The lines of the epochs, without the time that was left."""
+    return [line.split("  ETA")[0] for line in out.splitlines() if line.startswith("epoch ")]
+
+
 @pytest.mark.parametrize(
     "variant", ["sgd-accumulate", pytest.param("adamw-bf16-ema", marks=pytest.mark.slow)]
 )
@@ -25,12 +30,14 @@ def test_a_run_killed_at_any_step_equals_the_undisturbed_one_bit_for_bit(nets, v
     whole, broken = f"{variant}-whole", f"{variant}-broken"
     done = train([*arguments, "--run-dir", whole], nets, LOCKSTEP_RECORD=f"{whole}-record")
     assert done.status == 0, done.out
+    last_epoch = told_of_epochs(done.out)[-1]
     for fault in ("kill@step=3", "kill@step=17", "kill@point=save:written,step=21", "term@step=24"):
         done = train([*arguments, "--run-dir", broken], nets, LOCKSTEP_FAULT=fault)
         assert done.status == (75 if "term" in fault else -9), done.out
     assert "stopped at step 25" in done.out
     done = train([*arguments, "--run-dir", broken], nets, LOCKSTEP_RECORD=f"{broken}-record")
     assert done.status == 0 and "at step 25" in done.out, done.out
+    assert told_of_epochs(done.out) == [last_epoch]  # also of the steps of the lives before
     assert rows(nets / broken) == rows(nets / whole)
     assert same_weights(nets / whole, nets / broken) == []
     for name in ("model.safetensors", "last.safetensors"):
