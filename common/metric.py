@@ -40,9 +40,10 @@ class Metric:
         return self.format.endswith("%")
 
     def show(self, value: float) -> str:
-        """`98.59 %`, `0.0515`: as every screen and page writes it."""
-        huge = abs(value) >= 1e7 and not self.is_share  # as of a loss that explodes
-        return f"{value:.4g}" if huge else f"{value:{self.format}}".replace("%", " %")
+        """`98.59 %`, `0.0515`, `4,053`, `2e+28`: as every screen and page writes it."""
+        if not self.format.endswith("f") or abs(value) < 1000:
+            return f"{value:{self.format}}".replace("%", " %")
+        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.4g}"  # of a loss that explodes
 
     def named(self, value: float) -> str:
         """`accuracy 98.59 %`."""
@@ -68,10 +69,12 @@ class Metric:
         return old is None or (new > old if self.higher_is_better else new < old)
 
 
+LOSS = Metric(key="loss", title="loss")
+
 # By task, in the order in which they are shown. The loss is always among them.
 METRICS: dict[str, tuple[Metric, ...]] = {
     "classification": (
-        Metric(key="loss", title="loss"),
+        LOSS,
         Metric(
             key="accuracy", title="accuracy", format=".2%", higher_is_better=True,
             shown=("line", "best", "chart"),
@@ -91,7 +94,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric(key="ece", title="calibration error", shown=("best", "end")),
     ),
     "multilabel": (
-        Metric(key="loss", title="loss"),
+        LOSS,
         Metric(key="mean_ap", title="mAP", higher_is_better=True, shown=("line", "best", "chart")),
         Metric(key="macro_f1", title="macro F1", higher_is_better=True, shown=("best", "end")),
         Metric(
@@ -104,7 +107,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         ),
     ),
     "regression": (
-        Metric(key="loss", title="loss"),
+        LOSS,
         Metric(key="r2", title="R2", higher_is_better=True),
     ),
 }  # fmt: skip

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.confusion import totals
-from common.metric import Metric
+from common.metric import LOSS, Metric
 from common.streams import in_cell, lost_words
 from common.text import duration, percent, printable
 
@@ -159,7 +159,7 @@ class Report:
         waited = row.get("data/wait", 0.0)
         waits = f"  {100 * waited:.0f} % waiting for images" if waited > WORTH_TELLING else ""
         words = (
-            f"loss {row['train/loss']:.4f}  lr {row['lr']:.3g}  "
+            f"{LOSS.named(row['train/loss'])}  lr {row['lr']:.3g}  "
             f"{row['speed/images_per_second']:,.0f} img/s{waits}"
         )
         words += f"  ETA {duration(eta)}" if eta else ""  # not known from the first steps

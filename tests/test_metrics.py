@@ -1,15 +1,19 @@
 """A metric is declared once, by its task, and everything that shows or weighs one follows."""
 
 import ast
+import io
 import json
 import re
 
 import pytest
 from launches import REPOSITORY, SMALL, Command, finish, rows, start, train
+from rich.console import Console
 
+from common.metric import LOSS, Metric
 from config import HINTS
 from report import page
 from report import pictures as plots
+from report.screen import Report
 from tasks import TASKS, Classification, Task
 
 # A task as someone would add it: one metric more, which decides. Nothing else is touched.
@@ -43,6 +47,20 @@ runpy.run_path({tree!r} + "/train.py", run_name="__main__")
 """
 
 
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [(0.05154, "0.0515"), (999.9, "999.9000"), (4052.6129, "4,053"), (-7637.8, "-7,638"),
+     (1048576.0, "1,048,576"), (2.2139e28, "2.214e+28")],
+)  # fmt: skip
+def test_a_loss_that_exploded_has_no_more_digits_than_one_that_did_not(loss, words):
+    assert LOSS.show(loss) == words
+    screen = Report(console=Console(file=io.StringIO()))
+    row = {"train/loss": loss, "lr": 0.1, "speed/images_per_second": 9.0, "step": 1}
+    screen.train_line(row, 2, 0)
+    assert f"loss {words}  lr" in screen.console.file.getvalue()
+    assert Metric(key="x", title="x", format=".2%").show(12.0) == "1200.00 %"
+
+
 def test_an_invented_metric_is_shown_written_drawn_and_decides(nets, monkeypatch):
     (nets / "invented.py").write_text(INVENTED.format(tree=str(REPOSITORY)))
     flags = ["--model", "plain.py:Net", *SMALL, "--epochs", "3", "--run-dir", "invented"]
@@ -61,7 +79,8 @@ def test_an_invented_metric_is_shown_written_drawn_and_decides(nets, monkeypatch
     assert summary["best/test/distance"] == min(values)
     made = page.build(run)
     assert f"<strong>{best}</strong>" in made and "mean distance on 355 test images" in made
-    assert 'aria-label="mean distance over the steps' in made and f"mean distance {last}" in made
+    assert 'aria-label="mean distance over the steps' in made
+    assert f"last mean distance</dt><dd>{last}" in made
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     plots.curves(rows(run), page.Files(run).metrics, run / "curves.png")
