@@ -76,5 +76,5 @@ def test_a_loss_that_explodes_is_written_in_a_few_digits():
     accuracy, loss = (
         next(m for m in METRICS["classification"] if m.key == key) for key in ("accuracy", "loss")
     )
-    assert loss.named(1.67e23) == "loss 1.67e+23" and loss.named(6869.25) == "loss 6869.2500"
+    assert loss.named(1.67e23) == "loss 1.67e+23" and loss.named(6869.25) == "loss 6,869"
     assert accuracy.named(0.5) == "accuracy 50.00 %"
