@@ -117,6 +117,7 @@ def start_wandb(
             f"wandb is offline, because {why}; later: wandb sync {folder / 'wandb' / 'latest-run'}"
         )
     os.environ.setdefault("WANDB_SILENT", "true")
+    alone = not uses_wandb()
     from accelerate.tracking import WandBTracker
 
     earlier = read_json(folder / "tracking.json", {})
@@ -131,7 +132,13 @@ def start_wandb(
     write_json(folder / "tracking.json", {"wandb": run.id})
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    return Rows(run, known)
+    return Rows(run, known, alone)
+
+
+def uses_wandb() -> bool:
+    """Whether wandb works in this process already, as in a notebook that has a run of its own."""
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    return run is not None or any(one.name.startswith("wandb") for one in threading.enumerate())
 
 
 class Rows:
@@ -140,11 +147,11 @@ class Rows:
     wandb's own step is the row's number. Offline, wandb cannot resume: each life starts a new file
     under the same id, and of several such files a sync keeps the last. So the rows that this file
     (or, online, the server) does not have are written again first; what it has twice, after a
-    crash, it drops.
+    crash, it drops. Where it was `alone` in the process, its threads and its service end with it.
     """
 
-    def __init__(self, run: "wandb.Run", known: list[str]):
-        self.run, self.number = run, 0
+    def __init__(self, run: "wandb.Run", known: list[str], alone: bool):
+        self.run, self.alone, self.number = run, alone, 0
         for line in known:
             if self.number >= run.starting_step:
                 self.log(json.loads(line))
@@ -157,6 +164,10 @@ class Rows:
 
     def finish(self) -> None:
         self.run.finish()
+        if self.alone:
+            import wandb
+
+            wandb.teardown()
 
 
 def start_tensorboard(

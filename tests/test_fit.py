@@ -26,6 +26,7 @@ from common.errors import UserError
 from data.cache import kept, trim
 from models.class_source import standalone_source
 from report.notebook import KeptClass, where_it_runs
+from report.tracking import uses_wandb
 from train import fit
 
 STATES = (AcceleratorState, PartialState, GradientState)
@@ -360,6 +361,23 @@ def test_each_call_has_a_folder_of_its_own_also_within_a_job(monkeypatch):
     flags = {name: value for name, value in TINY.items() if name != "run_dir"}
     folders = [fit(Net, **flags, max_steps=1).folder for _ in range(2)]
     assert folders == [Path("runs/Net-digits-1"), Path("runs/Net-digits-2")]
+
+
+@pytest.mark.slow
+def test_wandb_leaves_with_the_call_unless_the_notebook_uses_it_too(monkeypatch, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    before = snapshot()
+    fit(Net, **TINY, track="wandb")
+    assert list(Path("run/wandb").glob("offline-run-*")), "it was there"
+    assert snapshot() == before
+    wandb.init(mode="offline", dir=str(tmp_path), settings={"console": "off"}).finish()
+    try:
+        assert uses_wandb()
+        fit(Net, **{**TINY, "run_dir": "other"}, track="wandb")
+        assert uses_wandb(), "what somebody else began stays"
+    finally:
+        wandb.teardown()
 
 
 # --- the source of a class ------------------------------------------------------------------------
