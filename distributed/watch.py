@@ -50,6 +50,11 @@ class Watch:
         """The loop says where it is; costs no more than three assignments."""
         self.phase, self.step, self._since = phase, step, time.monotonic()
 
+    @property
+    def still(self) -> float:
+        """Seconds since the loop last said where it is."""
+        return time.monotonic() - self._since
+
     def start(self, folder: Path, limited: bool = True) -> None:
         """Beat from now on; without a limit where a person may sit in a debugger."""
         self.limit = self.limit if limited else math.inf
@@ -82,7 +87,7 @@ class Watch:
             with contextlib.suppress(MemoryError, RuntimeError):  # a beat without memory is missed
                 self._beat()
                 self.on_beat()
-            still = time.monotonic() - self._since
+            still = self.still
             if still > self.limit * (6 if self.phase in self.patient else 1):
                 self._stalled()
             # The main process's end (tables, pictures) is its own: it waits for nobody there.
@@ -103,7 +108,7 @@ class Watch:
             "device": self.device,
             "phase": self.phase,
             "step": self.step,
-            "still": round(time.monotonic() - self._since, 1),
+            "still": round(self.still, 1),
             "time": time.time(),
         }
         path = self._file(f"heartbeat-{self.rank}.json")

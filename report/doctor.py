@@ -38,6 +38,10 @@ def examine(folder: Path) -> tuple[list[tuple[str, str]], str, bool]:
     config = read_json(folder / "config.json")
     if config is None and (found := before_it_ran(folder)):
         return found
+    if config is None and status.get("status") == "failed":  # before it had one
+        rows = [("status", "failed before its first step"), ("reason", str(status.get("reason")))]
+        rows += [("crash", line) for line in crashes(folder / "crash")]
+        return rows, "the same command again", False
     if config is None:
         raise UserError(f"{folder} holds no run: it has no readable config.json", code="no-run")
     rows = [("status", describe_status(folder, status))]

@@ -80,7 +80,7 @@ class Logbook(contextlib.AbstractContextManager):
             if self.folder is not None:
                 self.screen.attach(plan.folder)
                 world.watch.on_beat = self._beat
-                world.watch.on_stall = lambda text: self.status(status="failed", reason=text)
+                world.watch.on_stall = self._stalled
                 world.stop.before_the_end = lambda: self.status(status="failed", reason=TWICE)
         faults.configure(world.process_index, self.life)
         faults.hit("start")
@@ -141,6 +141,8 @@ class Logbook(contextlib.AbstractContextManager):
             step = self.world.watch.step
             again = self.folder.read_status().get("failed_at") == step
             reason = self.world.failure(error).splitlines()[0]
+            if self.world.watch.phase in ("data", "step"):  # the others are charged for their own
+                self.ledger.charge("still", self.world.watch.still)
             self.status(status="failed", reason=reason, failed_at=step, failed_twice=again)
         self.close()
 
@@ -399,6 +401,11 @@ class Logbook(contextlib.AbstractContextManager):
             self.screen.warn(problem)
 
     # --- at the end -----------------------------------------------------------------------------
+
+    def _stalled(self, message: str) -> None:
+        """From the watch's thread: this process ends, and what it stood still was no step."""
+        self.ledger.charge("still", self.world.watch.still)
+        self.status(status="failed", reason=message)
 
     def _beat(self) -> None:
         """From the watch's thread: a folder that was taken away ends the run."""

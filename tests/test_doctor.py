@@ -81,6 +81,15 @@ def test_of_a_job_with_a_run_folder_of_its_own_name_the_doctor_finds_it(tmp_path
     assert "never ran" in dict(rows)["status"] and dict(rows)["says"] == "end"
 
 
+def test_of_a_run_that_failed_while_it_started_the_doctor_tells_why(tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps({"status": "failed", "reason": "rank 1 died"}))
+    (tmp_path / "crash").mkdir()
+    (tmp_path / "crash" / "rank-1.txt").write_text("rank 1 on n1 failed at step 0\n")
+    rows, advice, well = examine(tmp_path)
+    assert not well and advice == "the same command again"
+    assert dict(rows)["reason"] == "rank 1 died" and "rank 1 on n1" in dict(rows)["crash"]
+
+
 def test_the_doctor_tells_finished_died_damaged_and_foreign_folders_apart(nets):
     arguments = ["--model", "plain.py:Net", *SMALL, "--limit", "256", "--epochs", "2"]
     arguments += ["--checkpoint-every", "3", "--run-dir", "ill"]

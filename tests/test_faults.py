@@ -22,6 +22,8 @@ from launches import (
     wait_for,
 )
 
+from common.disk import read_json
+
 RUN = ["--model", "plain.py:Net", *SMALL, "--limit", "640", "--epochs", "3"]
 
 
@@ -171,6 +173,8 @@ def test_a_frozen_or_stuck_process_is_named_not_the_one_that_waits(nets):
         done = finish(process, log, 150)
         assert done.status != 0 and words in done.out, done.out
         assert "rank 1" in done.out and list((nets / action / "crash").glob("rank-*.txt"))
+        (life,) = read_json(nets / action / "status.json")["lives"]
+        assert life["seconds"]["still"] > 8, life  # they were no steps
 
 
 @contextlib.contextmanager

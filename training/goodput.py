@@ -16,6 +16,7 @@ LOST = {
     "evaluation": "evaluating",
     "saving": "saving",
     "repeated": "steps made again after a kill",
+    "still": "standing still before an end",
     "end": "ending",
     "between": "between lives",
 }
