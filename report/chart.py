@@ -76,7 +76,7 @@ def chart(
     values = [y for _, y in every]
     wide = may_be_wide and in_decades(values)
     marks = (decades if wide else ticks)(min(values), max(values))
-    title += ", axis of decades" * wide
+    title += ", log scale" * wide
     end = max(1, max(x for x, _ in every))
     low, high = marks[0], marks[-1]
     left, right, top, bottom = 52, 396, 26, 206

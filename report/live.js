@@ -61,7 +61,7 @@ function draw(chart) {
   const ends = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
   const wide = chart.may_be_wide && ends[0] > 0 && ends[1] > 100 * ends[0];
   const marks = wide ? decades(...ends) : ticks(...ends);
-  const title = chart.title + (wide ? ", axis of decades" : "");
+  const title = chart.title + (wide ? ", log scale" : "");
   const end = lines.reduce((most, [, points]) => Math.max(most, points[points.length - 1][0]), 1);
   const low = marks[0], high = marks[marks.length - 1];
   const [left, right, top, bottom] = [52, 396, 26, 206];

@@ -335,7 +335,7 @@ def test_a_loss_that_exploded_leaves_the_other_curves_to_be_read():
         made = str(chart("loss", lines, may_be_wide=wide))
         ways = re.findall(r'class="(burst|fine)" points="[\d.]+,([\d.]+) [\d.]+,([\d.]+)"', made)
         heights[wide] = {name: abs(float(a) - float(b)) for name, a, b in ways}
-        assert ("axis of decades" in made) == wide
+        assert ("log scale" in made) == wide
         assert float(re.findall(r'class="end" x="45" y="([\d.]+)"', made)[0]) == 210
     assert heights[False]["fine"] == 0 and heights[True]["fine"] > 5
     few = {"fine": [(1, 2.3), (50, 0.03)]}
