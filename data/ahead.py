@@ -20,6 +20,7 @@ R = TypeVar("R")
 Piece = Callable[[], None]
 SWITCH = 0.0005  # seconds after which a thread is asked to let another one run Python
 PATIENCE = 2.0  # seconds that who is to stop still waits for work that does not come
+SLOW = 20.0  # seconds after which a person hears what is waited for
 
 
 @contextlib.contextmanager
@@ -124,15 +125,21 @@ class Work:
             if not self._left:
                 self._done.set()
 
-    def wait(self, leaves: Callable[[], bool] = lambda: False) -> None:
+    def wait(
+        self, leaves: Callable[[], bool] = lambda: False, slow: Callable[[], None] = lambda: None
+    ) -> None:
         """Until all pieces are done; in short turns, so that a signal is heard.
 
-        Raises Left if they do not come and `leaves` says so.
+        Raises Left if they do not come and `leaves` says so; calls `slow` once if they are SLOW.
         """
-        began = time.monotonic()
+        began, told = time.monotonic(), False
         while not self._done.wait(0.2):
-            if time.monotonic() - began > PATIENCE and leaves():
+            waited = time.monotonic() - began
+            if waited > PATIENCE and leaves():
                 raise Left
+            if waited > SLOW and not told:
+                told = True
+                slow()
         if self.error is not None:
             raise self.error
 
@@ -140,11 +147,11 @@ class Work:
 class Ahead(Generic[T, R]):
     """Begins what later items need while earlier ones are used; counts the seconds waited.
 
-    `leaves` is asked where an item does not come, see Work.wait.
+    `leaves` is asked, and `slow` called, where an item does not come, see Work.wait.
     """
 
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
+    def __init__(self, depth: int, slow: Callable[[], None] = lambda: None) -> None:
+        self.depth, self.slow = depth, slow
         self.leaves: Callable[[], bool] = lambda: False
         self._waited = self._used = 0.0
 
@@ -175,7 +182,7 @@ class Ahead(Generic[T, R]):
     def _landed(self, one: tuple[Work, Callable[[], R]]) -> Iterator[R]:
         work, result = one
         began = time.perf_counter()
-        work.wait(self.leaves)
+        work.wait(self.leaves, self.slow)
         ready = time.perf_counter()
         self._waited += ready - began
         yield result()

@@ -83,7 +83,7 @@ class Photographs(Dataset):
         self.pictures, self.decoding = pictures, decoding
         self.labels = pictures.labels
         self.sizes = pictures.sizes
-        self.ahead = Ahead(BATCHES_AHEAD)
+        self.ahead = Ahead(BATCHES_AHEAD, pictures.photos.tell_slow)
         self.left_out = 0  # rows of the latest pass that could not be decoded, on this process
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ class Photographs(Dataset):
 
     def _at_once(self, indices: Tensor, epoch: int | None) -> dict[str, Tensor]:
         work, whole = self._begin(self._named(indices), epoch)
-        work.wait()
+        work.wait(slow=self.pictures.photos.tell_slow)
         return whole()
 
     def shown(self, indices: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ scaled, by one of the threads that work ahead of the step; never more than a few
 
 import functools
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.text import printable
-from data.ahead import Piece, Threads, Work
+from common.text import printable, some
+from data.ahead import SLOW, Piece, Threads, Work
 from data.cuts import Boxes, Cuts, default_resize
 from data.files import decode, opened, refuse_too_large
 from data.grey import mean_colour
@@ -133,9 +135,18 @@ class Photos:
     damage: Damage = field(default_factory=Damage)
     clipped: dict[int, int] = field(default_factory=dict)  # place: values outside of the levels
     kept: Kept | None = None  # of pictures that lie decoded
+    under_way: dict[int, tuple[int, float]] = field(default_factory=dict)  # thread: place, since
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def tell_slow(self) -> None:
+        """Say on stderr which pictures do not come: a network disk may be silent for minutes."""
+        before = time.monotonic() - SLOW / 2
+        names = [self.names[place] for place, since in [*self.under_way.values()] if since < before]
+        if names:
+            told = f"waiting for {some(sorted(names), 3)}: its disk has not answered for {SLOW:.0f}"
+            print(f"{told} s", file=sys.stderr, flush=True)
 
     def pixels(self, place: int) -> np.ndarray:
         """A whole picture, upright RGB (H, W, 3) uint8, as its size was when it was scanned."""
@@ -205,6 +216,7 @@ class Photos:
     ) -> bool:  # fmt: skip
         if place in self.damage.excluded or place in self.damage.found:
             return False
+        self.under_way[threading.get_ident()] = place, time.monotonic()
         try:
             found = self._as_a_whole(place, wanted, interpolation) if self.kept else None
             if found is None:
@@ -216,6 +228,8 @@ class Photos:
         except Exception as error:  # Pillow raises many kinds on damaged files
             self.damage.add(place, reason(error))
             return False
+        finally:
+            del self.under_way[threading.get_ident()]
         return True
 
     def _as_a_whole(

@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from common.errors import UserError
+from data import ahead as ahead_module
 from data import files
 from data import photographs as module
 from data.ahead import Ahead, Threads
@@ -585,6 +586,24 @@ def test_a_disk_that_fails_is_asked_again_and_what_stays_unreadable_weighs_nothi
     assert photos.damage.found == ({1: why} if why else {})
     right = images[0] if why is None else torch.full_like(images[0], GREY[0])
     assert torch.equal(images[1], right) and torch.equal(images[2], images[0])
+    threads.end()
+
+
+def test_who_waits_long_hears_which_picture_does_not_come(monkeypatch, capsys):
+    monkeypatch.setattr(module, "SLOW", 0.4)
+    monkeypatch.setattr(ahead_module, "SLOW", 0.4)
+    store = Failing(encoded(noise(70, 90)), pause=1.2)
+    sizes, kinds = torch.tensor([[70, 90]] * 3).int(), torch.tensor([1 | PLAIN] * 3).byte()
+    photos, threads = Photos(store, Names.of(["a", "b", "c"]), sizes, kinds), Threads(2)
+    boxes = Cuts("none", 48, 48, 55, "crop", 0).evaluation(sizes)
+
+    def begin(places):
+        work, images, _ = photos.batch(places, boxes, GREY, threads)
+        return work, lambda: images
+
+    list(Ahead(3, photos.tell_slow).over([[0, 1, 2]], begin))
+    assert capsys.readouterr().err == "waiting for b: its disk has not answered for 0 s\n"
+    assert not photos.under_way
     threads.end()
 
 
