@@ -25,7 +25,7 @@ from data.cuts import Cuts, default_resize
 from data.image_set import class_counts
 from data.loaders import decoding_of, place
 from data.pack import Form, check, is_pack, pack
-from data.photographs import PHOTOGRAPH, PhotoSet, sizes_in_words
+from data.photographs import PHOTOGRAPH, FileStore, PhotoSet, sizes_in_words
 from data.policy import parse_policy
 from data.sources import NAMES, Source, choose_dataset, load_source, save_source
 from data.sources.many import multi_hot
@@ -275,7 +275,8 @@ def _list(source: Source, options: argparse.Namespace) -> None:
             write_split(options.out, rows)
         except OSError as error:
             raise UserError(
-                f"cannot write {printable(options.out)}: {error}; try --out split.csv",
+                f"cannot write {printable(options.out)}: {error.strerror or error}; try --out "
+                "split.csv",
                 code="output-unwritable",
             ) from None
         return print(f"{printable(options.out)}: {len(rows):,} pictures", file=sys.stderr)
@@ -327,6 +328,15 @@ def _prepare(source: Source, options: argparse.Namespace) -> None:
 
 def _pack(source: Source, options: argparse.Namespace) -> None:
     dataset = str(Path(options.dataset).absolute()) if Path(options.dataset).exists() else ""
+    photos = source.train.photos if isinstance(source.train, PhotoSet) else None
+    if photos and isinstance(photos.store, FileStore):
+        root = photos.store.root.resolve()
+        if options.out.resolve().is_relative_to(root):
+            raise UserError(
+                f"--out {printable(options.out)} lies in the data set, of which each folder is a "
+                f"class: give a folder outside of {printable(root)}",
+                code="output-in-data",
+            )
     given = {
         "--dataset": dataset or options.dataset, "--data-dir": options.data_dir,
         "--split": options.split and str(Path(options.split).absolute()),

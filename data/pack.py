@@ -490,6 +490,8 @@ class _Packing:
             "content": self.source.content, "command": self.command,
         }  # fmt: skip
         before = read_json(self.out / BEGUN)
+        if not (self.out / INDEX).is_file() and not any(self.out.glob("shard-*.bin")):
+            before = None  # nothing came of it: the disk was too small
         if before is not None:
             there = Form(before.get("store", "jpeg"), before.get("short_side", 0))
             if there != self.form:
@@ -616,11 +618,14 @@ class _Packing:
         except Exception as error:  # Pillow raises many kinds on damaged files
             why = reason(error)
         name = printable(self.photos.names[row])
-        if isinstance(self.photos.store, FileStore) and not _is_there(self.photos.store, row):
-            raise UserError(
-                f"{name} cannot be read any more: {why}. Begin again once the data set is whole.",
-                code="source-changed",
-            )
+        if isinstance(self.photos.store, FileStore):
+            if not _is_there(self.photos.store, row):
+                raise UserError(
+                    f"{name} cannot be read any more: {why}. Begin again once the data set is "
+                    "whole.",
+                    code="source-changed",
+                )
+            self._refuse_changed(range(row, row + 1))  # a new picture is not a damaged one
         if not self.skip_bad:
             raise cannot_decode(f"{name}: {why}")
         return b"", why

@@ -303,6 +303,9 @@ def test_what_goes_wrong_is_a_sentence(photographs, tmp_path, monkeypatch):
         usage = type("usage", (), {"free": 1000})
         patch.setattr(shutil, "disk_usage", lambda _: usage)
         assert code(tmp_path / "a") == "disk-full"
+    prepared(photographs, tmp_path / "a", "--store", "raw")  # begun, and nothing came of it
+    assert code(photographs / "cat" / "pack") == "output-in-data"
+    assert not (photographs / "cat" / "pack").exists()
     for number, expected in ((errno.ENOSPC, "disk-full"), (errno.EROFS, "output-unwritable")):
         with monkeypatch.context() as patch:
 
@@ -327,6 +330,16 @@ def test_what_goes_wrong_is_a_sentence(photographs, tmp_path, monkeypatch):
 
             patch.setattr(pack._Packing, "_content", changing)
             assert code(tmp_path / f"c {change} {len(words)}", *words) == "source-changed"
+    with monkeypatch.context() as patch:
+
+        def replacing(self, row):
+            if row == 10:
+                Image.new("RGB", (30, 30)).save(self.photos.store.root / self.photos.names[10])
+            return content(self, row)
+
+        patch.setattr(pack._Packing, "_content", replacing)
+        # Another picture is no damaged one.
+        assert code(tmp_path / "d", "--short-side", "40") == "source-changed"
     assert code(out, *KEEP) == "source-changed"  # a picture less than when it was made
 
 
