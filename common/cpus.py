@@ -1,5 +1,6 @@
 """How much of the machine this process may use."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -15,3 +16,15 @@ def cpus() -> int:
     except (OSError, ValueError):
         pass
     return have
+
+
+def memory() -> int:
+    """Bytes of memory of this machine, or of what a job may use of it."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no such question here: not much is sure
+        found = 8 * 2**30
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            found = min(found, int(Path(file).read_text()))
+    return found

@@ -1,6 +1,7 @@
 """argparse whose mistakes are a sentence each, for every command line of the program."""
 
 import argparse
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one sentence, without its page of usage."""
 
     def error(self, message: str) -> NoReturn:
+        flag = re.match(r"argument (?:.*/)?(--[\w-]+): expected one argument", message)
+        if flag:
+            message += f" (one that begins with - is typed {flag[1]}=VALUE)"
         raise UserError(
             f"{message}; see python {self.prog.removeprefix('python ')} --help", code="unknown-flag"
         )

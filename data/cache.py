@@ -288,12 +288,19 @@ def _remove(path: Path) -> bool:
 
 
 def landed(key: Json, entry: Entry) -> list[str]:
-    """A sentence where an entry of this life took more than a gigabyte of the home folder."""
+    """A sentence where an entry of this life took more than a gigabyte of the home folder.
+
+    Or where it could not be written at all, so that all is looked at again at each start.
+    """
     path = Path(entry[1].get("pack") or entry[1].get("copied") or entry_path(key))
     try:
         size, made = _size(path), path.stat().st_mtime
         inside = path.resolve().is_relative_to(Path.home().resolve())
-    except (OSError, RuntimeError):  # nothing there, or no home
+    except (FileNotFoundError, NotADirectoryError):
+        told = f"the cache {cache_dir()} cannot be written: all pictures are looked at again at "
+        told += "each start; LOCKSTEP_CACHE=FOLDER puts it elsewhere"
+        return [told] if size_limit() else []
+    except (OSError, RuntimeError):  # no home
         return []
     if size < LARGE or made < STARTED or not inside:
         return []

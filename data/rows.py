@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from common.cpus import cpus
+from common.cpus import cpus, memory
 from common.disk import read_json, whole, write_json
 from common.errors import UserError
 from common.progress import progress
@@ -34,6 +34,7 @@ SMALL_GROUP = 2_000_000
 HELD = 64_000_000  # bytes of the row groups that stay in memory
 AT_A_TIME = 4_000_000  # bytes of pictures that are read at once where all of them are
 MOST_ROWS = 256
+PAGE_TAKES = 2.5  # bytes of memory for each of a page that is read: 2.3 with snappy, 1.8 without
 
 Say = Callable[[str], None]
 
@@ -329,13 +330,17 @@ def _copy(columns: Sequence[Column], folder: Path, say: Say) -> None:
             code="disk-full",
         )
     groups = [size for column in columns for size in column.sizes]
+    # A page of a group is read as a whole, and decompressed, and may be all of it.
+    threads = max(1, min(cpus(), int(memory() / 4 / (PAGE_TAKES * max(groups)))))
+    takes = int(PAGE_TAKES * sum(sorted(groups)[-threads:]))
     already = f"; {len(columns) - len(to_do)} of {len(columns)} are there" * (
         len(to_do) < len(columns)
     )
     say(
         f"these rows lie in groups of up to {in_bytes(max(groups))}, and each picture would take "
         f"all of its group: the pictures of {counted(len(columns), 'table')} ({in_bytes(total)}) "
-        f"are copied out once{already}; into {printable(folder)}"
+        f"are copied out once{already}; into {printable(folder)}; up to {in_bytes(takes)} of "
+        "memory meanwhile, where a group is one page"
     )
     done, lock, stop = 0, threading.Lock(), threading.Event()
 
@@ -362,7 +367,7 @@ def _copy(columns: Sequence[Column], folder: Path, say: Say) -> None:
                 )
         write_json(_note(folder, number), note | {"bytes": sum(note["lengths"])})
 
-    with progress("copying pictures out", "bytes") as count, pool_of(cpus()) as pool:
+    with progress("copying pictures out", "bytes") as count, pool_of(threads) as pool:
         try:
             for _ in pool.map(copy, to_do):
                 pass

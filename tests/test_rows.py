@@ -14,6 +14,7 @@ from test_photographs import NET
 
 from common.errors import UserError
 from data import rows as lying
+from data.ahead import pool_of
 from data.sources import load_source, tables
 
 
@@ -140,6 +141,13 @@ def test_what_is_wrong_with_tables_of_photographs_is_a_sentence(photographs, tmp
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
         assert code() == "disk-full"
+    with monkeypatch.context() as patch:  # a group may be one page, which is read as a whole
+        made, told = [], []
+        patch.setattr(lying, "memory", lambda: 1)
+        patch.setattr(lying, "pool_of", lambda n: made.append(n) or pool_of(n))
+        load_source(str(folder), say=told.append)
+        assert made == [1]
+        assert "of memory meanwhile, where a group is one page" in told[0]
     whole = (folder / "train.parquet").read_bytes()
     for limit in (10, 10**6):
         monkeypatch.setattr(tables, "SMALL_GROUP", limit)

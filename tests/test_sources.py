@@ -514,7 +514,9 @@ def test_a_second_load_decodes_nothing_and_a_damaged_cache_is_rebuilt(pictures, 
 def test_a_cache_that_cannot_be_written_costs_only_time(pictures, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "file" / "cache"))
-    assert same(load_source(str(pictures)), load_source(str(pictures)))
+    one, other = load_source(str(pictures)), load_source(str(pictures))
+    assert same(one, other)
+    assert "cannot be written: all pictures are looked at again" in "".join(other.notes)
 
 
 def test_processes_that_start_together_decode_once(pictures, tmp_path, monkeypatch):
@@ -660,6 +662,7 @@ def test_a_wrong_policy_is_shown_with_a_mark(tmp_path, monkeypatch, capsys):
         ("stats --dataset digits --seed x", "--seed: x: must be a whole number from 0"),
         ("stats --datset digits", "--datset digits; see python -m data --help"),
         ("sats", "choose from"),
+        ("stats --dataset digits --group-by -(x)", "with - is typed --group-by=VALUE"),
         ("", "show|stats|list|correct|prepare|check|cache"),
         ("show --dataset digits --out nowhere/x.png", "try --out sheet.png"),
         ("show --dataset line", "try --dataset digits"),

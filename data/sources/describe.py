@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from common.cpus import memory
 from common.disk import Json, digest
 from common.errors import UserError
-from common.text import both_sides, class_name, some
+from common.text import both_sides, class_name, printable, some
 from data.cache import Entry, cached, digest_of, entry_path, size_limit, trim, use
 from data.files import Part, Records, told_levels
 from data.image_set import (
@@ -46,8 +47,12 @@ def check(labels: torch.Tensor, is_test: torch.Tensor, classes: tuple[str, ...],
         )
     for split, there in (("training", ~is_test), ("test", is_test)):
         if not there.any():
+            single = there is is_test and labels.bincount().max() == 1
+            why = "add some."
+            if single:
+                why = "a fifth of each class tests, and each has one picture: give it more."
             raise UserError(
-                f"{at} has no {split} images that can be read: add some.", code="empty-split"
+                f"{at} has no {split} images that can be read: {why}", code="empty-split"
             )
 
 
@@ -203,6 +208,11 @@ def at_hand(key: Json, entry: Entry, say: Say) -> Entry:
         except UserError as error:
             if error.code not in ("disk-full", "output-unwritable"):
                 raise
+            why = "has no room for them" if error.code == "disk-full" else "cannot be written"
+            say(
+                f"the cache {printable(folder.parent)} {why}, so each epoch decodes them; "
+                "LOCKSTEP_CACHE=FOLDER puts it elsewhere"
+            )
             return entry
     names = ("mean", "std", "levels", "skipped", "at", "notes", "record_notes", "left_out",
              "hashed")  # fmt: skip
@@ -227,18 +237,6 @@ def without(now: Entry, before: Entry, excluded: Collection[str]) -> Entry | Non
     if not found.keys() <= known.keys() or not other <= {*excluded, *paths}:
         return None
     return old_tensors, old_meta | {"root": meta["root"]}
-
-
-def memory() -> int:
-    """Bytes of memory of this machine, or of what a job may use of it."""
-    try:
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # no such question here: not much is sure
-        found = 8 * 2**30
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            found = min(found, int(Path(file).read_text()))
-    return found
 
 
 def where_they_lie(records: Records) -> tuple[dict[str, torch.Tensor], dict, Store]:
