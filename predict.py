@@ -7,11 +7,13 @@ alone; on a GPU in batches of one size, for the last bits of an answer depend on
 
 import argparse
 import contextlib
+import glob
 import itertools
 import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from common.cpus import cpus
 from common.disk import digest
-from common.errors import FAILED, FINISHED, USER_ERROR, UserError
+from common.errors import FAILED, FINISHED, USER_ERROR, Left, UserError
 from common.parser import Parser, need_packages
 from common.streams import lost_words, steady_streams
 from common.text import printable
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TOP, ALL = 5, 10**9  # classes shown of each picture
+PATIENCE = 2.0  # seconds that a picture which does not come is waited for after a signal
 BATCH = 32  # pictures at once on a GPU
 
 
@@ -176,10 +179,17 @@ def load_imagenet(name: str, weights: str) -> tuple["nn.Module", dict]:
 
 def pictures(paths: list[str]) -> Iterator[Path]:
     """The files named, and those in the folders named, in order of their names, as they come."""
-    for path in map(Path, paths):
+    for path in map(Path, itertools.chain(*map(meant, paths))):
         inside = inside_of(path)
         first = next(inside, path)  # a folder without pictures is named like a failure
         yield from itertools.chain([first], inside)
+
+
+def meant(path: str) -> list[str]:
+    """A path as it was typed, or those that fit its pattern: not every shell knows what * means."""
+    if os.path.lexists(path):
+        return [path]
+    return sorted(glob.glob(path, recursive=True)) or [path]  # noqa: PTH207 - may be absolute
 
 
 def inside_of(folder: Path) -> Iterator[Path]:
@@ -193,7 +203,7 @@ def inside_of(folder: Path) -> Iterator[Path]:
     for entry in entries:
         path = folder / entry.name
         if entry.is_dir(follow_symlinks=False):
-            yield from inside_of(path)
+            yield from inside_of(path) if os.access(path, os.R_OK | os.X_OK) else [path]
         elif path.suffix.lower() in SUFFIXES and entry.name[0] != "." and entry.is_file():
             yield path
 
@@ -206,6 +216,7 @@ def prepare(path: Path, card: dict) -> "torch.Tensor":
     from data.photographs import as_evaluated, reduced_as_evaluated
 
     if path.is_dir():
+        next(path.iterdir(), None)  # one that may not be read says so
         raise ValueError(f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
     with warnings.catch_warnings(action="ignore"):  # what is too large is an error below
         if card.get("decode") == "scaled":
@@ -314,6 +325,7 @@ def main(argv: list[str]) -> int:
         answers = Answers(arguments, total, made_by(arguments, card) if arguments.out else {})
         with stop_signals() as came, warnings.catch_warnings(action="ignore"):
             # Here, for a filter of a decoding thread would be everybody's.
+            asker.leaves = after(PATIENCE, came)
             for path, answer in asker.answers(pictures(arguments.paths), answers.lacks):
                 if isinstance(answer, Exception):
                     why = getattr(answer, "strerror", None) or answer
@@ -350,6 +362,7 @@ class Asker:
         on_cpu = next(model.parameters()).device.type == "cpu"
         self.size = arguments.batch_size or (1 if on_cpu else BATCH)
         self.failed = False
+        self.leaves: Callable[[], bool] = lambda: False  # see data.ahead.Ahead
 
     def answers(
         self, paths: Iterator[Path], lacks: Callable[[str], bool]
@@ -373,8 +386,10 @@ class Asker:
             return threads.do([piece]), lambda: (path, found[0])
 
         wanted = (path for path in paths if lacks(str(path)))
-        come = Ahead(self.size + threads.count).over(wanted, begin)
-        with threads:
+        ahead = Ahead(self.size + threads.count)
+        ahead.leaves = self.leaves
+        come = ahead.over(wanted, begin)
+        with threads, contextlib.suppress(Left):
             while batch := list(itertools.islice(come, self.size)):
                 yield from self._batch(batch)
 
@@ -402,6 +417,18 @@ class Asker:
                 raise
             self.model = back_on_cpu(self.model, error)
             return ask(self.model, *words)
+
+
+def after(seconds: float, came: list[signal.Signals]) -> Callable[[], bool]:
+    """Whether so many seconds went by since a signal was first seen: a picture may still come."""
+    asked: list[float] = []
+
+    def leaves() -> bool:
+        if came:
+            asked.append(time.monotonic())
+        return bool(asked) and asked[-1] - asked[0] > seconds
+
+    return leaves
 
 
 @contextlib.contextmanager

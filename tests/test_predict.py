@@ -115,6 +115,24 @@ def test_what_is_no_picture_is_named_and_the_others_go_on(run, digits, tmp_path)
     assert empty.returncode == 1 and json.loads(empty.stdout) == []
 
 
+def test_a_pattern_that_no_shell_knew_is_the_files_that_fit_and_a_closed_folder_is_named(
+    run, digits, tmp_path, monkeypatch, capsys
+):
+    good = sorted(digits.glob("*.png"))[:2]
+    (tmp_path / "x[1].png").write_bytes(good[0].read_bytes())
+    (tmp_path / "closed").mkdir()
+    words = [tmp_path / "x[1].png", good[0].parent / "*.png", tmp_path / "none*.png", tmp_path]
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: "closed" not in str(p) and real(p, mode))
+    assert predict_main([*map(str, words), "--run", str(run), "--csv", "--top", "1"]) == 1
+    told = capsys.readouterr()
+    named = [line.partition(":")[0] for line in told.err.splitlines()]
+    assert named[1:] == [str(tmp_path / "none*.png"), str(tmp_path / "closed")]
+    paths = [row["path"] for row in csv.DictReader(io.StringIO(told.out))]
+    assert paths[1:-1] == list(map(str, sorted(digits.glob("*.png"))))
+    assert paths[0] == paths[-1] == str(tmp_path / "x[1].png")
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A folder with the weights of ten classes, and of hardly anything."""
@@ -298,6 +316,19 @@ def test_what_was_predicted_before_an_interrupt_is_kept(run, digits, tmp_path, f
     if form == "--json":
         found = [row["path"] for row in json.loads(out[out.index("[") :])]
         assert found == [str(first), str(tmp_path / "slow.png")]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe that has a name")
+def test_a_picture_that_never_comes_keeps_no_prediction_from_ending(run, digits, tmp_path):
+    first = sorted(digits.glob("*.png"))[0]
+    os.mkfifo(tmp_path / "never.png")
+    words = [REPOSITORY / "predict.py", first, tmp_path / "never.png", "--run", run, "--csv"]
+    process, log = start(Command(words), tmp_path)
+    wait_for(lambda: str(first) in log.read_text(), process, log)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process, log, 60)
+    assert done.status == 128 + signal.SIGTERM, done.out
+    assert "stopped by SIGTERM: 1 of 2 pictures" in done.out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
