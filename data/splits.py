@@ -297,7 +297,17 @@ def read_split(split: str) -> dict[str, str]:
             code="bad-split-file",
         )
     name, where = head.index("name"), head.index("split")
-    found = {row[name]: split_word(row[where]) for row in rows[1:] if len(row) > max(name, where)}
+    found: dict[str, str] = {}
+    for row in rows[1:]:
+        if len(row) <= max(name, where):
+            continue
+        word = split_word(row[where])
+        if found.setdefault(row[name], word) != word:
+            raise UserError(
+                f"--split {printable(path)} puts {printable(row[name])} into two splits: leave one "
+                "of its rows.",
+                code="bad-split-file",
+            )
     if odd := next((key for key, word in found.items() if not word), None):
         raise UserError(
             f"--split {printable(path)} puts {printable(odd)} into no split that is known: write "
@@ -355,7 +365,16 @@ def arranged(
 
 def _groups(names: Sequence[str], group_by: str, column: Column) -> list[str]:
     if (values := column(group_by)) is not None:
-        return [str(value) for value in values]
+        groups = ["" if value is None else str(value) for value in values]
+        if nowhere := groups.count(""):
+            first = names[groups.index("")]
+            raise UserError(
+                f"--group-by {printable(group_by)}: {nowhere:,} of {len(names):,} pictures have no "
+                f"{printable(group_by)} (the first: {printable(first)}), and would all be one "
+                "group: fill the column in; a name of its own for each keeps them apart.",
+                code="bad-group",
+            )
+        return groups
     try:
         pattern = re.compile(group_by)
     except re.error as error:

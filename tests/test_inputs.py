@@ -124,6 +124,20 @@ def test_links_are_followed_also_out_of_the_folder_each_file_once_and_cycles_end
     )
 
 
+def test_a_link_to_where_the_classes_lie_is_no_class_and_leads_no_hint_astray(pets):
+    (pets / "all").symlink_to(pets)
+    source = load(pets)
+    assert source.classes == ("cat", "dog")
+    assert reasons(source) == {"folders that were there already": (1, "all/")}
+    shutil.rmtree(pets / "dog")
+    draw(pets.parent / "one" / "a", 1)
+    draw(pets.parent / "two", 1)
+    for number, place in enumerate((pets, pets, pets.parent)):
+        (pets / "cat" / f"up {number}").symlink_to(place)
+    with refused("too-few-classes", match="has 1 class folder.*one subfolder of images per class"):
+        load(pets)
+
+
 def test_a_split_of_links_into_one_store_is_a_data_set(tmp_path):
     root = tmp_path / "set"
     for name in ("cat", "dog"):
@@ -273,8 +287,19 @@ def test_flat_folders_without_labels_are_told_and_no_class(tmp_path):
 
 
 def test_one_level_too_high_or_too_deep_says_which_path_to_type(pets, tmp_path):
-    with refused("too-few-classes", match=rf"one level deeper: type --dataset {pets}\.$"):
+    with refused("too-few-classes", match=rf"deeper: type --dataset {pets}\.$"):
         load(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    pets = pets.rename(tmp_path / "a" / "b" / "pets")
+    with refused("too-few-classes", match=rf"deeper: type --dataset {pets}\.$"):
+        load(tmp_path)
+    (tmp_path / "a" / "notes").mkdir()
+    (tmp_path / "a" / "notes" / "todo.txt").write_text("")
+    (tmp_path / "a" / "b" / "pets").rename(tmp_path / "a" / "pets")
+    shutil.rmtree(tmp_path / "a" / "b")
+    pets = tmp_path / "a" / "pets"
+    with refused("empty-class", match=rf"Or do the classes lie in {pets}\?"):
+        load(tmp_path / "a")
     with refused("too-few-classes", match=rf"holds cat, dog: type --dataset {pets}\.$"):
         load(pets / "cat")
     splits = tmp_path / "splits"
@@ -313,6 +338,13 @@ def test_the_same_picture_on_both_sides_or_in_two_classes_is_told_with_an_exampl
     assert "3 test pictures stand also in training" in told
     assert "(test/ant/copy-0.png is train/ant/000.png)" in told
     assert "1 picture stands in two classes" in told and "train/bee/same.png" in told
+    draw(root / "val" / "ant", 2, 200)
+    shutil.copytree(root / "val" / "ant", root / "val" / "bee")
+    for path in (root / "val" / "bee").iterdir():
+        path.write_bytes((root / "test" / "bee" / "100.png").read_bytes() + path.name.encode())
+    shutil.copy(root / "test/bee/101.png", root / "val/bee/same.png")
+    assert "1 test picture stands also in validation" in notes(load(root))
+    shutil.rmtree(root / "val")
     # A size that they share is no proof, nor is the middle.
     for side, level in (("train", 0), ("test", 255)):
         pixels = np.full((8, 8, 3), 77, dtype=np.uint8)
@@ -394,7 +426,8 @@ def test_a_list_may_name_paths_from_its_split_or_from_the_top(tmp_path):
     ("content", "code", "says"),
     [
         (b"a,b\n1,2\n", "no-such-column", "has the columns a, b"),
-        (b"", "no-such-column", "has the columns"),
+        (b"", "bad-list", "is empty"),
+        (b"id,label,set\n0,cat,train\n1,dog,tset\n", "bad-split-file", "has tset in its column"),
         (b"file_name,label\nnowhere.png,cat\n", "no-image", "the first: nowhere.png"),
         (b"file_name,label\n000.png,cat\n000.png,dog\n", "two-labels", "cat and dog"),
         (b"\xff\xfe\x00\x01", "bad-list", "save it as UTF-8"),
@@ -406,6 +439,16 @@ def test_a_list_that_cannot_be_used_is_one_sentence(tmp_path, content, code, say
     (tmp_path / "set" / "labels.csv").write_bytes(content)
     with refused(code, match=says):
         load(tmp_path / "set")
+
+
+def test_a_column_of_splits_that_names_none_and_lists_of_unknown_names_are_told(tmp_path):
+    root = draw(tmp_path / "set", 10)
+    rows = [f"{n:03d}.png,{n % 2},{'AB'[n // 5]}" for n in range(10)]
+    write_list(root / "some.csv", "file_name,label,set", *rows)
+    assert "the column 'set' of some.csv names no split that is known (A, B)" in notes(load(root))
+    shutil.copy(root / "some.csv", root / "other.csv")
+    with refused("too-few-classes", match=r"if other\.csv, some\.csv names the pictures"):
+        load(root)
 
 
 def test_a_list_of_something_else_does_not_hide_class_folders(pets):
@@ -472,6 +515,9 @@ def test_a_group_stays_on_one_side_in_testing_and_in_validation(tmp_path):
     number = {n: int(n[-7:-4]) // 8 for side in source.names.values() for n in side}
     sides = [{number[n] for n in source.names[side]} for side in ("train", "test")]
     assert not sides[0] & sides[1] and sides[1]
+    write_list(root / "metadata.csv", "file_name,label,hospital", *rows[:-2], rows[-1][:-1])
+    with refused("bad-group", match=r"1 of 55 pictures have no hospital \(the first: ill/p13-055"):
+        load(root, group_by="hospital")
 
 
 def test_groups_that_the_data_sets_own_splits_cut_are_told(tmp_path):
@@ -527,6 +573,7 @@ def test_a_list_of_the_split_gives_the_same_split_after_pictures_came_and_went(p
     assert len(source.train) + len(source.test) == 39 and len(source.held_out) > 0
     for content, code in (("a,b\nc,d\n", "bad-split-file"),
                           ("name,split\nx,maybe\n", "bad-split-file"),
+                          ("name,split\nx,test\nx,train\n", "bad-split-file"),
                           ("name,split\nx,test\n", "other-split")):  # fmt: skip
         out.write_text(content)
         with refused(code):

@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from common.text import class_name, printable, some
 from data.files import SUFFIXES, Made, Records
 from data.image_set import LeftOut
 from data.sources.layout import Layout
-from data.sources.walk import entries, is_folder, once, walk
+from data.sources.walk import entries, identity, is_folder, once, walk
 from data.splits import AS_IT_IS, Wanted, arranged, split_word, test_and_val
 
+MOST_ASKED = 64  # folders of a level that a hint looks into
 NO_CLASS = {"unknown", "unlabeled", "unlabelled", "images", "all", "test"}  # what holds no labels
 
 
@@ -35,12 +37,14 @@ def read_class_folders(root: Path, wanted: Wanted = AS_IT_IS) -> Records:
     root, left = root.resolve(), LeftOut()
     splits = find_splits(root)
     train = splits.bases.get("train", root)
-    classes = tuple(dict.fromkeys(class_name(folder.name) for folder in subfolders(train)))
+    above = (*root.parents, root, *splits.bases.values())
+    below = {base: _below(base, above, root, left) for base in splits.bases.values()}
+    classes = tuple(dict.fromkeys(class_name(folder.name) for folder in below[train]))
     if len(classes) < 2:
         raise _too_few(train, classes)
     found, names = [], []
     for split, base in splits.bases.items():
-        for folder in subfolders(base):
+        for folder in below[base]:
             name = class_name(folder.name)
             if name not in classes:
                 raise UserError(
@@ -73,6 +77,17 @@ def read_class_folders(root: Path, wanted: Wanted = AS_IT_IS) -> Records:
         left_out=left.reasons, notes=(*splits.notes, *_one_too_deep(root)), root=root,
     )  # fmt: skip
     return arranged(records, wanted)
+
+
+def _below(base: Path, above: Sequence[Path], root: Path, left: LeftOut) -> list[Path]:
+    """The class folders in a folder: a link to where all of them lie is none, and is counted."""
+    there, found = {identity(path) for path in above}, []
+    for folder in subfolders(base):
+        if not folder.is_symlink() or identity(folder) not in there:
+            found.append(folder)
+        else:
+            left.add("folders that were there already", f"{folder.relative_to(root).as_posix()}/")
+    return found
 
 
 def subfolders(path: Path) -> list[Path]:
@@ -174,9 +189,14 @@ def _count(folder: Path, root: Path, left: LeftOut, reason: str) -> None:
 
 def _too_few(base: Path, classes: tuple[str, ...]) -> UserError:
     where = printable(base)
-    deeper = [folder for folder in subfolders(base) if len(subfolders(folder)) > 1]
-    if deeper:
-        hint = f"the class folders lie one level deeper: type --dataset {printable(deeper[0])}."
+    lists = [path.name for path in entries(base) if path.suffix.lower() in (".csv", ".tsv")]
+    if deeper := _deeper(base):
+        hint = f"the class folders lie deeper: type --dataset {printable(deeper)}."
+    elif (lists and not classes) or len(lists) > 1:
+        hint = (
+            f"if {some(sorted(lists), 3)} names the pictures and their classes, call it "
+            "metadata.csv; else give the folder that holds one subfolder of images per class."
+        )
     elif not classes and len(subfolders(base.parent)) > 1:
         names = some([folder.name for folder in subfolders(base.parent)], 3)
         hint = f"the folder above holds {names}: type --dataset {printable(base.parent)}."
@@ -188,13 +208,31 @@ def _too_few(base: Path, classes: tuple[str, ...]) -> UserError:
     )
 
 
+def _deeper(base: Path, levels: int = 4) -> Path | None:
+    """The first folder below that holds several folders, the nearest one; links lead nowhere."""
+    near = [base]
+    for _ in range(levels):
+        near = [f for folder in near for f in subfolders(folder) if not f.is_symlink()][:MOST_ASKED]
+        for folder in near:
+            if sum(not inner.is_symlink() for inner in subfolders(folder)) > 1:
+                return folder
+    return None
+
+
 def _empty(folder: Path) -> UserError:
     suffixes = ", ".join(sorted(SUFFIXES))
+    beside = next((f for f in subfolders(folder.parent) if f != folder and not _loose_in(f)), None)
+    hint = "add some or remove the folder."
+    if beside and len(subfolders(beside)) > 1:
+        hint += f" Or do the classes lie in {printable(beside)}? Then type --dataset with that."
     return UserError(
-        f"the class folder {printable(folder)} holds no images ({suffixes}): add some or remove "
-        "the folder.",
+        f"the class folder {printable(folder)} holds no images ({suffixes}): {hint}",
         code="empty-class",
     )
+
+
+def _loose_in(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES for path in entries(folder))
 
 
 def _refuse_two_levels(train: Path, root: Path, names: list[str]) -> None:
@@ -233,9 +271,7 @@ def _one_too_deep(root: Path) -> list[str]:
 
 
 def _holds(path: Path) -> bool:
-    return is_folder(path) and (bool(subfolders(path)) or any(
-        file.suffix.lower() in SUFFIXES for file in entries(path)
-    ))  # fmt: skip
+    return is_folder(path) and (bool(subfolders(path)) or _loose_in(path))
 
 
 FOLDER = Layout("class folders", _holds, listing=read_class_folders)

@@ -5,10 +5,11 @@ As `datasets` reads an image folder: a column file_name, seen from the list's ow
 
 import csv
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.disk import Json, parse_object
@@ -174,6 +175,12 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     root = path if path.is_dir() else path.parent
     lists = [read_list(one) for one in lists_of(path)]
     said = _labels(lists, wanted.many)
+    if not lists[0].columns:
+        raise UserError(
+            f"{printable(lists[0].path)} is empty: it needs a line with the columns file_name and "
+            "label, and a line for each picture.",
+            code="bad-list",
+        )
     if not (used := said.used):
         classes = ", or a column of 0 and 1 for each class" if wanted.many else ""
         raise UserError(
@@ -185,6 +192,8 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     left = LeftOut()
     where = _Where(root, lists, left)
     found: dict[str, tuple[str, str, dict[str, str]]] = {}
+    sides = {one.path: _sides(one) for one in used}
+    said = replace(said, notes=(*said.notes, *itertools.chain(*map(_no_split, used))))
     for one in used:
         for number, row in enumerate(one.rows):
             name, label = where.find(one, row), said.of(one, row)
@@ -204,8 +213,8 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
                     "so leave one row.",
                     code="two-labels",
                 )
-            word = split_word(row.get(one.split) or "") if one.split else ""
-            found.setdefault(name, (word or split_in(name) or split_of(one), label, row))
+            word = sides[one.path](row) or split_in(name) or split_of(one)
+            found.setdefault(name, (word, label, row))
     if not found:
         first = next((row.get(used[0].file) for row in used[0].rows), "nothing")
         raise UserError(
@@ -279,6 +288,33 @@ def _one_number(both: dict[str, str]) -> tuple[str, ...]:
         f"the label {as_float} is taken for the class {name}, and so is each whole number that is "
         "written in two ways",
     )
+
+
+def _sides(of: List) -> Callable[[dict[str, str]], str]:
+    """The split that a row names; "" where its cell is empty, or the column is of something else.
+
+    UserError where only some cells name a split: a test picture must not train for a typing error.
+    """
+    cells = {row.get(of.split) or "" for row in of.rows} if of.split else set()
+    odd = sorted(cell for cell in cells if cell.strip() and not split_word(cell))
+    if odd and any(map(split_word, cells)):
+        raise UserError(
+            f"{printable(of.path)} has {some(odd)} in its column '{printable(of.split)}', which "
+            "is no split that is known: write train, val or test, or take those rows out.",
+            code="bad-split-file",
+        )
+    return lambda row: split_word(row.get(of.split) or "") if of.split else ""
+
+
+def _no_split(of: List) -> list[str]:
+    """A sentence where the column of splits names none."""
+    cells = {cell for row in of.rows if of.split and (cell := (row.get(of.split) or "").strip())}
+    if not cells or any(map(split_word, cells)):
+        return []
+    return [
+        f"the column '{printable(of.split)}' of {printable(of.path.name)} names no split that is "
+        f"known ({some(sorted(cells))}) and is not used: train, val and test are known"
+    ]
 
 
 def _word(column: str) -> str:

@@ -1,4 +1,4 @@
-"""The same picture twice, byte for byte: in training and test, or in two classes."""
+"""The same picture twice, byte for byte: in two splits, or in two classes."""
 
 import hashlib
 from collections import defaultdict
@@ -34,6 +34,7 @@ def told_twice(records: Records) -> list[str]:
             for doing, look in LOOKS.items():
                 groups = _apart(records, groups, look, pool, doing)
     across: list[tuple[str, str, str]] = []
+    chosen: list[tuple[str, str]] = []  # in test and in what chooses the best epoch
     two: list[tuple[str, str]] = []
     for places in groups:
         first = {}
@@ -44,6 +45,10 @@ def told_twice(records: Records) -> list[str]:
                 if (side := _side(records, place)) != "training":
                     copy, original = records.ids[place], records.ids[first["training"]]
                     across.append((side, printable(copy), printable(original)))
+        elif len(first) > 1:
+            chosen.append(
+                (printable(records.ids[first["test"]]), printable(records.ids[first["validation"]]))
+            )
         other = next((p for p in places if records.labels[p] != records.labels[places[0]]), None)
         if other is not None:
             two.append((printable(records.ids[places[0]]), printable(records.ids[other])))
@@ -54,6 +59,11 @@ def told_twice(records: Records) -> list[str]:
                 f"{_number(len(found), f'{side} picture')} also in training, byte for byte "
                 f"({found[0][1]} is {found[0][2]}): what is measured on them flatters"
             )
+    if chosen:
+        told.append(
+            f"{_number(len(chosen), 'test picture')} also in validation, byte for byte "
+            f"({chosen[0][0]} is {chosen[0][1]}): the epoch that is best on them is chosen"
+        )
     if two:
         told.append(
             f"{_number(len(two), 'picture')} in two classes, byte for byte ({two[0][0]} is "
