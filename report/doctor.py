@@ -95,8 +95,8 @@ def before_it_ran(folder: Path) -> tuple[list[tuple[str, str]], str, bool] | Non
     ended = "" if queued else "never ran: "
     rows = [("status", f"{ended}{folder} holds no run{' yet' if queued else ''}"),
             ("job", f"{job}: {queued or 'no longer in the queue'}")]  # fmt: skip
-    if named := RUN_FOLDER.findall(words):  # it was given a --run-dir
-        run = folder.parent.parent / named[-1]
+    if runs := RUN_FOLDER.findall(words):  # it was given a --run-dir
+        run = folder.parent.parent / runs[-1]
         owner = str(read_json(run / "status.json", {}).get("job") or "")
         if owner == job and (run / "config.json").is_file():
             found, typed, well = examine(run)
