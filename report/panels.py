@@ -137,7 +137,7 @@ def _what_runs(
         *(("sampler", b.in_words(data.classes)) for b in (data.sampler.balance,) if b),
         ("devices", f"{world.describe()}, precision {config.mixed_precision}"),
         ("batch", data.batch.in_words()),
-        ("steps", steps_shown(schedule, progress)),
+        ("steps", steps_shown(schedule)),
         ("folder", config.run_dir or f"none ({_why_none(plan.actions)})"),
         *([("snapshots", snapshots.in_words)] if snapshots.in_words else []),
     ]
@@ -184,7 +184,7 @@ def advise_on_time(screen: Report, plan: Plan, data: Data, world: World, left: f
     screen.warn_once({"long": words})
 
 
-def steps_shown(schedule: Schedule, progress: Progress) -> str:
+def steps_shown(schedule: Schedule) -> str:
     """The length of the run in steps and epochs, and where --stop-after ends this command."""
     total, epochs = schedule.total_steps - schedule.ahead, schedule.epochs
     words = f"{total} ({schedule.steps_per_epoch} an epoch, {counted(epochs, 'epoch')})"
