@@ -235,19 +235,19 @@ def live(one: Round, way: tuple[int, int], disturbances: int) -> None:
     until = time.monotonic() + PATIENCE
     early = one.chance.random() < 0.3  # while it starts, where most of a short life passes
     at = sorted(one.chance.uniform(0.2, 12.0 if early else 6.0) for _ in range(disturbances))
-    begun, told = time.monotonic() if early else 0.0, one.trained()
+    begun, before = time.monotonic() if early else 0.0, one.trained()
     try:
         while any(agent.poll() is None for agent in agents) or any(map(running, known)):
             known |= {process.pid for process in ranks(agents)}
-            if not begun and one.trained() > told:
+            if not begun and one.trained() > before:
                 begun = time.monotonic()
             if at and begun and time.monotonic() > begun + at[0]:
                 at.pop(0)
                 if kind := disturb(one, [agent for agent in agents if agent.poll() is None]):
                     one.done.append(kind)
             if time.monotonic() > until:
-                told = one.log.read_text(errors="replace")[-4000:]
-                raise SystemExit(f"round {one.number} does not end: {one.done}\n{told}")
+                printed = one.log.read_text(errors="replace")[-4000:]
+                raise SystemExit(f"round {one.number} does not end: {one.done}\n{printed}")
             time.sleep(0.1)
     finally:
         for agent in agents:
@@ -363,9 +363,9 @@ def main() -> int:
             one, wrong = one_round(number, arguments, top)
             done.update(one.done)
             lives += one.lives
-            told = f"WRONG: {'; '.join(wrong[:5])}" if wrong else "equal"
+            verdict = f"WRONG: {'; '.join(wrong[:5])}" if wrong else "equal"
             cost = f"{one.lives} lives, {time.monotonic() - began:.0f} s"
-            print(f"round {number}, {cost}: {', '.join(one.done)}: {told}", flush=True)
+            print(f"round {number}, {cost}: {', '.join(one.done)}: {verdict}", flush=True)
             if wrong:
                 failed.append(number)
             if not (wrong and arguments.keep):

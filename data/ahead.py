@@ -132,13 +132,13 @@ class Work:
 
         Raises Left if they do not come and `leaves` says so; calls `slow` once if they are SLOW.
         """
-        began, told = time.monotonic(), False
+        began, said = time.monotonic(), False
         while not self._done.wait(0.2):
             waited = time.monotonic() - began
             if waited > PATIENCE and leaves():
                 raise Left
-            if waited > SLOW and not told:
-                told = True
+            if waited > SLOW and not said:
+                said = True
                 slow()
         if self.error is not None:
             raise self.error

@@ -297,9 +297,9 @@ def landed(key: Json, entry: Entry) -> list[str]:
         size, made = _size(path), path.stat().st_mtime
         inside = path.resolve().is_relative_to(Path.home().resolve())
     except (FileNotFoundError, NotADirectoryError):
-        told = f"the cache {cache_dir()} cannot be written: all pictures are looked at again at "
-        told += "each start; LOCKSTEP_CACHE=FOLDER puts it elsewhere"
-        return [told] if size_limit() else []
+        message = f"the cache {cache_dir()} cannot be written: all pictures are looked at again at "
+        message += "each start; LOCKSTEP_CACHE=FOLDER puts it elsewhere"
+        return [message] if size_limit() else []
     except (OSError, RuntimeError):  # no home
         return []
     if size < LARGE or made < STARTED or not inside:

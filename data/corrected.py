@@ -131,23 +131,23 @@ def targets(folder: Path, changes: list[Change]) -> dict[str, str]:
 
     for change in changes:
         path = PurePosixPath(change.name)
-        told = printable(change.name)
+        name = printable(change.name)
         parts = list(path.parts[:-1])
         if change.given not in parts or path.is_absolute() or ".." in parts:
-            wrong(f"{told} does not lie in a folder {printable(change.given)}: labels that stand "
+            wrong(f"{name} does not lie in a folder {printable(change.given)}: labels that stand "
                   "in a table are changed there")  # fmt: skip
             continue
         place = len(parts) - 1 - parts[::-1].index(change.given)
         beside = folder.joinpath(*parts[:place])
         classes = sorted(one.name for one in beside.iterdir()) if beside.is_dir() else []
         if not (folder / change.name).is_file():
-            wrong(f"{told} is not in {printable(folder)}")
+            wrong(f"{name} is not in {printable(folder)}")
         elif change.suggested and change.suggested not in classes:
             near = nearest(change.suggested, classes)
             hint = f" (did you mean {printable(near)}?)" if near else ""
-            wrong(f"{told}: there is no class {printable(change.suggested)}{hint}")
+            wrong(f"{name}: there is no class {printable(change.suggested)}{hint}")
         elif change.name in found:
-            wrong(f"{told} stands there twice")
+            wrong(f"{name} stands there twice")
         else:
             parts[place] = change.suggested
             target = PurePosixPath(*parts, path.name)

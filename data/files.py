@@ -212,11 +212,11 @@ def told_levels(levels: Levels | None, clipped: Sequence[int] = ()) -> list[str]
         return []
     step = round((levels[1] - levels[0]) / 255)
     merged = f" ({step:,} levels become one)" if step > 1 else ""
-    told = (
+    message = (
         f"16-bit images: the values {levels[0]:,} to {levels[1]:,}, as training images have them, "
         f"become 0 to 255{merged}"
     )
-    return [f"{told}; {clipped_in_words(clipped)}" if clipped else told]
+    return [f"{message}; {clipped_in_words(clipped)}" if clipped else message]
 
 
 def clipped_in_words(clipped: Sequence[int]) -> str:

@@ -145,8 +145,9 @@ class Photos:
         before = time.monotonic() - SLOW / 2
         names = [self.names[place] for place, since in [*self.under_way.values()] if since < before]
         if names:
-            told = f"waiting for {some(sorted(names), 3)}: its disk has not answered for {SLOW:.0f}"
-            print(f"{told} s", file=sys.stderr, flush=True)
+            what = f"waiting for {some(sorted(names), 3)}"
+            message = f"{what}: its disk has not answered for {SLOW:.0f} s"
+            print(message, file=sys.stderr, flush=True)
 
     def pixels(self, place: int) -> np.ndarray:
         """A whole picture, upright RGB (H, W, 3) uint8, as its size was when it was scanned."""
@@ -405,52 +406,52 @@ def _tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def as_evaluated(pixels: np.ndarray, told: Mapping) -> np.ndarray:
+def as_evaluated(pixels: np.ndarray, card: Mapping) -> np.ndarray:
     """A picture (H, W, 3) as the evaluation of a run saw its own, (S, S, 3) uint8.
 
-    `told` is what the run's weights say of themselves: image_size, and how photographs were cut or
+    `card` is what the run's weights say of themselves: image_size, and how photographs were cut or
     the size of small pictures that were kept as they were; older ones kept small squares so.
     """
     from PIL import Image
 
     from data.files import SMALL, square
 
-    size = told["image_size"]
+    size = card["image_size"]
     height, width, _ = pixels.shape
-    older = "dataset" in told and not told.keys() & {"picture_size", "photographs"}
-    if [height, width] == told.get("picture_size") or (older and height == width <= SMALL):
+    older = "dataset" in card and not card.keys() & {"picture_size", "photographs"}
+    if [height, width] == card.get("picture_size") or (older and height == width <= SMALL):
         return pixels.copy()
-    if not told.get("photographs") and max(pixels.shape[:2]) <= SMALL:
+    if not card.get("photographs") and max(pixels.shape[:2]) <= SMALL:
         return np.asarray(square(Image.fromarray(pixels), size)).copy()
-    return _cut_as_told(lambda _: (pixels, 1), (height, width), told)
+    return _cut_as_the_card_says(lambda _: (pixels, 1), (height, width), card)
 
 
-def reduced_as_evaluated(encoded: bytes, told: Mapping) -> np.ndarray:
+def reduced_as_evaluated(encoded: bytes, card: Mapping) -> np.ndarray:
     """A picture as the evaluation of a run with --decode scaled saw its own, (S, S, 3) uint8."""
     height, width, kind = header(encoded)
 
     def pixels(times: int) -> tuple[np.ndarray, int]:
         times = times if kind & PLAIN else 1
-        return decoded(encoded, kind, told.get("levels"), times=times), times
+        return decoded(encoded, kind, card.get("levels"), times=times), times
 
-    return _cut_as_told(pixels, (height, width), told)
+    return _cut_as_the_card_says(pixels, (height, width), card)
 
 
-def _cut_as_told(
-    reduced: Callable[[int], tuple[np.ndarray, int]], shape: tuple[int, int], told: Mapping
+def _cut_as_the_card_says(
+    reduced: Callable[[int], tuple[np.ndarray, int]], shape: tuple[int, int], card: Mapping
 ) -> np.ndarray:
     # Small pictures that a run was trained on were not cut; nor were those of older runs.
-    size = told["image_size"]
-    margin = default_resize(size) if told.get("photographs") else size
+    size = card["image_size"]
+    margin = default_resize(size) if card.get("photographs") else size
     cuts = Cuts(
-        "none", size, told.get("eval_size", size), told.get("eval_resize", margin),
-        told.get("resize", "crop"), 0, interpolation=told.get("interpolation", "bilinear"),
+        "none", size, card.get("eval_size", size), card.get("eval_resize", margin),
+        card.get("resize", "crop"), 0, interpolation=card.get("interpolation", "bilinear"),
     )  # fmt: skip
     boxes = cuts.evaluation(torch.tensor([shape]))
     out = np.empty((boxes.size, boxes.size, 3), np.uint8)
     pixels, times = reduced(reduction(boxes.rows[0]))
     row = in_reduced(boxes.rows[0], times)
-    cut(pixels, row, out, mean_colour(told["mean"]), boxes.interpolation)
+    cut(pixels, row, out, mean_colour(card["mean"]), boxes.interpolation)
     return out
 
 

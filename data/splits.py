@@ -44,12 +44,12 @@ class Wanted:
 
     def key(self) -> list[str]:
         """What a cached data set depends on; nothing where nothing is asked for."""
-        told = [] if self.group_by is None else [f"group all by {self.group_by}"]
+        notes = [] if self.group_by is None else [f"group all by {self.group_by}"]
         if self.split is not None:
-            told.append(f"split {digest(_file_of(self.split).read_bytes(), 16)}")
+            notes.append(f"split {digest(_file_of(self.split).read_bytes(), 16)}")
         if self.many:
-            told.append("many labels")
-        return told
+            notes.append("many labels")
+        return notes
 
 
 AS_IT_IS = Wanted()

@@ -496,9 +496,9 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict]
         return path, manifest
     if candidates:
         count = len(candidates)
-        told = f"none of the {count} checkpoints in {folder} is whole"
+        message = f"none of the {count} checkpoints in {folder} is whole"
         raise UserError(
-            f"{told if count > 1 else f'the only checkpoint in {folder} is not whole'}; "
+            f"{message if count > 1 else f'the only checkpoint in {folder} is not whole'}; "
             "start over with --fresh (the old files are kept aside)",
             code="no-whole-checkpoint",
         )

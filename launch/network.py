@@ -121,7 +121,7 @@ def receive(port: int, nodes: str) -> None:
             ) from None
         door.listen(most)
         here: dict[socket.socket, str] = {}
-        began, told = time.monotonic(), -MINUTE
+        began, said_at = time.monotonic(), -MINUTE
         while len(here) < most - 1:
             now = time.monotonic()
             if len(here) + 1 >= least < most and now - began > LATECOMERS:
@@ -134,13 +134,13 @@ def receive(port: int, nodes: str) -> None:
                 text += "typed on each of them, and do their terminals say why they ended?"
                 tell_all(here, "no", text)
                 raise Alone(text)
-            if now - told >= MINUTE:
-                told = now
+            if now - said_at >= MINUTE:
+                said_at = now
                 say(f"{came}; waiting for the others, where the same command is to be typed")
                 tell_all(here, "wait", came)
             ready, _, _ = select.select([door, *here], [], [], 1.0)
             for one in ready:
-                told = -MINUTE  # somebody came or left: say so
+                said_at = -MINUTE  # somebody came or left: say so
                 if one is door:
                     node, (address, _) = door.accept()
                     node.settimeout(5)
@@ -181,7 +181,7 @@ def tell_all(nodes: dict[socket.socket, str], kind: str, text: str) -> None:
 
 def knock(head: str, port: int) -> socket.socket:
     """On another node: a connection to the head, whoever listens there; waits for it in words."""
-    began, told = time.monotonic(), time.monotonic() - MINUTE + 3  # heads may be a moment later
+    began, said_at = time.monotonic(), time.monotonic() - MINUTE + 3  # heads may be a moment later
     while True:
         try:
             return socket.create_connection((head, port), timeout=5)
@@ -193,8 +193,8 @@ def knock(head: str, port: int) -> socket.socket:
                     f"({error}); is it the head's address (`hostname -I` there), was the same "
                     "command typed there, does a firewall stand between?"
                 ) from None
-            if now - told >= MINUTE:
-                told = now
+            if now - said_at >= MINUTE:
+                said_at = now
                 say(
                     f"waiting for the head node at {head}:{port} ({error}); there the same "
                     "command is to be typed"

@@ -410,20 +410,20 @@ def rows_asked_for(options: argparse.Namespace, arguments: list[str], python: st
     elif options.sweep:
         raise Problem(f"--sweep {options.sweep} holds lines of flags, and {', '.join(MANY)} after "
                       "the -- make rows of their own: drop one, or write a .yaml file")  # fmt: skip
-    told = resolved(arguments, python)
-    old = HERE / told["folder"] / "sweep.json"
+    rows = resolved(arguments, python)
+    old = HERE / rows["folder"] / "sweep.json"
     if old.is_file():
         try:
             kept = json.loads(old.read_text(encoding="utf-8"))
-            own, now = ([(row["name"], row["values"]) for row in of["rows"]] for of in (kept, told))
-            same = kept["base"] == told["base"] and own == now[: len(own)]  # new ones are the last
+            own, now = ([(row["name"], row["values"]) for row in of["rows"]] for of in (kept, rows))
+            same = kept["base"] == rows["base"] and own == now[: len(own)]  # new ones are the last
         except (OSError, ValueError, KeyError, TypeError):
             raise Problem(f"{old} cannot be read; name another folder with --run-dir after the "
                           "--") from None  # fmt: skip
         if not same:
-            raise Problem(f"{told['folder']} holds other runs; name another folder with --run-dir "
+            raise Problem(f"{rows['folder']} holds other runs; name another folder with --run-dir "
                           "after the --")  # fmt: skip
-    return told
+    return rows
 
 
 def seen_from_here(arguments: list[str]) -> list[str]:
@@ -665,8 +665,8 @@ def kept_for(job: Job, undo: contextlib.ExitStack) -> Path:
     kept = keep(options.sweep if many is None else None, options.env, undo)
     if many is not None:
         write(kept / "sweep.txt", "\n".join(job.rows) + "\n")
-        told = as_it_was(undo, HERE / many["folder"] / "sweep.json")
-        write(told, json.dumps(many, indent=2) + "\n")
+        sweep = as_it_was(undo, HERE / many["folder"] / "sweep.json")
+        write(sweep, json.dumps(many, indent=2) + "\n")
     if options.snapshot:
         snapshot(kept / "code", list(job.folders.values()), undo)
     return kept
@@ -728,8 +728,8 @@ def hand_over(job: Job, kept: Path | None, undo: contextlib.ExitStack) -> int:
             tell(f"row {row['row']:<4}   {line}")
         for line in rehearsed(options, settings, len(job.each)):
             tell(line)
-    told = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
-    tell(f"{told} {shlex.join(command)}".strip())  # last, for what reads it
+    shown = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
+    tell(f"{shown} {shlex.join(command)}".strip())  # last, for what reads it
     if kept is None:
         return 0
     undo = undo.pop_all()  # an interrupt may come when the job is in the queue

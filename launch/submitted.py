@@ -126,8 +126,8 @@ def is_data(path: Path) -> bool:
 def name_job(folder: Path, job: str, tasks: list[int], run_dirs: dict[int | None, str]) -> None:
     """The number that SLURM gave leads to what was kept; worth no failure of a queued job."""
     with contextlib.suppress(OSError):
-        told = {"job": job, "tasks": tasks, "run_dirs": {str(k): v for k, v in run_dirs.items()}}
-        (folder / "job.json").write_text(json.dumps(told), encoding="utf-8")
+        content = {"job": job, "tasks": tasks, "run_dirs": {str(k): v for k, v in run_dirs.items()}}
+        (folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
         link = folder.parent / job
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)

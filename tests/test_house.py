@@ -215,16 +215,12 @@ def test_private_names_that_may_be_touched_are_other_peoples():
 
 
 MISLEAD = {"told", "gradients_are_bad", "step_done", "Chrono", "Apart"}  # as names of things
-STILL_SO = (
-    "data/", "launch/", "bench/chaos.py", "distributed/checkpoint.py", "training/checkpoints.py",
-    "training/snapshots.py",
-)  # fmt: skip
 
 
 def test_a_sentence_is_a_message_and_what_weights_say_is_their_card():
     """Words that named sentences, numbers, cards and switches alike name nothing any more."""
     for place, tree in sources().items():
-        for node in ast.walk(tree) if not place.startswith(STILL_SO) else ():
+        for node in ast.walk(tree):
             names = {getattr(node, part, None) for part in ("id", "attr", "arg", "name")}
             assert not names & MISLEAD, f"{place}:{node.lineno}: {names & MISLEAD}"
 

@@ -165,8 +165,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         config = self.plan.config
         stateless = config.optimizer == "sgd" and not config.momentum
         self._lost = not stateless or learner.average is not None or learner.scaler is not None
-        told = ": it cannot be made longer, --fresh starts over" if self._lost else ""
-        warn(f"the checkpoints of this run are gone, {last.name} tells where it ended{told}")
+        why = ": it cannot be made longer, --fresh starts over" if self._lost else ""
+        warn(f"the checkpoints of this run are gone, {last.name} tells where it ended{why}")
         return progress
 
     def refuse_lost_state(self, schedule: Schedule, progress: Progress) -> None:
@@ -340,8 +340,8 @@ class Checkpoints(contextlib.AbstractContextManager):
                 save_tensors(Path(str(self.folder)) / name, tensors, metadata)
                 del self._waiting[name]
             except Exception as error:
-                told = f"{name} could not be written ({error}); it is tried again at each save"
-                problems.append(told)
+                message = f"{name} could not be written ({error}); it is tried again at each save"
+                problems.append(message)
         return "; ".join(problems)
 
 

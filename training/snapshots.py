@@ -229,8 +229,8 @@ class Snapshots:
         self.run = self.world.main_decides(lambda: run_of(Path(str(self.plan.folder))))
         held, problems = self._on_this_node() if self.run.key and self._writes else (None, [])
         everyone = self.world.everyones((self._node(), held, problems))
-        for node, _, told in everyone:
-            for problem in told:
+        for node, _, problems in everyone:
+            for problem in problems:
                 warn(f"{node}: {problem}")
         self._held = [(node, found) for node, found, _ in everyone]
         return max((found.step for _, found in self._held if found), default=0)
@@ -287,12 +287,12 @@ class Snapshots:
             else:
                 send(Path(mine) if here == source else None, None, [source, *needy])
             everyone = self.world.everyones((self._node(), mine if self._writes else "", problem))
-            if problems := [f"{node}: {told}" for node, _, told in everyone if told]:
+            if problems := [f"{node}: {said}" for node, _, said in everyone if said]:
                 warn(f"the snapshot in memory cannot be had by all: {problems[0]}")
                 return None
             mine = next(path for node, path, _ in everyone if path and node == self._node())
-        told = ", ".join(nodes[rank] for rank in needy)
-        peer = f"; {told} got it from {nodes[source]}" if needy else ""
+        names = ", ".join(nodes[rank] for rank in needy)
+        peer = f"; {names} got it from {nodes[source]}" if needy else ""
         self.source = f"from the snapshot in memory{peer}"
         return Path(mine)
 
@@ -416,7 +416,7 @@ class Snapshots:
             return f"{home} cannot be written ({error.strerror})"
         return ""
 
-    def _written(self, told: str) -> None:
+    def _written(self, _: str) -> None:
         """From the writer's thread: what it cost says when the next one is due."""
         writer = self.writer
         assert writer is not None

@@ -289,7 +289,7 @@ def photographs_of(entry: Entry, store: Store) -> tuple[PhotoSet, PhotoSet]:
     return train, test
 
 
-def with_records(entry: Entry, records: Records | None, at: str, told: Sequence[str] = ()) -> Entry:
+def with_records(entry: Entry, records: Records | None, at: str, more: Sequence[str] = ()) -> Entry:
     """The entry with the names of its pictures, and with what only a look at all of them tells."""
     tensors, meta = entry
     meta = {**meta, "at": at}
@@ -309,7 +309,7 @@ def with_records(entry: Entry, records: Records | None, at: str, told: Sequence[
         groups = torch.tensor([numbers[name] for name in records.groups])
         tensors["groups"], tensors["test_groups"] = groups[~is_test], groups[is_test]
     lack = [] if records.many else _lacking(tensors, meta["classes"], at)
-    notes = [*told, *lack, *told_twice(records)]
+    notes = [*more, *lack, *told_twice(records)]
     meta |= {"notes": notes, "record_notes": records.notes, "left_out": records.left_out}
     return tensors, meta | {"hashed": records.hashed}
 
@@ -352,14 +352,14 @@ def _lacking(tensors: dict[str, torch.Tensor], classes: tuple[str, ...], at: str
 
 def lacking(classes: tuple[str, ...], train: list[int], test: list[int]) -> list[str]:
     """A sentence on the classes that have no picture to learn from, and on those without a test."""
-    told = []
+    notes = []
     for word, counts, what in (
         ("training", train, "it cannot be learned"),
         ("test", test, "nothing tells how well it is known"),
     ):
         if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
-            told.append(f"no {word} picture that can be read is of class {some(missing)}: {what}")
-    return told
+            notes.append(f"no {word} picture that can be read is of class {some(missing)}: {what}")
+    return notes
 
 
 def source_of(

@@ -128,11 +128,11 @@ def find_splits(root: Path) -> Splits:
                 "move its pictures out of their subfolders.",
                 code="train-or-class",
             )
-        told = (
+        note = (
             f"{printable(train.name)} is taken for a class, like {names}: no test or validation "
             f"folder stands beside it; --dataset {printable(train)} trains on its {inside}"
         )
-        return Splits({"": root}, notes=[told])
+        return Splits({"": root}, notes=[note])
     splits = Splits({"train": train}, unused=[*others, *more])
     there, flat = {}, {}
     for word, folders in named.items():

@@ -85,16 +85,16 @@ def multi_hot(source: Source) -> Source:
     for row, those in zip(table, sets, strict=True):
         row[[place[name] for name in those]] = 1
     train, test = (replace(part, labels=table[part.labels]) for part in (source.train, source.test))
-    told = []
+    notes = []
     if names != source.classes:
         learned = torch.ones(len(train), dtype=torch.bool)
         if source.held_out is not None:
             learned[source.held_out] = False
         counts = [class_counts(labels, names) for labels in (train.labels[learned], test.labels)]
-        told = [*lacking(names, *counts), _how_many(table, train.labels, names)]
+        notes = [*lacking(names, *counts), _how_many(table, train.labels, names)]
     return replace(
         source, task="multilabel", classes=names, train=train, test=test,
-        notes=(*source.notes, *told),
+        notes=(*source.notes, *notes),
     )  # fmt: skip
 
 

@@ -52,24 +52,24 @@ def told_twice(records: Records) -> list[str]:
         other = next((p for p in places if records.labels[p] != records.labels[places[0]]), None)
         if other is not None:
             two.append((printable(records.ids[places[0]]), printable(records.ids[other])))
-    told = []
+    notes = []
     for side in ("test", "validation"):
         if found := [pair for pair in across if pair[0] == side]:
-            told.append(
+            notes.append(
                 f"{_number(len(found), f'{side} picture')} also in training, byte for byte "
                 f"({found[0][1]} is {found[0][2]}): what is measured on them flatters"
             )
     if chosen:
-        told.append(
+        notes.append(
             f"{_number(len(chosen), 'test picture')} also in validation, byte for byte "
             f"({chosen[0][0]} is {chosen[0][1]}): the epoch that is best on them is chosen"
         )
     if two:
-        told.append(
+        notes.append(
             f"{_number(len(two), 'picture')} in two classes, byte for byte ({two[0][0]} is "
             f"{two[0][1]}): one of the labels is wrong"
         )
-    return told
+    return notes
 
 
 def _number(count: int, thing: str) -> str:
