@@ -8,10 +8,11 @@ act on it at the beat where the next vote starts, so nobody waits and everybody 
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from common.errors import STOPPED, UserError
 from common.parent import launched, orphaned
 
+MEETING_SECONDS = 10  # in which peers may yet come, to agree on a stop
 SECONDS_PER_ROW = 0.5  # at least, where rows are due by time: on a GPU
 REQUEUE = "requeue"  # in the STOP file of a job that its script puts back into the queue
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -116,22 +118,35 @@ class StopVote:
 
     @contextlib.contextmanager
     def meeting(self) -> Iterator[None]:
-        """While the processes look for each other: whose launcher is gone waits for nobody."""
+        """While the processes look for each other: whose launcher is gone waits for nobody.
+
+        Nor does who is told to stop, and whose peers, which may be gone already, do not come.
+        """
         met = threading.Event()
+        hears, tells = socket.socketpair()
 
         def look() -> None:
+            waited = 0
             while not met.wait(1.0):
-                if orphaned():
-                    print("lockstep: the launcher is gone before its processes had met: this one "
-                          "ends", file=sys.stderr, flush=True)  # fmt: skip
+                waited += bool(waited) or came(hears, self._handlers)
+                gone = self._launched and orphaned()
+                if gone or waited > MEETING_SECONDS:
+                    what = "the launcher is gone" if gone else "told to stop"
+                    print(f"lockstep: {what} before its processes had met: this one ends",
+                          file=sys.stderr, flush=True)  # fmt: skip
                     os._exit(STOPPED)
 
-        if self._launched:
-            threading.Thread(target=look, daemon=True).start()
-        try:
+        with hears, tells, contextlib.ExitStack() as undo:
+            for end in (hears, tells):
+                end.setblocking(False)
+            if self._launched or not self.guest:
+                threading.Thread(target=look, daemon=True).start()
+                undo.callback(met.set)
+            if not self.guest and threading.current_thread() is threading.main_thread():
+                # Our handlers run between two lines of Python, and one of them is the waiting.
+                before = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+                undo.callback(signal.set_wakeup_fd, before)
             yield
-        finally:
-            met.set()
 
     def connect(self, group: dist.ProcessGroup | None, is_main: bool) -> None:
         """Vote in this group (None: alone) from now on."""
@@ -290,6 +305,13 @@ class StopVote:
             return "the job's time limit or a preemption"
         name = f" ({self.signal_name})" if code == SIGNAL and self.signal_name else ""
         return REASONS.get(code, "a stop request") + name
+
+
+def came(hears: socket.socket, numbers: Container[int]) -> bool:
+    """Whether one of these signals has come, as the system wrote it down."""
+    with contextlib.suppress(OSError):
+        return any(number in numbers for number in hears.recv(64))
+    return False
 
 
 def is_due(every: float | None, last: float) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from launches import (
     SMALL,
@@ -146,9 +147,12 @@ def test_where_one_of_two_agents_is_killed_the_other_goes_on_with_its_own_proces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["while it imports", "when it waits"])
+@pytest.mark.parametrize("when", ["while it imports", "when it waits", "when it is told to stop"])
 def test_a_process_whose_launcher_died_before_its_peer_came_waits_for_nobody(nets, when):
-    """An agent is killed; its process would else stand there until the limit of the meeting."""
+    """An agent is killed; its process would else stand there until the limit of the meeting.
+
+    Or it is told to stop, and its peer, which was told earlier, is gone.
+    """
     (port,), name = free_ports(1), f"alone-{when.replace(' ', '-')}"
     agent = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
     words = [sys.executable, "-c", agent, sys.executable, TRAIN, *LONG, "--run-dir", name]
@@ -161,18 +165,23 @@ def test_a_process_whose_launcher_died_before_its_peer_came_waits_for_nobody(net
             return knock.connect_ex(("127.0.0.1", port)) == 0
 
     end = time.monotonic() + 120
-    ready = listens if when == "when it waits" else lambda: len(children_with(name)) == 2
+    ready = listens if when.startswith("when") else lambda: len(children_with(name)) == 2
     while not ready() and time.monotonic() < end:
         time.sleep(0.1)
     if when == "while it imports":
         time.sleep(1.0)
-    process.kill()
-    process.wait()
+    if when == "when it is told to stop":
+        (trainer,) = psutil.Process(process.pid).children()
+        trainer.terminate()
+    else:
+        process.kill()
+        process.wait()
     end = time.monotonic() + 60
     while children_with(name) and time.monotonic() < end:
         time.sleep(0.2)
     assert children_with(name) == []
-    assert "the launcher is gone before its processes had met" in log.read_text()
+    what = "told to stop" if when == "when it is told to stop" else "the launcher is gone"
+    assert f"{what} before its processes had met" in log.read_text()
     assert not (nets / name).exists()
 
 
