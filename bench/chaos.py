@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from bench.kills import running, trains
 from bench.many_photographs import rows
-from bench.measure import REPOSITORY, arguments_of, finish, table
+from bench.measure import REPOSITORY, arguments_of, finish, shown, spread, table
 from common.disk import read_json
 from distributed.checkpoint import visible
 
@@ -77,6 +77,7 @@ TOLERANCE = 1e-5
 MOST_LIVES = 15
 RESTARTS = 3  # by an agent, in place
 PATIENCE = 600.0  # seconds for a life, which takes a minute on a busy machine
+SLOW = 150.0  # a life that waited for something: worth a look
 DISK = 24_000_000  # bytes of the run folder's disk
 
 
@@ -89,7 +90,11 @@ class Round:
     chance: random.Random
     small_disk: bool
     done: list[str] = field(default_factory=list)
-    lives: int = 0
+    seconds: list[float] = field(default_factory=list)  # of each life
+
+    @property
+    def lives(self) -> int:
+        return len(self.seconds)
 
     @property
     def run(self) -> Path:
@@ -232,7 +237,8 @@ def live(one: Round, way: tuple[int, int], disturbances: int) -> None:
     """One life from its launch to the end of its last process. SystemExit if it does not end."""
     agents = launch(one.folder, way, f"chaos-{one.number}-{one.lives}")
     known: set[int] = set()
-    until = time.monotonic() + PATIENCE
+    launched = time.monotonic()
+    until = launched + PATIENCE
     early = one.chance.random() < 0.3  # while it starts, where most of a short life passes
     at = sorted(one.chance.uniform(0.2, 12.0 if early else 6.0) for _ in range(disturbances))
     begun, before = time.monotonic() if early else 0.0, one.trained()
@@ -257,7 +263,7 @@ def live(one: Round, way: tuple[int, int], disturbances: int) -> None:
         for pid in known:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    one.lives += 1
+    one.seconds.append(time.monotonic() - launched)
 
 
 def last_state(run: Path) -> dict:
@@ -336,6 +342,8 @@ def markdown(results: dict) -> str:
     """What was done, how often, and what came of it."""
     counted = sorted(results["done"].items(), key=lambda item: -item[1])
     lines = [[kind, str(count)] for kind, count in counted]
+    if "seconds of a life" in results:  # not in records of old
+        lines.append(["seconds of a life, median (range)", shown(results["seconds of a life"])])
     return table([f"in {results['rounds']} rounds, {results['lives']} lives", "times"], lines)
 
 
@@ -343,12 +351,16 @@ def main() -> int:
     parser = arguments_of(__doc__)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", action="store_true", help="the folders of rounds that failed")
+    parser.add_argument("--only", type=int, nargs="+", metavar="ROUND", help="of them these alone")
+    parser.add_argument(
+        "--keep", action="store_true", help="the folders of rounds that failed, or had a slow life"
+    )
     arguments = parser.parse_args()
     top = Path(tempfile.mkdtemp(prefix="lockstep-chaos-"))
     (top / "memory").mkdir()
     done: Counter[str] = Counter()
-    lives, failed = 0, []
+    lives: list[float] = []
+    kept, failed = [], []
     try:
         for processes in sorted({processes for processes, _ in WAYS} | {1}):
             folder = top / f"whole-{processes}"
@@ -358,26 +370,31 @@ def main() -> int:
             live(whole, (processes, 1), 0)
             if whole.status() != "finished":
                 raise SystemExit(f"undisturbed:\n{whole.log.read_text()[-3000:]}")
-        for number in range(arguments.rounds):
-            began = time.monotonic()
+        numbers = arguments.only or range(arguments.rounds)
+        for number in numbers:
             one, wrong = one_round(number, arguments, top)
             done.update(one.done)
-            lives += one.lives
+            lives += one.seconds
             verdict = f"WRONG: {'; '.join(wrong[:5])}" if wrong else "equal"
-            cost = f"{one.lives} lives, {time.monotonic() - began:.0f} s"
-            print(f"round {number}, {cost}: {', '.join(one.done)}: {verdict}", flush=True)
+            cost = " + ".join(f"{seconds:.0f}" for seconds in one.seconds)
+            print(f"round {number}, lives of {cost} s: {', '.join(one.done)}: {verdict}", flush=True)
             if wrong:
                 failed.append(number)
-            if not (wrong and arguments.keep):
+            if arguments.keep and (wrong or max(one.seconds) > SLOW):
+                kept.append(one.folder)
+            else:
                 shutil.rmtree(one.folder, ignore_errors=True)
         results = {
-            "rounds": arguments.rounds, "lives": lives, "done": dict(done), "failed": failed
+            "rounds": len(numbers), "lives": len(lives), "done": dict(done), "failed": failed,
+            "seconds of a life": spread(lives),
         }  # fmt: skip
         print(markdown(results), f"{len(failed)} rounds failed", sep="\n\n")
         finish(arguments, results)
         return int(bool(failed))
     finally:
-        if not (failed and arguments.keep):
+        if kept:
+            print("kept:", *kept)
+        else:
             shutil.rmtree(top, ignore_errors=True)
 
 
