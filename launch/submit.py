@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose help goes to stderr where stdout takes none."""
 
     def print_help(self, file: TextIO | None = None) -> None:
-        tell(self.format_help().rstrip())
+        if not tell(self.format_help().rstrip()):
+            raise SystemExit(1)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,20 +25,22 @@ class Problem(ValueError):
     """Something the user can mend; printed as one sentence, exit status 2."""
 
 
-def tell(text: str) -> None:
+def tell(text: str) -> bool:
     """Print it; where nobody reads stdout any more (`| head`) or its disk is full, on stderr.
 
-    A job's number is not to be lost, nor its submission to end halfway.
+    A job's number is not to be lost, nor its submission to end halfway. Whether one took it.
     """
-    if sys.stdout is None:
-        sys.stdout = sys.stderr
+    sys.stdout = sys.stdout or sys.stderr
     try:
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's end flushes once more
         sys.stdout = sys.stderr
-        with contextlib.suppress(OSError):
+        try:
             print(text, file=sys.stderr, flush=True)
+        except OSError:
+            return False
+    return sys.stdout is not None
 
 
 def as_it_was(undo: contextlib.ExitStack, path: Path) -> Path:

@@ -841,6 +841,17 @@ def test_a_job_whose_submission_nobody_reads_is_submitted_and_named(close, tmp_p
     assert "--resume runs/slurm-4711" in done.stderr and "Error" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("close", "code"),
+    [("> /dev/full", 0), (">&- 2>&-", 1), ("> /dev/full 2> /dev/full", 1), ("2>&-", 0)],
+)
+def test_help_that_nobody_could_read_is_a_failure(close, code):
+    words = f"{sys.executable} {home()}/launch/submit.py --help {close}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert ("--nodes" in done.stdout + done.stderr) == (code == 0)
+
+
 def test_status_says_which_rows_ran_failed_and_wait(tmp_path):
     """What waits and runs is SLURM's to know, how a task ended is its folder's."""
     queue = ["0|COMPLETED|None", "1|RUNNING|None", "2|PENDING|Resources", "3|FAILED|None",
