@@ -377,7 +377,9 @@ def main() -> int:
             lives += one.seconds
             verdict = f"WRONG: {'; '.join(wrong[:5])}" if wrong else "equal"
             cost = " + ".join(f"{seconds:.0f}" for seconds in one.seconds)
-            print(f"round {number}, lives of {cost} s: {', '.join(one.done)}: {verdict}", flush=True)
+            print(
+                f"round {number}, lives of {cost} s: {', '.join(one.done)}: {verdict}", flush=True
+            )
             if wrong:
                 failed.append(number)
             if arguments.keep and (wrong or max(one.seconds) > SLOW):
