@@ -125,6 +125,7 @@ def start_wandb(
     tracker = WandBTracker(
         os.environ.get("WANDB_PROJECT", "lockstep"), name=name, dir=str(folder), mode=mode,
         config=config, settings={"console": "off", "save_code": False, "init_timeout": 20},
+        reinit="create_new",  # beside a notebook's own, which would get our rows, or be ended
         **options,
     )  # fmt: skip
     tracker.start()

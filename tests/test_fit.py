@@ -371,11 +371,15 @@ def test_wandb_leaves_with_the_call_unless_the_notebook_uses_it_too(monkeypatch,
     fit(Net, **TINY, track="wandb")
     assert list(Path("run/wandb").glob("offline-run-*")), "it was there"
     assert snapshot() == before
-    wandb.init(mode="offline", dir=str(tmp_path), settings={"console": "off"}).finish()
+    theirs = wandb.init(mode="offline", dir=str(tmp_path), settings={"console": "off"})
     try:
         assert uses_wandb()
         fit(Net, **{**TINY, "run_dir": "other"}, track="wandb")
-        assert uses_wandb(), "what somebody else began stays"
+        assert list(Path("other/wandb").glob("offline-run-*")), "ours is another one"
+        assert wandb.run is theirs, "what somebody else began goes on"
+        theirs.log({"mine": 1.0})
+        assert {key for key in dict(theirs.summary) if key[0] != "_"} == {"mine"}
+        theirs.finish()
     finally:
         wandb.teardown()
 
