@@ -40,7 +40,6 @@ def test_every_measurement_says_what_it_does(module):
 
 
 IN_SMALL = {
-    "throughput": "--models my_cnn --rounds 1 --steps 3 --dataset digits --batch-size 16",
     "options": "--models my_cnn --rounds 1 --steps 3 --batch-size 16 --options DDP;bf16",
     "augment": "--rounds 1 --batch-size 4",
     "startup": "--model my_cnn --image-size 16 --batch-size 8 --rounds 1",

@@ -1276,7 +1276,7 @@ def preflight_node(rank: int, port: int, what: str, words: list[str], here: Path
     """A started node; `finish` takes it."""
     place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURMD_NODENAME": f"n{rank}",
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}  # fmt: skip
-    program = here.with_name(f"{here.name}-planted.py")
+    program = here.with_name(f"{here.name}-planted-{rank}.py")  # the other rank reads its own
     program.write_text(PLANTED)
     return start(Command([program, LAUNCH, what, *words]), here, **place)
 
