@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 TOP, ALL = 5, 10**9  # classes shown of each picture
-PATIENCE = 2.0  # seconds that a picture which does not come is waited for after a signal
 BATCH = 32  # pictures at once on a GPU
 
 
@@ -325,7 +323,7 @@ def main(argv: list[str]) -> int:
         answers = Answers(arguments, total, made_by(arguments, card) if arguments.out else {})
         with stop_signals() as came, warnings.catch_warnings(action="ignore"):
             # Here, for a filter of a decoding thread would be everybody's.
-            asker.leaves = after(PATIENCE, came)
+            asker.leaves = lambda: bool(came)
             for path, answer in asker.answers(pictures(arguments.paths), answers.lacks):
                 if isinstance(answer, Exception):
                     why = getattr(answer, "strerror", None) or answer
@@ -417,18 +415,6 @@ class Asker:
                 raise
             self.model = back_on_cpu(self.model, error)
             return ask(self.model, *words)
-
-
-def after(seconds: float, came: list[signal.Signals]) -> Callable[[], bool]:
-    """Whether so many seconds went by since a signal was first seen: a picture may still come."""
-    asked: list[float] = []
-
-    def leaves() -> bool:
-        if came:
-            asked.append(time.monotonic())
-        return bool(asked) and asked[-1] - asked[0] > seconds
-
-    return leaves
 
 
 @contextlib.contextmanager

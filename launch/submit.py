@@ -204,23 +204,26 @@ def check_cpus(options: argparse.Namespace) -> None:
         )
 
 
-def warn_of_nodes(options: argparse.Namespace) -> list[str]:
-    """SLURM takes a job for more nodes than there are, and lets it wait."""
+def warn_of_nodes(options: argparse.Namespace) -> str:
+    """SLURM takes a job for more nodes than there are, and lets it wait; "" where there are."""
     if options.least == 1 or any(flag.startswith("--clusters") for flag in options.sbatch):
-        return []
+        return ""
     look = ["sinfo", "--noheader", "--summarize", "--format=%D"]
     look += [f"--partition={options.partition}"] if options.partition else []
     try:
         done = subprocess.run(look, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return []
+        return ""
     have = max((int(word) for word in done.stdout.split() if word.isdecimal()), default=0)
-    where = f"partition {options.partition} has" if options.partition else "no partition has more"
     if not 0 < have < options.least:
-        return []
-    than = f"{have} nodes" if options.partition else f"than {have} nodes"
-    return [f"warning: --nodes {options.least}, and {where} {than}: the job waits until there are "
-            "so many"]  # fmt: skip
+        return ""
+    where = "no partition has more than"
+    if options.partition:
+        where = f"partition {options.partition} has"
+    return (
+        f"warning: --nodes {options.least}, and {where} {have} nodes: the job waits until there "
+        "are so many"
+    )
 
 
 def trainer_settings(arguments: list[str], python: str) -> dict[str, tuple[str, str]]:
@@ -719,7 +722,7 @@ def hand_over(job: Job, kept: Path | None, undo: contextlib.ExitStack) -> int:
     options = job.options
     command, env = sbatch_command(options, job.arguments), job_environment(options, kept)
     settings = next(iter(job.each.values()))
-    warnings = [warn_of_time(settings, options, HERE / "runs"), *warn_of_nodes(options)]
+    warnings = [warn_of_time(settings, options, HERE / "runs"), warn_of_nodes(options)]
     for text in filter(None, (*warnings, *warn_of_disks(options, job.arguments, job.python))):
         print(text, file=sys.stderr)
     if kept is None:

@@ -357,13 +357,13 @@ def curves(comparison: Comparison) -> list[Markup | str]:
     if "train" in kinds.values():
         keys["train"] = "others"
     metric, drawn = comparison.metric, []
-    pairs: list[tuple[str, str, Callable]] = [
-        (f"{metric.title}, test images", f"test/{metric.key}", metric.on_axis(short)),
-        ("loss, training images", "train/loss", short),
-    ]
-    for title, key, show in pairs:
+    shown: list[tuple[str, str, Callable, bool]] = [
+        (f"{metric.title}, test images", f"test/{metric.key}", metric.on_axis(short),
+         not metric.is_share),
+        ("loss, training images", "train/loss", short, True),
+    ]  # fmt: skip
+    for title, key, show, wide in shown:
         lines = {run.name: run.files.points(key) for run in reversed(comparison.runs)}
-        wide = show is short  # shares are not
         drawn.append(chart(title, lines, show, kinds=kinds, keys=keys, may_be_wide=wide))
     return drawn
 

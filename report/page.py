@@ -174,16 +174,16 @@ def verdict(files: Files) -> Markup:
         return PARTS.verdict(files.state, files.reason)
     images = files.ended.get("test/images")
     of = metric.about(f"{images:,} test images" if is_number(images) else "the test images")
-    others = (words for m, words in named(files, row) if m is not metric)
+    others = (m.named(value) for m, value in of_the_line(files, row) if m is not metric)
     when = f"at epoch {row.get('epoch', '?')}, the best on the {chosen}"
     about = ", ".join((of, *others))
     return PARTS.verdict(files.state, files.reason, metric.show(value), about, when)
 
 
-def named(files: Files, row: dict) -> list[tuple[Metric, str]]:
+def of_the_line(files: Files, row: dict) -> list[tuple[Metric, float]]:
     """What a row says of the test images, of what an epoch's line has."""
     pairs = [(metric, row.get(f"test/{metric.key}")) for metric in files.metrics]
-    return [(m, m.named(value)) for m, value in pairs if m.has("line") and is_number(value)]
+    return [(m, value) for m, value in pairs if m.has("line") and is_number(value)]
 
 
 def facts(files: Files) -> Markup:
@@ -191,9 +191,9 @@ def facts(files: Files) -> Markup:
     config, ended = files.config.get("config", {}), files.ended
     last = files.rows[-1] if files.rows else {}
     rows = [("model", config.get("model")), ("data", config.get("dataset"))]
-    evaluations = [numbers for row in files.rows if (numbers := named(files, row))]
+    evaluations = [numbers for row in files.rows if (numbers := of_the_line(files, row))]
     newest = evaluations[-1] if evaluations else []
-    rows += [(f"last {m.title}", word.removeprefix(f"{m.title} ")) for m, word in newest]
+    rows += [(f"last {m.title}", m.show(value)) for m, value in newest]
     also = [(m, files.best[0].get(f"test/{m.key}")) for m in files.metrics if m.has("end")]
     rows += [(f"{m.title}, at the best", m.show(value)) for m, value in also if is_number(value)]
     rows.append(("epoch", f"{last['epoch']} of {config.get('epochs')}" if last else ""))

@@ -192,7 +192,6 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
     left = LeftOut()
     where = _Where(root, lists, left)
     found: dict[str, tuple[str, str, dict[str, str]]] = {}
-    sides = {one.path: _sides(one) for one in used}
     said = replace(said, notes=(*said.notes, *itertools.chain(*map(_no_split, used))))
     for one in used:
         for number, row in enumerate(one.rows):
@@ -213,8 +212,8 @@ def read_listed(path: Path, wanted: Wanted = AS_IT_IS) -> Records:
                     "so leave one row.",
                     code="two-labels",
                 )
-            word = sides[one.path](row) or split_in(name) or split_of(one)
-            found.setdefault(name, (word, label, row))
+            word = split_word(row.get(one.split) or "") if one.split else ""
+            found.setdefault(name, (word or split_in(name) or split_of(one), label, row))
     if not found:
         first = next((row.get(used[0].file) for row in used[0].rows), "nothing")
         raise UserError(
@@ -290,30 +289,24 @@ def _one_number(both: dict[str, str]) -> tuple[str, ...]:
     )
 
 
-def _sides(of: List) -> Callable[[dict[str, str]], str]:
-    """The split that a row names; "" where its cell is empty, or the column is of something else.
+def _no_split(of: List) -> list[str]:
+    """A sentence where the column of splits names none: it is of something else.
 
     UserError where only some cells name a split: a test picture must not train for a typing error.
     """
-    cells = {row.get(of.split) or "" for row in of.rows} if of.split else set()
-    odd = sorted(cell for cell in cells if cell.strip() and not split_word(cell))
-    if odd and any(map(split_word, cells)):
+    cells = {(row.get(of.split) or "").strip() for row in of.rows if of.split} - {""}
+    odd = sorted(cell for cell in cells if not split_word(cell))
+    if not odd:
+        return []
+    if len(odd) < len(cells):
         raise UserError(
             f"{printable(of.path)} has {some(odd)} in its column '{printable(of.split)}', which "
             "is no split that is known: write train, val or test, or take those rows out.",
             code="bad-split-file",
         )
-    return lambda row: split_word(row.get(of.split) or "") if of.split else ""
-
-
-def _no_split(of: List) -> list[str]:
-    """A sentence where the column of splits names none."""
-    cells = {cell for row in of.rows if of.split and (cell := (row.get(of.split) or "").strip())}
-    if not cells or any(map(split_word, cells)):
-        return []
     return [
         f"the column '{printable(of.split)}' of {printable(of.path.name)} names no split that is "
-        f"known ({some(sorted(cells))}) and is not used: train, val and test are known"
+        f"known ({some(odd)}) and is not used: train, val and test are known"
     ]
 
 
