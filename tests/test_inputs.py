@@ -451,6 +451,13 @@ def test_a_column_of_splits_that_names_none_and_lists_of_unknown_names_are_told(
         load(root)
 
 
+def test_the_numbers_of_rows_that_a_table_program_wrote_are_no_column_of_splits(tmp_path):
+    root = draw(tmp_path / "set", 10)
+    rows = [f"{n},{n:03d}.png,{n % 2}" for n in range(10)]
+    write_list(root / "labels.csv", ",file_name,label", *rows)
+    assert "names no split" not in notes(load(root))
+
+
 def test_a_list_of_something_else_does_not_hide_class_folders(pets):
     write_list(pets / "labels.csv", "name,weight", "cat,4")
     assert load(pets).tally.used == 40
