@@ -748,6 +748,20 @@ def test_the_names_that_submit_takes_for_no_paths_are_those_of_the_data_sets():
     assert set(NAMES) | {"none", "imagenet"} == module.NAMES
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [("4", "--nodes 4, and no partition has more than 3 nodes: the job waits"), ("3", ""),
+     ("4 --partition big", "--nodes 4, and partition big has 3 nodes: the job waits"),
+     ("4 --sbatch=--clusters=other", "")],
+)  # fmt: skip
+def test_more_nodes_than_there_are_is_a_warning_for_slurm_would_wait(words, says, tmp_path):
+    path = stubs(tmp_path, sinfo="echo 2; echo 3")
+    flags = ["--nodes", *words.split(), "--gpus", "1", "--dry-run", "--", *TINY]
+    done = submit(*flags, "--batch-size", "48", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stderr and ("the job waits" in done.stderr) == bool(says), done.stderr
+
+
 def test_submit_names_how_one_task_of_an_array_goes_on(tmp_path):
     stub = tmp_path / "sbatch"
     stub.write_text("#!/bin/bash\necho 4711\n")
